@@ -1,0 +1,110 @@
+# The laboratory's commands: `make help` lists them.
+#
+# Lower-case words (`model=vgg16 seed=0,1`) are handed to the program as they were typed; UPPER-CASE ones are knobs of
+# this file:
+#   PYTHON   the interpreter that .venv is made with (3.11 to 3.13)
+#   ARGS     flags and words that make can't carry, handed on as typed, e.g. ARGS=--check or ARGS="~augment"
+
+PYTHON := python3
+ARGS :=
+SHELL := /bin/sh
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCKS := requirements.lock requirements-dev.lock
+
+# ---------------------------------------------------------------------------------------------- words of the user
+
+KNOBS := PYTHON ARGS
+WORDED := train sweep cost sync ui
+PLAIN := setup lock test test-all lint format readme readme-check help
+
+TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))
+
+UPPER := $(foreach letter,A B C D E F G H I J K L M N O P Q R S T U V W X Y Z,$(filter $(letter)%,$(TYPED)))
+ifneq ($(strip $(UPPER)),)
+$(error $(firstword $(UPPER)) is no knob of this Makefile; use one of: $(KNOBS), or key=value in lower case)
+endif
+
+UNKNOWN := $(filter-out $(WORDED) $(PLAIN),$(MAKECMDGOALS))
+ifneq ($(UNKNOWN),)
+$(error "$(firstword $(UNKNOWN))" is no target and no key=value word; write e.g. model=$(firstword $(UNKNOWN)), or see: make help)
+endif
+ifneq ($(strip $(TYPED)),)
+ifeq ($(filter $(WORDED),$(MAKECMDGOALS)),)
+$(error make $(or $(MAKECMDGOALS),help) takes no key=value words, got $(firstword $(TYPED))=...; the targets that do: $(WORDED))
+endif
+endif
+
+# Every word in single quotes, a quote inside it as '\'': the shell sees it exactly as it was typed.
+quote = '$(subst ','\'',$(1))'
+WORDS = $(foreach name,$(TYPED),$(call quote,$(name)=$(value $(name)))) $(ARGS)
+
+# --------------------------------------------------------------------------------------------------------- targets
+
+.DEFAULT_GOAL := help
+.PHONY: $(WORDED) $(PLAIN)
+
+# The stamp names the interpreter, so that another PYTHON makes the environment anew.
+STAMP := $(VENV)/.made-with-$(subst /,_,$(PYTHON))
+
+setup: $(STAMP) ## make .venv from the lock files (every other target does it by itself when it is missing or stale)
+	@echo "environment: $(VENV), $$($(BIN)/python --version)"
+
+$(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "PYTHON must be Python 3.11 to 3.13, got %d.%d; use e.g. make setup PYTHON=python3.12" % v)'
+	@echo "making $(VENV) from the lock files (once)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	@set -e; locks="$(LOCKS)"; \
+	if [ -e /proc/driver/nvidia/version ]; then \
+	    echo "an NVIDIA driver is present: installing the gpu extra"; locks="$$locks requirements-gpu.lock"; \
+	fi; \
+	for lock in $$locks; do set -- "$$@" -r "$$lock"; done; \
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --require-hashes "$$@"
+	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+train: $(STAMP) ## train, evaluate, record: make train model=vgg16_inception [key=value ...]
+	@$(BIN)/python -m train $(WORDS)
+
+sweep: $(STAMP) ## every combination of comma-separated values: make sweep model=vgg16,vgg16_inception seed=0,1,2
+	@$(BIN)/python -m train --multirun $(WORDS)
+
+cost: $(STAMP) ## layers, parameters, multiply-accumulates, activations: make cost model=inception_v3 [model.width=0.5]
+	@$(BIN)/python -m train.cost $(WORDS)
+
+ui: $(STAMP) ## the MLflow UI on 127.0.0.1: make ui [port=5000]
+	@$(BIN)/python -m train.tracking.ui $(WORDS)
+
+sync: $(STAMP) ## complete the MLflow record of a run from its journal: make sync run=runs/latest
+	@$(BIN)/python -m train.tracking.sync $(WORDS)
+
+test: $(STAMP) ## the default tests (under 6 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## all tests, the long ones too
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## let ruff rewrite the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+readme: $(STAMP) ## write the README's tables anew from the commands they name
+	@$(BIN)/python scripts/readme.py
+
+readme-check: $(STAMP) ## run every command of the README
+	@$(BIN)/python scripts/readme.py --check
+
+lock: $(STAMP) ## resolve the dependencies anew into the lock files
+	@$(BIN)/python scripts/lock.py
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-16s %s\n' "$$name" "$$text"; done

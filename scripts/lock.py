@@ -1,0 +1,37 @@
+"""Writes the lock files from pyproject.toml: `make lock`.
+
+`requirements.lock` holds the base; `requirements-<extra>.lock` holds what an extra adds, resolved under the base's
+versions, so that the two install together. All entries carry hashes, none an address.
+"""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILE = [
+    sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes",
+    "--no-annotate", "--no-header", "--no-emit-index-url", "--no-emit-find-links",
+]  # fmt: skip
+
+
+def compile_lock(requirements: list[str], python: str, output: Path, *options: str) -> None:
+    """Resolves `requirements` for every Python from `python` upwards and writes `output`."""
+    subprocess.run(
+        [*COMPILE, "--python-version", python, *options, "-", "--output-file", str(output)],
+        input="\n".join(requirements), text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+
+
+def main() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = project["requires-python"].split(",")[0].removeprefix(">=")
+    base = ROOT / "requirements.lock"
+    compile_lock(project["dependencies"], python, base)
+    for extra, requirements in project["optional-dependencies"].items():
+        compile_lock(requirements, python, ROOT / f"requirements-{extra}.lock", "--constraint", str(base))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Words `key=value` into a dataclass, for the commands that need no more than a few keys."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
+
+Keys = TypeVar("Keys")
+
+
+def parse(keys: type[Keys], words: list[str]) -> Keys:
+    """An instance of the dataclass `keys`, each value converted to its default's type.
+
+    Raises: ValueError naming the word, the keys that exist and what is missing.
+    """
+    known: dict[str, Any] = {item.name: item for item in fields(keys)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"words must be key=value with a key of {', '.join(known)}; got {word}")
+        values[name] = _convert(name, text, known[name].default)
+    missing = [name for name, item in known.items() if item.default is MISSING and name not in values]
+    if missing:
+        raise ValueError(f"{missing[0]} must be given; use {missing[0]}=...")
+    return keys(**values)
+
+
+def _convert(name: str, text: str, default: Any) -> Any:
+    if not isinstance(default, int):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a whole number, got {text}; use e.g. {name}={default}") from None
+
+
+def run(keys: type[Keys], story: Callable[[Keys], int | None]) -> None:
+    """Parses the command line and runs the story; a ValueError becomes one line and exit code 2."""
+    try:
+        sys.exit(story(parse(keys, sys.argv[1:])) or 0)
+    except ValueError as fault:
+        print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
+        sys.exit(2)

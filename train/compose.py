@@ -1,0 +1,210 @@
+"""From words on a command line to a checked `Config`; what Hydra complains about is told in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train import config as schema
+from train.config import Config, ConfigError
+
+FAULTS = (HydraException, OmegaConfBaseException)
+DEFAULT_OPTIONS = {
+    "model": "vgg16_inception", "data": "digits", "augment": "crop", "optimizer": "sgd", "schedule": "cosine",
+}  # fmt: skip
+
+
+def register() -> None:
+    """Makes the dataclasses known to Hydra, in a group of their own so that they are no options of the real groups."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config)
+    for group, options in schema.GROUPS.items():
+        for name, node in options.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+
+
+def to_config(node: DictConfig) -> Config:
+    """The composed node as dataclasses, every value checked, `data.image_size` filled in.
+
+    Raises: ConfigError.
+    """
+    try:
+        config = OmegaConf.to_object(node)
+    except FAULTS as fault:
+        raise ConfigError(explain(fault)) from None
+    assert isinstance(config, Config)
+    _refuse_added(config)
+    schema.check(config)
+    config.data.image_size = schema.resolve_image_size(config)
+    return config
+
+
+def _refuse_added(config: Any, prefix: str = "") -> None:
+    """A `+name=value` gets past Hydra's own test for unknown keys."""
+    known = {item.name for item in dataclasses.fields(config)}
+    for name, value in vars(config).items():
+        if name not in known:
+            raise ConfigError(_say_unknown_key(prefix + name, []))
+        if dataclasses.is_dataclass(value):
+            _refuse_added(value, f"{prefix}{name}.")
+
+
+def compose(overrides: list[str]) -> Config:
+    """What `make train` with these words would run.
+
+    Raises: ConfigError.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register()
+    try:
+        with initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+            return to_config(hydra_compose("config", overrides=overrides))
+    except FAULTS as fault:
+        raise ConfigError(explain(fault, overrides)) from None
+
+
+def references(node: DictConfig) -> dict[str, str]:
+    """Keys whose value is an environment reference, as typed: `{"tracking.uri": "${oc.env:URI}"}`."""
+    found: dict[str, str] = {}
+
+    def visit(part: DictConfig, prefix: str) -> None:
+        for name, value in OmegaConf.to_container(part, resolve=False).items():  # type: ignore[union-attr]
+            if isinstance(value, dict):
+                visit(part[name], f"{prefix}{name}.")
+            elif "${oc.env:" in str(value):
+                found[f"{prefix}{name}"] = str(value)
+
+    visit(node, "")
+    return found
+
+
+# ---------------------------------------------------------------------------------------- Hydra's faults in one line
+
+
+def explain(fault: Exception, overrides: list[str] | None = None) -> str:
+    """One line for the user: what was given, what is allowed, what to do."""
+    text = _chain(fault)
+    for match, sentence in (
+        (_missing_option, _say_missing_option),
+        (_wrong_type, _say_wrong_type),
+        (_unknown_key, _say_unknown_key),
+        (_list_of_values, _say_list_of_values),
+        (_not_a_word, _say_not_a_word),
+    ):
+        found = match(fault, text)
+        if found:
+            return sentence(*found, overrides or [])
+    return " ".join(text.split())
+
+
+def _chain(fault: BaseException | None) -> str:
+    """All messages from the fault down to its cause."""
+    lines = []
+    while fault is not None:
+        lines.append(str(fault))
+        fault = fault.__cause__
+    return "\n".join(lines)
+
+
+def _missing_option(fault: Exception, _: str) -> tuple | None:
+    if isinstance(fault, MissingConfigException) and fault.options is not None:
+        group, _, given = (fault.missing_cfg_file or "").rpartition("/")
+        return group, given, sorted(fault.options)
+    return None
+
+
+def _say_missing_option(group: str, given: str, options: list[str], _: list[str]) -> str:
+    near = difflib.get_close_matches(given, options, 1, 0.5)
+    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    return f"{group} must be one of {', '.join(options)}, got {given}{hint}"
+
+
+def _wrong_type(_: Exception, text: str) -> tuple | None:
+    if re.search(r"could not be converted|is not Optional|Invalid value assigned|Invalid type assigned", text):
+        found = re.search(r"full_key: ([\w.]+)", text)
+        return (found[1],) if found else None
+    return None
+
+
+def _say_wrong_type(name: str, overrides: list[str]) -> str:
+    words = [word.partition("=") for word in overrides]
+    typed = [value for key, _, value in words if key.lstrip("+") == name]
+    example = _defaults().get(name)
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", list: "a list like [a,b]", str: "a word"}
+    hint = f"; use e.g. {name}={_as_typed(example)}" if example not in (None, "") else ""
+    return f"{name} must be {kinds.get(type(example), 'of another type')}, got {typed[-1] if typed else 'that'}{hint}"
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _unknown_key(_: Exception, text: str) -> tuple | None:
+    found = re.search(r"Could not override '([^']+)'", text)
+    found = found or re.search(r"(?:Could not append|already at) '([^']+)'", text)
+    return (found[1],) if found else None
+
+
+def _say_unknown_key(name: str, overrides: list[str]) -> str:
+    known = _keys(overrides)
+    leaf, prefix = name.rpartition(".")[2], name.rpartition(".")[0]
+    options = schema.GROUPS.get(prefix, {})
+    owners = [option for option, node in options.items() if leaf in {item.name for item in dataclasses.fields(node)}]
+    if owners:
+        return f"{name} is no key of the chosen {prefix}; it belongs to {prefix}={' or '.join(owners)}"
+    near = [k for k in known if "." in k and k.rpartition(".")[2] == leaf]
+    near = near or difflib.get_close_matches(name, known, 1, 0.75)
+    if near:
+        return f"{name} is no key; did you mean {near[0]}?"
+    siblings = [k for k in known if k.rpartition(".")[0] == prefix] or [k for k in known if "." not in k]
+    return f"{name} is no key{f' of {prefix}' if prefix else ''}; use one of {', '.join(siblings)}"
+
+
+def _list_of_values(_: Exception, text: str) -> tuple | None:
+    found = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
+    found = found or re.search(r"'schema/(\w+)/.*is not a subclass of(.*)", text, re.DOTALL)
+    return (found[1], found[2]) if found else None
+
+
+def _say_list_of_values(name: str, value: str, overrides: list[str]) -> str:
+    value = dict(word.split("=", 1) for word in overrides if "=" in word).get(name, value).strip("[]")
+    return f"{name} must be one value, got {value}; to try each of them use make sweep {name}={value}"
+
+
+def _not_a_word(fault: Exception, _: str) -> tuple | None:
+    return (fault.override,) if isinstance(fault, OverrideParseException) else None
+
+
+def _say_not_a_word(given: str, _: list[str]) -> str:
+    return f"words must be key=value, got {given}; put quotes inside for special characters: key=\"'...'\""
+
+
+def _keys(overrides: list[str]) -> list[str]:
+    """All keys of the options that these words choose."""
+    chosen = DEFAULT_OPTIONS | dict(word.split("=", 1) for word in overrides if "=" in word)
+    keys = [item.name for item in dataclasses.fields(Config)] + ["experiment"]
+    for name, part in vars(Config()).items():
+        node = schema.GROUPS[name].get(chosen[name]) if name in schema.GROUPS else type(part)
+        if node is not None and dataclasses.is_dataclass(node):
+            keys += [f"{name}.{item.name}" for item in dataclasses.fields(node)]
+    return sorted(keys)
+
+
+def _defaults() -> dict[str, Any]:
+    """Default values by dotted key, over all options of all groups."""
+    values = schema.flatten(dataclasses.asdict(Config()))
+    for group, options in schema.GROUPS.items():
+        for node in options.values():
+            values |= {f"{group}.{name}": value for name, value in schema.flatten(dataclasses.asdict(node())).items()}
+    return values

@@ -1,0 +1,469 @@
+"""The typed schema of a run: one dataclass per group, and for each key its meaning, unit and range.
+
+YAML under conf/ holds values, this file holds types; `check` holds every value against them. Nothing here imports
+the project, Hydra or TensorFlow, so that a mistake is answered at once. What is listed twice on purpose (names,
+smallest image sizes) is held equal to the dictionaries behind it by tests/test_config.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Smallest image side in pixels that survives a network's strides and unpadded convolutions.
+SMALLEST_IMAGE = {
+    "vgg16": 32,
+    "vgg16_inception": 32,
+    "inception_v1": 32,
+    "inception_v3": 75,
+    "inception_resnet_v2": 75,
+}
+
+# Image side in pixels that a data set is usually trained at, taken when `data.image_size` is null.
+USUAL_IMAGE = {
+    "digits": 32,
+    "mnist": 32,
+    "fashion_mnist": 32,
+    "cifar10": 32,
+    "imagenette": 160,
+    "tf_flowers": 160,
+    "imagenet2012": 224,
+    "folder": 64,
+}
+
+BLOCK_KINDS = (
+    "conv",
+    "conv_bn",
+    "inception_naive",
+    "inception_v1",
+    "inception_two_3x3",
+    "inception_v3",
+    "inception_expanded",
+    "inception_3x3_reduce",
+    "single_1x1",
+    "single_3x3",
+    "single_5x5",
+)
+
+METRICS = ("validation/main_accuracy", "validation/loss", "train/main_accuracy", "train/loss")
+
+
+class ConfigError(ValueError):
+    """What a user typed can't be run: one line that says what was given, what is allowed, what to do."""
+
+
+def key(
+    default: Any,
+    text: str,
+    *,
+    unit: str = "",
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: tuple = (),
+) -> Any:
+    """A dataclass field that knows its range: `least <= v <= most`, `above < v < below`, or one of `choices`."""
+    limits = {"least": least, "above": above, "most": most, "below": below}
+    metadata = {"text": text, "unit": unit, "choices": choices, "limits": limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# --------------------------------------------------------------------------------------------------------- groups
+
+
+@dataclass
+class Model:
+    """What every network has."""
+
+    name: str = key("", "which network; chosen by model=NAME", choices=tuple(SMALLEST_IMAGE))
+    width: float = key(1.0, "multiplier of all channel counts", above=0, most=4)
+    head: str = key("avg", "what turns the last feature map into class scores", choices=("fc", "avg", "max"))
+    aux_weight: float = key(0.3, "weight of each auxiliary loss; 0 builds no auxiliary head", least=0, most=10)
+    weights: str | None = key(None, "local weight file (.weights.h5, .h5, .keras) that the trunk starts from")
+
+
+@dataclass
+class BatchNormModel(Model):
+    batch_norm_momentum: float = key(
+        0.9, "momentum of the moving statistics; 0.99 needs thousands of steps", least=0, below=1
+    )
+
+
+@dataclass
+class Vgg16(Model):
+    name: str = key("vgg16", "which network; chosen by model=NAME", choices=("vgg16",))
+
+
+@dataclass
+class Vgg16Inception(BatchNormModel):
+    name: str = key("vgg16_inception", "which network; chosen by model=NAME", choices=("vgg16_inception",))
+    blocks: list[str] = key(
+        ["conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3"],
+        "the kind of each of the five blocks",
+        choices=BLOCK_KINDS,
+    )
+
+
+@dataclass
+class InceptionV1(BatchNormModel):
+    name: str = key("inception_v1", "which network; chosen by model=NAME", choices=("inception_v1",))
+    batch_norm: bool = key(True, "batch normalisation after every convolution; false: biases, as published")
+
+
+@dataclass
+class InceptionV3(BatchNormModel):
+    name: str = key("inception_v3", "which network; chosen by model=NAME", choices=("inception_v3",))
+
+
+@dataclass
+class InceptionResnetV2(BatchNormModel):
+    name: str = key("inception_resnet_v2", "which network; chosen by model=NAME", choices=("inception_resnet_v2",))
+
+
+@dataclass
+class Data:
+    """What every data set has."""
+
+    name: str = key("", "which data set; chosen by data=NAME", choices=tuple(USUAL_IMAGE))
+    image_size: int | None = key(
+        None, "side images are brought to; null: the data set's usual one, or the model's smallest", unit="px", least=1
+    )
+    channels: int = key(3, "1: grey, 3: colour; images are converted", choices=(1, 3))
+    validation_fraction: float = key(
+        0.1, "share cut off for validation where the set has no such part", above=0, below=1
+    )
+    test_fraction: float = key(0.2, "share cut off for the test where the set has no such part", above=0, below=1)
+    directory: str = key("data", "where prepared data sets lie (relative: to the project)")
+
+
+@dataclass
+class TfdsData(Data):
+    manual_dir: str | None = key(None, "folder with the set's files, fetched by hand; null: download")
+
+
+@dataclass
+class FolderData(Data):
+    name: str = key("folder", "which data set; chosen by data=NAME", choices=("folder",))
+    root: str | None = key(None, "folder with one sub-folder of images per class")
+
+
+@dataclass
+class Augment:
+    """No augmentation."""
+
+    name: str = key("none", "which augmentation; chosen by augment=NAME", choices=("none", "crop", "flip_crop"))
+
+
+@dataclass
+class CropAugment(Augment):
+    pad: float = key(0.125, "how far a crop may shift", unit="of the side", least=0, most=0.5)
+
+
+@dataclass
+class Optimizer:
+    """What every optimizer has."""
+
+    name: str = key("", "which optimizer; chosen by optimizer=NAME", choices=("sgd", "adamw", "rmsprop"))
+    learning_rate: float = key(0.01, "peak learning rate, after the warm-up", above=0)
+    weight_decay: float = key(
+        0.0, "decoupled weight decay, times the learning rate; biases and batch norm are spared", least=0
+    )
+
+
+@dataclass
+class Sgd(Optimizer):
+    name: str = key("sgd", "which optimizer; chosen by optimizer=NAME", choices=("sgd",))
+    momentum: float = key(0.9, "momentum", least=0, below=1)
+    nesterov: bool = key(True, "look ahead (Nesterov)")
+
+
+@dataclass
+class Adamw(Optimizer):
+    name: str = key("adamw", "which optimizer; chosen by optimizer=NAME", choices=("adamw",))
+    beta_1: float = key(0.9, "decay of the first moment", least=0, below=1)
+    beta_2: float = key(0.999, "decay of the second moment", least=0, below=1)
+    epsilon: float = key(1e-7, "added to the denominator", above=0)
+
+
+@dataclass
+class Rmsprop(Optimizer):
+    name: str = key("rmsprop", "which optimizer; chosen by optimizer=NAME", choices=("rmsprop",))
+    rho: float = key(0.9, "decay of the squared gradient", least=0, below=1)
+    momentum: float = key(0.9, "momentum", least=0, below=1)
+    epsilon: float = key(1.0, "added to the denominator", above=0)
+
+
+@dataclass
+class Schedule:
+    """Constant learning rate after the warm-up; what every schedule has."""
+
+    name: str = key(
+        "constant",
+        "how the learning rate moves; chosen by schedule=NAME",
+        choices=("constant", "cosine", "exponential", "step"),
+    )
+    warmup_epochs: float = key(0.0, "the learning rate climbs linearly from 0", unit="epochs", least=0)
+
+
+@dataclass
+class CosineSchedule(Schedule):
+    name: str = key("cosine", "how the learning rate moves; chosen by schedule=NAME", choices=("cosine",))
+    final_fraction: float = key(0.0, "learning rate at the end", unit="of the peak", least=0, most=1)
+
+
+@dataclass
+class ExponentialSchedule(Schedule):
+    name: str = key("exponential", "how the learning rate moves; chosen by schedule=NAME", choices=("exponential",))
+    factor: float = key(0.94, "what the learning rate is multiplied by", above=0, most=1)
+    every_epochs: float = key(2.0, "how often", unit="epochs", above=0)
+
+
+@dataclass
+class StepSchedule(Schedule):
+    name: str = key("step", "how the learning rate moves; chosen by schedule=NAME", choices=("step",))
+    factor: float = key(0.1, "what the learning rate is multiplied by at each milestone", above=0, most=1)
+    milestones: list[float] = key([0.5, 0.75], "where, as shares of the run", above=0, below=1)
+
+
+@dataclass
+class EarlyStopping:
+    metric: str | None = key(None, "stop when this metric no longer improves; null: never", choices=METRICS)
+    patience_epochs: int = key(10, "how long it may stay without improving", unit="epochs", least=1)
+    min_delta: float = key(0.0, "what counts as improving", least=0)
+
+
+@dataclass
+class Evaluate:
+    test: bool = key(True, "measure the best weights on the test split at the end; sweeps that choose leave it off")
+
+
+@dataclass
+class Tracking:
+    uri: str | None = key(None, "MLflow store or server; null: mlflow.db beside the Makefile")
+    experiment: str = key("inception", "name of the MLflow experiment and of the folder under runs/")
+    log_model: bool = key(True, "log the inference model to MLflow")
+    every_steps: int = key(50, "how often training metrics are written within an epoch", unit="steps", least=1)
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    tracking: Tracking = field(default_factory=Tracking)
+    seed: int = key(0, "start of all randomness", least=0, most=2**31 - 1)
+    epochs: int = key(12, "passes over the training split", unit="epochs", least=1)
+    steps_per_epoch: int | None = key(None, "cut every epoch after so many steps, to try things out", least=1)
+    batch_size: int = key(32, "examples per step; the last incomplete batch is dropped", unit="examples", least=1)
+    precision: str = key(
+        "auto",
+        "policy of computation; auto: by device and model",
+        choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
+    )
+    backend: str = key("tensorflow", "what Keras computes with", choices=("tensorflow",))
+    device: str = key("auto", "where to compute; auto: the GPU where there is one", choices=("auto", "cpu", "gpu"))
+    jit: str = key("auto", "XLA compilation; auto: by device", choices=("auto", "on", "off"))
+    threads: int | None = key(None, "compute threads; null: one per core", least=1, most=1024)
+    deterministic: bool = key(True, "the same bits for the same config, data and machine")
+    label_smoothing: float = key(0.0, "share of a label spread over all classes", least=0, below=1)
+    ema: float | None = key(
+        None, "decay of averaged weights, which are then evaluated and kept; null: none", above=0, below=1
+    )
+    gradient_clip: float | None = key(None, "largest global norm of the gradient; null: none", above=0)
+    gradient_accumulation: int = key(1, "steps whose gradients are averaged into one update", unit="steps", least=1)
+    run_dir: str | None = key(None, "where the run lies; null: runs/<experiment>/<time>-<short id>")
+
+
+# Group -> option -> dataclass; conf/<group>/<option>.yaml holds the values.
+GROUPS: dict[str, dict[str, type]] = {
+    "model": {
+        "vgg16": Vgg16,
+        "vgg16_inception": Vgg16Inception,
+        "inception_v1": InceptionV1,
+        "inception_v3": InceptionV3,
+        "inception_resnet_v2": InceptionResnetV2,
+    },
+    "data": {name: {"folder": FolderData, "digits": Data}.get(name, TfdsData) for name in USUAL_IMAGE},
+    "augment": {"none": Augment, "crop": CropAugment, "flip_crop": CropAugment},
+    "optimizer": {"sgd": Sgd, "adamw": Adamw, "rmsprop": Rmsprop},
+    "schedule": {
+        "constant": Schedule,
+        "cosine": CosineSchedule,
+        "exponential": ExponentialSchedule,
+        "step": StepSchedule,
+    },
+}
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Holds every value against its key's range, and the keys against each other.
+
+    Raises: ConfigError naming the key, the value and what is allowed.
+    """
+    for item in fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        if is_dataclass(value):
+            check(value, name + ".")
+        elif isinstance(value, list):
+            for element in value:
+                _check_value(name, element, item)
+        elif value is not None:
+            _check_value(name, value, item)
+    if isinstance(config, Config):
+        _check_together(config)
+
+
+def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
+    choices, limits = item.metadata["choices"], item.metadata["limits"]
+    if isinstance(value, float) and value != value:
+        raise ConfigError(f"{name} must be a number, got nan; use e.g. {name}={_example(item)}")
+    if choices and value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")
+    too_low = _violates(value, limits["least"], lambda v, x: v < x) or _violates(
+        value, limits["above"], lambda v, x: v <= x
+    )
+    too_high = _violates(value, limits["most"], lambda v, x: v > x) or _violates(
+        value, limits["below"], lambda v, x: v >= x
+    )
+    if too_low or too_high:
+        raise ConfigError(f"{name} must be {describe_limits(item)}, got {value}; use e.g. {name}={_example(item)}")
+
+
+def _violates(value: Any, limit: float | None, test: Any) -> bool:
+    return limit is not None and test(value, limit)
+
+
+def _example(item: dataclasses.Field) -> Any:
+    limits = item.metadata["limits"]
+    default = item.default if item.default is not MISSING else None
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return default
+    return limits["least"] if limits["least"] is not None else 0.5
+
+
+def describe_limits(item: dataclasses.Field) -> str:
+    """A key's range in words: "at least 0 and below 1"."""
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    limits = item.metadata["limits"].items()
+    return " and ".join(f"{words[name]} {limit:g}" for name, limit in limits if limit is not None)
+
+
+def _check_together(config: Config) -> None:
+    _check_blocks(config.model)
+    _check_image_size(config.model, config.data)
+    if config.data.validation_fraction + config.data.test_fraction >= 1:
+        raise ConfigError(
+            "data.validation_fraction and data.test_fraction must leave examples for training (sum below 1), "
+            f"got {config.data.validation_fraction:g} + {config.data.test_fraction:g}"
+        )
+    if config.schedule.warmup_epochs > config.epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs must be at most epochs ({config.epochs}), got {config.schedule.warmup_epochs:g}; "
+            f"use e.g. schedule.warmup_epochs={min(1, config.epochs)}"
+        )
+    milestones = getattr(config.schedule, "milestones", [])
+    if milestones != sorted(set(milestones)):
+        raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
+    _check_tracking(config.tracking)
+
+
+def _check_blocks(model: Model) -> None:
+    blocks = getattr(model, "blocks", None)
+    if blocks is not None and len(blocks) != 5:
+        raise ConfigError(
+            f"model.blocks must name five blocks, got {len(blocks)}; "
+            "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]"
+        )
+
+
+def _check_image_size(model: Model, data: Data) -> None:
+    smallest = SMALLEST_IMAGE[model.name]
+    if data.image_size is not None and data.image_size < smallest:
+        raise ConfigError(
+            f"data.image_size must be at least {smallest} for {model.name}, got {data.image_size}; "
+            f"use data.image_size={smallest}"
+        )
+
+
+def _check_tracking(tracking: Tracking) -> None:
+    if not re.fullmatch(r"[^./\\\s][^/\\\n\0]*", tracking.experiment):
+        raise ConfigError(
+            "tracking.experiment must be a plain name (no slash, no leading dot), "
+            f"got {tracking.experiment!r}; use e.g. tracking.experiment=inception"
+        )
+    if tracking.uri is None:
+        return
+    parts = urlsplit(tracking.uri)
+    web = parts.scheme in ("http", "https") and parts.hostname
+    database = parts.scheme.split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql") and (parts.path or parts.netloc)
+    if not (web or database):
+        raise ConfigError(
+            "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's address), "
+            f"got {without_secrets(tracking.uri)!r}; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db"
+        )
+
+
+# ----------------------------------------------------------------------------------------------- resolve and store
+
+
+def resolve_image_size(config: Config) -> int:
+    """The image side in pixels that `data.image_size=null` stands for."""
+    if config.data.image_size is not None:
+        return config.data.image_size
+    return max(USUAL_IMAGE[config.data.name], SMALLEST_IMAGE[config.model.name])
+
+
+def without_secrets(uri: str) -> str:
+    """The address without user, password, query and fragment, which is where secrets stand."""
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.scheme else uri.partition("?")[0]
+
+
+def to_dict(config: Config, references: dict[str, str]) -> dict[str, Any]:
+    """The config as it may be stored: environment references as they were typed, addresses without secrets."""
+    content = dataclasses.asdict(config)
+    if config.tracking.uri is not None:
+        content["tracking"]["uri"] = without_secrets(config.tracking.uri)
+    for name, reference in references.items():
+        *parents, last = name.split(".")
+        node = content
+        for parent in parents:
+            node = node[parent]
+        node[last] = reference
+    return content
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model.width": 1.0, ...}`: every key with its dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 over everything that decides a run's result: all keys but the run's folder and its tracking."""
+    content = dataclasses.asdict(config)
+    flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()

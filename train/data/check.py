@@ -1,0 +1,50 @@
+"""What can be said about the data before TensorFlow is imported. Standard library only."""
+
+from pathlib import Path
+
+from train.data.layout import check_root
+from train.data.source import Source, source
+
+
+def check(name: str, root: str | None = None, manual_dir: str | None = None, data_dir: str = "data") -> None:
+    """Refuses settings that can't work: an unknown name, a root or manual folder that is missing, empty or misplaced.
+
+    Reads folder listings and the first bytes of one file per class, no more.
+    Raises: ValueError in one line.
+    """
+    chosen = source(name)
+    if name == "folder":
+        _check_no_manual_dir(name, manual_dir)
+        check_root(root)
+        return
+    if root is not None:
+        raise ValueError(f"data.root must be left out for data={name}, got {root}; use data=folder data.root={root}")
+    if not chosen.files:
+        _check_no_manual_dir(name, manual_dir)
+    else:
+        _check_manual_dir(name, chosen, manual_dir, is_prepared(chosen, data_dir))
+
+
+def is_prepared(chosen: Source, data_dir: str) -> bool:
+    """Whether the set was prepared earlier. The folder gets its name by a rename, when it is complete."""
+    return any((Path(data_dir) / chosen.tfds).glob("*/dataset_info.json"))
+
+
+def _check_no_manual_dir(name: str, manual_dir: str | None) -> None:
+    if manual_dir is not None:
+        raise ValueError(
+            f"data.manual_dir must be left out for data={name}, got {manual_dir}; use data.manual_dir=null"
+        )
+
+
+def _check_manual_dir(name: str, chosen: Source, manual_dir: str | None, prepared: bool) -> None:
+    needed = f"data.manual_dir must be a folder with {', '.join(chosen.files)} for data={name}"
+    if manual_dir is None:
+        if chosen.by_hand and not prepared:
+            raise ValueError(f"{needed}, got none; use data.manual_dir=PATH, the files need an account at their origin")
+        return
+    if not Path(manual_dir).is_dir():
+        raise ValueError(f"{needed}, got {manual_dir}, which is no folder; use data.manual_dir=PATH")
+    missing = [file for file in chosen.files if not (Path(manual_dir) / file).is_file()]
+    if missing and not prepared:
+        raise ValueError(f"{needed}, got {manual_dir} without {', '.join(missing)}; use a folder that holds them all")

@@ -1,0 +1,221 @@
+"""TFDS sets: prepared once as ArrayRecord, then read by index."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from train.data.check import is_prepared
+from train.data.fingerprint import index_path, read_index, sha256, write_index
+from train.data.parts import Part
+from train.data.source import MIB, Source, source
+
+TIMEOUT_SECONDS = 5
+CHUNK = 1024  # examples read at once while indexing
+
+
+class PreparedStore:
+    """One part of a prepared set by index."""
+
+    def __init__(self, name: str, part: str, examples: Any):
+        self.label, self.part, self.examples = name, part, examples
+
+    def name(self, row: int) -> str:
+        return f"{self.part}/{row}"
+
+    def where(self, row: int) -> str:
+        return f"{self.label} {self.name(row)}"
+
+    def read(self, row: int) -> bytes:
+        return self.read_many([row])[0]
+
+    def read_many(self, rows: Sequence[int]) -> list[bytes]:
+        return [example["image"] for example in self.examples.__getitems__([int(row) for row in rows])]
+
+
+def load_prepared(name: str, data_dir: str, manual_dir: str | None) -> tuple[tuple[str, ...], dict[str, Part]]:
+    """Class names and the official parts that serve as train and test; prepares the set the first time.
+
+    Raises: ValueError in one line: no network (and where to put the files), no space, wrong files.
+    """
+    chosen = source(name)
+    builder = _builder(name, chosen, data_dir)
+    if not is_prepared(chosen, data_dir):
+        with _lock(name, data_dir):
+            _prepare(name, chosen, builder, data_dir, manual_dir)
+        builder = _builder(name, chosen, data_dir)  # one that knows what was prepared, by whichever process
+    official = {"train": chosen.train} | ({"test": chosen.test} if chosen.test else {})
+    classes = tuple(builder.info.features["label"].names)
+    return classes, {ours: _part(name, theirs, builder, data_dir) for ours, theirs in official.items()}
+
+
+def _builder(name: str, chosen: Source, data_dir: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    if name == "digits":
+        from train.data.digits.digits_dataset_builder import Builder
+
+        return Builder(data_dir=data_dir, file_format="array_record")
+    return tfds.builder(chosen.tfds, data_dir=data_dir, file_format="array_record")
+
+
+# ------------------------------------------------------------------------------------------------------ preparing
+
+
+@contextlib.contextmanager
+def _lock(name: str, data_dir: str) -> Iterator[None]:
+    """One process prepares, the others wait. The kernel lets go of the lock when its holder dies."""
+    place = Path(data_dir) / f".{name}.lock"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = place.open("w")
+    except OSError as error:
+        raise ValueError(f"the data folder must be writable, got {data_dir} ({error.strerror}); use another") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare(name: str, chosen: Source, builder: Any, data_dir: str, manual_dir: str | None) -> None:
+    if is_prepared(chosen, data_dir):
+        return  # another process did it while this one waited
+    for left in (Path(data_dir) / chosen.tfds).glob("incomplete.*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed: the lock says that nobody is at it
+    urls = {} if manual_dir else _missing_downloads(chosen, builder, data_dir)
+    needed = chosen.prepared_bytes + 2 * sum(urls.values())  # downloaded, then unpacked
+    _check_space(name, needed, data_dir)
+    _check_network(name, chosen, list(urls))
+    try:
+        _download_and_prepare(builder, manual_dir)
+    except Exception as error:  # TFDS and what it downloads with raise many kinds
+        raise _failure(name, chosen, error, needed, data_dir, manual_dir) from error
+
+
+def _failure(
+    name: str, chosen: Source, error: Exception, needed: int, data_dir: str, manual_dir: str | None
+) -> ValueError:
+    if _is_no_space(error):
+        return _no_space(name, needed, data_dir)
+    if not chosen.files:
+        return ValueError(
+            f"data={name} must be preparable in {data_dir}, got: {_short(error)}; use another data folder"
+        )
+    return ValueError(f"{_by_hand(name, chosen)}, got {manual_dir or 'none'} ({_short(error)}); use the original files")
+
+
+def _download_and_prepare(builder: Any, manual_dir: str | None) -> None:
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS reports with print
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
+
+
+def _missing_downloads(chosen: Source, builder: Any, data_dir: str) -> dict[str, int]:
+    """Addresses still to be fetched, with sizes in bytes."""
+    fetched = {url for info in Path(data_dir).glob("downloads/**/*.INFO") for url in _urls(info)}
+    known = builder.url_infos or {}
+    wanted = {url: int(info.size) for url, info in known.items() if info.filename in chosen.files}
+    return {url: size for url, size in wanted.items() if url not in fetched}
+
+
+def _urls(info: Path) -> list[str]:
+    try:
+        return list(json.loads(info.read_text()).get("urls", []))
+    except (OSError, ValueError):
+        return []
+
+
+def _check_network(name: str, chosen: Source, urls: Sequence[str]) -> None:
+    """One quick question first, because TFDS asks ten times with growing pauses."""
+    if not urls:
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(urls[0], method="HEAD"), timeout=TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # somebody answered; what the download itself meets, it reports
+    except OSError as error:
+        reason = f"{urlsplit(urls[0]).hostname} is out of reach: {getattr(error, 'reason', error)}"
+        raise ValueError(f"{_by_hand(name, chosen)}, got none ({reason}); {_fetch(urls)}") from error
+
+
+def _by_hand(name: str, chosen: Source) -> str:
+    return f"data.manual_dir must be a folder with {', '.join(chosen.files)} where data={name} can't be downloaded"
+
+
+def _fetch(urls: Iterable[str]) -> str:
+    origins = dict.fromkeys(url.rpartition("/")[0] for url in urls)
+    return f"use data.manual_dir=PATH with the files fetched from {' and '.join(origins)}"
+
+
+# ---------------------------------------------------------------------------------------------------------- space
+
+
+def _check_space(name: str, needed: int, data_dir: str) -> None:
+    if shutil.disk_usage(data_dir).free < needed:
+        raise _no_space(name, needed, data_dir)
+
+
+def _no_space(name: str, needed: int, data_dir: str) -> ValueError:
+    free = shutil.disk_usage(data_dir).free
+    return ValueError(
+        f"data={name} must have about {-(-needed // MIB)} MiB of free space in {Path(data_dir).resolve()}, "
+        f"got {free // MIB} MiB; use a disk with more room or free some"
+    )
+
+
+def _is_no_space(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def _short(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def _part(name: str, part: str, builder: Any, data_dir: str) -> Part:
+    import tensorflow_datasets as tfds
+
+    try:
+        examples = builder.as_data_source(split=part, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:  # somebody prepared it in a format that can't be read by index
+        raise ValueError(
+            f"data={name} must be prepared as array_record, got {builder.data_dir} in another format; use: remove it"
+        ) from error
+    folder = Path(builder.data_dir)
+    place = index_path(data_dir, f"{name}-{part}", folder)
+    identity = _identity(folder)
+    stored = read_index(place)
+    if stored is None or stored["identity"].tolist() != identity:
+        stored = _read_all(examples) | {"identity": np.array(identity, dtype=np.str_)}
+        write_index(place, stored)
+    return Part(PreparedStore(name, part, examples), stored["labels"], stored["sha256"])
+
+
+def _identity(folder: Path) -> list[str]:
+    """What changes when somebody touches the prepared files."""
+    found = sorted((path.name, path.stat()) for path in folder.iterdir())
+    return [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in found]
+
+
+def _read_all(examples: Any) -> dict[str, np.ndarray]:
+    labels = np.empty(len(examples), dtype=np.int32)
+    digests = np.empty(len(examples), dtype="S64")
+    for start in range(0, len(examples), CHUNK):
+        rows = range(start, min(start + CHUNK, len(examples)))
+        for row, example in zip(rows, examples.__getitems__(list(rows)), strict=True):
+            labels[row], digests[row] = example["label"], sha256(example["image"])
+    return {"labels": labels, "sha256": digests}

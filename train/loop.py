@@ -1,0 +1,202 @@
+"""The training loop: epochs and batches, what is measured, what is kept, when it stops.
+
+It is ours rather than Keras's because it must be able to stop between any two batches.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """Somebody asked the run to stop; `number` is the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class DivergedError(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+class Step(Protocol):
+    """What the loop needs of a step; train/step/ has the real ones."""
+
+    def __call__(self, images: Any, labels: Any) -> None: ...
+    def metrics(self) -> dict[str, float]: ...
+    def reset_metrics(self) -> None: ...
+    def learning_rate(self) -> float: ...
+
+
+class Watch(Protocol):
+    """Who looks on: the terminal."""
+
+    def step(self, epoch: int, step: int, values: dict[str, float]) -> None: ...
+    def epoch(self, epoch: int, values: dict[str, float]) -> None: ...
+
+
+@dataclass
+class Stopper:
+    """Early stopping by a metric that should fall (`loss`) or rise (anything else)."""
+
+    metric: str | None
+    patience_epochs: int
+    min_delta: float
+    best: float | None = None
+    stale_epochs: int = 0
+
+    def done(self, values: dict[str, float]) -> bool:
+        if self.metric is None:
+            return False
+        value = values[self.metric] * (-1 if self.metric.endswith("loss") else 1)
+        if self.best is None or value > self.best + self.min_delta:
+            self.best, self.stale_epochs = value, 0
+        else:
+            self.stale_epochs += 1
+        return self.stale_epochs >= self.patience_epochs
+
+
+@dataclass
+class Clock:
+    """Where the time of the training steps went; the first step, which traces the graph, is left out of rates."""
+
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def data_wait_fraction(self) -> float:
+        return self.waited / self.seconds if self.seconds else 0.0
+
+    def add(self, other: Clock) -> None:
+        self.images += other.images
+        self.seconds += other.seconds
+        self.waited += other.waited
+
+
+@dataclass
+class Outcome:
+    """What a finished loop reports."""
+
+    epochs: int = 0
+    steps: int = 0
+    best_epoch: int = -1
+    best_accuracy: float = -1.0
+    stopped_early: bool = False
+    clock: Clock = field(default_factory=Clock)
+    values: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted here and obeyed between two batches; a second SIGINT leaves at once."""
+    requested: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        requested.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    step: Step,
+    *,
+    epochs: int,
+    log_every: int,
+    batches: Callable[[int], Iterable[tuple]],
+    validate: Callable[[], dict[str, float]],
+    record: Callable[[int, int, dict[str, float]], None],
+    keep_best: Callable[[int, dict[str, float]], None],
+    stopper: Stopper,
+    watch: Watch,
+    outcome: Outcome,
+    requested: list[int],
+) -> Outcome:
+    """Trains for `epochs` or until the stopper says so; fills `outcome` as it goes, so that it is true at any moment.
+
+    Epochs count from 0, steps from 1 over the whole run. `record(epoch, step, values)` gets every measured value.
+
+    Raises: Interrupted between two batches, DivergedError when the loss is not finite.
+    """
+    for epoch in range(epochs):
+        clock = _train_epoch(step, epoch, batches(epoch), log_every, record, watch, outcome, requested)
+        outcome.clock.add(clock)
+        values = {f"train/{name}": value for name, value in step.metrics().items()}
+        _refuse_divergence(values["train/loss"], epoch, outcome.steps)
+        values |= {f"validation/{name}": value for name, value in validate().items()}
+        values |= {
+            "learning_rate": step.learning_rate(),
+            "images_per_second": clock.images_per_second(),
+            "data_wait_fraction": clock.data_wait_fraction(),
+        }
+        record(epoch, outcome.steps, values)
+        outcome.epochs, outcome.values = epoch + 1, values
+        if values["validation/main_accuracy"] > outcome.best_accuracy:
+            outcome.best_epoch, outcome.best_accuracy = epoch, values["validation/main_accuracy"]
+            keep_best(epoch, values)
+        watch.epoch(epoch, values)
+        if stopper.done(values):
+            outcome.stopped_early = True
+            break
+    return outcome
+
+
+def _train_epoch(
+    step: Step,
+    epoch: int,
+    batches: Iterable[tuple],
+    log_every: int,
+    record: Callable[[int, int, dict[str, float]], None],
+    watch: Watch,
+    outcome: Outcome,
+    requested: list[int],
+) -> Clock:
+    step.reset_metrics()
+    clock, stream = Clock(), iter(batches)
+    start = time.perf_counter()
+    while True:
+        before = time.perf_counter()
+        batch = next(stream, None)
+        clock.waited += time.perf_counter() - before
+        if batch is None:
+            break
+        step(*batch)
+        outcome.steps += 1
+        clock.images += len(batch[0])
+        if outcome.steps == 1:
+            clock.images, clock.waited, start = 0, 0.0, time.perf_counter()
+        values: dict[str, float] = {}
+        if outcome.steps % log_every == 0:
+            values = {f"train/{name}": value for name, value in step.metrics().items()}
+            record(epoch, outcome.steps, {**values, "learning_rate": step.learning_rate()})
+            _refuse_divergence(values["train/loss"], epoch, outcome.steps)
+        watch.step(epoch, outcome.steps, values)
+        if requested:
+            raise Interrupted(requested[0])
+    step.metrics()  # waits for the device, so that the time is that of the work
+    clock.seconds = time.perf_counter() - start
+    return clock
+
+
+def _refuse_divergence(loss: float, epoch: int, step: int) -> None:
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise DivergedError(
+            f"train/loss must stay finite, got {loss} in epoch {epoch + 1} at step {step}; "
+            "use a lower optimizer.learning_rate, a gradient_clip, or precision=float32"
+        )

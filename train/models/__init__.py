@@ -1,0 +1,189 @@
+"""The networks, each chosen by its name; this is the room's door, which checks what it is given."""
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from train.models import weights as weights_files
+from train.models.blocks import BLOCK_KINDS
+from train.models.heads import HEADS
+from train.models.inception_resnet_v2 import inception_resnet_v2
+from train.models.inception_v1 import inception_v1
+from train.models.inception_v3 import inception_v3
+from train.models.vgg16 import STAGES, vgg16
+from train.models.vgg16_inception import vgg16_inception
+
+__all__ = ["BLOCK_KINDS", "BUILDERS", "HEADS", "NATIVE_SIZE", "SMALLEST", "build", "inference", "options_of"]
+
+BUILDERS: dict[str, Callable[..., keras.Model]] = {
+    "vgg16": vgg16,
+    "vgg16_inception": vgg16_inception,
+    "inception_v1": inception_v1,
+    "inception_v3": inception_v3,
+    "inception_resnet_v2": inception_resnet_v2,
+}
+
+# Smallest side of an image in pixels that leaves a map at the end of the trunk.
+SMALLEST: dict[str, int] = {
+    "vgg16": 32,
+    "vgg16_inception": 32,
+    "inception_v1": 32,
+    "inception_v3": 75,
+    "inception_resnet_v2": 75,
+}
+
+# Side of the images that the papers use, in pixels.
+NATIVE_SIZE: dict[str, int] = {
+    "vgg16": 224,
+    "vgg16_inception": 224,
+    "inception_v1": 224,
+    "inception_v3": 299,
+    "inception_resnet_v2": 299,
+}
+
+
+def build(
+    name: str,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    weights: str | Path | None = None,
+    **options: Any,
+) -> keras.Model:
+    """Returns the named network.
+
+    Args:
+        name: a key of `BUILDERS`.
+        input_shape: height, width (each at least `SMALLEST[name]`) and channels (1 or 3).
+        num_classes: at least 2.
+        weights: a local file of weights for the trunk (see `weights.load`); None starts from random values.
+        **options: `width` (channel multiplier, above 0), `head` (a key of `HEADS`), `batch_norm_momentum` (0 to 1,
+            1 excluded), `aux_weight` (0 builds no auxiliary head); `vgg16_inception` has `blocks` (five keys of
+            `BLOCK_KINDS`), `inception_v1` has `batch_norm` (bool). Defaults are in the builders' signatures.
+
+    Returns:
+        A model from uint8 or float `[N, H, W, C]` in 0..255 to a dict of float32 `[N, num_classes]` logits: `main`,
+        and `aux` (or `aux_1`, `aux_2`) where there are auxiliary heads. Initial values follow Python's random state,
+        which `keras.utils.set_random_seed` sets.
+
+    Raises:
+        ValueError: an unknown name or option, or a value out of range; the message says what is allowed.
+    """
+    builder = _look_up("model", name, BUILDERS)
+    _check_options(name, options)
+    for option, value in options.items():
+        CHECKS[option](value)
+    shape = _checked_shape(name, input_shape)
+    if not _is_whole(num_classes) or num_classes < 2:
+        raise ValueError(f"num_classes must be a whole number of at least 2, got {num_classes!r}; use 2 or more")
+    model = builder(shape, num_classes, **options)
+    if weights is not None:
+        weights_files.load(model, weights)
+    return model
+
+
+def inference(model: keras.Model) -> keras.Model:
+    """Returns the network without its auxiliary heads, sharing all variables with `model`.
+
+    Input: as `model`. Output: float32 `[N, num_classes]`, the `main` logits. It is made of Keras's own layers and
+    operations, so that it loads where this package is not installed.
+    """
+    return keras.Model(model.input, model.output["main"], name=model.name)
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """Returns the names of the options that the named model takes."""
+    parameters = inspect.signature(_look_up("model", name, BUILDERS)).parameters.values()
+    return (*(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY), "weights")
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _look_up(field: str, name: str, table: dict[str, Any]) -> Any:
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}; use {field}={next(iter(table))}")
+    return table[name]
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    allowed = options_of(name)
+    for option in options:
+        if option not in allowed:
+            raise ValueError(
+                f"model.{option} must be an option of {name}, got one that it does not have; use {', '.join(allowed)}"
+            )
+
+
+def _checked_shape(name: str, input_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    shape = tuple(input_shape)
+    if len(shape) != 3 or not all(_is_whole(size) for size in shape):
+        raise ValueError(f"input_shape must be (height, width, channels), got {input_shape!r}; use (32, 32, 3)")
+    if shape[2] not in (1, 3):
+        raise ValueError(f"data.channels must be 1 or 3, got {shape[2]}; use data.channels=3")
+    least = SMALLEST[name]
+    if min(shape[:2]) < least:
+        raise ValueError(
+            f"data.image_size must be at least {least} for {name}, got {min(shape[:2])}; use data.image_size={least}"
+        )
+    if keras.config.image_data_format() != "channels_last":
+        raise ValueError("image_data_format must be channels_last, got channels_first; use keras.json to change it")
+    return shape
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_width(value: Any) -> None:
+    if not _is_number(value) or value <= 0:
+        raise ValueError(f"model.width must be a number above 0, got {value!r}; use model.width=1.0")
+
+
+def _check_momentum(value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(
+            f"model.batch_norm_momentum must be at least 0 and below 1, got {value!r}; "
+            "use model.batch_norm_momentum=0.9"
+        )
+
+
+def _check_aux_weight(value: Any) -> None:
+    if not _is_number(value) or value < 0:
+        raise ValueError(
+            f"model.aux_weight must be at least 0, got {value!r}; use model.aux_weight=0 for no auxiliary head"
+        )
+
+
+def _check_blocks(value: Any) -> None:
+    if isinstance(value, str) or len(value) != len(STAGES):
+        raise ValueError(
+            f"model.blocks must be {len(STAGES)} kinds of block, got {value!r}; use one of "
+            f"{', '.join(BLOCK_KINDS)} for each stage"
+        )
+    for kind in value:
+        if kind not in BLOCK_KINDS:
+            raise ValueError(f"model.blocks must be made of {', '.join(BLOCK_KINDS)}, got {kind!r}; use one of these")
+
+
+def _check_batch_norm(value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"model.batch_norm must be true or false, got {value!r}; use model.batch_norm=true")
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "width": _check_width,
+    "head": lambda value: _look_up("model.head", value, HEADS),
+    "batch_norm_momentum": _check_momentum,
+    "aux_weight": _check_aux_weight,
+    "blocks": _check_blocks,
+    "batch_norm": _check_batch_norm,
+}

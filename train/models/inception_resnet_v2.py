@@ -1,0 +1,36 @@
+"""Inception-ResNet-v2."""
+
+import keras
+
+from train.models import heads
+from train.models.blocks import images, normalize_symmetric
+from train.models.inception_v3 import copy
+from train.models.weights import symbolic
+
+
+def inception_resnet_v2(
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    head: str = "avg",
+    batch_norm_momentum: float = 0.9,
+    aux_weight: float = 0.3,
+) -> keras.Model:
+    """Inception-ResNet-v2 with an auxiliary classifier after its last 17 x 17 block.
+
+    Source: Szegedy et al. 2016 (Inception-v4, Inception-ResNet and the Impact of Residual Connections on Learning),
+    figure 15; layers and names are those of keras.applications.
+
+    Input: uint8 or float `[N, H, W, C]` in 0..255, H and W at least 75, C 1 or 3.
+    Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux`.
+    """
+    with symbolic():
+        pattern = keras.applications.InceptionResNetV2(include_top=False, weights=None, input_shape=input_shape)
+    inputs = images(input_shape)
+    ends = copy(pattern, normalize_symmetric(inputs), width, batch_norm_momentum)
+    # The auxiliary head comes last: the initial values of everything else are then the same with and without it.
+    outputs = {"main": heads.main(ends["conv_7b_ac"], head, num_classes, width)}  # from 8 x 8 x 1536
+    if aux_weight:
+        outputs["aux"] = heads.aux_inception_v3(ends["block17_20_ac"], num_classes, width, batch_norm_momentum, "aux")
+    return keras.Model(inputs, outputs, name="inception_resnet_v2")

@@ -1,0 +1,34 @@
+"""VGG16 with batch normalisation, whose stages may be made of Inception blocks."""
+
+from collections.abc import Sequence
+
+import keras
+
+from train.models.blocks import images, normalize_symmetric
+from train.models.vgg16 import staged
+
+# The notebook's network: stage 3 of InceptionV1 blocks, stage 5 of factorised ones, batch normalisation everywhere.
+NOTEBOOK = ("conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3")
+
+
+def vgg16_inception(
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    head: str = "avg",
+    batch_norm_momentum: float = 0.9,
+    aux_weight: float = 0.3,
+    blocks: Sequence[str] = NOTEBOOK,
+) -> keras.Model:
+    """VGG16 whose five stages are each made of one kind of block, with an auxiliary classifier after the fourth.
+
+    Source: the VGG16-Inception notebook (default `blocks`); the kinds and their papers are in `train.models.blocks`.
+
+    Input: uint8 or float `[N, H, W, C]` in 0..255, H and W at least 32, C 1 or 3.
+    Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux`.
+    """
+    inputs = images(input_shape)
+    x = normalize_symmetric(inputs)
+    outputs = staged(x, tuple(blocks), num_classes, width, head, batch_norm_momentum, aux_weight)
+    return keras.Model(inputs, outputs, name="vgg16_inception")

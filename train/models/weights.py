@@ -1,0 +1,167 @@
+"""Values of a network's variables: files that bring them, and models that need none."""
+
+import logging
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py  # type: ignore[import-untyped]
+import keras
+import numpy as np
+from keras.src.backend.common import global_state
+
+log = logging.getLogger(__name__)
+
+FORMATS = (".weights.h5", ".h5", ".keras")
+# Layers that depend on the classes or the image size: another shape, or none, is what a new task looks like.
+HEAD_LAYER = re.compile(r"(fc1|fc2|predictions|aux_.*)")
+# Names that Keras gives by counting: they depend on what else was built in the process that wrote the file.
+COUNTED_NAME = re.compile(r"(conv2d|batch_normalization)(_\d+)?")
+# Where Keras 3 keeps a layer's variables; the state of dropout's random numbers lies deeper and is no weight.
+LAYER_PATH = re.compile(r"layers/[^/]+/vars")
+
+Values = dict[str, list[np.ndarray]]  # layer name -> its variables' values, in the layer's own order
+
+
+@contextmanager
+def symbolic() -> Iterator[None]:
+    """Builds models whose variables have shapes and no values: for counting, and as patterns for others.
+
+    A network of 138 million parameters takes hundredths of a second instead of seconds, and no memory. Such a model
+    can be inspected; to call it or to read its variables is an error.
+    """
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+    # Keras remembers what was not initialised and would do it in the next model that somebody builds. It has no
+    # public way to forget; the outer scope of nested ones has nothing to initialise either.
+    global_state.set_global_attribute("uninitialized_variables", [])
+
+
+@dataclass
+class Report:
+    """What a file gave to a model: names of layers."""
+
+    loaded: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)  # heads of another shape or missing in the file: initial values stay
+    unused: list[str] = field(default_factory=list)  # heads that only the file has
+
+
+def load(model: keras.Model, path: str | Path) -> Report:
+    """Copies the weights in a local file into `model`, layer by layer, by name.
+
+    `path` ends in `.weights.h5`, `.h5` (weights or a whole model, as keras.applications publishes them) or `.keras`.
+    Where a file's names are those that Keras counts up (`conv2d_7`) and they are not the model's, the order of the
+    layers decides, as it does in Keras itself. Heads (`fc1`, `fc2`, `predictions`, `aux_...`) that differ keep their
+    initial values; the report names them and the log says so.
+
+    Raises:
+        ValueError: no such file, another format, or a trunk that differs from the model's in any layer; nothing is
+            changed in the model then.
+    """
+    path = Path(path)
+    theirs = read(path)
+    ours = {layer.name: layer for layer in _weighted(model)}
+    theirs = _with_names_of(ours, theirs)
+    report = _compare(ours, theirs, path)
+    for name in report.loaded:
+        ours[name].set_weights(theirs[name])
+    log.info("weights: %d layers loaded from %s", len(report.loaded), path)
+    if report.fresh or report.unused:
+        log.warning(
+            "weights: layers that keep their initial values: %s; heads of the file that are not used: %s",
+            ", ".join(report.fresh) or "none",
+            ", ".join(report.unused) or "none",
+        )
+    return report
+
+
+def read(path: Path) -> Values:
+    """Returns the values in a weights file by layer name.
+
+    Raises:
+        ValueError: no such file, or not one of the formats.
+    """
+    if not path.name.endswith(FORMATS):
+        raise ValueError(f"model.weights must end in {', '.join(FORMATS)}, got {path}; use a file that Keras wrote")
+    if not path.is_file():
+        raise ValueError(f"model.weights must be a file, got {path}; use the path of a file on this machine")
+    try:
+        if path.suffix == ".keras":
+            with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as member:
+                return _read_hdf5(member)
+        return _read_hdf5(path)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"model.weights must be a file that Keras wrote, got {path} ({error}); use an undamaged file"
+        ) from error
+
+
+def _read_hdf5(file: Any) -> Values:
+    with h5py.File(file, "r") as root:
+        group = root.get("model_weights", root)  # a whole model in the old format keeps them one level down
+        return _read_old(group) if "layer_names" in group.attrs else _read_new(root)
+
+
+def _read_old(group: h5py.Group) -> Values:
+    """Keras 1 and 2, and what keras.applications publishes: a group for each layer, variables listed by name."""
+    values = {}
+    for name in map(_text, group.attrs["layer_names"]):
+        variables = [np.asarray(group[name][_text(variable)]) for variable in group[name].attrs["weight_names"]]
+        if variables:
+            values[name] = variables
+    return values
+
+
+def _read_new(root: h5py.File) -> Values:
+    """Keras 3: a group for each layer, its name in an attribute, its variables counted in `vars`."""
+    values: Values = {}
+
+    def visit(path: str, item: Any) -> None:
+        if LAYER_PATH.fullmatch(path) and len(item):
+            variables = [np.asarray(item[key]) for key in sorted(item, key=int)]
+            values[_text(item.parent.attrs["name"])] = variables
+
+    root.visititems(visit)
+    return values
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _weighted(model: keras.Model) -> list[keras.Layer]:
+    return [layer for layer in model.layers if layer.weights]
+
+
+def _with_names_of(ours: dict[str, keras.Layer], theirs: Values) -> Values:
+    """Renames a file's counted layers to the model's, by position, where the names themselves do not agree."""
+    counted = [name for name in theirs if COUNTED_NAME.fullmatch(name)]
+    wanted = [name for name in ours if COUNTED_NAME.fullmatch(name)]
+    if set(counted) == set(wanted) or len(counted) != len(wanted):
+        return theirs
+    names = dict(zip(counted, wanted, strict=True))
+    return {names.get(name, name): variables for name, variables in theirs.items()}
+
+
+def _compare(ours: dict[str, keras.Layer], theirs: Values, path: Path) -> Report:
+    report = Report(unused=[name for name in theirs if name not in ours and HEAD_LAYER.fullmatch(name)])
+    problems = [f"{name}: not in the model" for name in theirs if name not in ours and name not in report.unused]
+    for name, layer in ours.items():
+        want = [tuple(variable.shape) for variable in layer.weights]
+        have = [variable.shape for variable in theirs[name]] if name in theirs else None
+        if have == want:
+            report.loaded.append(name)
+        elif HEAD_LAYER.fullmatch(name):
+            report.fresh.append(name)
+        else:
+            problems.append(f"{name}: {'not in the file' if have is None else f'{have} in the file'}, model has {want}")
+    if problems:
+        raise ValueError(
+            f"model.weights must fit the model, got {path} with {len(problems)} differences: {'; '.join(problems)}; "
+            "use a file of the same architecture, width and number of channels"
+        )
+    return report

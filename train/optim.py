@@ -1,0 +1,130 @@
+"""Optimizers and learning rates, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+SPARED = ("bias", "beta", "gamma")
+
+
+def sgd(learning_rate, *, momentum: float, nesterov: bool, **common) -> keras.optimizers.Optimizer:
+    """Source: Sutskever et al. 2013 for Nesterov's momentum."""
+    return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=nesterov, **common)
+
+
+def adamw(learning_rate, *, beta_1: float, beta_2: float, epsilon: float, **common) -> keras.optimizers.Optimizer:
+    """Source: Loshchilov & Hutter 2019."""
+    return keras.optimizers.AdamW(learning_rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon, **common)
+
+
+def rmsprop(learning_rate, *, rho: float, momentum: float, epsilon: float, **common) -> keras.optimizers.Optimizer:
+    """Source: Szegedy et al. 2016, section 8."""
+    return keras.optimizers.RMSprop(learning_rate, rho=rho, momentum=momentum, epsilon=epsilon, **common)
+
+
+OPTIMIZERS: dict[str, Callable] = {"sgd": sgd, "adamw": adamw, "rmsprop": rmsprop}
+
+
+def build(
+    name: str,
+    schedule: keras.optimizers.schedules.LearningRateSchedule,
+    *,
+    weight_decay: float,
+    gradient_clip: float | None,
+    gradient_accumulation: int,
+    ema: float | None,
+    **options,
+) -> keras.optimizers.Optimizer:
+    """An optimizer whose weight decay spares biases and batch normalisation.
+
+    `weight_decay` is decoupled (Loshchilov & Hutter 2019): each step takes `learning_rate * weight_decay` of a weight
+    away. `gradient_clip` is the largest global norm. `ema` is the decay of averaged weights, kept beside the weights.
+
+    Raises: ValueError for an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name}")
+    optimizer = OPTIMIZERS[name](
+        schedule,
+        weight_decay=weight_decay or None,
+        global_clipnorm=gradient_clip,
+        gradient_accumulation_steps=gradient_accumulation if gradient_accumulation > 1 else None,
+        use_ema=ema is not None,
+        ema_momentum=ema if ema is not None else 0.99,
+        **options,
+    )
+    if weight_decay:
+        optimizer.exclude_from_weight_decay(var_names=list(SPARED))
+    return optimizer
+
+
+# ------------------------------------------------------------------------------------------------------- schedules
+
+
+class Span(NamedTuple):
+    """How long a schedule runs: in all, and one epoch."""
+
+    steps: int
+    epoch_steps: int
+
+
+def constant(peak: float, _: Span) -> Callable:
+    """The peak at every step."""
+    return lambda step: peak + 0.0 * step
+
+
+def cosine(peak: float, span: Span, *, final_fraction: float) -> Callable:
+    """Half a cosine from the peak to `final_fraction` of it. Source: Loshchilov & Hutter 2017, without restarts."""
+    return keras.optimizers.schedules.CosineDecay(peak, span.steps, alpha=final_fraction)
+
+
+def exponential(peak: float, span: Span, *, factor: float, every_epochs: float) -> Callable:
+    """Times `factor` every `every_epochs`, in stairs. Source: Szegedy et al. 2016, section 8."""
+    return keras.optimizers.schedules.ExponentialDecay(
+        peak, max(1, round(every_epochs * span.epoch_steps)), factor, staircase=True
+    )
+
+
+def step(peak: float, span: Span, *, factor: float, milestones: Sequence[float]) -> Callable:
+    """Times `factor` at each milestone, a share of the steps."""
+    boundaries = [round(share * span.steps) for share in milestones]
+    values = [peak * factor**n for n in range(len(milestones) + 1)]
+    return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
+
+
+SCHEDULES: dict[str, Callable] = {"constant": constant, "cosine": cosine, "exponential": exponential, "step": step}
+
+
+class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    """Climbs linearly to `decay`'s first value over `warmup_steps`, then follows `decay`, counted from there."""
+
+    def __init__(self, decay: Callable, warmup_steps: int):
+        self.decay, self.warmup_steps = decay, warmup_steps
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        after = self.decay(ops.maximum(step - self.warmup_steps, 0.0))
+        if not self.warmup_steps:
+            return after
+        return after * ops.minimum((step + 1.0) / self.warmup_steps, 1.0)
+
+    def get_config(self):
+        return {"decay": self.decay, "warmup_steps": self.warmup_steps}
+
+
+def build_schedule(
+    name: str, *, learning_rate: float, epochs: int, epoch_steps: int, warmup_epochs: float, **options
+) -> Warmup:
+    """Learning rate by step: warm-up, then the named schedule over the steps that are left.
+
+    Raises: ValueError for an unknown name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name}")
+    warmup_steps = round(warmup_epochs * epoch_steps)
+    steps = max(1, epochs * epoch_steps - warmup_steps)
+    return Warmup(SCHEDULES[name](learning_rate, Span(steps, epoch_steps), **options), warmup_steps)

@@ -1,0 +1,92 @@
+"""What a person sees while a run goes on: a live bar on a terminal, one plain line per epoch otherwise."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+
+def say(*sentences: str) -> None:
+    """Plain lines for the reader of the terminal and of train.log."""
+    for sentence in filter(None, sentences):
+        log.info(sentence)
+        print(sentence, flush=True)
+
+
+class Terminal:
+    """Shows epochs, images per second, time left, and the accuracies of training and validation."""
+
+    def __init__(self, epochs: int, steps: int, batch_size: int):
+        self._epochs, self._steps, self._batch_size = epochs, steps, batch_size
+        self._console = Console(file=sys.stdout, highlight=False)
+        self._bar: Progress | None = None
+        self._started: tuple[float, int] | None = None
+        self._accuracies = ""
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[accuracies]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                "train", total=epochs * steps, epoch=f"1/{epochs}", rate="", accuracies="compiling"
+            )
+
+    def __enter__(self) -> Terminal:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, epoch: int, step: int, values: dict[str, float]) -> None:
+        """After step number `step` of the run."""
+        if not self._bar:
+            return
+        self._started = self._started or (time.perf_counter(), step)
+        seconds = time.perf_counter() - self._started[0]
+        rate = (step - self._started[1]) * self._batch_size / seconds if seconds > 0.5 else 0
+        if values:
+            self._accuracies = _accuracies(values)
+        self._bar.update(
+            self._task,
+            completed=step,
+            epoch=f"{epoch + 1}/{self._epochs}",
+            rate=f"{rate:.0f} images/s" if rate else "",
+            accuracies=self._accuracies,
+        )
+
+    def epoch(self, epoch: int, values: dict[str, float]) -> None:
+        """After an epoch: one line that stays."""
+        self._accuracies, self._started = _accuracies(values), None
+        line = (
+            f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}  loss {values['train/loss']:.4f}  "
+            f"{self._accuracies}  {values['images_per_second']:.0f} images/s  "
+            f"waited for data {values['data_wait_fraction']:.1%}"
+        )
+        log.info(line)
+        self._console.print(line, markup=False, soft_wrap=True)
+
+
+def _accuracies(values: dict[str, float]) -> str:
+    shown = [
+        f"{name} {values[key]:.4f}"
+        for name, key in (("train", "train/main_accuracy"), ("validation", "validation/main_accuracy"))
+        if key in values
+    ]
+    return "accuracy " + "  ".join(shown) if shown else ""

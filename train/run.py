@@ -1,0 +1,222 @@
+"""The story of a training run: config -> data -> model -> loop -> evaluate -> record."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from train import data, loop, runtime
+from train.config import ROOT, Config
+from train.evaluate import evaluate
+from train.progress import Terminal, say
+from train.tracking import record, uploader
+from train.tracking.folder import RunFolder, create
+
+
+def train(config: Config, references: dict[str, str], *, latest: bool = True) -> int:
+    """Runs the story and leaves a summary whatever happens; returns the exit code.
+
+    `references`: keys that the user gave as environment references; they are stored as such, not as their values.
+    `latest`: whether runs/latest shall point here.
+    """
+    folder = create(config.run_dir, ROOT / "runs", config.tracking.experiment, latest=latest)
+    with folder.held(), record.log_file(folder), loop.stop_requests() as requested:
+        summary = record.identify(folder, config, references)
+        recorder = uploader.start(folder, config.tracking.uri or uploader.default_uri(ROOT))
+        try:
+            tell(config, references, folder, summary, requested)
+            summary["status"], code = "finished", 0
+        except (loop.Interrupted, KeyboardInterrupt) as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+            summary |= {"status": "interrupted", "failure": f"stopped by {signal.Signals(number).name}"}
+            code = 128 + number
+        except Exception as fault:
+            summary |= {"status": "failed", "failure": f"{type(fault).__name__}: {fault}"}
+            code = record.report(fault, folder)
+        record.close(folder, summary)
+        uploader.wait(recorder, folder)
+    print(record.one_line(summary, folder), flush=True)
+    return code
+
+
+def tell(
+    config: Config, references: dict[str, str], folder: RunFolder, summary: dict[str, Any], requested: list[int]
+) -> None:
+    """The story itself; fills `summary` as it goes, so that it is true at any moment."""
+    config = runtime.prepare(config)
+    record.settle(folder, summary, config, references)
+
+    dataset = load_data(config)
+    steps = steps_of(config, dataset)
+    say(f"data: {dataset.name}, {len(dataset.classes)} classes, {counts(dataset)} examples", dropped(config, dataset))
+
+    model, inference = build_model(config, dataset)
+    step = build_step(config, model, inference, steps)
+    record.describe(folder, summary, dataset, data_source(config), model, inference, cost_of(model, inference))
+    say(
+        f"model: {model.name}, {summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
+    )
+    say(f"run: {folder.path}")
+
+    outcome = loop.Outcome()
+    try:
+        fit(config, dataset, steps, step, inference, folder, outcome, requested)
+    finally:
+        record.progress(summary, outcome, step.weights_sha256(), runtime.peak_memory_bytes())
+
+    if config.evaluate.test:
+        summary["test"] = measure(config, dataset, dataset.test, load_predictor(folder.best / "model.keras", config))
+        folder.record(outcome.epochs - 1, outcome.steps, {f"test/{k}": v for k, v in summary["test"].items()})
+
+
+# -------------------------------------------------------------------------------------------------- the story's parts
+
+
+def load_data(config: Config) -> Any:
+    """The data set that the config names, cut into train, validation and test."""
+    chosen = options(config.data)
+    chosen["data_dir"] = str(ROOT / chosen.pop("directory"))
+    return data.load(config.data.name, **chosen)
+
+
+def data_source(config: Config) -> str:
+    return getattr(config.data, "root", None) or getattr(config.data, "manual_dir", None) or config.data.name
+
+
+def steps_of(config: Config, dataset: Any) -> int:
+    """Steps per epoch."""
+    from train.data import pipeline
+
+    steps = pipeline.steps_per_epoch(dataset.train, config.batch_size)
+    return min(steps, config.steps_per_epoch or steps)
+
+
+def dropped(config: Config, dataset: Any) -> str:
+    """What of the training split an epoch does not see."""
+    steps = steps_of(config, dataset)
+    left = len(dataset.train) - steps * config.batch_size
+    sentence = f"{steps} steps of {config.batch_size} per epoch; {left} training examples are left out of each"
+    return sentence if left else ""
+
+
+def counts(dataset: Any) -> str:
+    return " + ".join(f"{count:,} {name}" for name, count in dataset.counts.items())
+
+
+def build_model(config: Config, dataset: Any) -> tuple[Any, Any]:
+    """The network with its auxiliary heads, and the one without that shares its variables."""
+    from train import models
+
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    model = models.build(config.model.name, shape, len(dataset.classes), **options(config.model))
+    return model, models.inference(model)
+
+
+def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
+    """Optimizer, schedule and losses around the model's own training step."""
+    from train import losses, optim
+    from train.step.tensorflow import Step
+
+    rates, rules = options(config.schedule), options(config.optimizer)
+    rate = optim.build_schedule(
+        config.schedule.name,
+        learning_rate=rules.pop("learning_rate"),
+        epochs=config.epochs,
+        epoch_steps=steps,
+        **rates,
+    )
+    optimizer = optim.build(
+        config.optimizer.name,
+        rate,
+        gradient_clip=config.gradient_clip,
+        gradient_accumulation=config.gradient_accumulation,
+        ema=config.ema,
+        **rules,
+    )
+    weighted, weights = losses.build(tuple(model.output), config.model.aux_weight, config.label_smoothing)
+    metrics = losses.metrics(tuple(model.output))
+    model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
+    return Step(model, inference, jit=config.jit == "on")
+
+
+def fit(
+    config: Config,
+    dataset: Any,
+    steps: int,
+    step: Any,
+    inference: Any,
+    folder: RunFolder,
+    outcome: loop.Outcome,
+    requested: list[int],
+) -> None:
+    """The loop, with everything it calls tied to this run."""
+    from train.data import augment, pipeline
+
+    stretch = functools.partial(augment.AUGMENTS[config.augment.name], **options(config.augment))
+
+    def batches(epoch: int) -> Any:
+        return pipeline.train_batches(
+            dataset.train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epoch=epoch,
+            augment=stretch,
+            num_classes=len(dataset.classes),
+        ).take(steps)
+
+    def validate() -> dict[str, float]:
+        with step.averaged():
+            found = measure(config, dataset, dataset.validation, step.predict)
+        return {"loss": found["loss"], "main_accuracy": found["accuracy"], "main_top5_accuracy": found["top5_accuracy"]}
+
+    def keep_best(epoch: int, values: dict[str, float]) -> None:
+        with step.averaged():
+            folder.save_best(inference, epoch, values, dataset.classes, dataset.fingerprint)
+
+    with Terminal(config.epochs, steps, config.batch_size) as terminal:
+        loop.fit(
+            step,
+            epochs=config.epochs,
+            log_every=config.tracking.every_steps,
+            batches=batches,
+            validate=validate,
+            record=folder.record,
+            keep_best=keep_best,
+            stopper=loop.Stopper(**vars(config.early_stopping)),
+            watch=terminal,
+            outcome=outcome,
+            requested=requested,
+        )
+
+
+def load_predictor(path: Path, config: Config) -> Callable:
+    """The stored best model, so that what is measured is what was kept."""
+    import keras
+
+    from train.step.tensorflow import predictor
+
+    return predictor(keras.models.load_model(path), jit=config.jit == "on")
+
+
+def cost_of(model: Any, inference: Any) -> dict[str, int]:
+    """Multiply-accumulates per example of the network in use and of the one in training."""
+    from train.models.cost import cost, total
+
+    return {"inference": total(cost(inference)).macs, "training": total(cost(model)).macs}
+
+
+def measure(config: Config, dataset: Any, split: Any, predict: Callable) -> dict[str, float]:
+    """Every example of the split, once."""
+    from train.data import pipeline
+
+    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=len(dataset.classes))
+    return evaluate(predict, batches, len(split))
+
+
+def options(group: Any) -> dict[str, Any]:
+    """A group's keys as the plain arguments of the builder behind its name."""
+    return {item.name: getattr(group, item.name) for item in dataclasses.fields(group) if item.name != "name"}

@@ -1,0 +1,111 @@
+"""The ground a run stands on: what `auto` means here, then session, precision, seed, determinism, device, threads.
+
+`auto` is looked up in tables by kind of device and model, never found by a timing: a run is a function of config, data
+and code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import resource
+from pathlib import Path
+
+from train.config import Config, ConfigError
+
+log = logging.getLogger(__name__)
+
+# Kind of device -> precision. Processors with bfloat16 instructions compute VGG16-Inception 1.4 times and VGG16 3 times
+# faster in mixed_bfloat16 than in float32; mixed_float16 is 5 times slower there. GPUs have bfloat16 units from
+# compute capability 8.0 and float16 ones from 7.0.
+PRECISION = {
+    "cpu": "float32",
+    "cpu_bfloat16": "mixed_bfloat16",
+    "gpu": "float32",
+    "gpu_float16": "mixed_float16",
+    "gpu_bfloat16": "mixed_bfloat16",
+}
+
+# Kind of device -> XLA compilation. On processors XLA was slower than without.
+JIT = {"cpu": "off", "cpu_bfloat16": "off", "gpu": "off", "gpu_float16": "off", "gpu_bfloat16": "off"}
+
+
+def prepare(config: Config) -> Config:
+    """Imports TensorFlow, sets it up as the config says, and returns the config with every `auto` filled in.
+
+    Raises: ConfigError if a GPU was asked for and none is there.
+    """
+    os.environ["KERAS_BACKEND"] = config.backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import keras
+    import tensorflow as tf
+
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    config = dataclasses.replace(config, device=_choose_device(config.device), threads=config.threads or cores())
+    kind = device_kind(config.device)
+    config = dataclasses.replace(
+        config,
+        precision=PRECISION[kind] if config.precision == "auto" else config.precision,
+        jit=JIT[kind] if config.jit == "auto" else config.jit,
+    )
+    tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+    keras.utils.clear_session()  # also resets the precision policy, so it stands before it
+    keras.config.set_dtype_policy(config.precision)
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    log.info("on %s (%s) in %s, jit %s, %d threads", config.device, kind, config.precision, config.jit, config.threads)
+    return config
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choose_device(device: str) -> str:
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if device == "gpu" and not gpus:
+        raise ConfigError(
+            "device must be one that is there, got gpu but TensorFlow finds no GPU; "
+            "use device=cpu, or install the NVIDIA driver and type: make setup"
+        )
+    if device == "cpu" or not gpus:
+        if device == "auto" and Path("/proc/driver/nvidia/version").exists():
+            log.warning("an NVIDIA driver is present but TensorFlow finds no GPU: computing on the CPU (make setup)")
+        tf.config.set_visible_devices([], "GPU")
+        return "cpu"
+    tf.config.experimental.set_memory_growth(gpus[0], True)
+    tf.config.set_visible_devices(gpus[:1], "GPU")
+    return "gpu"
+
+
+def device_kind(device: str) -> str:
+    """`cpu`, `cpu_bfloat16`, `gpu`, `gpu_float16` or `gpu_bfloat16`: what the tables above are keyed by."""
+    if device == "cpu":
+        return "cpu_bfloat16" if {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "cpu"
+    import tensorflow as tf
+
+    details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[0])
+    capability = details.get("compute_capability", (0, 0))
+    return "gpu_bfloat16" if capability >= (8, 0) else "gpu_float16" if capability >= (7, 0) else "gpu"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far; on a GPU, the largest device memory in use."""
+    import tensorflow as tf
+
+    if tf.config.get_visible_devices("GPU"):
+        return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

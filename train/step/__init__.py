@@ -1,0 +1,1 @@
+"""One training step on the device, and the state that it changes."""

@@ -1,0 +1,40 @@
+"""Facts about the code and the machine that a run is tagged with."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "hydra-core", "mlflow")
+
+
+def tags(root: Path) -> dict[str, str]:
+    """Git commit and dirtiness, host, Python and package versions."""
+    found = {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{f"version.{name}": version(name) for name in PACKAGES},
+    }
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit:
+        found["git.commit"] = commit
+        found["mlflow.source.git.commit"] = commit
+        found["git.dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
+    return found
+
+
+def requirements(packages: tuple[str, ...]) -> list[str]:
+    """`name==version` of what is installed."""
+    return [f"{name}=={version(name)}" for name in packages]
+
+
+def _git(root: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,167 @@
+"""MLflow: the only module that talks to it. Everything here may be called again without adding anything twice."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+# A server that is away is asked again by the uploader, which knows when to give up; MLflow's own retries would hold
+# it for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+BATCH = 1000  # most metrics that one request may hold
+PARAMS = 100  # most parameters that one request may hold
+RUN_ID = "run_id"
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+
+
+class Store:
+    """One run in an MLflow store."""
+
+    def __init__(self, uri: str, identity: dict[str, Any]):
+        """Finds the run by its `run_id` tag, or makes it, with all tags in the one call that creates it."""
+        import mlflow
+        from mlflow import MlflowClient
+
+        self._mlflow, self.uri = mlflow, use_credentials(uri)
+        with _alone(self.uri):
+            mlflow.set_tracking_uri(self.uri)
+            self.client = MlflowClient(self.uri)
+            experiment_id = self._experiment(identity["experiment"])
+        self.mlflow_id = self._run(experiment_id, identity)
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            return self.client.create_experiment(name, artifact_location=artifact_location(self.uri, name))
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _run(self, experiment_id: str, identity: dict[str, Any]) -> str:
+        found = self.client.search_runs([experiment_id], f"tags.{RUN_ID} = '{identity['run_id']}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        tags = {**identity["tags"], RUN_ID: identity["run_id"]}
+        run = self.client.create_run(
+            experiment_id, start_time=int(identity["time"] * 1000), tags=tags, run_name=identity["name"]
+        )
+        return run.info.run_id
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(name, str(value)[:6000]) for name, value in sorted(params.items())]
+        for start in range(0, len(entries), PARAMS):
+            self.client.log_batch(self.mlflow_id, params=entries[start : start + PARAMS])
+
+    def log_lines(self, lines: list[dict[str, Any]]) -> None:
+        """Journal lines with their own steps and times; the same line twice is stored once."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, int(line["time"] * 1000), line["step"])
+            for line in lines
+            for name, value in line["values"].items()
+        ]
+        for start in range(0, len(metrics), BATCH):
+            self.client.log_batch(self.mlflow_id, metrics=metrics[start : start + BATCH])
+
+    def log_dataset(self, dataset: dict[str, Any]) -> None:
+        """The data set with our own digest; MLflow's would walk the whole of it."""
+        import json
+
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        entity = Dataset(
+            name=dataset["name"],
+            digest=dataset["fingerprint"][:32],
+            source_type="local",
+            source=json.dumps({"uri": dataset["source"]}),
+            profile=json.dumps({"fingerprint": dataset["fingerprint"], **dataset["counts"]}),
+        )
+        self.client.log_inputs(self.mlflow_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        self.client.log_artifact(self.mlflow_id, str(path), folder)
+
+    def log_model(self, path: Path, requirements: list[str]) -> None:
+        """The inference model with its signature, once; `requirements` are explicit because finding them takes long."""
+        if "model_logged" in self.client.get_run(self.mlflow_id).data.tags:
+            return
+        import keras
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        model = keras.models.load_model(path)
+        signature = ModelSignature(
+            Schema([TensorSpec(np.dtype(np.uint8), (-1, *model.input_shape[1:]), "image")]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, *model.output_shape[1:]), "logits")]),
+        )
+        with self._mlflow.start_run(run_id=self.mlflow_id, log_system_metrics=False):
+            self._mlflow.keras.log_model(model, name="model", signature=signature, pip_requirements=requirements)
+        # log_model's context has marked the run finished; the caller says how it really ended.
+        self.client.update_run(self.mlflow_id, status="RUNNING")
+        self.client.set_tag(self.mlflow_id, "model_logged", "true")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Tags from the summary, and the run's end."""
+        for name in ("config_hash", "data_fingerprint", "weights_sha256", "status", "failure"):
+            if summary.get(name):
+                self.client.set_tag(self.mlflow_id, name, str(summary[name])[:5000])
+        self.client.set_terminated(self.mlflow_id, STATUS[summary["status"]], int(summary["time"] * 1000))
+
+    def set_status_gone(self) -> None:
+        """The run's process died without a word."""
+        self.client.set_tag(self.mlflow_id, "status", "failed")
+        self.client.set_tag(self.mlflow_id, "failure", "the training process is gone")
+        self.client.set_terminated(self.mlflow_id, "FAILED")
+
+
+def default_uri(root: Path) -> str:
+    """`mlflow.db` beside the Makefile, as an absolute address: a relative one would follow the working directory."""
+    return f"sqlite:///{(root / 'mlflow.db').absolute()}"
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """For SQLite, a folder beside the database; a server has its own place."""
+    path = database_path(uri)
+    return (path.parent / "mlartifacts" / experiment).as_uri() if path else None
+
+
+def database_path(uri: str) -> Path | None:
+    """The file of a SQLite address."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute() if uri.startswith("sqlite:///") else None
+
+
+def use_credentials(uri: str) -> str:
+    """Moves user and password of a web address into the environment, so that no message of MLflow can show them."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.username:
+        return uri
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time makes the database and the experiment: their first creation races."""
+    path = database_path(uri)
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,43 @@
+"""`make ui`: the MLflow UI over this project's store, on 127.0.0.1."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+from train import command
+from train.config import ROOT
+from train.tracking import store
+
+
+@dataclass
+class Ui:
+    """`port`: where it listens on 127.0.0.1; `uri`: the store, by default mlflow.db beside the Makefile."""
+
+    port: int = 5000
+    uri: str = ""
+
+
+def ui(keys: Ui) -> int:
+    """Becomes MLflow's own server.
+
+    Raises: ValueError if the port is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", keys.port))
+        except (OSError, OverflowError):
+            raise ValueError(f"port must be free, got {keys.port}; use e.g. port={min(keys.port, 65000) + 1}") from None
+    uri = keys.uri or store.default_uri(ROOT)
+    print(f"MLflow UI: http://127.0.0.1:{keys.port}   (Ctrl-C ends it)", flush=True)
+    words = ["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(keys.port), "--workers", "1"]
+    if (database := store.database_path(uri)) is not None:
+        words += ["--default-artifact-root", (database.parent / "mlartifacts").as_uri()]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *words])
+
+
+if __name__ == "__main__":
+    command.run(Ui, ui)
