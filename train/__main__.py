@@ -18,27 +18,37 @@ from train.config import ROOT, Config, ConfigError
 
 CHECK = "--check"
 words: list[str] = []  # as they were typed
-
-
-def checked(node: DictConfig) -> Config:
-    """The config as dataclasses, after every check that needs no TensorFlow."""
-    config = compose.to_config(node)
-    places = {name: getattr(config.data, name) for name in ("root", "manual_dir") if hasattr(config.data, name)}
-    data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
-    return config
+codes: list[int] = []  # how each run ended; a sweep has several
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def compose_and_run(node: DictConfig) -> None:
-    config = checked(node)
-    if CHECK in words:
-        return
-    from train import run
+    """One run. Its faults end here, since Hydra would tell them in several lines and stop a sweep at the first."""
+    try:
+        codes.append(run(node))
+    except ValueError as fault:
+        codes.append(say(fault))
 
-    alone = HydraConfig.get().mode != RunMode.MULTIRUN
-    code = run.train(config, compose.references(node), latest=alone)
-    if code:
-        sys.exit(code)
+
+def run(node: DictConfig) -> int:
+    """Every check that needs no TensorFlow, then the run itself; its exit code."""
+    references = compose.references(node)
+    try:
+        config = compose.to_config(node)
+        check_data(config)
+    except ValueError as fault:
+        raise ConfigError(compose.hide(str(fault), node, references)) from None
+    if CHECK in words:
+        return 0
+    from train import run as story
+
+    return story.train(config, references, latest=HydraConfig.get().mode != RunMode.MULTIRUN)
+
+
+def check_data(config: Config) -> None:
+    """Folders that the data set needs."""
+    places = {name: getattr(config.data, name) for name in ("root", "manual_dir") if hasattr(config.data, name)}
+    data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
 
 
 def main() -> None:
@@ -49,18 +59,15 @@ def main() -> None:
     compose.register()
     try:
         compose_and_run()
-    except ConfigError as fault:
-        sys.exit(_say(str(fault)))
     except compose.FAULTS as fault:
-        sys.exit(_say(compose.explain(fault, sys.argv[1:])))
-    except ValueError as fault:
-        sys.exit(_say(str(fault)))
-    if CHECK in words:
+        codes.append(say(ValueError(compose.explain(fault, words))))
+    if CHECK in words and not any(codes):
         print("the config is valid")
+    sys.exit(max(codes, default=0))
 
 
-def _say(line: str) -> int:
-    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+def say(fault: ValueError) -> int:
+    print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
     return 2
 
 

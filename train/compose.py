@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -76,15 +77,23 @@ def references(node: DictConfig) -> dict[str, str]:
     """Keys whose value is an environment reference, as typed: `{"tracking.uri": "${oc.env:URI}"}`."""
     found: dict[str, str] = {}
 
-    def visit(part: DictConfig, prefix: str) -> None:
-        for name, value in OmegaConf.to_container(part, resolve=False).items():  # type: ignore[union-attr]
+    def visit(content: dict, prefix: str) -> None:
+        for name, value in content.items():
             if isinstance(value, dict):
-                visit(part[name], f"{prefix}{name}.")
+                visit(value, f"{prefix}{name}.")
             elif "${oc.env:" in str(value):
                 found[f"{prefix}{name}"] = str(value)
 
-    visit(node, "")
+    visit(cast(dict, OmegaConf.to_container(node, resolve=False)), "")
     return found
+
+
+def hide(text: str, node: DictConfig, found: dict[str, str]) -> str:
+    """The text with the reference in place of each value that came from the environment."""
+    for name, reference in found.items():
+        value = str(OmegaConf.select(node, name))
+        text = text.replace(value, reference) if value else text
+    return text
 
 
 # ---------------------------------------------------------------------------------------- Hydra's faults in one line
@@ -93,13 +102,14 @@ def references(node: DictConfig) -> dict[str, str]:
 def explain(fault: Exception, overrides: list[str] | None = None) -> str:
     """One line for the user: what was given, what is allowed, what to do."""
     text = _chain(fault)
-    for match, sentence in (
+    kinds: tuple[tuple[Callable, Callable], ...] = (
         (_missing_option, _say_missing_option),
         (_wrong_type, _say_wrong_type),
         (_unknown_key, _say_unknown_key),
         (_list_of_values, _say_list_of_values),
         (_not_a_word, _say_not_a_word),
-    ):
+    )
+    for match, sentence in kinds:
         found = match(fault, text)
         if found:
             return sentence(*found, overrides or [])
@@ -129,7 +139,7 @@ def _say_missing_option(group: str, given: str, options: list[str], _: list[str]
 
 
 def _wrong_type(_: Exception, text: str) -> tuple | None:
-    if re.search(r"could not be converted|is not Optional|Invalid value assigned|Invalid type assigned", text):
+    if re.search(r"could not be converted|is not a valid|is not Optional|Invalid (value|type) assigned", text):
         found = re.search(r"full_key: ([\w.]+)", text)
         return (found[1],) if found else None
     return None
@@ -164,7 +174,7 @@ def _say_unknown_key(name: str, overrides: list[str]) -> str:
     if owners:
         return f"{name} is no key of the chosen {prefix}; it belongs to {prefix}={' or '.join(owners)}"
     near = [k for k in known if "." in k and k.rpartition(".")[2] == leaf]
-    near = near or difflib.get_close_matches(name, known, 1, 0.75)
+    near = near or difflib.get_close_matches(name, [k for k in known if ("." in k) == ("." in name)], 1, 0.75)
     if near:
         return f"{name} is no key; did you mean {near[0]}?"
     siblings = [k for k in known if k.rpartition(".")[0] == prefix] or [k for k in known if "." not in k]
@@ -187,6 +197,8 @@ def _not_a_word(fault: Exception, _: str) -> tuple | None:
 
 
 def _say_not_a_word(given: str, _: list[str]) -> str:
+    if given.startswith("tracking.uri="):  # it may hold a password
+        given = "tracking.uri=..."
     return f"words must be key=value, got {given}; put quotes inside for special characters: key=\"'...'\""
 
 

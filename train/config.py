@@ -365,7 +365,7 @@ def describe_limits(item: dataclasses.Field) -> str:
     """A key's range in words: "at least 0 and below 1"."""
     words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
     limits = item.metadata["limits"].items()
-    return " and ".join(f"{words[name]} {limit:g}" for name, limit in limits if limit is not None)
+    return " and ".join(f"{words[name]} {limit:.10g}" for name, limit in limits if limit is not None)
 
 
 def _check_together(config: Config) -> None:
@@ -438,6 +438,11 @@ def without_secrets(uri: str) -> str:
     parts = urlsplit(uri)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.scheme else uri.partition("?")[0]
+
+
+def options(group: Any) -> dict[str, Any]:
+    """A group's keys as the plain arguments of the builder behind its name."""
+    return {item.name: getattr(group, item.name) for item in fields(group) if item.name != "name"}
 
 
 def to_dict(config: Config, references: dict[str, str]) -> dict[str, Any]:

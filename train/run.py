@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from train import config as schema
 from train import data, loop, runtime
-from train.config import ROOT, Config
+from train.config import ROOT, Config, options
 from train.evaluate import evaluate
 from train.progress import Terminal, say
 from train.tracking import record, uploader
@@ -47,7 +47,7 @@ def tell(
     config: Config, references: dict[str, str], folder: RunFolder, summary: dict[str, Any], requested: list[int]
 ) -> None:
     """The story itself; fills `summary` as it goes, so that it is true at any moment."""
-    config = runtime.prepare(config)
+    config = runtime.prepare(config, folder.path / "train.log")
     record.settle(folder, summary, config, references)
 
     dataset = load_data(config)
@@ -111,7 +111,8 @@ def build_model(config: Config, dataset: Any) -> tuple[Any, Any]:
     """The network with its auxiliary heads, and the one without that shares its variables."""
     from train import models
 
-    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    side = schema.resolve_image_size(config)
+    shape = (side, side, config.data.channels)
     model = models.build(config.model.name, shape, len(dataset.classes), **options(config.model))
     return model, models.inference(model)
 
@@ -215,8 +216,3 @@ def measure(config: Config, dataset: Any, split: Any, predict: Callable) -> dict
 
     batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=len(dataset.classes))
     return evaluate(predict, batches, len(split))
-
-
-def options(group: Any) -> dict[str, Any]:
-    """A group's keys as the plain arguments of the builder behind its name."""
-    return {item.name: getattr(group, item.name) for item in dataclasses.fields(group) if item.name != "name"}

@@ -10,6 +10,9 @@ import dataclasses
 import logging
 import os
 import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from train.config import Config, ConfigError
@@ -31,16 +34,20 @@ PRECISION = {
 JIT = {"cpu": "off", "cpu_bfloat16": "off", "gpu": "off", "gpu_float16": "off", "gpu_bfloat16": "off"}
 
 
-def prepare(config: Config) -> Config:
+def prepare(config: Config, chatter: Path) -> Config:
     """Imports TensorFlow, sets it up as the config says, and returns the config with every `auto` filled in.
+
+    What TensorFlow's libraries write while they are loaded goes to the file `chatter`.
 
     Raises: ConfigError if a GPU was asked for and none is there.
     """
     os.environ["KERAS_BACKEND"] = config.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import keras
-    import tensorflow as tf
+    with stderr_into(chatter):
+        import keras
+        import tensorflow as tf
 
+        tf.config.list_physical_devices()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     config = dataclasses.replace(config, device=_choose_device(config.device), threads=config.threads or cores())
     kind = device_kind(config.device)
@@ -57,6 +64,21 @@ def prepare(config: Config) -> Config:
         tf.config.experimental.enable_op_determinism()
     log.info("on %s (%s) in %s, jit %s, %d threads", config.device, kind, config.precision, config.jit, config.threads)
     return config
+
+
+@contextmanager
+def stderr_into(path: Path) -> Iterator[None]:
+    """Sends the process's standard error, that of its C++ libraries too, to the end of a file for a while."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def cores() -> int:

@@ -36,9 +36,11 @@ def decode_resized(data: bytes, image_size: int, channels: int) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """Scales the centred square of uint8 [H, W, C] to uint8 [image_size, image_size, C].
+    """Scales uint8 [H, W, C] so that its short side is `image_size` and takes the centred square.
 
-    Bilinear, antialiased when it shrinks, computed in float32 and rounded once.
+    Bilinear, antialiased when it shrinks, computed in floating point and rounded once.
+
+    Returns: uint8 [image_size, image_size, C].
     """
     height, width, _ = pixels.shape
     if height == width == image_size:

@@ -4,6 +4,7 @@ A split whose pixels fit into `RAM_LIMIT` is decoded once and gathered from memo
 example by example, in parallel and in order. Both give the same bits.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -126,3 +127,12 @@ def _options(threads: int) -> Any:
     options.threading.max_intra_op_parallelism = 1
     options.autotune.enabled = False
     return options
+
+
+def example_error(error: Exception) -> str | None:
+    """The line that names an unreadable example, out of what TensorFlow raised while iterating; None for other errors.
+
+    TensorFlow wraps what a function of the stream raises into an error of its own, of many lines.
+    """
+    found = re.search(r"every example must be readable, got .*", str(error))
+    return found.group() if found else None

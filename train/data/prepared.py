@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import shutil
 import sys
@@ -15,7 +16,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from train.data.check import is_prepared
 from train.data.fingerprint import index_path, read_index, sha256, write_index
 from train.data.parts import Part
 from train.data.source import MIB, Source, source
@@ -40,7 +40,10 @@ class PreparedStore:
         return self.read_many([row])[0]
 
     def read_many(self, rows: Sequence[int]) -> list[bytes]:
-        return [example["image"] for example in self.examples.__getitems__([int(row) for row in rows])]
+        try:
+            return [example["image"] for example in self.examples.__getitems__([int(row) for row in rows])]
+        except RuntimeError as error:  # ArrayRecord's own checksums
+            raise OSError(_short(error)) from error
 
 
 def load_prepared(name: str, data_dir: str, manual_dir: str | None) -> tuple[tuple[str, ...], dict[str, Part]]:
@@ -50,7 +53,7 @@ def load_prepared(name: str, data_dir: str, manual_dir: str | None) -> tuple[tup
     """
     chosen = source(name)
     builder = _builder(name, chosen, data_dir)
-    if not is_prepared(chosen, data_dir):
+    if not _complete(builder):
         with _lock(name, data_dir):
             _prepare(name, chosen, builder, data_dir, manual_dir)
         builder = _builder(name, chosen, data_dir)  # one that knows what was prepared, by whichever process
@@ -87,18 +90,31 @@ def _lock(name: str, data_dir: str) -> Iterator[None]:
 
 
 def _prepare(name: str, chosen: Source, builder: Any, data_dir: str, manual_dir: str | None) -> None:
-    if is_prepared(chosen, data_dir):
+    if _complete(builder):
         return  # another process did it while this one waited
-    for left in (Path(data_dir) / chosen.tfds).glob("incomplete.*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed: the lock says that nobody is at it
-    urls = {} if manual_dir else _missing_downloads(chosen, builder, data_dir)
+    downloads = Path(data_dir) / "downloads" / name  # its own: TFDS tells unpacked files by name, not by content
+    _remove_leftovers(chosen, data_dir, downloads)
+    urls = {} if manual_dir else _missing_downloads(chosen, builder, downloads)
     needed = chosen.prepared_bytes + 2 * sum(urls.values())  # downloaded, then unpacked
     _check_space(name, needed, data_dir)
     _check_network(name, chosen, list(urls))
     try:
-        _download_and_prepare(builder, manual_dir)
+        _download_and_prepare(builder, downloads, manual_dir)
     except Exception as error:  # TFDS and what it downloads with raise many kinds
         raise _failure(name, chosen, error, needed, data_dir, manual_dir) from error
+    finally:
+        _remove_leftovers(chosen, data_dir, downloads)
+
+
+def _complete(builder: Any) -> bool:
+    # The folder gets its name by a rename, when it is complete.
+    return (Path(builder.data_dir) / "dataset_info.json").is_file()
+
+
+def _remove_leftovers(chosen: Source, data_dir: str, downloads: Path) -> None:
+    """What a killed process left (the lock says that nobody is at it), and unpacked files, needed only meanwhile."""
+    for left in (*(Path(data_dir) / chosen.tfds).glob("incomplete.*"), downloads / "extracted"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _failure(
@@ -113,18 +129,19 @@ def _failure(
     return ValueError(f"{_by_hand(name, chosen)}, got {manual_dir or 'none'} ({_short(error)}); use the original files")
 
 
-def _download_and_prepare(builder: Any, manual_dir: str | None) -> None:
+def _download_and_prepare(builder: Any, downloads: Path, manual_dir: str | None) -> None:
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):  # TFDS reports with print
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes that it doesn't know
+        builder.download_and_prepare(download_dir=str(downloads), download_config=config)
 
 
-def _missing_downloads(chosen: Source, builder: Any, data_dir: str) -> dict[str, int]:
+def _missing_downloads(chosen: Source, builder: Any, downloads: Path) -> dict[str, int]:
     """Addresses still to be fetched, with sizes in bytes."""
-    fetched = {url for info in Path(data_dir).glob("downloads/**/*.INFO") for url in _urls(info)}
+    fetched = {url for info in downloads.glob("**/*.INFO") for url in _urls(info)}
     known = builder.url_infos or {}
     wanted = {url: int(info.size) for url, info in known.items() if info.filename in chosen.files}
     return {url: size for url, size in wanted.items() if url not in fetched}
@@ -180,24 +197,29 @@ def _is_no_space(error: BaseException) -> bool:
 
 
 def _short(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(":.") if lines else type(error).__name__
 
 
 # -------------------------------------------------------------------------------------------------------- reading
 
 
 def _part(name: str, part: str, builder: Any, data_dir: str) -> Part:
+    try:
+        return _open_part(name, part, builder, data_dir)
+    except (NotImplementedError, RuntimeError, OSError) as error:  # another format; damaged; not readable
+        raise ValueError(
+            f"data={name} must be readable in {builder.data_dir}, got: {_short(error)}; "
+            "use a new copy: remove that folder and it is prepared again"
+        ) from error
+
+
+def _open_part(name: str, part: str, builder: Any, data_dir: str) -> Part:
     import tensorflow_datasets as tfds
 
-    try:
-        examples = builder.as_data_source(split=part, decoders={"image": tfds.decode.SkipDecoding()})
-    except NotImplementedError as error:  # somebody prepared it in a format that can't be read by index
-        raise ValueError(
-            f"data={name} must be prepared as array_record, got {builder.data_dir} in another format; use: remove it"
-        ) from error
-    folder = Path(builder.data_dir)
-    place = index_path(data_dir, f"{name}-{part}", folder)
-    identity = _identity(folder)
+    examples = builder.as_data_source(split=part, decoders={"image": tfds.decode.SkipDecoding()})
+    place = index_path(data_dir, f"{name}-{part}", Path(builder.data_dir))
+    identity = _identity(Path(builder.data_dir))
     stored = read_index(place)
     if stored is None or stored["identity"].tolist() != identity:
         stored = _read_all(examples) | {"identity": np.array(identity, dtype=np.str_)}

@@ -26,6 +26,11 @@ def scaled(channels: int, width: float) -> int:
     return max(1, int(channels * width + 0.5))
 
 
+# Kernels that no normalisation follows start from He's distribution (He et al. 2015, Delving Deep into Rectifiers,
+# section 2.2), which keeps the signal's size through ReLUs. Glorot's, Keras's default, shrinks it layer by layer.
+RECTIFIED = "he_normal"
+
+
 @dataclass(frozen=True)
 class Widths:
     """Channels of an Inception block, all at least 1.
@@ -90,11 +95,9 @@ def normalize_caffe(x: Tensor) -> Tensor:
 def conv(x: Tensor, filters: int, name: str, kernel: tuple[int, int] = (3, 3)) -> Tensor:
     """A convolution with bias and ReLU in one layer called `name`.
 
-    Source: Simonyan & Zisserman 2014, table 1; layer names as in keras.applications. Kernels start from He's
-    distribution (He et al. 2015, section 2.2): with Glorot's, thirteen such layers in a row shrink the signal and the
-    plain network stays at chance.
+    Source: Simonyan & Zisserman 2014, table 1; layer names as in keras.applications.
     """
-    layer = layers.Conv2D(filters, kernel, padding="same", activation="relu", kernel_initializer="he_normal", name=name)
+    layer = layers.Conv2D(filters, kernel, padding="same", activation="relu", kernel_initializer=RECTIFIED, name=name)
     return layer(x)
 
 
@@ -106,9 +109,18 @@ def unit(
     Source: the notebook's `Conv2d_bn`, after Ioffe & Szegedy 2015, section 3.2 (no bias, since the normalisation
     subtracts it; no scale, since a ReLU follows). `momentum=None` leaves the normalisation out and puts the bias in.
     """
-    biased = momentum is None
-    x = layers.Conv2D(filters, kernel, strides=strides, padding="same", use_bias=biased, name=f"{name}_conv")(x)
-    if momentum is not None:
+    plain = momentum is None
+    convolution = layers.Conv2D(
+        filters,
+        kernel,
+        strides=strides,
+        padding="same",
+        use_bias=plain,
+        kernel_initializer=RECTIFIED if plain else "glorot_uniform",
+        name=f"{name}_conv",
+    )
+    x = convolution(x)
+    if not plain:
         x = layers.BatchNormalization(momentum=momentum, scale=False, name=f"{name}_bn")(x)
     return layers.Activation("relu", name=f"{name}_act")(x)
 

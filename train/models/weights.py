@@ -34,11 +34,13 @@ def symbolic() -> Iterator[None]:
     A network of 138 million parameters takes hundredths of a second instead of seconds, and no memory. Such a model
     can be inspected; to call it or to read its variables is an error.
     """
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    # Keras remembers what was not initialised and would do it in the next model that somebody builds. It has no
-    # public way to forget; the outer scope of nested ones has nothing to initialise either.
-    global_state.set_global_attribute("uninitialized_variables", [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        # Keras remembers what was not initialised and would do it in the next model that somebody builds. It has no
+        # public way to forget. Where these blocks are nested, the outer one has nothing to initialise either.
+        global_state.set_global_attribute("uninitialized_variables", [])
 
 
 @dataclass
@@ -123,7 +125,7 @@ def _read_new(root: h5py.File) -> Values:
     def visit(path: str, item: Any) -> None:
         if LAYER_PATH.fullmatch(path) and len(item):
             variables = [np.asarray(item[key]) for key in sorted(item, key=int)]
-            values[_text(item.parent.attrs["name"])] = variables
+            values[_text(item.attrs["name"])] = variables
 
     root.visititems(visit)
     return values

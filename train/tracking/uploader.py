@@ -138,7 +138,7 @@ class Scrubbed(io.TextIOBase):
 
 def main() -> None:
     folder, uri = open_folder(Path(sys.argv[1])), os.environ.pop(URI)
-    sys.stdout = sys.stderr = Scrubbed(folder.path / "uploader.log", uri)  # type: ignore[assignment]
+    sys.stdout = sys.stderr = Scrubbed(folder.path / "uploader.log", uri)
     sys.exit(follow(Record(folder, uri)))
 
 

@@ -1,0 +1,78 @@
+"""What the tests share: one real run through the command line, and quick ways to call the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "hunter2-in-the-address"
+
+
+@dataclass
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        return self.out.strip().splitlines()[-1]
+
+
+def run_train(*words: str, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
+    """`python -m train WORDS`, as make calls it."""
+    return run_command(sys.executable, "-m", "train", *words, env=env, timeout=timeout)
+
+
+def run_command(*words: str, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass
+class Finished:
+    """A finished run: what it printed, its folder, its MLflow store."""
+
+    done: Done
+    path: Path
+    uri: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "summary.json").read_text())
+
+    @property
+    def journal(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """`make train` with a narrow network for two epochs; the store's address comes from the environment."""
+    place = tmp_path_factory.mktemp("run")
+    uri = f"sqlite:///{place / SECRET / 'mlflow.db'}"
+    done = run_command(
+        "make",
+        "train",
+        "model=vgg16_inception",
+        "model.width=0.125",
+        "epochs=2",
+        "tracking.every_steps=7",
+        "tracking.uri=${oc.env:INCEPTION_TEST_STORE}",
+        f"run_dir={place / 'run folder'}",
+        env={"INCEPTION_TEST_STORE": uri},
+    )
+    assert done.code == 0, done.err
+    return Finished(done, place / "run folder", uri)

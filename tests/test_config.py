@@ -1,0 +1,332 @@
+"""The schema, the shipped YAML, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_train
+
+from train import compose as composer
+from train import config as schema
+from train.compose import compose
+from train.config import Config, ConfigError
+
+DEFAULT = {
+    "model.name": "vgg16_inception",
+    "model.width": 1.0,
+    "model.head": "avg",
+    "model.aux_weight": 0.3,
+    "model.weights": None,
+    "model.batch_norm_momentum": 0.9,
+    "model.blocks": ["conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3"],
+    "data.name": "digits",
+    "data.image_size": 32,
+    "data.channels": 1,
+    "data.validation_fraction": 0.1,
+    "data.test_fraction": 0.2,
+    "data.directory": "data",
+    "augment.name": "crop",
+    "augment.pad": 0.125,
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.01,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "schedule.name": "cosine",
+    "schedule.warmup_epochs": 1.0,
+    "schedule.final_fraction": 0.0,
+    "early_stopping.metric": None,
+    "early_stopping.patience_epochs": 10,
+    "early_stopping.min_delta": 0.0,
+    "evaluate.test": True,
+    "tracking.uri": None,
+    "tracking.experiment": "inception",
+    "tracking.log_model": True,
+    "tracking.every_steps": 50,
+    "seed": 0,
+    "epochs": 12,
+    "steps_per_epoch": None,
+    "batch_size": 32,
+    "precision": "auto",
+    "backend": "tensorflow",
+    "device": "auto",
+    "jit": "auto",
+    "threads": None,
+    "deterministic": True,
+    "label_smoothing": 0.0,
+    "ema": None,
+    "gradient_clip": None,
+    "gradient_accumulation": 1,
+    "run_dir": None,
+}
+
+# What is typed -> the whole answer.
+MISTAKES = {
+    "model=resnet": "model must be one of inception_resnet_v2, inception_v1, inception_v3, vgg16, vgg16_inception, "
+    "got resnet",
+    "model=vgg16_incpetion": "model must be one of inception_resnet_v2, inception_v1, inception_v3, vgg16, "
+    "vgg16_inception, got vgg16_incpetion; did you mean model=vgg16_inception?",
+    "modle=vgg16": "modle is no key; did you mean model?",
+    "model.widht=2": "model.widht is no key; did you mean model.width?",
+    "learning_rate=1": "learning_rate is no key; did you mean optimizer.learning_rate?",
+    "+model.q=2": "model.q is no key of model; use one of model.aux_weight, model.batch_norm_momentum, "
+    "model.blocks, model.head, model.name, model.weights, model.width",
+    "model.batch_norm=false": "model.batch_norm is no key of the chosen model; it belongs to model=inception_v1",
+    "data.root=/tmp": "data.root is no key of the chosen data; it belongs to data=folder",
+    "epochs=three": "epochs must be a whole number, got three; use e.g. epochs=12",
+    "epochs=1.5": "epochs must be a whole number, got 1.5; use e.g. epochs=12",
+    "epochs=": "epochs must be a whole number, got ; use e.g. epochs=12",
+    "epochs=0": "epochs must be at least 1, got 0; use e.g. epochs=12",
+    "seed=null": "seed must be a whole number, got null; use e.g. seed=0",
+    "batch_size=-1": "batch_size must be at least 1, got -1; use e.g. batch_size=32",
+    "deterministic=maybe": "deterministic must be true or false, got maybe; use e.g. deterministic=true",
+    "model.aux_weight=-0.1": "model.aux_weight must be at least 0 and at most 10, got -0.1; "
+    "use e.g. model.aux_weight=0.3",
+    "model.width=nan": "model.width must be a number, got nan; use e.g. model.width=1.0",
+    "model.width=0": "model.width must be above 0 and at most 4, got 0.0; use e.g. model.width=1.0",
+    "model.blocks=[conv,conv]": "model.blocks must name five blocks, got 2; "
+    "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]",
+    "model.blocks=conv": "model.blocks must be a list like [a,b], got conv; "
+    "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]",
+    "model.blocks=[conv,conv,conv,conv,wave]": "model.blocks must be one of conv, conv_bn, inception_naive, "
+    "inception_v1, inception_two_3x3, inception_v3, inception_expanded, inception_3x3_reduce, single_1x1, single_3x3, "
+    "single_5x5, got wave",
+    "data.channels=2": "data.channels must be one of 1, 3, got 2",
+    "data.image_size=31": "data.image_size must be at least 32 for vgg16_inception, got 31; use data.image_size=32",
+    "tracking.uri=nonsense": "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's "
+    "address), got 'nonsense'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
+    "tracking.uri=http://me:pw@there/x?token=y": "words must be key=value, got tracking.uri=...; "
+    "put quotes inside for special characters: key=\"'...'\"",
+    "tracking.uri='ftp://me:pw@there/x?token=y'": "tracking.uri must be http(s)://host:port or sqlite:///path (or "
+    "another database's address), got 'ftp://there/x'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for "
+    "mlflow.db",
+    "tracking.experiment=a/b": "tracking.experiment must be a plain name (no slash, no leading dot), got 'a/b'; "
+    "use e.g. tracking.experiment=inception",
+    "schedule.warmup_epochs=20": "schedule.warmup_epochs must be at most epochs (12), got 20; "
+    "use e.g. schedule.warmup_epochs=1",
+    "data.test_fraction=0.95": "data.validation_fraction and data.test_fraction must leave examples for training "
+    "(sum below 1), got 0.1 + 0.95",
+    "model=vgg16,inception_v1": "model must be one value, got vgg16,inception_v1; "
+    "to try each of them use make sweep model=vgg16,inception_v1",
+    "model={": "words must be key=value, got model={; put quotes inside for special characters: key=\"'...'\"",
+}
+
+
+def test_the_default_config_is_this():
+    assert schema.flatten(dataclasses.asdict(compose([]))) == DEFAULT
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_answered_in_one_line(typed: str):
+    with pytest.raises(ConfigError) as caught:
+        compose([typed])
+    assert str(caught.value) == MISTAKES[typed]
+
+
+def test_the_smallest_image_depends_on_the_model():
+    with pytest.raises(ConfigError, match="at least 75 for inception_v3, got 74;"):
+        compose(["model=inception_v3", "data.image_size=74"])
+    assert compose(["model=inception_v3"]).data.image_size == 75
+    assert compose(["model=inception_v3", "data=imagenette"]).data.image_size == 160
+
+
+OPTIONS = [(group, path.stem) for group in schema.GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_shipped_option_composes(group: str, name: str):
+    config = compose([f"{group}={name}"])
+    chosen = getattr(config, group)
+    assert chosen.name == name
+    assert type(chosen) is schema.GROUPS[group][name]
+
+
+def test_every_option_of_the_schema_is_shipped():
+    assert {(group, name) for group, names in schema.GROUPS.items() for name in names} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "conf/experiment").glob("*.yaml"))])
+def test_every_shipped_experiment_composes_and_opens_with_its_command(name: str):
+    compose([f"experiment={name}"])
+    first = (ROOT / "conf/experiment" / f"{name}.yaml").read_text().splitlines()[:3]
+    assert any(f"make train experiment={name}" in line for line in first)
+
+
+def test_every_key_says_what_it_is():
+    nodes = [Config, schema.EarlyStopping, schema.Evaluate, schema.Tracking]
+    nodes += [node for options in schema.GROUPS.values() for node in options.values()]
+    for node in nodes:
+        for item in dataclasses.fields(node):
+            assert dataclasses.is_dataclass(item.default_factory) or item.metadata["text"], f"{node}.{item.name}"
+
+
+def test_names_and_sizes_are_those_of_the_rooms_behind_them():
+    from train import data, models, optim
+    from train.data.augment import AUGMENTS
+
+    assert schema.SMALLEST_IMAGE == models.SMALLEST
+    assert set(schema.BLOCK_KINDS) == set(models.BLOCK_KINDS)
+    assert set(schema.USUAL_IMAGE) == set(data.SOURCES)
+    assert set(schema.GROUPS["model"]) == set(models.BUILDERS)
+    assert set(schema.GROUPS["augment"]) == set(AUGMENTS)
+    assert set(schema.GROUPS["optimizer"]) == set(optim.OPTIMIZERS)
+    assert set(schema.GROUPS["schedule"]) == set(optim.SCHEDULES)
+
+
+def test_every_key_has_a_reader():
+    """A group's keys are exactly what its builder takes; any other key is read by name somewhere."""
+    from train import data, models, optim
+    from train.data.augment import AUGMENTS
+
+    def keys(group: str, name: str) -> set[str]:
+        return {item.name for item in dataclasses.fields(schema.GROUPS[group][name])} - {"name"}
+
+    def takes(function) -> set[str]:
+        data_and_state = {"images", "draws", "peak", "span", "_"}
+        return {parameter.name for parameter in inspect.signature(function).parameters.values()} - data_and_state
+
+    for name in schema.GROUPS["model"]:
+        assert keys("model", name) <= set(models.options_of(name)), name
+    for name in schema.GROUPS["augment"]:
+        assert keys("augment", name) == takes(AUGMENTS[name]), name
+    for name in schema.GROUPS["schedule"]:
+        assert keys("schedule", name) == takes(optim.SCHEDULES[name]) | {"warmup_epochs"}, name
+    for name in schema.GROUPS["optimizer"]:
+        common = {"learning_rate", "weight_decay"}
+        assert keys("optimizer", name) == takes(optim.OPTIMIZERS[name]) - {"common"} | common, name
+    for name in schema.GROUPS["data"]:
+        assert keys("data", name) - {"directory"} <= takes(data.load), name
+    sources = "".join(path.read_text() for path in (ROOT / "train").rglob("*.py") if path.name != "config.py")
+    for item in dataclasses.fields(Config):
+        assert re.search(rf"\bconfig\.{item.name}\b", sources), item.name
+    for name in ("evaluate", "tracking"):
+        for item in dataclasses.fields(type(getattr(Config(), name))):
+            assert re.search(rf"\b(config\.{name}|tracking)\.{item.name}\b", sources), item.name
+
+
+def test_the_hash_covers_what_decides_the_result_and_nothing_else():
+    base = schema.config_hash(compose([]))
+    assert schema.config_hash(compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])) == base
+    for word in ("seed=1", "model.width=0.5", "augment=none", "precision=float32", "data.channels=3"):
+        assert schema.config_hash(compose([word])) != base, word
+
+
+def test_secrets_are_left_out_of_what_is_stored():
+    config = compose(["tracking.uri='https://me:hunter2@host:5000/path?token=abc'"])
+    assert schema.to_dict(config, {})["tracking"]["uri"] == "https://host:5000/path"
+    config = compose(["run_dir=/secret/place"])
+    stored = schema.to_dict(config, {"run_dir": "${oc.env:PLACE}"})
+    assert stored["run_dir"] == "${oc.env:PLACE}"
+    assert "secret" not in str(stored)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_a_mistake_exits_with_2_in_one_line_without_tensorflow():
+    done = run_train("epochs=three", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    told = [line for line in done.err.splitlines() if not line.startswith("import time:")]
+    assert (done.code, done.out) == (2, "")
+    assert told == ["error: epochs must be a whole number, got three; use e.g. epochs=12"]
+    assert "| tensorflow" not in done.err
+    assert "| keras" not in done.err
+
+
+def test_a_mistake_is_answered_within_a_second():
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert run_train("model=resnet").code == 2
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) <= 1.0
+
+
+def test_check_says_yes_to_a_valid_config_and_trains_nothing(tmp_path: Path):
+    done = run_train("model=inception_v3", f"run_dir={tmp_path / 'run'}", "--check")
+    assert (done.code, done.out, done.err) == (0, "the config is valid\n", "")
+    assert not (tmp_path / "run").exists()
+    assert run_train("model=inception_v3", "data.image_size=32", "--check").code == 2
+
+
+def test_data_faults_are_found_before_tensorflow(tmp_path: Path):
+    done = run_train("data=folder", "--check")
+    assert done.code == 2
+    assert "data.root must be a folder with one sub-folder of images per class, got" in done.err
+    (tmp_path / "only").mkdir()
+    done = run_train("data=folder", f"data.root={tmp_path}", "--check")
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+
+
+def test_an_environment_reference_in_a_mistake_is_not_shown():
+    done = run_train("tracking.uri=${oc.env:PLACE}", "--check", env={"PLACE": "hunter2"})
+    assert done.code == 2
+    assert "hunter2" not in done.err + done.out
+    assert "${oc.env:PLACE}" in done.err
+
+
+def test_completion_knows_groups_and_keys():
+    script = "source <(.venv/bin/inception-train -sc install=bash 2>/dev/null); complete -p inception-train"
+    from conftest import run_command
+
+    assert "hydra_bash_completion" in run_command("bash", "-c", script).out
+    query = {"COMP_LINE": "inception-train model=", "COMP_POINT": "22"}
+    done = run_train("-sc", "query=bash", env=query)
+    assert {"model=vgg16", "model=inception_v3"} <= set(done.out.split())
+    query = {"COMP_LINE": "inception-train optimizer.", "COMP_POINT": "26"}
+    assert "optimizer.learning_rate=" in run_train("-sc", "query=bash", env=query).out.split()
+
+
+# ------------------------------------------------------------------------------------------------------- the walls
+
+ROOMS = ("config", "compose", "command", "runtime", "data", "models", "losses", "optim", "step", "loop", "progress",
+         "tracking", "evaluate")  # fmt: skip
+APART = {"data", "models", "losses", "optim", "tracking"}
+ONLY = {
+    "hydra": {"__main__", "compose", "sweep"},
+    "mlflow": {"tracking"},
+    "tensorflow_datasets": {"data"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file names in its imports, at any depth, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_rooms_import_only_what_stands_above_them():
+    faults = []
+    for path in (ROOT / "train").rglob("*.py"):
+        room = path.relative_to(ROOT / "train").parts[0].removesuffix(".py")
+        names = imports_of(path)
+        faults += [
+            f"{path}: {name}" for name in names for top, homes in ONLY.items()
+            if name.split(".")[0] == top and room not in homes
+        ]  # fmt: skip
+        others = {name.split(".")[1] for name in names if name.startswith("train.") and name.count(".")} - {room}
+        if room == "config":
+            faults += [f"{path}: {other}" for other in others]
+        if room in ROOMS:
+            above = set(ROOMS[: ROOMS.index(room)])
+            faults += [f"{path}: {other}" for other in others & set(ROOMS) - above]
+        if room in APART:
+            faults += [f"{path}: {other}" for other in others & (APART - {room})]
+    assert not faults
+
+
+def test_the_explanations_do_not_hide_a_fault_they_do_not_know():
+    from hydra.errors import HydraException
+
+    assert composer.explain(HydraException("something\nnew")) == "something new"
