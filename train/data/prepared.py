@@ -113,7 +113,8 @@ def _complete(builder: Any) -> bool:
 
 def _remove_leftovers(chosen: Source, data_dir: str, downloads: Path) -> None:
     """What a killed process left (the lock says that nobody is at it), and unpacked files, needed only meanwhile."""
-    for left in (*(Path(data_dir) / chosen.tfds).glob("incomplete.*"), downloads / "extracted"):
+    half = [*(Path(data_dir) / chosen.tfds).glob("incomplete.*"), *downloads.glob("**/*.tmp.*")]
+    for left in (*half, downloads / "extracted"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -126,7 +127,9 @@ def _failure(
         return ValueError(
             f"data={name} must be preparable in {data_dir}, got: {_short(error)}; use another data folder"
         )
-    return ValueError(f"{_by_hand(name, chosen)}, got {manual_dir or 'none'} ({_short(error)}); use the original files")
+    place = manual_dir or "none"
+    advice = "use the original files" if manual_dir else "use data.manual_dir=PATH with the original files"
+    return ValueError(f"{_by_hand(name, chosen)}, got {place} ({_short(error)}); {advice}")
 
 
 def _download_and_prepare(builder: Any, downloads: Path, manual_dir: str | None) -> None:
