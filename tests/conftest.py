@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+THREADS = 2
 SECRET = "hunter2-in-the-address"
+
+
+def pytest_collection_finish() -> None:
+    """TensorFlow's threads can be set only before its first operation, and some tests run whole trainings here."""
+    if "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].config.threading.set_intra_op_parallelism_threads(THREADS)
 
 
 @dataclass

@@ -192,7 +192,7 @@ def test_every_key_has_a_reader():
         return {parameter.name for parameter in inspect.signature(function).parameters.values()} - data_and_state
 
     for name in schema.GROUPS["model"]:
-        assert keys("model", name) <= set(models.options_of(name)), name
+        assert keys("model", name) == set(models.options_of(name)), name
     for name in schema.GROUPS["augment"]:
         assert keys("augment", name) == takes(AUGMENTS[name]), name
     for name in schema.GROUPS["schedule"]:

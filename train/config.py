@@ -90,14 +90,10 @@ class Model:
     width: float = key(1.0, "multiplier of all channel counts", above=0, most=4)
     head: str = key("avg", "what turns the last feature map into class scores", choices=("fc", "avg", "max"))
     aux_weight: float = key(0.3, "weight of each auxiliary loss; 0 builds no auxiliary head", least=0, most=10)
-    weights: str | None = key(None, "local weight file (.weights.h5, .h5, .keras) that the trunk starts from")
-
-
-@dataclass
-class BatchNormModel(Model):
     batch_norm_momentum: float = key(
         0.9, "momentum of the moving statistics; 0.99 needs thousands of steps", least=0, below=1
     )
+    weights: str | None = key(None, "local weight file (.weights.h5, .h5, .keras) that the trunk starts from")
 
 
 @dataclass
@@ -106,7 +102,7 @@ class Vgg16(Model):
 
 
 @dataclass
-class Vgg16Inception(BatchNormModel):
+class Vgg16Inception(Model):
     name: str = key("vgg16_inception", "which network; chosen by model=NAME", choices=("vgg16_inception",))
     blocks: list[str] = key(
         ["conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3"],
@@ -116,18 +112,18 @@ class Vgg16Inception(BatchNormModel):
 
 
 @dataclass
-class InceptionV1(BatchNormModel):
+class InceptionV1(Model):
     name: str = key("inception_v1", "which network; chosen by model=NAME", choices=("inception_v1",))
     batch_norm: bool = key(True, "batch normalisation after every convolution; false: biases, as published")
 
 
 @dataclass
-class InceptionV3(BatchNormModel):
+class InceptionV3(Model):
     name: str = key("inception_v3", "which network; chosen by model=NAME", choices=("inception_v3",))
 
 
 @dataclass
-class InceptionResnetV2(BatchNormModel):
+class InceptionResnetV2(Model):
     name: str = key("inception_resnet_v2", "which network; chosen by model=NAME", choices=("inception_resnet_v2",))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,14 @@ def tell(
     say(f"run: {folder.path}")
 
     outcome = loop.Outcome()
-    try:
-        fit(config, dataset, steps, step, inference, folder, outcome, requested)
-    finally:
-        record.progress(summary, outcome, step.weights_sha256(), runtime.peak_memory_bytes())
+    with naming_broken_examples():
+        try:
+            fit(config, dataset, steps, step, inference, folder, outcome, requested)
+        finally:
+            record.progress(summary, outcome, step.weights_sha256(), runtime.peak_memory_bytes())
 
-    if config.evaluate.test:
+        if not config.evaluate.test:
+            return
         summary["test"] = measure(config, dataset, dataset.test, load_predictor(folder.best / "model.keras", config))
         folder.record(outcome.epochs - 1, outcome.steps, {f"test/{k}": v for k, v in summary["test"].items()})
 
@@ -81,6 +84,20 @@ def load_data(config: Config) -> Any:
     chosen = options(config.data)
     chosen["data_dir"] = str(ROOT / chosen.pop("directory"))
     return data.load(config.data.name, **chosen)
+
+
+@contextmanager
+def naming_broken_examples() -> Iterator[None]:
+    """Brings an unreadable example's own message out of what TensorFlow wraps around it."""
+    from train.data import pipeline
+
+    try:
+        yield
+    except Exception as fault:
+        line = pipeline.example_error(fault)
+        if line is None:
+            raise
+        raise ValueError(line) from fault
 
 
 def data_source(config: Config) -> str:

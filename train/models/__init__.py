@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def _check_aux_weight(value: Any) -> None:
 
 
 def _check_blocks(value: Any) -> None:
-    if isinstance(value, str) or len(value) != len(STAGES):
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(STAGES):
         raise ValueError(
             f"model.blocks must be {len(STAGES)} kinds of block, got {value!r}; use one of "
             f"{', '.join(BLOCK_KINDS)} for each stage"

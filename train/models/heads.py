@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from keras import layers
 
-from train.models.blocks import RECTIFIED, Tensor, scaled, unit
+from train.models.blocks import Tensor, scaled, unit
 
 
 def logits(x: Tensor, num_classes: int, name: str) -> Tensor:
@@ -26,7 +26,7 @@ def fc(x: Tensor, width: float) -> Tensor:
     """
     x = layers.Flatten(name="flatten")(x)
     for name in ("fc1", "fc2"):
-        x = layers.Dense(scaled(4096, width), activation="relu", kernel_initializer=RECTIFIED, name=name)(x)
+        x = layers.Dense(scaled(4096, width), activation="relu", name=name)(x)
     return x
 
 
@@ -80,7 +80,7 @@ def aux_inception_v1(x: Tensor, num_classes: int, width: float, momentum: float 
     x = pool_to(x, 4, f"{name}_pool")
     x = unit(x, scaled(128, width), (1, 1), name, momentum)
     x = layers.Flatten(name=f"{name}_flatten")(x)
-    x = layers.Dense(scaled(1024, width), activation="relu", kernel_initializer=RECTIFIED, name=f"{name}_fc")(x)
+    x = layers.Dense(scaled(1024, width), activation="relu", name=f"{name}_fc")(x)
     x = layers.Dropout(0.7, name=f"{name}_dropout")(x)
     return logits(x, num_classes, f"{name}_predictions")
 

@@ -1,10 +1,12 @@
 """VGG16, and the builder it shares with its Inception variants."""
 
+from collections.abc import Sequence
+
 import keras
 from keras import layers
 
 from train.models import blocks, heads
-from train.models.blocks import BLOCK_KINDS, PLAIN_KINDS, Tensor
+from train.models.blocks import PLAIN_KINDS, BlockKind, Tensor, Widths
 
 # Simonyan & Zisserman 2014, table 1, configuration D: channels and number of convolutions of each stage.
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -29,35 +31,40 @@ def vgg16(
     """
     inputs = blocks.images(input_shape)
     x = blocks.normalize_caffe(inputs)
-    outputs = staged(x, ("conv",) * 5, num_classes, width, head, batch_norm_momentum, aux_weight)
+    kinds = (("conv", unscaled_conv),) * len(STAGES)
+    outputs = staged(x, kinds, num_classes, width, head, batch_norm_momentum, aux_weight)
     return keras.Model(inputs, outputs, name="vgg16")
+
+
+def unscaled_conv(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+    """The kind `conv` for images of about -124..151, with the initial values of keras.applications.
+
+    Glorot's smaller kernels bring such a signal down to about 1 over the thirteen layers; with He's the same network
+    diverges at a learning rate of 0.01.
+    """
+    del momentum  # nothing to normalise
+    return blocks.conv(x, widths.total, name, initializer="glorot_uniform")
 
 
 def staged(
     x: Tensor,
-    kinds: tuple[str, ...],
+    kinds: Sequence[tuple[str, BlockKind]],
     num_classes: int,
     width: float,
     head: str,
     momentum: float,
     aux_weight: float,
 ) -> dict[str, Tensor]:
-    """Returns the logits of a VGG16 whose five stages are made of the given block kinds, on normalised images."""
+    """Returns the logits of a VGG16 whose stages are made of the given (name, kind), on normalised images."""
     fourth = None
-    for number, (kind, (channels, repeats)) in enumerate(zip(kinds, STAGES, strict=True), start=1):
-        x = stage(x, number, kind, channels, repeats, width, momentum)
+    for number, ((kind, block), (channels, repeats)) in enumerate(zip(kinds, STAGES, strict=True), start=1):
+        prefix = f"block{number}_conv" if kind in PLAIN_KINDS else f"Block_{number}_"
+        for position in range(1, repeats + 1):
+            x = block(x, blocks.proportional(channels).scaled(width), f"{prefix}{position}", momentum)
+        x = layers.MaxPooling2D((2, 2), name=f"block{number}_pool")(x)
         fourth = x if number == 4 else fourth  # 14 x 14 x 512 at 224, as GoogLeNet's first end point
     # The auxiliary head comes last: the initial values of everything else are then the same with and without it.
     outputs = {"main": heads.main(x, head, num_classes, width)}
     if aux_weight:
         outputs["aux"] = heads.aux_inception_v3(fourth, num_classes, width, momentum, "aux")
     return outputs
-
-
-def stage(x: Tensor, number: int, kind: str, channels: int, repeats: int, width: float, momentum: float) -> Tensor:
-    """`repeats` blocks of one kind, then 2x2 max pooling: `[N, H, W, C]` to `[N, H // 2, W // 2, channels]`."""
-    widths = blocks.proportional(channels).scaled(width)
-    prefix = f"block{number}_conv" if kind in PLAIN_KINDS else f"Block_{number}_"
-    for position in range(1, repeats + 1):
-        x = BLOCK_KINDS[kind](x, widths, f"{prefix}{position}", momentum)
-    return layers.MaxPooling2D((2, 2), name=f"block{number}_pool")(x)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import keras
 
-from train.models.blocks import images, normalize_symmetric
+from train.models.blocks import BLOCK_KINDS, images, normalize_symmetric
 from train.models.vgg16 import staged
 
 # The notebook's network: stage 3 of InceptionV1 blocks, stage 5 of factorised ones, batch normalisation everywhere.
@@ -30,5 +30,6 @@ def vgg16_inception(
     """
     inputs = images(input_shape)
     x = normalize_symmetric(inputs)
-    outputs = staged(x, tuple(blocks), num_classes, width, head, batch_norm_momentum, aux_weight)
+    kinds = [(kind, BLOCK_KINDS[kind]) for kind in blocks]
+    outputs = staged(x, kinds, num_classes, width, head, batch_norm_momentum, aux_weight)
     return keras.Model(inputs, outputs, name="vgg16_inception")

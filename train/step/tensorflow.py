@@ -13,7 +13,9 @@ import tensorflow as tf
 
 def predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray]:
     """Images uint8 [N, H, W, C] -> the single output of `model` as an array."""
-    run = tf.function(lambda images: model(images, training=False), jit_compile=jit, reduce_retracing=True)
+    # One graph for every batch size: the last batch of a split is smaller, and tracing a deep network takes seconds.
+    signature = [tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)]
+    run = tf.function(lambda images: model(images, training=False), input_signature=signature, jit_compile=jit)
     return lambda images: run(images).numpy()
 
 

@@ -1,0 +1,295 @@
+"""Whole runs through the command line, and what they leave behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, SECRET, THREADS, Finished, run_command, run_train
+
+from train import run
+from train.compose import compose
+from train.config import ConfigError
+from train.tracking import record
+from train.tracking.folder import create
+
+
+def in_process(folder: Path, *words: str) -> dict[str, Any]:
+    """The story without its MLflow record; the summary."""
+    config = compose([f"run_dir={folder}", f"threads={THREADS}", *words])
+    place = create(config.run_dir, ROOT / "runs", "tests", latest=False)
+    summary = record.identify(place, config, {})
+    run.tell(config, {}, place, summary, [])
+    return summary
+
+
+# ------------------------------------------------------------------------------------------- what a run leaves behind
+
+
+def test_the_folder_holds_everything(finished: Finished):
+    names = {path.name for path in finished.path.iterdir()}
+    assert names >= {
+        "config.yaml", "metrics.jsonl", "summary.json", "train.log", "best", "model_summary.txt", "input_example.npy",
+    }  # fmt: skip
+    assert {path.name for path in (finished.path / "best").iterdir()} == {"model.keras", "model.json"}
+
+
+def test_the_last_line_is_the_summary(finished: Finished):
+    summary, last = finished.summary, finished.done.last_line
+    assert last.startswith("status=finished model=vgg16_inception data=digits seed=0 epochs=2 steps=80 ")
+    assert f" test_accuracy={summary['test']['accuracy']:.4f} test_examples=340 " in last
+    assert last.endswith(f" run={finished.path}")
+
+
+def test_the_output_is_one_plain_line_per_epoch(finished: Finished):
+    assert "\x1b" not in finished.done.out
+    assert finished.done.err == ""
+    epochs = re.findall(
+        r"^epoch (\d)/2  loss \d+\.\d{4}  accuracy train 0\.\d{4}  validation 0\.\d{4}  \d+ images/s",
+        finished.done.out,
+        re.M,
+    )
+    assert epochs == ["1", "2"]
+    assert "40 steps of 32 per epoch; 1 training examples are left out of each" in finished.done.out
+
+
+def test_the_summary_says_what_was_done(finished: Finished):
+    summary = finished.summary
+    given = {"status": "finished", "model": "vgg16_inception", "data": "digits", "seed": 0, "epochs": 2, "steps": 80}
+    assert given.items() <= summary.items()
+    assert summary["steps_executed"] == 80
+    assert summary["test"]["examples"] == 340
+    assert set(summary["test"]) == {"loss", "accuracy", "top5_accuracy", "examples"}
+    assert summary["training_parameters"] > summary["parameters"] == 134_652
+    assert summary["training_macs"] > summary["macs"] == 3_636_992
+    for name in ("run_id", "config_hash", "data_fingerprint", "weights_sha256"):
+        assert re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", summary[name]), name
+    assert summary["train_images_per_second"] > 0
+    assert 0 <= summary["data_wait_fraction"] < 1
+    assert summary["peak_memory_bytes"] > 10**8
+
+
+def test_the_journal_has_a_line_per_logged_step(finished: Finished):
+    lines = finished.journal
+    assert [(line["epoch"], line["step"]) for line in lines] == [
+        *((0, step) for step in range(7, 41, 7)), (0, 40), *((1, step) for step in range(42, 81, 7)), (1, 80), (1, 80),
+    ]  # fmt: skip
+    assert "test/accuracy" in lines[-1]["values"]
+    assert lines[-1]["values"]["test/accuracy"] == finished.summary["test"]["accuracy"]
+
+
+def test_the_config_is_resolved(finished: Finished):
+    config = yaml.safe_load((finished.path / "config.yaml").read_text())
+    assert config["model"]["width"] == 0.125
+    assert config["data"]["image_size"] == 32
+    assert config["precision"] in ("float32", "mixed_bfloat16")
+    assert config["jit"] == "off"
+    assert config["threads"] == len(os.sched_getaffinity(0))
+
+
+def test_the_stored_model_is_what_was_measured(finished: Finished, tmp_path: Path):
+    """In a process that does not know this project: its accuracy on the test split is that of the summary."""
+    from train import data
+
+    split = data.load("digits", str(ROOT / "data"), 32, 1).test
+    pixels = np.stack([split.example(index) for index in range(len(split))])
+    np.savez(tmp_path / "test.npz", images=pixels, labels=split.labels)
+    script = (
+        "import sys, keras, numpy as np\n"
+        "model, test = keras.models.load_model(sys.argv[1]), np.load(sys.argv[2])\n"
+        "assert not any(layer.name.startswith('aux') for layer in model.layers)\n"
+        "print((model.predict(test['images'], verbose=0).argmax(1) == test['labels']).mean())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, finished.path / "best/model.keras", tmp_path / "test.npz"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(done.stdout) == pytest.approx(finished.summary["test"]["accuracy"], abs=1 / 340)
+
+
+def test_best_says_what_it_is(finished: Finished):
+    card = json.loads((finished.path / "best/model.json").read_text())
+    assert card["classes"] == [str(digit) for digit in range(10)]
+    assert card["input"] == {"shape": [32, 32, 1], "dtype": "uint8", "range": [0, 255]}
+    accuracies = {
+        line["epoch"]: line["values"]["validation/main_accuracy"]
+        for line in finished.journal
+        if "validation/main_accuracy" in line["values"]
+    }
+    assert card["validation_main_accuracy"] == max(accuracies.values()) == accuracies[card["epoch"]]
+    assert card["data_fingerprint"] == finished.summary["data_fingerprint"]
+
+
+def test_a_secret_in_the_address_is_nowhere(finished: Finished):
+    """The store's address came from the environment; only the reference to it is kept."""
+    config = (finished.path / "config.yaml").read_text()
+    assert "uri: ${oc.env:INCEPTION_TEST_STORE}" in config
+    for path in finished.path.rglob("*"):
+        if path.is_file():
+            assert SECRET.encode() not in path.read_bytes(), path
+    assert SECRET not in finished.done.out + finished.done.err
+
+
+def test_a_second_run_does_not_get_into_a_used_folder(finished: Finished):
+    before = hashlib.sha256((finished.path / "summary.json").read_bytes()).hexdigest()
+    done = run_train("model=vgg16_inception", f"run_dir={finished.path}")
+    assert done.code == 2
+    assert (
+        done.err
+        == f"error: run_dir must be a folder without a run, got {finished.path}, which holds one; use another\n"
+    )
+    assert hashlib.sha256((finished.path / "summary.json").read_bytes()).hexdigest() == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    done = run_train(f"run_dir={tmp_path / 'file' / 'run'}")
+    assert done.code == 2
+    assert done.err == (
+        f"error: run_dir must be a folder that can be written, got {tmp_path}/file/run (Not a directory); "
+        "use run_dir=PATH\n"
+    )
+
+
+def test_latest_points_at_the_newest_run_under_runs(tmp_path: Path):
+    first = create(None, tmp_path / "runs", "tests", latest=True)
+    second = create(None, tmp_path / "runs", "tests", latest=True)
+    create(None, tmp_path / "runs", "tests", latest=False)
+    create(str(tmp_path / "elsewhere"), tmp_path / "runs", "tests", latest=True)
+    link = tmp_path / "runs/latest"
+    assert link.resolve() == second.path != first.path
+    assert str(link.readlink()) == str(second.path.relative_to(tmp_path / "runs"))
+    assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", second.path.name)
+
+
+# ---------------------------------------------------------------------------------------------- bad input, bad luck
+
+
+def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path):
+    if Path("/proc/driver/nvidia/version").exists():
+        pytest.skip("there is an NVIDIA driver here")
+    with pytest.raises(ConfigError, match="device must be one that is there, got gpu but TensorFlow finds no GPU; use"):
+        in_process(tmp_path / "run", "device=gpu")
+
+
+def test_a_batch_larger_than_the_split_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"batch_size must be in 1\.\.1281, the size of the train split, got 1282"):
+        in_process(tmp_path / "run", "batch_size=1282")
+
+
+def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path):
+    """After the first epoch: status interrupted, exit code 130, a best model, and MLflow knows."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    words = ["model.width=0.1", "epochs=500", "tracking.log_model=false", f"tracking.uri={uri}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *words, f"run_dir={tmp_path / 'run'}"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    out = process.stdout.read()
+    assert process.wait(60) == 130
+    assert out.strip().splitlines()[-1].startswith("status=interrupted model=vgg16_inception")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["failure"]) == ("interrupted", "stopped by SIGINT")
+    assert 40 <= summary["steps"] < 500 * 40
+    assert "test" not in summary
+    assert (tmp_path / "run/best/model.keras").exists()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    [experiment] = [e for e in client.search_experiments() if e.name == "inception"]
+    [mlflow_run] = client.search_runs([experiment.experiment_id])
+    assert mlflow_run.info.status == "KILLED"
+    assert mlflow_run.data.tags["status"] == "interrupted"
+
+
+# --------------------------------------------------------------------------------------------- every network learns
+
+SMALL = {
+    "vgg16": ["model.width=0.125", "epochs=4", "optimizer=adamw"],
+    "vgg16_inception": ["model.width=0.125", "epochs=4", "ema=0.8", "gradient_clip=5", "label_smoothing=0.05"],
+    "inception_v1": ["model.width=0.25", "epochs=3"],
+    "inception_v3": ["model.width=0.125", "epochs=2", "batch_size=16", "optimizer.learning_rate=0.02"],
+    "inception_resnet_v2": ["model.width=0.125", "epochs=1", "batch_size=16", "optimizer.learning_rate=0.02"],
+}
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_every_network_learns_digits(model: str, tmp_path: Path):
+    """Chance is 0.1: a dead gradient, or moving statistics that lag behind, cannot hide below 0.5."""
+    summary = in_process(tmp_path / "run", f"model={model}", "evaluate.test=false", *SMALL[model])
+    assert summary["best"]["validation_main_accuracy"] > 0.5
+    assert summary["training_parameters"] > summary["parameters"]  # with the auxiliary heads
+
+
+def test_moving_statistics_that_lag_behind_are_what_the_default_avoids(finished: Finished, tmp_path: Path):
+    """The negative control: with the momentum that Keras has by default the same run validates far worse."""
+    words = ["evaluate.test=false", "model.width=0.125", "epochs=2", "model.batch_norm_momentum=0.99"]
+    bad = in_process(tmp_path / "bad", "model=vgg16_inception", *words)
+    good = finished.summary["best"]["validation_main_accuracy"]
+    assert bad["best"]["validation_main_accuracy"] < good - 0.2
+
+
+# ------------------------------------------------------------------------------------------------------ longer runs
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_a_run_for_every_combination(tmp_path: Path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    done = run_command(
+        "make", "sweep", "model=vgg16,vgg16_inception", "seed=0,1", "epochs=1", "model.width=0.1",
+        f"tracking.uri={uri}", "tracking.experiment=sweep-test", "tracking.log_model=false", timeout=600,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    [experiment] = [e for e in client.search_experiments() if e.name == "sweep-test"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted((r.data.params["model.name"], r.data.params["seed"]) for r in runs) == [
+        ("vgg16", "0"), ("vgg16", "1"), ("vgg16_inception", "0"), ("vgg16_inception", "1"),
+    ]  # fmt: skip
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    for r in runs:
+        run_command("rm", "-r", r.data.tags["run_dir"])
+
+
+@pytest.mark.slow
+def test_the_default_run_is_good(tmp_path: Path):
+    accuracies = []
+    for seed in (0, 1, 2):
+        done = run_train(
+            "model=vgg16_inception", f"seed={seed}", f"run_dir={tmp_path / str(seed)}", "tracking.log_model=false",
+            f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", timeout=900,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        accuracies.append(json.loads((tmp_path / str(seed) / "summary.json").read_text())["test"]["accuracy"])
+    assert np.mean(accuracies) >= 0.985, accuracies
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_a_folder_of_photographs_is_learned(tmp_path: Path):
+    root = os.environ.get("INCEPTION_REAL_DATA")
+    if not root:
+        pytest.skip("INCEPTION_REAL_DATA names no folder with sign_digits in it")
+    done = run_train(
+        "model=vgg16_inception", "data=folder", f"data.root={root}/sign_digits", "data.image_size=32", "epochs=8",
+        f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", timeout=900,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run/summary.json").read_text())["test"]["accuracy"] >= 0.95
