@@ -20,6 +20,7 @@ from conftest import ROOT, SECRET, THREADS, Finished, run_command, run_train
 from train import run
 from train.compose import compose
 from train.config import ConfigError
+from train.loop import Stops
 from train.tracking import record
 from train.tracking.folder import create
 
@@ -29,7 +30,7 @@ def in_process(folder: Path, *words: str) -> dict[str, Any]:
     config = compose([f"run_dir={folder}", f"threads={THREADS}", *words])
     place = create(config.run_dir, ROOT / "runs", "tests", latest=False)
     summary = record.identify(place, config, {})
-    run.tell(config, {}, place, summary, [])
+    run.tell(config, {}, place, summary, Stops())
     return summary
 
 
@@ -60,7 +61,7 @@ def test_the_output_is_one_plain_line_per_epoch(finished: Finished):
         re.M,
     )
     assert epochs == ["1", "2"]
-    assert "40 steps of 32 per epoch; 1 training examples are left out of each" in finished.done.out
+    assert "40 steps of 32 per epoch, training examples left out of each: 1" in finished.done.out
 
 
 def test_the_summary_says_what_was_done(finished: Finished):

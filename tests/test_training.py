@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from train import losses, models, optim
 from train.evaluate import cross_entropy, evaluate, rank_of_truth
-from train.loop import DivergedError, Interrupted, Outcome, Stopper, fit, stop_requests
+from train.loop import DivergedError, Interrupted, Outcome, Stopper, Stops, fit
 from train.step.tensorflow import Step
 
 CLASSES = 3
@@ -204,13 +204,13 @@ class Quiet:
     def epoch(self, *_): ...
 
 
-def run_loop(model: keras.Model, *, epochs: int = 3, accuracies=None, requested=None, **stopper):
+def run_loop(model: keras.Model, *, epochs: int = 3, accuracies=None, stops=None, step=None, **stopper):
     """Three batches an epoch; `accuracies` are what validation is to find."""
     journal, kept, outcome = [], [], Outcome()
     found = iter(accuracies or [0.1] * epochs)
     stopping = {"metric": None, "patience_epochs": 1, "min_delta": 0.0} | stopper
     fit(
-        step_of(model),
+        step or step_of(model),
         epochs=epochs,
         log_every=2,
         batches=lambda epoch: [batch(seed=10 * epoch + n) for n in range(3)],
@@ -220,7 +220,7 @@ def run_loop(model: keras.Model, *, epochs: int = 3, accuracies=None, requested=
         stopper=Stopper(**stopping),
         watch=Quiet(),
         outcome=outcome,
-        requested=[] if requested is None else requested,
+        stops=stops or Stops(),
     )
     return outcome, journal, kept
 
@@ -273,20 +273,41 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step():
 
 
 def test_a_signal_is_obeyed_between_two_batches():
-    with stop_requests() as requested:
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Interrupted, match="stopped by SIGTERM") as stop:
-            run_loop(compiled(dense_model()), requested=requested)
+    """It comes in the middle of the second step, which is finished, and no third is begun."""
+    steps = []
+
+    class Noisy(Step):
+        def __call__(self, images, labels):
+            steps.append("begun")
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().__call__(images, labels)
+            steps.append("done")
+
+    model = compiled(dense_model())
+    noisy = Noisy(model, keras.Model(model.input, model.output["main"]), jit=False)
+    with Stops().listening() as stops, pytest.raises(Interrupted, match="stopped by SIGTERM") as stop:
+        run_loop(model, stops=stops, step=noisy)
+    assert steps == ["begun", "done", "begun", "done"]
     assert stop.value.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_second_ctrl_c_leaves_at_once():
-    with stop_requests() as requested:
+def test_a_second_signal_leaves_at_once_and_so_does_one_outside_the_loop():
+    with Stops().listening() as stops, stops.deferred():
         os.kill(os.getpid(), signal.SIGINT)
-        assert requested == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="SIGINT"):
             os.kill(os.getpid(), signal.SIGINT)
+    with Stops().listening(), pytest.raises(Interrupted, match="SIGTERM"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_validation_heeds_a_signal_too():
+    with Stops().listening() as stops, stops.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            list(stops.heed([1, 2, 3]))
+    assert list(Stops().heed([1, 2, 3])) == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

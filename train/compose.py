@@ -150,14 +150,15 @@ def _say_wrong_type(name: str, overrides: list[str]) -> str:
     typed = [value for key, _, value in words if key.lstrip("+") == name]
     example = _defaults().get(name)
     kinds = {bool: "true or false", int: "a whole number", float: "a number", list: "a list like [a,b]", str: "a word"}
-    hint = f"; use e.g. {name}={_as_typed(example)}" if example not in (None, "") else ""
+    hint = f"; use e.g. {name}={as_typed(example)}" if example not in (None, "") else ""
     return f"{name} must be {kinds.get(type(example), 'of another type')}, got {typed[-1] if typed else 'that'}{hint}"
 
 
-def _as_typed(value: Any) -> str:
+def as_typed(value: Any) -> str:
+    """A value as one would type it."""
     if isinstance(value, list):
         return "[" + ",".join(map(str, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _unknown_key(_: Exception, text: str) -> tuple | None:

@@ -270,7 +270,7 @@ class Config:
     batch_size: int = key(32, "examples per step; the last incomplete batch is dropped", unit="examples", least=1)
     precision: str = key(
         "auto",
-        "policy of computation; auto: by device and model",
+        "policy of computation; auto: by device",
         choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
     )
     backend: str = key("tensorflow", "what Keras computes with", choices=("tensorflow",))

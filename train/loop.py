@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
 
 
-class Interrupted(Exception):  # noqa: N818 - a request, not an error
+class Interrupted(KeyboardInterrupt):
     """Somebody asked the run to stop; `number` is the signal."""
 
     def __init__(self, number: int):
@@ -69,7 +71,6 @@ class Clock:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
 
     def images_per_second(self) -> float:
         return self.images / self.seconds if self.seconds else 0.0
@@ -96,22 +97,50 @@ class Outcome:
     values: dict[str, float] = field(default_factory=dict)
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted here and obeyed between two batches; a second SIGINT leaves at once."""
-    requested: list[int] = []
+class Stops:
+    """SIGINT and SIGTERM: at once where nothing can be lost, between two batches within `deferred`.
 
-    def note(number: int, _: Any) -> None:
-        if requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requested.append(number)
+    A second signal leaves at once in any case.
+    """
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._deferring = False
+
+    def _note(self, number: int, _: Any) -> None:
+        first, self._number = self._number is None, number
+        if not (first and self._deferring):
+            raise Interrupted(number)
+
+    @contextmanager
+    def listening(self) -> Iterator[Stops]:
+        """Takes the two signals over, and gives them back."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals are noted here, and obeyed where `obey` is called."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def obey(self) -> None:
+        """Raises: Interrupted if a signal has been noted."""
+        if self._number is not None:
+            raise Interrupted(self._number)
+
+    def heed(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The batches, as long as nobody asks to stop."""
+        for batch in batches:
+            self.obey()
+            yield batch
 
 
 def fit(
@@ -126,7 +155,7 @@ def fit(
     stopper: Stopper,
     watch: Watch,
     outcome: Outcome,
-    requested: list[int],
+    stops: Stops,
 ) -> Outcome:
     """Trains for `epochs` or until the stopper says so; fills `outcome` as it goes, so that it is true at any moment.
 
@@ -134,26 +163,27 @@ def fit(
 
     Raises: Interrupted between two batches, DivergedError when the loss is not finite.
     """
-    for epoch in range(epochs):
-        clock = _train_epoch(step, epoch, batches(epoch), log_every, record, watch, outcome, requested)
-        outcome.clock.add(clock)
-        values = {f"train/{name}": value for name, value in step.metrics().items()}
-        _refuse_divergence(values["train/loss"], epoch, outcome.steps)
-        values |= {f"validation/{name}": value for name, value in validate().items()}
-        values |= {
-            "learning_rate": step.learning_rate(),
-            "images_per_second": clock.images_per_second(),
-            "data_wait_fraction": clock.data_wait_fraction(),
-        }
-        record(epoch, outcome.steps, values)
-        outcome.epochs, outcome.values = epoch + 1, values
-        if values["validation/main_accuracy"] > outcome.best_accuracy:
-            outcome.best_epoch, outcome.best_accuracy = epoch, values["validation/main_accuracy"]
-            keep_best(epoch, values)
-        watch.epoch(epoch, values)
-        if stopper.done(values):
-            outcome.stopped_early = True
-            break
+    with stops.deferred():
+        for epoch in range(epochs):
+            clock = _train_epoch(step, epoch, batches(epoch), log_every, record, watch, outcome, stops)
+            outcome.clock.add(clock)
+            values = {f"train/{name}": value for name, value in step.metrics().items()}
+            _refuse_divergence(values["train/loss"], epoch, outcome.steps)
+            values |= {f"validation/{name}": value for name, value in validate().items()}
+            values |= {
+                "learning_rate": step.learning_rate(),
+                "images_per_second": clock.images_per_second(),
+                "data_wait_fraction": clock.data_wait_fraction(),
+            }
+            record(epoch, outcome.steps, values)
+            outcome.epochs, outcome.values = epoch + 1, values
+            if values["validation/main_accuracy"] > outcome.best_accuracy:
+                outcome.best_epoch, outcome.best_accuracy = epoch, values["validation/main_accuracy"]
+                keep_best(epoch, values)
+            watch.epoch(epoch, values)
+            if stopper.done(values):
+                outcome.stopped_early = True
+                break
     return outcome
 
 
@@ -165,7 +195,7 @@ def _train_epoch(
     record: Callable[[int, int, dict[str, float]], None],
     watch: Watch,
     outcome: Outcome,
-    requested: list[int],
+    stops: Stops,
 ) -> Clock:
     step.reset_metrics()
     clock, stream = Clock(), iter(batches)
@@ -187,8 +217,7 @@ def _train_epoch(
             record(epoch, outcome.steps, {**values, "learning_rate": step.learning_rate()})
             _refuse_divergence(values["train/loss"], epoch, outcome.steps)
         watch.step(epoch, outcome.steps, values)
-        if requested:
-            raise Interrupted(requested[0])
+        stops.obey()
     step.metrics()  # waits for the device, so that the time is that of the work
     clock.seconds = time.perf_counter() - start
     return clock

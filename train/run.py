@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,27 +24,27 @@ def train(config: Config, references: dict[str, str], *, latest: bool = True) ->
     `latest`: whether runs/latest shall point here.
     """
     folder = create(config.run_dir, ROOT / "runs", config.tracking.experiment, latest=latest)
-    with folder.held(), record.log_file(folder), loop.stop_requests() as requested:
+    with folder.held(), record.log_file(folder), loop.Stops().listening() as stops:
         summary = record.identify(folder, config, references)
         recorder = uploader.start(folder, config.tracking.uri or uploader.default_uri(ROOT))
         try:
-            tell(config, references, folder, summary, requested)
+            tell(config, references, folder, summary, stops)
             summary["status"], code = "finished", 0
-        except (loop.Interrupted, KeyboardInterrupt) as stop:
-            number = getattr(stop, "number", signal.SIGINT)
-            summary |= {"status": "interrupted", "failure": f"stopped by {signal.Signals(number).name}"}
-            code = 128 + number
+        except loop.Interrupted as stop:
+            summary |= {"status": "interrupted", "failure": str(stop)}
+            code = 128 + stop.number
         except Exception as fault:
             summary |= {"status": "failed", "failure": f"{type(fault).__name__}: {fault}"}
             code = record.report(fault, folder)
         record.close(folder, summary)
+        say("record: completing it in MLflow")
         uploader.wait(recorder, folder)
     print(record.one_line(summary, folder), flush=True)
     return code
 
 
 def tell(
-    config: Config, references: dict[str, str], folder: RunFolder, summary: dict[str, Any], requested: list[int]
+    config: Config, references: dict[str, str], folder: RunFolder, summary: dict[str, Any], stops: loop.Stops
 ) -> None:
     """The story itself; fills `summary` as it goes, so that it is true at any moment."""
     config = runtime.prepare(config, folder.path / "train.log")
@@ -66,13 +65,15 @@ def tell(
     outcome = loop.Outcome()
     with naming_broken_examples():
         try:
-            fit(config, dataset, steps, step, inference, folder, outcome, requested)
+            fit(config, dataset, steps, step, inference, folder, outcome, stops)
         finally:
             record.progress(summary, outcome, step.weights_sha256(), runtime.peak_memory_bytes())
 
         if not config.evaluate.test:
             return
-        summary["test"] = measure(config, dataset, dataset.test, load_predictor(folder.best / "model.keras", config))
+        say("test: the best weights, on a split that chose nothing")
+        predict = load_predictor(folder.best / "model.keras", config)
+        summary["test"] = measure(config, dataset, dataset.test, predict, stops)
         folder.record(outcome.epochs - 1, outcome.steps, {f"test/{k}": v for k, v in summary["test"].items()})
 
 
@@ -116,8 +117,7 @@ def dropped(config: Config, dataset: Any) -> str:
     """What of the training split an epoch does not see."""
     steps = steps_of(config, dataset)
     left = len(dataset.train) - steps * config.batch_size
-    sentence = f"{steps} steps of {config.batch_size} per epoch; {left} training examples are left out of each"
-    return sentence if left else ""
+    return f"{steps} steps of {config.batch_size} per epoch, training examples left out of each: {left}"
 
 
 def counts(dataset: Any) -> str:
@@ -169,7 +169,7 @@ def fit(
     inference: Any,
     folder: RunFolder,
     outcome: loop.Outcome,
-    requested: list[int],
+    stops: loop.Stops,
 ) -> None:
     """The loop, with everything it calls tied to this run."""
     from train.data import augment, pipeline
@@ -188,7 +188,7 @@ def fit(
 
     def validate() -> dict[str, float]:
         with step.averaged():
-            found = measure(config, dataset, dataset.validation, step.predict)
+            found = measure(config, dataset, dataset.validation, step.predict, stops)
         return {"loss": found["loss"], "main_accuracy": found["accuracy"], "main_top5_accuracy": found["top5_accuracy"]}
 
     def keep_best(epoch: int, values: dict[str, float]) -> None:
@@ -207,7 +207,7 @@ def fit(
             stopper=loop.Stopper(**vars(config.early_stopping)),
             watch=terminal,
             outcome=outcome,
-            requested=requested,
+            stops=stops,
         )
 
 
@@ -227,9 +227,9 @@ def cost_of(model: Any, inference: Any) -> dict[str, int]:
     return {"inference": total(cost(inference)).macs, "training": total(cost(model)).macs}
 
 
-def measure(config: Config, dataset: Any, split: Any, predict: Callable) -> dict[str, float]:
+def measure(config: Config, dataset: Any, split: Any, predict: Callable, stops: loop.Stops) -> dict[str, float]:
     """Every example of the split, once."""
     from train.data import pipeline
 
     batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=len(dataset.classes))
-    return evaluate(predict, batches, len(split))
+    return evaluate(predict, stops.heed(batches), len(split))

@@ -105,7 +105,7 @@ class Store:
 
         model = keras.models.load_model(path)
         signature = ModelSignature(
-            Schema([TensorSpec(np.dtype(np.uint8), (-1, *model.input_shape[1:]), model.input_names[0])]),
+            Schema([TensorSpec(np.dtype(np.uint8), (-1, *model.input_shape[1:]), model.input.name)]),
             Schema([TensorSpec(np.dtype(np.float32), (-1, *model.output_shape[1:]), "logits")]),
         )
         with self._mlflow.start_run(run_id=self.mlflow_id, log_system_metrics=False):

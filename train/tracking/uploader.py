@@ -46,7 +46,7 @@ def wait(process: subprocess.Popen, folder: RunFolder) -> None:
     """Gives the uploader a while to complete the record; training is over and loses nothing by it."""
     try:
         done = process.wait(WAIT_SECONDS) == 0
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
         done = False
     if not done:
         alive = process.poll() is None
@@ -107,7 +107,7 @@ def follow(record: Record) -> int:
                 return 0
             away_since, pause = None, POLL_SECONDS
         except Exception as fault:  # whatever MLflow raises: training must not notice, the record is completed later
-            print(f"{time.strftime('%H:%M:%S')} MLflow does not answer: {type(fault).__name__}: {fault}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} not recorded yet: {type(fault).__name__}: {fault}", flush=True)
             now = time.monotonic()
             away_since, pause = away_since or now, 5.0
             if not record.folder.alive() and now - away_since > PATIENCE_SECONDS:

@@ -1,0 +1,185 @@
+"""The README's tables and commands.
+
+`make readme` writes the tables from the code, `make readme-check` runs the commands in a fresh clone. Tables stand
+between `<!-- table: NAME -->` and `<!-- end -->`. Commands are the lines of blocks fenced as `sh`; they run in the order
+in which they stand, in one clone in a temporary folder, where `my_images/` holds a few hundred digits. A command that
+serves until it is ended (`make ui`) has to answer within a minute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from train import config as schema
+from train.compose import as_typed, compose
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COMMANDS = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SERVERS = {"make ui": "http://127.0.0.1:5000/"}
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def config_table() -> str:
+    """Every key of the schema with its default, range and meaning."""
+    defaults = schema.flatten(dataclasses.asdict(compose([])))
+    defaults["data.image_size"] = None  # null is what is shipped; the composed config has it filled in
+    lines = ["| key | default | allowed | what |", "|---|---|---|---|"]
+    for item in dataclasses.fields(schema.Config):
+        if item.name in schema.GROUPS:
+            lines += _group_rows(item.name, defaults)
+        elif item.metadata:
+            lines.append(_row(item.name, item, defaults[item.name]))
+        else:
+            node = type(getattr(schema.Config(), item.name))
+            lines += [
+                _row(f"{item.name}.{f.name}", f, defaults[f"{item.name}.{f.name}"]) for f in dataclasses.fields(node)
+            ]
+    return "\n".join(lines)
+
+
+def _group_rows(group: str, defaults: dict) -> list[str]:
+    options = schema.GROUPS[group]
+    names = ", ".join(f"`{name}`" for name in options)
+    rows = [f"| **`{group}`** | `{defaults[f'{group}.name']}` | {names} | `conf/{group}/` |"]
+    seen: dict[str, tuple[dataclasses.Field, list[str]]] = {}
+    for name, node in options.items():
+        for item in dataclasses.fields(node):
+            if item.name != "name":
+                seen.setdefault(item.name, (item, []))[1].append(name)
+    for key, (item, owners) in seen.items():
+        only = "" if len(owners) == len(options) else f" ({', '.join(owners)})"
+        default = defaults.get(f"{group}.{key}", schema.flatten({key: _default(item)})[key])
+        rows.append(_row(f"{group}.{key}", item, default, only))
+    return rows
+
+
+def _default(item: dataclasses.Field) -> object:
+    return item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+
+
+def _row(name: str, item: dataclasses.Field, default: object, only: str = "") -> str:
+    choices, unit = item.metadata["choices"], item.metadata["unit"]
+    allowed = ", ".join(f"`{choice}`" for choice in choices) or schema.describe_limits(item)
+    if "bool" in str(item.type):
+        allowed = "`true`, `false`"
+    return (
+        f"| `{name}` | `{as_typed(default)}` | {allowed}{f' {unit}' if unit else ''} | {item.metadata['text']}{only} |"
+    )
+
+
+def models_table() -> str:
+    """Published size of every network: parameters and multiply-accumulates at its native size, 1,000 classes."""
+    from train import models
+    from train.models import cost, weights
+
+    lines = [
+        "| `model=` | image | parameters | with auxiliary heads | multiply-accumulates |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, side in models.NATIVE_SIZE.items():
+        with weights.symbolic():
+            model = models.build(name, (side, side, 3), 1000)
+            inference, training = cost.totals(models.inference(model)), cost.totals(model)
+        figures = f"{inference.parameters:,} | {training.parameters:,} | {inference.macs:,}"
+        lines.append(f"| `{name}` | {side} x {side} x 3 | {figures} |")
+    return "\n".join(lines)
+
+
+TABLES = {"config": config_table, "models": models_table}
+
+
+def written() -> str:
+    """The README with its tables as the code has them now."""
+    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", README.read_text())
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def commands() -> list[str]:
+    """The lines of the README's `sh` blocks, without comments."""
+    lines = [line for block in COMMANDS.findall(README.read_text()) for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def run_commands(lines: list[str]) -> int:
+    """Runs them in a fresh clone with an almost empty environment; the number that failed."""
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="readme-") as place:
+        clone = Path(place) / "clone"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        write_images(clone / "my_images")
+        for line in lines:
+            start = time.perf_counter()
+            code = serve(line, clone) if line in SERVERS else shell(line, clone)
+            print(f"{'ok    ' if code == 0 else 'FAILED'} {time.perf_counter() - start:6.1f} s  {line}", flush=True)
+            failed += code != 0
+    return failed
+
+
+def shell(line: str, folder: Path) -> int:
+    with (folder.parent / "log").open("w+") as log:
+        code = subprocess.run(["bash", "-c", line], cwd=folder, env=environment(), stdout=log, stderr=log).returncode
+        if code:
+            log.seek(0)
+            print(log.read())
+    return code
+
+
+def serve(line: str, folder: Path) -> int:
+    """Whether the server answers within a minute."""
+    server = subprocess.Popen(
+        ["bash", "-c", line], cwd=folder, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(120):
+            time.sleep(0.5)
+            try:
+                return 0 if urllib.request.urlopen(SERVERS[line], timeout=5).status == 200 else 1
+            except OSError:
+                continue
+        return 1
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+def environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("HOME", "PATH")}
+
+
+def write_images(root: Path) -> None:
+    """Class folders with 400 PNG files: scikit-learn's digits."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images[:400], digits.target[:400], strict=True)):
+        folder = root / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype("uint8")).resize((64, 64)).save(folder / f"{number}.png")
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--check"]:
+        if written() != README.read_text():
+            sys.exit("README.md must have the code's own tables; use make readme")
+        sys.exit(f"{failed} commands of the README failed" if (failed := run_commands(commands())) else None)
+    README.write_text(written())
+
+
+if __name__ == "__main__":
+    main()
