@@ -20,15 +20,15 @@ KNOBS := PYTHON ARGS
 WORDED := train sweep cost sync ui
 PLAIN := setup lock test test-all lint format readme readme-check help
 
-TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))
+override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+override TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))
 
-UPPER := $(foreach letter,A B C D E F G H I J K L M N O P Q R S T U V W X Y Z,$(filter $(letter)%,$(TYPED)))
+override UPPER := $(foreach letter,A B C D E F G H I J K L M N O P Q R S T U V W X Y Z,$(filter $(letter)%,$(TYPED)))
 ifneq ($(strip $(UPPER)),)
 $(error $(firstword $(UPPER)) is no knob of this Makefile; use one of: $(KNOBS), or key=value in lower case)
 endif
 
-UNKNOWN := $(filter-out $(WORDED) $(PLAIN),$(MAKECMDGOALS))
+override UNKNOWN := $(filter-out $(WORDED) $(PLAIN),$(MAKECMDGOALS))
 ifneq ($(UNKNOWN),)
 $(error "$(firstword $(UNKNOWN))" is no target and no key=value word; write e.g. model=$(firstword $(UNKNOWN)), or see: make help)
 endif
@@ -39,16 +39,22 @@ endif
 endif
 
 # Every word in single quotes, a quote inside it as '\'': the shell sees it exactly as it was typed.
-quote = '$(subst ','\'',$(1))'
-WORDS = $(foreach name,$(TYPED),$(call quote,$(name)=$(value $(name)))) $(ARGS)
+override QUOTED = '$(subst ','\'',$(1))'
+override WORDS = $(foreach name,$(TYPED),$(call QUOTED,$(name)=$(value $(name)))) $(ARGS)
 
 # --------------------------------------------------------------------------------------------------------- targets
 
 .DEFAULT_GOAL := help
 .PHONY: $(WORDED) $(PLAIN)
 
-# The stamp names the interpreter, so that another PYTHON makes the environment anew.
-STAMP := $(VENV)/.made-with-$(subst /,_,$(PYTHON))
+# The stamp names the interpreter, so that another PYTHON makes the environment anew; without PYTHON, the one that is
+# there stays. It also names the gpu extra, so that a driver that has come is noticed.
+GPU := $(if $(wildcard /proc/driver/nvidia/version),-gpu)
+THERE := $(firstword $(wildcard $(VENV)/.made-with-*$(GPU)))
+STAMP := $(VENV)/.made-with-$(subst /,_,$(PYTHON))$(GPU)
+ifeq ($(origin PYTHON),file)
+STAMP := $(or $(THERE),$(STAMP))
+endif
 
 setup: $(STAMP) ## make .venv from the lock files (every other target does it by itself when it is missing or stale)
 	@echo "environment: $(VENV), $$($(BIN)/python --version)"
@@ -59,7 +65,7 @@ $(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
 	@set -e; locks="$(LOCKS)"; \
-	if [ -e /proc/driver/nvidia/version ]; then \
+	if [ -n "$(GPU)" ]; then \
 	    echo "an NVIDIA driver is present: installing the gpu extra"; locks="$$locks requirements-gpu.lock"; \
 	fi; \
 	for lock in $$locks; do set -- "$$@" -r "$$lock"; done; \
@@ -83,7 +89,7 @@ sync: $(STAMP) ## complete the MLflow record of a run from its journal: make syn
 	@$(BIN)/python -m train.tracking.sync $(WORDS)
 
 test: $(STAMP) ## the default tests (under 6 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
 
 test-all: $(STAMP) ## all tests, the long ones too
 	@$(BIN)/python -m pytest $(ARGS)

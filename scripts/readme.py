@@ -1,8 +1,8 @@
 """The README's tables and commands.
 
 `make readme` writes the tables from the code, `make readme-check` runs the commands in a fresh clone. Tables stand
-between `<!-- table: NAME -->` and `<!-- end -->`. Commands are the lines of blocks fenced as `sh`; they run in the order
-in which they stand, in one clone in a temporary folder, where `my_images/` holds a few hundred digits. A command that
+between `<!-- table: NAME -->` and `<!-- end -->`. Commands are the lines of blocks fenced as `sh`; they run in order,
+in one clone in a temporary folder, where `my_images/` holds a few hundred digits. A command that
 serves until it is ended (`make ui`) has to answer within a minute.
 """
 

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 2
+FROM_MAKE = {"MAKELEVEL", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS"}  # the words of the make that started these tests
 SECRET = "hunter2-in-the-address"
 
 
@@ -44,8 +45,9 @@ def run_train(*words: str, env: dict[str, str] | None = None, timeout: float = 3
 
 
 def run_command(*words: str, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
+    inherited = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
     done = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout, check=False
+        words, cwd=ROOT, env=inherited | (env or {}), capture_output=True, text=True, timeout=timeout, check=False
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_train
+from conftest import ROOT, run_command, run_train
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 
 from train import compose as composer
 from train import config as schema
 from train.compose import compose
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, Private
 
 DEFAULT = {
     "model.name": "vgg16_inception",
@@ -49,6 +51,7 @@ DEFAULT = {
     "tracking.experiment": "inception",
     "tracking.log_model": True,
     "tracking.every_steps": 50,
+    "tracking.wait_seconds": 60.0,
     "seed": 0,
     "epochs": 12,
     "steps_per_epoch": None,
@@ -59,7 +62,7 @@ DEFAULT = {
     "jit": "auto",
     "threads": None,
     "deterministic": True,
-    "label_smoothing": 0.0,
+    "label_smoothing": 0.1,
     "ema": None,
     "gradient_clip": None,
     "gradient_accumulation": 1,
@@ -88,7 +91,10 @@ MISTAKES = {
     "deterministic=maybe": "deterministic must be true or false, got maybe; use e.g. deterministic=true",
     "model.aux_weight=-0.1": "model.aux_weight must be at least 0 and at most 10, got -0.1; "
     "use e.g. model.aux_weight=0.3",
-    "model.width=nan": "model.width must be a number, got nan; use e.g. model.width=1.0",
+    "model.width=nan": "model.width must be a finite number, got nan; use e.g. model.width=1.0",
+    "optimizer.learning_rate=inf": "optimizer.learning_rate must be a finite number, got inf; "
+    "use e.g. optimizer.learning_rate=0.01",
+    "augment.name=none": "augment.name must not be typed, got none; use augment=none",
     "model.width=0": "model.width must be above 0 and at most 4, got 0.0; use e.g. model.width=1.0",
     "model.blocks=[conv,conv]": "model.blocks must name five blocks, got 2; "
     "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]",
@@ -106,8 +112,12 @@ MISTAKES = {
     "tracking.uri='ftp://me:pw@there/x?token=y'": "tracking.uri must be http(s)://host:port or sqlite:///path (or "
     "another database's address), got 'ftp://there/x'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for "
     "mlflow.db",
-    "tracking.experiment=a/b": "tracking.experiment must be a plain name (no slash, no leading dot), got 'a/b'; "
-    "use e.g. tracking.experiment=inception",
+    "++tracking.uri=http://me:pw@there/x?token=y": "words must be key=value, got tracking.uri=...; "
+    "put quotes inside for special characters: key=\"'...'\"",
+    "tracking.uri='http://[::1'": "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's "
+    "address), got 'http://[::1'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
+    "tracking.experiment=a/b": "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
+    "got 'a/b'; use e.g. tracking.experiment=inception",
     "schedule.warmup_epochs=20": "schedule.warmup_epochs must be at most epochs (12), got 20; "
     "use e.g. schedule.warmup_epochs=1",
     "data.test_fraction=0.95": "data.validation_fraction and data.test_fraction must leave examples for training "
@@ -211,19 +221,49 @@ def test_every_key_has_a_reader():
 
 
 def test_the_hash_covers_what_decides_the_result_and_nothing_else():
-    base = schema.config_hash(compose([]))
-    assert schema.config_hash(compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])) == base
+    base = schema.config_hash(compose([]), Private())
+    same = compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])
+    assert schema.config_hash(same, Private()) == base
     for word in ("seed=1", "model.width=0.5", "augment=none", "precision=float32", "data.channels=3"):
-        assert schema.config_hash(compose([word])) != base, word
+        assert schema.config_hash(compose([word]), Private()) != base, word
 
 
 def test_secrets_are_left_out_of_what_is_stored():
     config = compose(["tracking.uri='https://me:hunter2@host:5000/path?token=abc'"])
-    assert schema.to_dict(config, {})["tracking"]["uri"] == "https://host:5000/path"
-    config = compose(["run_dir=/secret/place"])
-    stored = schema.to_dict(config, {"run_dir": "${oc.env:PLACE}"})
-    assert stored["run_dir"] == "${oc.env:PLACE}"
-    assert "secret" not in str(stored)
+    assert schema.to_dict(config, Private())["tracking"]["uri"] == "https://host:5000/path"
+    for uri in ("sqlite:///mlflow.db", "sqlite:////abs/x.db", "http://127.0.0.1:5000"):
+        assert schema.without_secrets(uri) == uri
+
+
+def composed(*words: str) -> tuple[Private, dict]:
+    """What is private about the config that these words make, and what would be stored of it."""
+    composer.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        node = hydra_compose("config", overrides=list(words))
+    private = composer.private(node)
+    return private, schema.to_dict(composer.to_config(node), private)
+
+
+def test_environment_values_are_stored_as_references(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PLACE", "/hunter2/place")
+    monkeypatch.setenv("HOST", "host-hunter2")
+    for word, key, shown in (
+        ("run_dir=${oc.env:PLACE}", "run_dir", "${oc.env:PLACE}"),
+        ("run_dir='${ oc.env:PLACE}'", "run_dir", "${ oc.env:PLACE}"),
+        ("run_dir=${oc.env:PLACE}/x", "run_dir", "(from the environment)"),
+        ("tracking.uri='http://me:typed-hunter2@${oc.env:HOST}:1'", "tracking.uri", "(from the environment)"),
+        ("data.directory=${run_dir}", "data.directory", "${run_dir}"),
+    ):
+        text = "http://me:typed-hunter2@host-hunter2:1" if "HOST" in word else "at /hunter2/place/x"
+        private, stored = composed(word, *(["run_dir=${oc.env:PLACE}"] if "data" in word else []))
+        assert schema.flatten(stored)[key] == shown, word
+        assert "hunter2" not in str(stored), word
+        assert "hunter2" not in private.hide(text), word
+
+
+def test_the_password_of_an_address_is_hidden_as_written_and_as_meant():
+    private, _ = composed("tracking.uri='http://me:p%40ss-word@host:1'")
+    assert private.hide("p%40ss-word or p@ss-word, me at home") == "*** or ***, me at home"
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -271,10 +311,31 @@ def test_an_environment_reference_in_a_mistake_is_not_shown():
     assert "${oc.env:PLACE}" in done.err
 
 
+def test_an_environment_value_of_the_wrong_type_is_not_shown():
+    done = run_train("epochs=${oc.env:PLACE}", "--check", env={"PLACE": "hunter2"})
+    assert done.code == 2
+    assert "hunter2" not in done.err + done.out
+
+
+def test_a_sweep_leaves_no_words_behind(tmp_path: Path):
+    done = run_train(
+        "-m", "seed=0,1", "tracking.uri='http://me:hunter2@host:1'", "--check", env={"TMPDIR": str(tmp_path)}
+    )
+    assert (done.code, done.out) == (0, "the config is valid\n")
+    assert list(tmp_path.iterdir()) == []
+    assert not (ROOT / "multirun").exists()
+
+
+def test_weights_that_are_not_there_are_found_before_tensorflow():
+    done = run_train("model.weights='~/no/such.weights.h5'", "--check")
+    assert done.code == 2
+    assert done.err.startswith(
+        f"error: model.weights must be a file, got {Path.home()}/no/such.weights.h5, which is none"
+    )
+
+
 def test_completion_knows_groups_and_keys():
     script = "source <(.venv/bin/inception-train -sc install=bash 2>/dev/null); complete -p inception-train"
-    from conftest import run_command
-
     assert "hydra_bash_completion" in run_command("bash", "-c", script).out
     query = {"COMP_LINE": "inception-train model=", "COMP_POINT": "22"}
     done = run_train("-sc", "query=bash", env=query)
@@ -295,35 +356,48 @@ ONLY = {
 }
 
 
-def imports_of(path: Path) -> set[str]:
-    """Modules that a file names in its imports, at any depth, as dotted names."""
+def imports_of(source: str) -> set[str]:
+    """Modules that a source names in its imports, at any depth, as dotted names; a relative import as `.`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {"." if node.level else f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
+def faults_of(room: str, source: str) -> set[str]:
+    """Imports that the room may not have."""
+    names = imports_of(source)
+    faults = {name for name in names if name == "." or room not in ONLY.get(name.split(".")[0], {room})}
+    others = {name for name in names if name.startswith("train.") and name.split(".")[1] != room}
+    above = ROOMS[: ROOMS.index(room)] if room in ROOMS else (*ROOMS, "run")
+    allowed = set(above) - (APART if room in APART else set())
+    return faults | {name for name in others if name.split(".")[1].removesuffix(".py") in {*ROOMS, "run"} - allowed}
+
+
 def test_rooms_import_only_what_stands_above_them():
-    faults = []
     for path in (ROOT / "train").rglob("*.py"):
         room = path.relative_to(ROOT / "train").parts[0].removesuffix(".py")
-        names = imports_of(path)
-        faults += [
-            f"{path}: {name}" for name in names for top, homes in ONLY.items()
-            if name.split(".")[0] == top and room not in homes
-        ]  # fmt: skip
-        others = {name.split(".")[1] for name in names if name.startswith("train.") and name.count(".")} - {room}
-        if room == "config":
-            faults += [f"{path}: {other}" for other in others]
-        if room in ROOMS:
-            above = set(ROOMS[: ROOMS.index(room)])
-            faults += [f"{path}: {other}" for other in others & set(ROOMS) - above]
-        if room in APART:
-            faults += [f"{path}: {other}" for other in others & (APART - {room})]
-    assert not faults
+        assert not faults_of(room, path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("config", "from train import data"),
+        ("data", "from train.models import blocks"),
+        ("tracking", "def f():\n    import train.losses"),
+        ("losses", "from train import run"),
+        ("loop", "import mlflow"),
+        ("run", "from hydra import compose"),
+        ("models", "import tensorflow_datasets"),
+        ("optim", "from . import losses"),
+    ],
+)
+def test_the_walls_notice(room: str, line: str):
+    assert faults_of(room, line)
 
 
 def test_the_explanations_do_not_hide_a_fault_they_do_not_know():

@@ -57,10 +57,10 @@ def write_image(path, value=0, side=6, mode="RGB", **options):
     Image.fromarray(pixels).convert(mode).save(path, **options)
 
 
-def make_folder(root, count=20, classes=("cat", "dog")):
+def make_folder(root, count=20, classes=("cat", "dog"), start=0):
     for label, name in enumerate(classes):
         for number in range(count):
-            write_image(root / name / f"{number}.png", value=1000 * label + number)
+            write_image(root / name / f"{number}.png", value=1000 * label + start + number)
     return root
 
 
@@ -346,18 +346,28 @@ def test_fingerprint_does_not_depend_on_the_order():
 def test_parts_above_the_classes(tmp_path):
     root = tmp_path / "root"
     make_folder(root / "train", 20)
-    make_folder(root / "val", 4)
+    make_folder(root / "val", 4, start=100)
     loaded = load_folder(root, tmp_path)
     found = where(loaded)
     assert {name.split("/")[0] for name, split in found.items() if split == "validation"} == {"val"}
     assert loaded.counts["validation"] == 8
     assert loaded.counts["train"] + loaded.counts["test"] == 40
-    make_folder(root / "test", 2)
+    make_folder(root / "test", 2, start=200)
     assert load_folder(root, tmp_path).counts == {"train": 40, "validation": 8, "test": 4}
     write_image(root / "test" / "bird" / "1.png")
     assert message(load_folder, root, tmp_path) == (
         f"data.root must have the classes of train in every part, got {root / 'test' / 'bird'}; use those"
     )
+
+
+def test_an_image_in_two_parts_is_named(tmp_path):
+    root = tmp_path / "root"
+    make_folder(root / "train", 20)
+    make_folder(root / "val", 4, start=100)
+    shutil.copy(root / "train" / "cat" / "3.png", root / "val" / "cat" / "again.png")
+    said = message(load_folder, root, tmp_path)
+    assert said.startswith("data.root must hold every image in one part only, got 1 of validation in ")
+    assert said.endswith(" as well (first: val/cat/again.png); use each image once")
 
 
 def test_a_class_may_be_called_train(tmp_path):

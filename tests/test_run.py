@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import pytest
 import yaml
 from conftest import ROOT, SECRET, THREADS, Finished, run_command, run_train
 
-from train import run
+from train import run, runtime
 from train.compose import compose
-from train.config import ConfigError
+from train.config import ConfigError, Private
 from train.loop import Stops
 from train.tracking import record
 from train.tracking.folder import create
@@ -29,8 +30,8 @@ def in_process(folder: Path, *words: str) -> dict[str, Any]:
     """The story without its MLflow record; the summary."""
     config = compose([f"run_dir={folder}", f"threads={THREADS}", *words])
     place = create(config.run_dir, ROOT / "runs", "tests", latest=False)
-    summary = record.identify(place, config, {})
-    run.tell(config, {}, place, summary, Stops())
+    summary = record.begin(place, config)
+    run.tell(config, Private(), place, summary, Stops())
     return summary
 
 
@@ -83,7 +84,7 @@ def test_the_summary_says_what_was_done(finished: Finished):
 def test_the_journal_has_a_line_per_logged_step(finished: Finished):
     lines = finished.journal
     assert [(line["epoch"], line["step"]) for line in lines] == [
-        *((0, step) for step in range(7, 41, 7)), (0, 40), *((1, step) for step in range(42, 81, 7)), (1, 80), (1, 80),
+        *((0, step) for step in range(7, 41, 7)), (0, 40), *((1, step) for step in range(42, 80, 7)), (1, 80), (1, 80),
     ]  # fmt: skip
     assert "test/accuracy" in lines[-1]["values"]
     assert lines[-1]["values"]["test/accuracy"] == finished.summary["test"]["accuracy"]
@@ -218,11 +219,66 @@ def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path):
     assert mlflow_run.data.tags["status"] == "interrupted"
 
 
+def test_sigterm_while_tensorflow_is_imported_is_obeyed_at_once(tmp_path: Path):
+    words = ["tracking.wait_seconds=0", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *words, f"run_dir={tmp_path / 'run'}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "run/run.json").exists():
+        time.sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+    assert out.strip().splitlines()[-1].startswith("status=interrupted")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["failure"], summary["steps"]) == ("stopped by SIGTERM", 0)
+
+
+def holders(secret: bytes, *places: Path) -> list[Path]:
+    """Files that hold the secret."""
+    files = [path for place in places for path in place.rglob("*") if path.is_file()]
+    return [path for path in files if secret in path.read_bytes()]
+
+
+def test_a_dead_server_stops_nothing_and_its_password_is_nowhere(tmp_path: Path):
+    """A typed password, a port where nobody listens: the run finishes, and its folder does not hold the password."""
+    place = tmp_path / "run"
+    done = run_train(
+        "model.width=0.1", "epochs=1", "steps_per_epoch=3", "tracking.wait_seconds=1", f"run_dir={place}",
+        "tracking.uri=http://me:hunter2-typed@127.0.0.1:9",
+    )  # fmt: skip
+    for pid in subprocess.run(["pgrep", "-f", f"uploader {place}"], capture_output=True, text=True).stdout.split():
+        os.kill(int(pid), signal.SIGTERM)
+    assert done.code == 0, done.err
+    assert done.last_line.startswith("status=finished")
+    assert "make sync run=" in done.err
+    assert "uri: http://127.0.0.1:9" in (place / "config.yaml").read_text()
+    assert "not recorded yet" in (place / "uploader.log").read_text()
+    assert holders(b"hunter2", place) == []
+    assert "hunter2" not in done.out + done.err
+    (place / "planted").write_text("hunter2")
+    assert holders(b"hunter2", place) == [place / "planted"]
+
+
+def test_two_runs_of_a_process_stand_on_the_same_ground(tmp_path: Path):
+    log = tmp_path / "log"
+    runtime.prepare(compose([f"threads={THREADS}"]), log)
+    with pytest.raises(ConfigError, match=f"threads must be the same for all runs of a sweep, got 1 after {THREADS}"):
+        runtime.prepare(compose(["threads=1"]), log)
+
+
+def test_accumulating_over_more_steps_than_there_are_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="gradient_accumulation must be at most the run's 6 steps, got 7"):
+        in_process(tmp_path / "run", "epochs=2", "steps_per_epoch=3", "gradient_accumulation=7", "model.width=0.1")
+
+
 # --------------------------------------------------------------------------------------------- every network learns
 
 SMALL = {
     "vgg16": ["model.width=0.125", "epochs=4", "optimizer=adamw"],
-    "vgg16_inception": ["model.width=0.125", "epochs=4", "ema=0.8", "gradient_clip=5", "label_smoothing=0.05"],
+    "vgg16_inception": ["model.width=0.125", "epochs=3", "ema=0.5", "gradient_clip=5"],
     "inception_v1": ["model.width=0.25", "epochs=3"],
     "inception_v3": ["model.width=0.125", "epochs=2", "batch_size=16", "optimizer.learning_rate=0.02"],
     "inception_resnet_v2": ["model.width=0.125", "epochs=1", "batch_size=16", "optimizer.learning_rate=0.02"],

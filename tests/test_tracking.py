@@ -39,7 +39,7 @@ def test_parameters_tags_and_status(finished: Finished):
     assert run.data.params["model.width"] == "0.125"
     assert run.data.params["optimizer.learning_rate"] == "0.01"
     assert run.data.params["model.blocks"] == "['conv_bn', 'conv_bn', 'inception_v1', 'conv_bn', 'inception_v3']"
-    assert len(run.data.params) == 46
+    assert len(run.data.params) == 47
     summary = finished.summary
     for name in ("run_id", "config_hash", "data_fingerprint", "weights_sha256", "status"):
         assert run.data.tags[name] == summary[name]
@@ -91,8 +91,7 @@ def test_no_secret_in_the_store(finished: Finished):
 def test_sync_completes_a_record_elsewhere_and_adds_nothing_twice(finished: Finished, tmp_path: Path):
     uri = f"sqlite:///{tmp_path / 'other.db'}"
     for _ in range(2):
-        done = run_command("make", "sync", f"run={finished.path}", f"uri={uri}")
-        assert done.code == 0, done.err
+        uploader.Record(open_folder(finished.path), uri).finish()
     client, run = the_run(uri)
     first_client, first = the_run(finished.uri)
     assert run.info.status == "FINISHED"
@@ -111,20 +110,53 @@ def test_a_line_still_being_written_is_left_for_later(tmp_path: Path):
     assert list(read_journal(folder.journal, offset)) == []
 
 
-def begun(tmp_path: Path) -> RunFolder:
+def test_a_line_that_a_full_disk_cut_off_costs_only_itself(tmp_path: Path):
+    folder = RunFolder(tmp_path, "x")
+    folder.record(0, 1, {"a": 1.0})
+    with folder.journal.open("a") as file:
+        file.write('{"epoch": 0, "step": 2, "ti')
+    folder.record(0, 3, {"a": 3.0})
+    assert [line.get("step") for line, _ in read_journal(folder.journal)] == [1, None, 3]
+
+
+def test_a_model_that_cannot_be_kept_does_not_hide_how_the_run_ended(tmp_path: Path):
+    folder = begun(tmp_path, log_model=True)
+    folder.best.mkdir()
+    (folder.best / "model.keras").write_text("no model")
+    folder.write_json("summary.json", {"status": "interrupted", "time": time.time()})
+    record = uploader.Record(folder, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(ValueError):
+        record.finish()
+    assert the_run(record.uri)[1].info.status == "KILLED"
+
+
+def test_a_held_run_is_refused_and_its_own_faults_are_not_renamed(tmp_path: Path):
+    folder = create(str(tmp_path / "run"), tmp_path, "x", latest=False)
+    with folder.held():
+        assert folder.alive()
+        with pytest.raises(ValueError, match="run_dir must not be in use"), folder.held():
+            pass
+    assert not folder.alive()
+    with pytest.raises(BlockingIOError), folder.held():
+        raise BlockingIOError
+    folder.write_json("run.json", {})
+    with pytest.raises(ValueError, match="which holds one"), folder.held():
+        pass
+
+
+def begun(tmp_path: Path, log_model: bool = False) -> RunFolder:
     folder = create(str(tmp_path / "run"), tmp_path, "x", latest=False)
     identity = {"run_id": folder.run_id, "experiment": "inception", "name": "n", "time": time.time(), "tags": {}}
-    folder.write_json("run.json", identity | {"log_model": False, "requirements": []})
+    folder.write_json("run.json", identity | {"log_model": log_model, "requirements": []})
     return folder
 
 
 HOLDER = """
-import sys, time
-from pathlib import Path
-from train.tracking.folder import open_folder
-with open_folder(Path(sys.argv[1])).held():
-    print("held", flush=True)
-    time.sleep(60)
+import fcntl, sys, time
+lock = open(sys.argv[1] + "/.lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
 """
 
 
@@ -135,6 +167,7 @@ def test_a_run_whose_process_is_killed_is_marked(tmp_path: Path):
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     folder.record(0, 5, {"train/loss": 2.0})
     recorder = uploader.start(folder, uri)
+    assert recorder is not None
     deadline = time.monotonic() + 60
     while not _logged(uri) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -171,16 +204,15 @@ def test_a_store_that_is_away_is_asked_again(tmp_path: Path):
     assert history(client, run, "train/loss") == [(1, 1.0)]
 
 
-@pytest.mark.parametrize("name", ["mlflow.db"])
-def test_several_runs_may_start_at_once_on_a_store_that_is_not_there_yet(tmp_path: Path, name: str):
+def test_several_runs_may_start_at_once_on_a_store_that_is_not_there_yet(tmp_path: Path):
     folders = []
     for number in range(3):
         (tmp_path / str(number)).mkdir()
         folder = begun(tmp_path / str(number))
         folder.write_json("summary.json", {"status": "finished", "time": time.time()})
         folders.append(folder)
-    uri = f"sqlite:///{tmp_path / name}"
-    codes = [process.wait(90) for process in [uploader.start(folder, uri) for folder in folders]]
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    codes = [process.wait(90) for process in [uploader.start(folder, uri) for folder in folders] if process]
     assert codes == [0, 0, 0]
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("inception")
@@ -199,10 +231,23 @@ def test_credentials_stay_out_of_what_mlflow_is_told(monkeypatch: pytest.MonkeyP
 
 def test_the_uploaders_log_shows_no_secret(tmp_path: Path):
     log = uploader.Scrubbed(tmp_path / "log", "postgresql://me:hunter2@host/db?sslkey=abc")
-    print("could not reach postgresql://me:hunter2@host/db?sslkey=abc with hunter2", file=log)
+    print("could not reach postgresql://me:hunter2@host/db?sslkey=abc with hunter2, me at home", file=log)
     text = (tmp_path / "log").read_text()
     assert "hunter2" not in text
     assert "abc" not in text
+    assert "at home" in text
+
+
+def test_sync_finds_the_store_that_the_run_was_started_with(finished: Finished, tmp_path: Path):
+    from train.tracking.sync import stored_uri
+
+    folder = RunFolder(tmp_path, "x")
+    folder.write_yaml("config.yaml", {"tracking": {"uri": "sqlite:////place/mlflow.db"}})
+    assert stored_uri(folder) == "sqlite:////place/mlflow.db"
+    folder.write_yaml("config.yaml", {"tracking": {"uri": None}})
+    assert stored_uri(folder) == store.default_uri(ROOT)
+    with pytest.raises(ValueError, match=r"uri must be given, since the run's was \$\{oc.env:INCEPTION_TEST_STORE\}"):
+        stored_uri(open_folder(finished.path))
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
 import signal
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from rich.console import Console
 
-from train import losses, models, optim
+from train import losses, models, optim, progress
 from train.evaluate import cross_entropy, evaluate, rank_of_truth
 from train.loop import DivergedError, Interrupted, Outcome, Stopper, Stops, fit
 from train.step.tensorflow import Step
@@ -95,6 +98,29 @@ def test_without_auxiliary_heads_the_loss_is_the_main_one():
     assert sorted(step.metrics()) == ["loss", "main_accuracy", "main_loss"]
 
 
+@pytest.mark.parametrize(("name", "heads"), [("vgg16_inception", ["aux"]), ("inception_v1", ["aux_1", "aux_2"])])
+def test_the_auxiliary_losses_reach_their_heads_and_the_trunk(name: str, heads: list[str]):
+    """With a weight of nought for the auxiliary losses their heads get no gradient, and the trunk another one."""
+    model = models.build(name, (32, 32, 1), 10, width=0.05)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1)).astype("float32")
+    labels = dict.fromkeys(model.output, tf.one_hot([0, 1, 2, 3], 10))
+
+    def gradients(aux_weight: float) -> dict[str, float]:
+        compiled(model, aux_weight=aux_weight)
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(y=labels, y_pred=model(images, training=False))
+        found = tape.gradient(loss, [v.value for v in model.trainable_variables], unconnected_gradients="zero")
+        return {v.path: float(tf.norm(g)) for v, g in zip(model.trainable_variables, found, strict=True)}
+
+    with_heads, without = gradients(0.3), gradients(0.0)
+    kernels = [path for path in with_heads if path.startswith("aux") and path.endswith("kernel")]
+    assert len(kernels) >= len(heads)
+    assert all(with_heads[path] > 0 and without[path] == 0 for path in kernels)
+    first = next(path for path in with_heads if path.endswith("kernel"))
+    assert with_heads[first] > 0
+    assert with_heads[first] != without[first]
+
+
 def test_a_loss_needs_a_main_output():
     with pytest.raises(ValueError, match="outputs must contain main, got aux"):
         losses.build(["aux"], 0.3, 0.0)
@@ -137,7 +163,9 @@ def test_accumulated_gradients_move_the_weights_once_by_their_mean():
     np.testing.assert_allclose(both, (first + second) / 2, atol=1e-7)
 
 
-def test_averaged_weights_are_swapped_in_and_back_to_the_bit():
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_averaged_weights_are_swapped_in_and_back_to_the_bit(policy: str):
+    keras.config.set_dtype_policy(policy)
     model = compiled(dense_model(), sgd(ema=0.5))
     step, kernel = step_of(model), model.get_layer("dense").kernel
     step(*batch())
@@ -212,6 +240,7 @@ def run_loop(model: keras.Model, *, epochs: int = 3, accuracies=None, stops=None
     fit(
         step or step_of(model),
         epochs=epochs,
+        steps=3,
         log_every=2,
         batches=lambda epoch: [batch(seed=10 * epoch + n) for n in range(3)],
         validate=lambda: {"main_accuracy": next(found), "loss": 1.0},
@@ -229,7 +258,7 @@ def test_steps_count_over_the_whole_run_and_epochs_end_with_a_line():
     outcome, journal, _ = run_loop(compiled(dense_model()))
     assert (outcome.epochs, outcome.steps) == (3, 9)
     assert [(epoch, step) for epoch, step, _ in journal] == [
-        (0, 2), (0, 3), (1, 4), (1, 6), (1, 6), (2, 8), (2, 9),
+        (0, 2), (0, 3), (1, 4), (1, 6), (2, 8), (2, 9),
     ]  # fmt: skip
     assert {
         "train/loss",
@@ -308,6 +337,20 @@ def test_validation_heeds_a_signal_too():
         with pytest.raises(Interrupted):
             list(stops.heed([1, 2, 3]))
     assert list(Stops().heed([1, 2, 3])) == [1, 2, 3]
+
+
+def test_the_bar_shows_training_and_validation_together(monkeypatch: pytest.MonkeyPatch):
+    """On a terminal of its own: after the first epoch both accuracies stay in sight."""
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    epoch = {"train/loss": 1.0, "train/main_accuracy": 0.25, "validation/main_accuracy": 0.75}
+    with progress.Terminal(epochs=2, steps=3, batch_size=8) as bar:
+        bar.epoch(0, epoch | {"images_per_second": 5.0, "data_wait_fraction": 0.01})
+        bar.step(1, 4, {"train/main_accuracy": 0.5})
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert "epoch 2/2" in shown
+    assert "4/6" in shown
+    assert "accuracy train 0.5000  validation 0.7500" in shown
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

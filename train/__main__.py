@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from train import compose, data
+from train import command, compose, data
 from train.config import ROOT, Config, ConfigError
 
 CHECK = "--check"
@@ -27,28 +31,33 @@ def compose_and_run(node: DictConfig) -> None:
     try:
         codes.append(run(node))
     except ValueError as fault:
-        codes.append(say(fault))
+        codes.append(command.tell(str(fault)))
+    if codes[-1] > 128:  # somebody wants to stop: a sweep, too
+        sys.exit(codes[-1])
 
 
 def run(node: DictConfig) -> int:
     """Every check that needs no TensorFlow, then the run itself; its exit code."""
-    references = compose.references(node)
+    private = compose.private(node)
     try:
         config = compose.to_config(node)
-        check_data(config)
+        check_files(config)
     except ValueError as fault:
-        raise ConfigError(compose.hide(str(fault), node, references)) from None
+        raise ConfigError(private.hide(str(fault))) from None
     if CHECK in words:
         return 0
     from train import run as story
 
-    return story.train(config, references, latest=HydraConfig.get().mode != RunMode.MULTIRUN)
+    return story.train(config, private, latest=HydraConfig.get().mode != RunMode.MULTIRUN)
 
 
-def check_data(config: Config) -> None:
-    """Folders that the data set needs."""
+def check_files(config: Config) -> None:
+    """Files and folders that the user names are there."""
     places = {name: getattr(config.data, name) for name in ("root", "manual_dir") if hasattr(config.data, name)}
     data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
+    weights = config.model.weights
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"model.weights must be a file, got {weights}, which is none; use model.weights=PATH or null")
 
 
 def main() -> None:
@@ -58,17 +67,26 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing several lines and leaving
     compose.register()
     try:
-        compose_and_run()
+        with sweep_folder():
+            compose_and_run()
     except compose.FAULTS as fault:
-        codes.append(say(ValueError(compose.explain(fault, words))))
+        codes.append(command.tell(compose.explain(fault, words)))
+    except KeyboardInterrupt:  # before the run took the signals over
+        codes.append(130)
     if CHECK in words and not any(codes):
         print("the config is valid")
     sys.exit(max(codes, default=0))
 
 
-def say(fault: ValueError) -> int:
-    print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
-    return 2
+@contextmanager
+def sweep_folder() -> Iterator[None]:
+    """A place, for as long as a sweep goes on, where Hydra writes all its words, passwords too."""
+    if not {"-m", "--multirun"} & set(words):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="sweep-") as place:
+        sys.argv.append(f"hydra.sweep.dir={place}")
+        yield
 
 
 if __name__ == "__main__":

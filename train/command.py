@@ -37,10 +37,16 @@ def _convert(name: str, text: str, default: Any) -> Any:
         raise ValueError(f"{name} must be a whole number, got {text}; use e.g. {name}={default}") from None
 
 
-def run(keys: type[Keys], story: Callable[[Keys], int | None]) -> None:
-    """Parses the command line and runs the story; a ValueError becomes one line and exit code 2."""
+def tell(fault: str) -> int:
+    """Prints a fault in one line; the exit code for what can't be run."""
+    print(f"error: {' '.join(fault.split())}", file=sys.stderr)
+    return 2
+
+
+def run(story: Callable[[list[str]], int | None]) -> None:
+    """Runs a command's story on the words of the command line; a ValueError becomes one line and exit code 2."""
     try:
-        sys.exit(story(parse(keys, sys.argv[1:])) or 0)
+        code = story(sys.argv[1:])
     except ValueError as fault:
-        print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
-        sys.exit(2)
+        code = tell(str(fault))
+    sys.exit(code or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import config as schema
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, Private, passwords
 
+HIDDEN = "(from the environment)"
 FAULTS = (HydraException, OmegaConfBaseException)
 DEFAULT_OPTIONS = {
     "model": "vgg16_inception", "data": "digits", "augment": "crop", "optimizer": "sgd", "schedule": "cosine",
@@ -43,8 +45,21 @@ def to_config(node: DictConfig) -> Config:
     assert isinstance(config, Config)
     _refuse_added(config)
     schema.check(config)
+    _expand_home(config)
     config.data.image_size = schema.resolve_image_size(config)
     return config
+
+
+def _expand_home(config: Config) -> None:
+    """The shell leaves `~` alone in `data.root=~/images`."""
+    for part, name in (
+        (config.data, "root"),
+        (config.data, "manual_dir"),
+        (config.model, "weights"),
+        (config, "run_dir"),
+    ):
+        if getattr(part, name, None):
+            setattr(part, name, os.path.expanduser(getattr(part, name)))  # noqa: PTH111 - keeps the rest as typed
 
 
 def _refuse_added(config: Any, prefix: str = "") -> None:
@@ -73,27 +88,29 @@ def compose(overrides: list[str]) -> Config:
         raise ConfigError(explain(fault, overrides)) from None
 
 
-def references(node: DictConfig) -> dict[str, str]:
-    """Keys whose value is an environment reference, as typed: `{"tracking.uri": "${oc.env:URI}"}`."""
-    found: dict[str, str] = {}
+# --------------------------------------------------------------------------------------- what came from outside
 
-    def visit(content: dict, prefix: str) -> None:
-        for name, value in content.items():
-            if isinstance(value, dict):
-                visit(value, f"{prefix}{name}.")
-            elif "${oc.env:" in str(value):
-                found[f"{prefix}{name}"] = str(value)
-
-    visit(cast(dict, OmegaConf.to_container(node, resolve=False)), "")
-    return found
+REFERENCE = re.compile(r"oc\.env\s*:\s*(\w+)")
+PLAIN_REFERENCE = re.compile(r"\$\{\s*[\w.]+\s*(:\s*\w+\s*)?\}")
 
 
-def hide(text: str, node: DictConfig, found: dict[str, str]) -> str:
-    """The text with the reference in place of each value that came from the environment."""
-    for name, reference in found.items():
-        value = str(OmegaConf.select(node, name))
-        text = text.replace(value, reference) if value else text
-    return text
+def private(node: DictConfig) -> Private:
+    """What of a composed config is not for anybody's eyes: environment values, passwords in addresses.
+
+    A value that is nothing but a reference is stored as the reference; one that mixes it with text is not stored.
+    """
+    raw = schema.flatten(cast(dict, OmegaConf.to_container(node, resolve=False)))
+    stored = {name: str(value) for name, value in raw.items() if REFERENCE.search(str(value))}
+    for _ in raw:  # a reference to such a key is one, too
+        stored |= {
+            name: str(value) for name, value in raw.items() if any(f"${{{key}}}" in str(value) for key in stored)
+        }
+    variables = {name for value in stored.values() for name in REFERENCE.findall(value)}
+    secrets = {os.environ[name]: f"${{oc.env:{name}}}" for name in variables if os.environ.get(name)}
+    for address in (str(raw.get("tracking.uri")), *secrets):
+        secrets |= dict.fromkeys(passwords(address), "***")
+    shown = {name: value if PLAIN_REFERENCE.fullmatch(value) else HIDDEN for name, value in stored.items()}
+    return Private(shown, secrets)
 
 
 # ---------------------------------------------------------------------------------------- Hydra's faults in one line
@@ -190,6 +207,7 @@ def _list_of_values(_: Exception, text: str) -> tuple | None:
 
 def _say_list_of_values(name: str, value: str, overrides: list[str]) -> str:
     value = dict(word.split("=", 1) for word in overrides if "=" in word).get(name, value).strip("[]")
+    value = "..." if name == "tracking.uri" else value
     return f"{name} must be one value, got {value}; to try each of them use make sweep {name}={value}"
 
 
@@ -198,7 +216,7 @@ def _not_a_word(fault: Exception, _: str) -> tuple | None:
 
 
 def _say_not_a_word(given: str, _: list[str]) -> str:
-    if given.startswith("tracking.uri="):  # it may hold a password
+    if given.lstrip("+").startswith("tracking.uri="):  # it may hold a password
         given = "tracking.uri=..."
     return f"words must be key=value, got {given}; put quotes inside for special characters: key=\"'...'\""
 

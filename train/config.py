@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +59,24 @@ METRICS = ("validation/main_accuracy", "validation/loss", "train/main_accuracy",
 
 class ConfigError(ValueError):
     """What a user typed can't be run: one line that says what was given, what is allowed, what to do."""
+
+
+@dataclass(frozen=True)
+class Private:
+    """What must not be written down.
+
+    `stored`: what stands in the config's place of a value that came from the environment, by key. `secrets`: texts and
+    what is shown instead of them.
+    """
+
+    stored: dict[str, str] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
+
+    def hide(self, text: str) -> str:
+        """The text without the secrets. Those of less than four characters are in every text and tell nothing."""
+        for secret in sorted(self.secrets, key=len, reverse=True):
+            text = text.replace(secret, self.secrets[secret]) if len(secret) > 3 else text
+        return text
 
 
 def key(
@@ -229,7 +248,7 @@ class ExponentialSchedule(Schedule):
 class StepSchedule(Schedule):
     name: str = key("step", "how the learning rate moves; chosen by schedule=NAME", choices=("step",))
     factor: float = key(0.1, "what the learning rate is multiplied by at each milestone", above=0, most=1)
-    milestones: list[float] = key([0.5, 0.75], "where, as shares of the run", above=0, below=1)
+    milestones: list[float] = key([0.5, 0.75], "where, as shares of the steps after the warm-up", above=0, below=1)
 
 
 @dataclass
@@ -249,7 +268,10 @@ class Tracking:
     uri: str | None = key(None, "MLflow store or server; null: mlflow.db beside the Makefile")
     experiment: str = key("inception", "name of the MLflow experiment and of the folder under runs/")
     log_model: bool = key(True, "log the inference model to MLflow")
-    every_steps: int = key(50, "how often training metrics are written within an epoch", unit="steps", least=1)
+    every_steps: int = key(
+        50, "how often training metrics, means since the epoch's start, are written", unit="steps", least=1
+    )
+    wait_seconds: float = key(60.0, "how long the end of a run waits for its MLflow record", unit="seconds", least=0)
 
 
 @dataclass
@@ -331,8 +353,8 @@ def check(config: Any, prefix: str = "") -> None:
 
 def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
     choices, limits = item.metadata["choices"], item.metadata["limits"]
-    if isinstance(value, float) and value != value:
-        raise ConfigError(f"{name} must be a number, got nan; use e.g. {name}={_example(item)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value}; use e.g. {name}={_example(item)}")
     if choices and value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")
     too_low = _violates(value, limits["least"], lambda v, x: v < x) or _violates(
@@ -365,6 +387,7 @@ def describe_limits(item: dataclasses.Field) -> str:
 
 
 def _check_together(config: Config) -> None:
+    _check_names(config)
     _check_blocks(config.model)
     _check_image_size(config.model, config.data)
     if config.data.validation_fraction + config.data.test_fraction >= 1:
@@ -381,6 +404,14 @@ def _check_together(config: Config) -> None:
     if milestones != sorted(set(milestones)):
         raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
     _check_tracking(config.tracking)
+
+
+def _check_names(config: Config) -> None:
+    """A name typed into a group that was made for another one would build something else than was chosen."""
+    for group, names in GROUPS.items():
+        chosen = getattr(config, group)
+        if names.get(chosen.name) is not type(chosen):
+            raise ConfigError(f"{group}.name must not be typed, got {chosen.name}; use {group}={chosen.name}")
 
 
 def _check_blocks(model: Model) -> None:
@@ -402,14 +433,17 @@ def _check_image_size(model: Model, data: Data) -> None:
 
 
 def _check_tracking(tracking: Tracking) -> None:
-    if not re.fullmatch(r"[^./\\\s][^/\\\n\0]*", tracking.experiment):
+    if not re.fullmatch(r"[^./\\\s][^/\\\n\0]*", tracking.experiment) or tracking.experiment == "latest":
         raise ConfigError(
-            "tracking.experiment must be a plain name (no slash, no leading dot), "
+            "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
             f"got {tracking.experiment!r}; use e.g. tracking.experiment=inception"
         )
     if tracking.uri is None:
         return
-    parts = urlsplit(tracking.uri)
+    try:
+        parts = urlsplit(tracking.uri)
+    except ValueError:
+        parts = urlsplit("")
     web = parts.scheme in ("http", "https") and parts.hostname
     database = parts.scheme.split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql") and (parts.path or parts.netloc)
     if not (web or database):
@@ -431,9 +465,20 @@ def resolve_image_size(config: Config) -> int:
 
 def without_secrets(uri: str) -> str:
     """The address without user, password, query and fragment, which is where secrets stand."""
-    parts = urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.scheme else uri.partition("?")[0]
+    address = uri.partition("?")[0].partition("#")[0]
+    scheme, separator, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def passwords(address: str) -> list[str]:
+    """The parts of an address that are nobody's business, as written and as meant."""
+    try:
+        parts = urlsplit(address)
+        found = [parts.password, parts.query]
+    except ValueError:
+        return []
+    return [text for part in found if part for text in (part, unquote(part))]
 
 
 def options(group: Any) -> dict[str, Any]:
@@ -441,12 +486,12 @@ def options(group: Any) -> dict[str, Any]:
     return {item.name: getattr(group, item.name) for item in fields(group) if item.name != "name"}
 
 
-def to_dict(config: Config, references: dict[str, str]) -> dict[str, Any]:
+def to_dict(config: Config, private: Private) -> dict[str, Any]:
     """The config as it may be stored: environment references as they were typed, addresses without secrets."""
     content = dataclasses.asdict(config)
     if config.tracking.uri is not None:
         content["tracking"]["uri"] = without_secrets(config.tracking.uri)
-    for name, reference in references.items():
+    for name, reference in private.stored.items():
         *parents, last = name.split(".")
         node = content
         for parent in parents:
@@ -463,8 +508,8 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_hash(config: Config) -> str:
-    """SHA-256 over everything that decides a run's result: all keys but the run's folder and its tracking."""
-    content = dataclasses.asdict(config)
+def config_hash(config: Config, private: Private) -> str:
+    """SHA-256 over all keys but `run_dir` and `tracking`, with environment references as they were typed."""
+    content = to_dict(config, private)
     flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,6 @@ Nothing is trained and no weight gets a value. All figures are for one image and
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,13 +100,5 @@ def _times(other: int, own: int) -> str:
     return f"{other / 1e6:,.1f}  {other / own:5.2f}x"
 
 
-def main() -> None:
-    try:
-        show(sys.argv[1:])
-    except ValueError as fault:
-        print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    command.run(show)

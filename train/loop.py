@@ -94,7 +94,6 @@ class Outcome:
     best_accuracy: float = -1.0
     stopped_early: bool = False
     clock: Clock = field(default_factory=Clock)
-    values: dict[str, float] = field(default_factory=dict)
 
 
 class Stops:
@@ -147,6 +146,7 @@ def fit(
     step: Step,
     *,
     epochs: int,
+    steps: int,
     log_every: int,
     batches: Callable[[int], Iterable[tuple]],
     validate: Callable[[], dict[str, float]],
@@ -157,7 +157,9 @@ def fit(
     outcome: Outcome,
     stops: Stops,
 ) -> Outcome:
-    """Trains for `epochs` or until the stopper says so; fills `outcome` as it goes, so that it is true at any moment.
+    """Trains for `epochs` of `steps` batches, or until the stopper says so.
+
+    Fills `outcome` as it goes, so that it is true at any moment.
 
     Epochs count from 0, steps from 1 over the whole run. `record(epoch, step, values)` gets every measured value.
 
@@ -165,7 +167,7 @@ def fit(
     """
     with stops.deferred():
         for epoch in range(epochs):
-            clock = _train_epoch(step, epoch, batches(epoch), log_every, record, watch, outcome, stops)
+            clock = _train_epoch(step, epoch, batches(epoch), steps, log_every, record, watch, outcome, stops)
             outcome.clock.add(clock)
             values = {f"train/{name}": value for name, value in step.metrics().items()}
             _refuse_divergence(values["train/loss"], epoch, outcome.steps)
@@ -176,7 +178,7 @@ def fit(
                 "data_wait_fraction": clock.data_wait_fraction(),
             }
             record(epoch, outcome.steps, values)
-            outcome.epochs, outcome.values = epoch + 1, values
+            outcome.epochs = epoch + 1
             if values["validation/main_accuracy"] > outcome.best_accuracy:
                 outcome.best_epoch, outcome.best_accuracy = epoch, values["validation/main_accuracy"]
                 keep_best(epoch, values)
@@ -191,6 +193,7 @@ def _train_epoch(
     step: Step,
     epoch: int,
     batches: Iterable[tuple],
+    steps: int,
     log_every: int,
     record: Callable[[int, int, dict[str, float]], None],
     watch: Watch,
@@ -212,7 +215,7 @@ def _train_epoch(
         if outcome.steps == 1:
             clock.images, clock.waited, start = 0, 0.0, time.perf_counter()
         values: dict[str, float] = {}
-        if outcome.steps % log_every == 0:
+        if outcome.steps % log_every == 0 and outcome.steps % steps:  # the epoch's own line has its last step
             values = {f"train/{name}": value for name, value in step.metrics().items()}
             record(epoch, outcome.steps, {**values, "learning_rate": step.learning_rate()})
             _refuse_divergence(values["train/loss"], epoch, outcome.steps)

@@ -54,7 +54,8 @@ def build(
         global_clipnorm=gradient_clip,
         gradient_accumulation_steps=gradient_accumulation if gradient_accumulation > 1 else None,
         use_ema=ema is not None,
-        ema_momentum=ema if ema is not None else 0.99,
+        # Keras averages after every step, also where only each n-th one moves the weights.
+        ema_momentum=ema ** (1 / gradient_accumulation) if ema is not None else 0.99,
         **options,
     )
     if weight_decay:

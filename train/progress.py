@@ -29,6 +29,7 @@ class Terminal:
         self._bar: Progress | None = None
         self._started: tuple[float, int] | None = None
         self._accuracies = ""
+        self._known: dict[str, float] = {}
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
@@ -62,7 +63,8 @@ class Terminal:
         seconds = time.perf_counter() - self._started[0]
         rate = (step - self._started[1]) * self._batch_size / seconds if seconds > 0.5 else 0
         if values:
-            self._accuracies = _accuracies(values)
+            self._known |= values
+            self._accuracies = _accuracies(self._known)
         self._bar.update(
             self._task,
             completed=step,
@@ -73,7 +75,8 @@ class Terminal:
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
         """After an epoch: one line that stays."""
-        self._accuracies, self._started = _accuracies(values), None
+        self._known |= values
+        self._accuracies, self._started = _accuracies(self._known), None
         line = (
             f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}  loss {values['train/loss']:.4f}  "
             f"{self._accuracies}  {values['images_per_second']:.0f} images/s  "

@@ -10,45 +10,45 @@ from typing import Any
 
 from train import config as schema
 from train import data, loop, runtime
-from train.config import ROOT, Config, options
+from train.config import ROOT, Config, ConfigError, Private, options
 from train.evaluate import evaluate
 from train.progress import Terminal, say
 from train.tracking import record, uploader
 from train.tracking.folder import RunFolder, create
 
 
-def train(config: Config, references: dict[str, str], *, latest: bool = True) -> int:
+def train(config: Config, private: Private, *, latest: bool = True) -> int:
     """Runs the story and leaves a summary whatever happens; returns the exit code.
 
-    `references`: keys that the user gave as environment references; they are stored as such, not as their values.
-    `latest`: whether runs/latest shall point here.
+    `private`: what of the config must not be written down. `latest`: whether runs/latest shall point here.
     """
     folder = create(config.run_dir, ROOT / "runs", config.tracking.experiment, latest=latest)
     with folder.held(), record.log_file(folder), loop.Stops().listening() as stops:
-        summary = record.identify(folder, config, references)
-        recorder = uploader.start(folder, config.tracking.uri or uploader.default_uri(ROOT))
+        summary, recorder = record.begin(folder, config), None
         try:
-            tell(config, references, folder, summary, stops)
+            record.identify(folder, config, private)
+            recorder = uploader.start(folder, config.tracking.uri or uploader.default_uri(ROOT))
+            tell(config, private, folder, summary, stops)
             summary["status"], code = "finished", 0
         except loop.Interrupted as stop:
             summary |= {"status": "interrupted", "failure": str(stop)}
             code = 128 + stop.number
         except Exception as fault:
-            summary |= {"status": "failed", "failure": f"{type(fault).__name__}: {fault}"}
-            code = record.report(fault, folder)
-        record.close(folder, summary)
+            summary |= {"status": "failed", "failure": private.hide(f"{type(fault).__name__}: {fault}")}
+            code = record.report(fault, folder, private)
+        with stops.deferred():
+            record.close(folder, summary)
         say("record: completing it in MLflow")
-        uploader.wait(recorder, folder)
+        uploader.wait(recorder, folder, config.tracking.wait_seconds)
     print(record.one_line(summary, folder), flush=True)
     return code
 
 
-def tell(
-    config: Config, references: dict[str, str], folder: RunFolder, summary: dict[str, Any], stops: loop.Stops
-) -> None:
+def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str, Any], stops: loop.Stops) -> None:
     """The story itself; fills `summary` as it goes, so that it is true at any moment."""
-    config = runtime.prepare(config, folder.path / "train.log")
-    record.settle(folder, summary, config, references)
+    config, notes = runtime.prepare(config, folder.path / "train.log")
+    record.settle(folder, summary, config, private)
+    say(*notes)
 
     dataset = load_data(config)
     steps = steps_of(config, dataset)
@@ -56,10 +56,9 @@ def tell(
 
     model, inference = build_model(config, dataset)
     step = build_step(config, model, inference, steps)
-    record.describe(folder, summary, dataset, data_source(config), model, inference, cost_of(model, inference))
-    say(
-        f"model: {model.name}, {summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
-    )
+    record.describe(folder, summary, dataset, data_source(config, private), model, inference, macs(model, inference))
+    size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
+    say(f"model: {model.name}, {size}")
     say(f"run: {folder.path}")
 
     outcome = loop.Outcome()
@@ -101,8 +100,10 @@ def naming_broken_examples() -> Iterator[None]:
         raise ValueError(line) from fault
 
 
-def data_source(config: Config) -> str:
-    return getattr(config.data, "root", None) or getattr(config.data, "manual_dir", None) or config.data.name
+def data_source(config: Config, private: Private) -> str:
+    """Where the data came from, as it may be stored."""
+    stored = schema.to_dict(config, private)["data"]
+    return stored.get("root") or stored.get("manual_dir") or stored["name"]
 
 
 def steps_of(config: Config, dataset: Any) -> int:
@@ -139,6 +140,11 @@ def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
     from train import losses, optim
     from train.step.tensorflow import Step
 
+    if config.gradient_accumulation > steps * config.epochs:
+        raise ConfigError(
+            f"gradient_accumulation must be at most the run's {steps * config.epochs} steps, "
+            f"got {config.gradient_accumulation}; use e.g. gradient_accumulation=1"
+        )
     rates, rules = options(config.schedule), options(config.optimizer)
     rate = optim.build_schedule(
         config.schedule.name,
@@ -200,6 +206,7 @@ def fit(
             step,
             epochs=config.epochs,
             log_every=config.tracking.every_steps,
+            steps=steps,
             batches=batches,
             validate=validate,
             record=folder.record,
@@ -220,11 +227,11 @@ def load_predictor(path: Path, config: Config) -> Callable:
     return predictor(keras.models.load_model(path), jit=config.jit == "on")
 
 
-def cost_of(model: Any, inference: Any) -> dict[str, int]:
+def macs(model: Any, inference: Any) -> dict[str, int]:
     """Multiply-accumulates per example of the network in use and of the one in training."""
-    from train.models.cost import cost, total
+    from train.models.cost import totals
 
-    return {"inference": total(cost(inference)).macs, "training": total(cost(model)).macs}
+    return {"inference": totals(inference).macs, "training": totals(model).macs}
 
 
 def measure(config: Config, dataset: Any, split: Any, predict: Callable, stops: loop.Stops) -> dict[str, float]:

@@ -1,7 +1,6 @@
-"""The ground a run stands on: what `auto` means here, then session, precision, seed, determinism, device, threads.
+"""The ground a run stands on: what `auto` means here, then device, threads, session, precision, seed, determinism.
 
-`auto` is looked up in tables by kind of device and model, never found by a timing: a run is a function of config, data
-and code.
+`auto` is looked up in tables by kind of device, never found by a timing: a run is a function of config, data and code.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from train.config import Config, ConfigError
-
-log = logging.getLogger(__name__)
 
 # Kind of device -> precision. Processors with bfloat16 instructions compute VGG16-Inception 1.4 times and VGG16 3 times
 # faster in mixed_bfloat16 than in float32; mixed_float16 is 5 times slower there. GPUs have bfloat16 units from
@@ -34,12 +31,12 @@ PRECISION = {
 JIT = {"cpu": "off", "cpu_bfloat16": "off", "gpu": "off", "gpu_float16": "off", "gpu_bfloat16": "off"}
 
 
-def prepare(config: Config, chatter: Path) -> Config:
-    """Imports TensorFlow, sets it up as the config says, and returns the config with every `auto` filled in.
+def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
+    """Imports TensorFlow, sets it up as the config says; the config with every `auto` filled in, and what to tell.
 
     What TensorFlow's libraries write while they are loaded goes to the file `chatter`.
 
-    Raises: ConfigError if a GPU was asked for and none is there.
+    Raises: ConfigError if a GPU was asked for and none is there, or an earlier run of the process was on other ground.
     """
     os.environ["KERAS_BACKEND"] = config.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -49,7 +46,15 @@ def prepare(config: Config, chatter: Path) -> Config:
 
         tf.config.list_physical_devices()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    config = dataclasses.replace(config, device=_choose_device(config.device), threads=config.threads or cores())
+    device, notes = _choose_device(config.device)
+    config = dataclasses.replace(config, device=device, threads=config.threads or cores())
+    _refuse_other_ground(config)
+    if device == "gpu":
+        gpu = tf.config.list_physical_devices("GPU")[0]
+        tf.config.experimental.set_memory_growth(gpu, True)
+        tf.config.set_visible_devices([gpu], "GPU")
+    else:
+        tf.config.set_visible_devices([], "GPU")
     kind = device_kind(config.device)
     config = dataclasses.replace(
         config,
@@ -62,8 +67,8 @@ def prepare(config: Config, chatter: Path) -> Config:
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    log.info("on %s (%s) in %s, jit %s, %d threads", config.device, kind, config.precision, config.jit, config.threads)
-    return config
+    _forget_peak_memory()
+    return config, [*notes, f"on: {device}, {config.threads} threads, {config.precision}, jit {config.jit}"]
 
 
 @contextmanager
@@ -86,7 +91,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose_device(device: str) -> str:
+def _choose_device(device: str) -> tuple[str, list[str]]:
+    """`cpu` or `gpu`, and what somebody should hear who expected the other one."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
@@ -95,14 +101,22 @@ def _choose_device(device: str) -> str:
             "device must be one that is there, got gpu but TensorFlow finds no GPU; "
             "use device=cpu, or install the NVIDIA driver and type: make setup"
         )
-    if device == "cpu" or not gpus:
-        if device == "auto" and Path("/proc/driver/nvidia/version").exists():
-            log.warning("an NVIDIA driver is present but TensorFlow finds no GPU: computing on the CPU (make setup)")
-        tf.config.set_visible_devices([], "GPU")
-        return "cpu"
-    tf.config.experimental.set_memory_growth(gpus[0], True)
-    tf.config.set_visible_devices(gpus[:1], "GPU")
-    return "gpu"
+    if device == "auto" and not gpus and Path("/proc/driver/nvidia/version").exists():
+        return "cpu", ["warning: there is an NVIDIA driver but TensorFlow finds no GPU, so this computes on the CPU"]
+    return ("gpu" if gpus and device != "cpu" else "cpu"), []
+
+
+_ground: dict[str, object] = {}
+
+
+def _refuse_other_ground(config: Config) -> None:
+    """What TensorFlow can't take back in a process must be the same for all its runs."""
+    for name in ("device", "threads", "deterministic"):
+        value = getattr(config, name)
+        if _ground.setdefault(name, value) != value:
+            raise ConfigError(
+                f"{name} must be the same for all runs of a sweep, got {value} after {_ground[name]}; use two sweeps"
+            )
 
 
 def device_kind(device: str) -> str:
@@ -125,9 +139,23 @@ def _cpu_flags() -> set[str]:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far; on a GPU, the largest device memory in use."""
+    """Largest resident memory of this process since `prepare`; on a GPU, the largest device memory in use."""
     import tensorflow as tf
 
     if tf.config.get_visible_devices("GPU"):
         return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _forget_peak_memory() -> None:
+    """Each run of a sweep has a peak of its own."""
+    import tensorflow as tf
+
+    if tf.config.get_visible_devices("GPU"):
+        tf.config.experimental.reset_memory_stats("GPU:0")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

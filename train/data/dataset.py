@@ -1,6 +1,7 @@
 """A data set cut into train, validation and test."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -134,7 +135,20 @@ def open_dataset(
         classes, parts = load_prepared(name, data_dir, manual_dir)
     places = cut(parts, {"validation": validation_fraction, "test": test_fraction})
     splits = {split: _split(split, part, rows, image_size, channels) for split, (part, rows) in places.items()}
+    if root is not None and len(parts) > 1:
+        _check_disjoint(splits)
     return Dataset(name, classes, **splits, fingerprint=fingerprint(_lines(splits.values())))
+
+
+def _check_disjoint(splits: dict[str, Split]) -> None:
+    """Raises: ValueError when an image of one of the user's own parts is in another one, too."""
+    for one, other in itertools.combinations(splits.values(), 2):
+        shared = np.flatnonzero(np.isin(other.sha256, one.sha256))
+        if len(shared):
+            raise ValueError(
+                f"data.root must hold every image in one part only, got {len(shared)} of {other.name} in {one.name} "
+                f"as well (first: {other.ids[shared[0]]}); use each image once"
+            )
 
 
 def cut(parts: dict[str, Part], fractions: dict[str, float]) -> dict[str, tuple[Part, np.ndarray]]:

@@ -29,6 +29,8 @@ class Step:
     def __init__(self, model: keras.Model, inference: keras.Model, jit: bool):
         self.model = model
         self._outputs = tuple(model.output)
+        # Under mixed_float16 Keras wraps the optimizer, and the averages belong to the one inside.
+        self._optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
         model.optimizer.build(model.trainable_variables)
         self._train = tf.function(model.train_step, jit_compile=jit)
         self.predict = predictor(inference, jit)  # logits of the main output, float32 [N, classes]
@@ -54,12 +56,12 @@ class Step:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights in the model's place, where the optimizer keeps some; put back by copy, to the bit."""
-        if not self.model.optimizer.use_ema:
+        if not self._optimizer.use_ema:
             yield
             return
         weights = self.model.trainable_variables
         kept = [weight.numpy() for weight in weights]
-        for weight, average in zip(weights, self.model.optimizer._model_variables_moving_average, strict=True):
+        for weight, average in zip(weights, self._optimizer._model_variables_moving_average, strict=True):
             weight.assign(average)
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
 import uuid
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,9 +62,11 @@ class RunFolder:
 
     def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
         """Adds a line to the journal and has it on disk before returning."""
-        line = json.dumps({"epoch": epoch, "step": step, "time": time.time(), "values": values})
-        with self.journal.open("a") as file:
-            file.write(line + "\n")
+        line = json.dumps({"epoch": epoch, "step": step, "time": time.time(), "values": values}) + "\n"
+        with self.journal.open("ab+") as file:
+            if file.tell() and not _ends_with_newline(file):
+                line = "\n" + line  # a full disk cut the last one off
+            file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -69,16 +74,20 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """Holds the run's lock; it goes with the process, however that ends.
 
-        Raises: ValueError if another process holds it.
+        Raises: ValueError if another process holds it, or the folder has got a run since it was made.
         """
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _locked(self.path / ".lock", f"run_dir must not be in use, got {self.path}, where a run is alive"):
+            _refuse_used(self.path)
             yield
-        except BlockingIOError:
-            raise ValueError(f"run_dir must not be in use, got {self.path}, where a run is alive") from None
-        finally:
-            os.close(descriptor)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """One process at a time feeds the store.
+
+        Raises: ValueError if another one does.
+        """
+        with _locked(self.path / ".uploader.lock", f"run must not be recorded by two, got {self.path}; wait a moment"):
+            yield
 
     def alive(self) -> bool:
         """Whether a process holds the run's lock."""
@@ -87,12 +96,36 @@ class RunFolder:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared: two that ask at the same time don't take each other for the run.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
         except BlockingIOError:
             return True
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _locked(path: Path, refusal: str) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_used(path: Path) -> None:
+    if (path / "run.json").exists():
+        raise ValueError(f"run_dir must be a folder without a run, got {path}, which holds one; use another")
+
+
+def _ends_with_newline(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def create(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) -> RunFolder:
@@ -105,8 +138,7 @@ def create(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) ->
     path = Path(run_dir).expanduser().absolute() if run_dir else runs / experiment / name
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if (path / "run.json").exists():
-            raise ValueError(f"run_dir must be a folder without a run, got {path}, which holds one; use another")
+        _refuse_used(path)
         probe = path / ".lock"
         probe.touch()
         if latest and path.is_relative_to(runs):
@@ -147,7 +179,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Whole lines from byte `offset` on, each with the offset behind it; a line being written is left for later."""
+    """Whole lines from byte `offset` on, each with the offset behind it; a line being written is left for later.
+
+    A line that a full disk cut off is reported as an empty one.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -156,4 +191,8 @@ def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], 
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield json.loads(line), offset
+            try:
+                yield json.loads(line), offset
+            except ValueError:
+                log.warning("the journal's line before byte %d is cut off: %s", offset, line[:80])
+                yield {}, offset

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from train import command
 from train import config as schema
-from train.config import ROOT, Config
+from train.config import ROOT, Config, Private
 from train.tracking import facts
 from train.tracking.folder import RunFolder
 
@@ -31,34 +33,18 @@ def log_file(folder: RunFolder) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
-    level, root.level = root.level, logging.INFO
+    level = root.level
+    root.setLevel(logging.INFO)
     try:
         yield
     finally:
-        root.level = level
+        root.setLevel(level)
         root.removeHandler(handler)
         handler.close()
 
 
-def identify(folder: RunFolder, config: Config, references: dict[str, str]) -> dict[str, Any]:
-    """Writes run.json and the config as it was typed; the summary's first lines."""
-    identity = {
-        "run_id": folder.run_id,
-        "experiment": config.tracking.experiment,
-        "name": f"{config.model.name} {config.data.name} seed {config.seed} ({folder.run_id[:6]})",
-        "time": time.time(),
-        "tags": {
-            **facts.tags(ROOT),
-            "model": config.model.name,
-            "data": config.data.name,
-            "seed": str(config.seed),
-            "run_dir": str(folder.path),
-        },
-        "log_model": config.tracking.log_model,
-        "requirements": facts.requirements(MODEL_PACKAGES),
-    }
-    folder.write_yaml("config.yaml", schema.to_dict(config, references))
-    folder.write_json("run.json", identity)
+def begin(folder: RunFolder, config: Config) -> dict[str, Any]:
+    """The summary of a run that has done nothing yet."""
     return {
         "status": "failed",
         "run_id": folder.run_id,
@@ -71,11 +57,34 @@ def identify(folder: RunFolder, config: Config, references: dict[str, str]) -> d
     }
 
 
-def settle(folder: RunFolder, summary: dict[str, Any], config: Config, references: dict[str, str]) -> None:
+def identify(folder: RunFolder, config: Config, private: Private) -> None:
+    """Writes run.json and the config as it was typed."""
+    stored = schema.to_dict(config, private)
+    folder.write_yaml("config.yaml", stored)
+    identity = {
+        "run_id": folder.run_id,
+        "experiment": config.tracking.experiment,
+        "name": f"{config.model.name} {config.data.name} seed {config.seed} ({folder.run_id[:6]})",
+        "time": time.time(),
+        "tags": {
+            **facts.tags(ROOT),
+            "model": config.model.name,
+            "data": config.data.name,
+            "seed": str(config.seed),
+            "run_dir": stored["run_dir"] or str(folder.path),
+        },
+        "log_model": config.tracking.log_model,
+        "requirements": facts.requirements(MODEL_PACKAGES),
+    }
+    folder.write_json("run.json", identity)
+
+
+def settle(folder: RunFolder, summary: dict[str, Any], config: Config, private: Private) -> None:
     """The config with every `auto` filled in."""
-    summary["config_hash"] = schema.config_hash(config)
-    folder.write_yaml("config.yaml", schema.to_dict(config, references))
-    folder.write_json("params.json", schema.flatten(schema.to_dict(config, references)))
+    stored = schema.to_dict(config, private)
+    summary["config_hash"] = schema.config_hash(config, private)
+    folder.write_yaml("config.yaml", stored)
+    folder.write_json("params.json", schema.flatten(stored))
 
 
 def describe(
@@ -127,27 +136,34 @@ def progress(summary: dict[str, Any], outcome: Any, weights_sha256: str, peak_me
         summary["best"] = {"epoch": outcome.best_epoch, "validation_main_accuracy": outcome.best_accuracy}
 
 
-def report(fault: Exception, folder: RunFolder) -> int:
+def report(fault: Exception, folder: RunFolder, private: Private) -> int:
     """Tells a failure in one line, with the traceback in train.log; exit code 2 where the input was at fault.
 
     A ValueError that the project itself raised is about the input. Anything else is a defect, and its traceback is
     shown.
     """
-    log.error("the run failed", exc_info=fault)
+    trace = private.hide("".join(traceback.format_exception(fault)))
+    log.error("the run failed\n%s", trace)
     frames = traceback.extract_tb(fault.__traceback__)
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "train")
     if ours and isinstance(fault, ValueError | ArithmeticError):
-        print(f"error: {' '.join(str(fault).split())}", file=sys.stderr)
-        return 2 if isinstance(fault, ValueError) else 1
-    traceback.print_exception(fault)
-    print(f"error: {type(fault).__name__}; the whole story is in {folder.path / 'train.log'}", file=sys.stderr)
+        code = command.tell(private.hide(str(fault)))
+        return code if isinstance(fault, ValueError) else 1
+    print(trace, file=sys.stderr)
+    command.tell(f"{type(fault).__name__}; the whole story is in {folder.path / 'train.log'}")
     return 1
 
 
 def close(folder: RunFolder, summary: dict[str, Any]) -> None:
     """The last thing that a run writes; whoever finds it knows that the run has ended."""
     summary["time"] = time.time()
-    folder.write_json("summary.json", summary)
+    try:
+        if not (folder.path / "params.json").exists():  # it ended before its config was settled
+            stored = yaml.safe_load((folder.path / "config.yaml").read_text())
+            folder.write_json("params.json", schema.flatten(stored))
+        folder.write_json("summary.json", summary)
+    except OSError as fault:
+        command.tell(f"the summary could not be written to {folder.path} ({fault.strerror}); make room there")
 
 
 def one_line(summary: dict[str, Any], folder: RunFolder) -> str:

@@ -36,8 +36,7 @@ class Store:
         with _alone(self.uri):
             mlflow.set_tracking_uri(self.uri)
             self.client = MlflowClient(self.uri)
-            experiment_id = self._experiment(identity["experiment"])
-        self.mlflow_id = self._run(experiment_id, identity)
+            self.mlflow_id = self._run(self._experiment(identity["experiment"]), identity)
 
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from train import command
-from train.config import ROOT
+from train.config import ROOT, Private, passwords
 from train.tracking import store, uploader
-from train.tracking.folder import open_folder
+from train.tracking.folder import RunFolder, open_folder
 
 
 @dataclass
@@ -22,18 +22,39 @@ class Sync:
     uri: str = ""
 
 
-def sync(keys: Sync) -> int:
+def sync(words: list[str]) -> int:
+    """Raises: ValueError if the run is alive, its store unknown or away."""
+    keys = command.parse(Sync, words)
     folder = open_folder(Path(keys.run))
     if folder.alive():
         raise ValueError(f"run must have ended, got {keys.run}, which is alive and is recorded as it goes")
-    stored = yaml.safe_load((folder.path / "config.yaml").read_text())["tracking"]["uri"]
-    uri = keys.uri or os.path.expandvars((stored or "").replace("${oc.env:", "${")) or store.default_uri(ROOT)
-    record = uploader.Record(folder, uri)
-    record.advance()
-    record.complete()
+    uri = keys.uri or stored_uri(folder)
+    try:
+        with folder.recording():
+            uploader.Record(folder, uri).finish()
+    except ValueError:
+        raise
+    except Exception as fault:  # MLflow has many
+        raise ValueError(f"the store must answer, got {passwords_hidden(str(fault), uri)}; use uri=ADDRESS") from None
     print(f"the MLflow record of {keys.run} is complete")
     return 0
 
 
+def stored_uri(folder: RunFolder) -> str:
+    """The store that the run was started with; its password was not kept.
+
+    Raises: ValueError if the address refers to an environment variable that is not set.
+    """
+    stored = yaml.safe_load((folder.path / "config.yaml").read_text())["tracking"]["uri"]
+    uri = os.path.expandvars(stored.replace("${oc.env:", "${")) if stored else store.default_uri(ROOT)
+    if "$" in uri or "://" not in uri:
+        raise ValueError(f"uri must be given, since the run's was {stored}; use uri=ADDRESS")
+    return uri
+
+
+def passwords_hidden(text: str, uri: str) -> str:
+    return Private(secrets=dict.fromkeys(passwords(uri), "***")).hide(text)
+
+
 if __name__ == "__main__":
-    command.run(Sync, sync)
+    command.run(sync)

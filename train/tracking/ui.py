@@ -20,11 +20,12 @@ class Ui:
     uri: str = ""
 
 
-def ui(keys: Ui) -> int:
+def ui(words: list[str]) -> int:
     """Becomes MLflow's own server.
 
     Raises: ValueError if the port is taken.
     """
+    keys = command.parse(Ui, words)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -40,4 +41,4 @@ def ui(keys: Ui) -> int:
 
 
 if __name__ == "__main__":
-    command.run(Ui, ui)
+    command.run(ui)

@@ -8,50 +8,55 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from train.config import Private, passwords
 from train.tracking import store
 from train.tracking.folder import RunFolder, open_folder, read_journal
 from train.tracking.store import default_uri
 
+log = logging.getLogger(__name__)
+
 URI = "INCEPTION_TRACKING_URI"
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 600.0  # how long a store may stay away after the run's end, before `make sync` has to do it
-WAIT_SECONDS = 60.0
 FILES = ("config.yaml", "model_summary.txt", "input_example.npy", "train.log", "summary.json", "metrics.jsonl")
 
 
 __all__ = ["Record", "default_uri", "start", "wait"]
 
 
-def start(folder: RunFolder, uri: str) -> subprocess.Popen:
-    """Starts the uploader in a session of its own, out of reach of the terminal's Ctrl-C."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "train.tracking.uploader", str(folder.path)],
-        env={**os.environ, URI: uri, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def start(folder: RunFolder, uri: str) -> subprocess.Popen | None:
+    """Starts the uploader in a session of its own, out of reach of the terminal's Ctrl-C; None where that fails."""
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "train.tracking.uploader", str(folder.path)],
+            env={**os.environ, URI: uri, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as fault:
+        log.warning("no uploader: %s", fault)
+        return None
 
 
-def wait(process: subprocess.Popen, folder: RunFolder) -> None:
+def wait(process: subprocess.Popen | None, folder: RunFolder, seconds: float) -> None:
     """Gives the uploader a while to complete the record; training is over and loses nothing by it."""
     try:
-        done = process.wait(WAIT_SECONDS) == 0
+        code = process.wait(seconds) if process else 1
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        done = False
-    if not done:
-        alive = process.poll() is None
-        state = "goes on in the background" if alive else f"is not complete: make sync run={folder.path}"
-        print(f"the MLflow record {state} ({folder.path / 'uploader.log'})", file=sys.stderr)
+        code = None
+    if code != 0:
+        state = "is not complete: make sync run=" if code else "is completed in the background, or by: make sync run="
+        print(f"the MLflow record {state}{folder.path} ({folder.path / 'uploader.log'})", file=sys.stderr)
 
 
 class Record:
@@ -63,55 +68,55 @@ class Record:
         self.offset = 0
         self.logged: set[str] = set()
 
-    def advance(self) -> None:
+    def advance(self) -> store.Store:
         """Identity, parameters and data set, then the journal's new lines."""
         if self.store is None:
             self.store = store.Store(self.uri, _read(self.folder.path / "run.json"))
-        for name, log in (("params.json", self.store.log_params), ("dataset.json", self.store.log_dataset)):
+        for name, send in (("params.json", self.store.log_params), ("dataset.json", self.store.log_dataset)):
             if name not in self.logged and (self.folder.path / name).exists():
-                log(_read(self.folder.path / name))
+                send(_read(self.folder.path / name))
                 self.logged.add(name)
         lines = list(read_journal(self.folder.journal, self.offset))
         if lines:
-            self.store.log_lines([line for line, _ in lines])
+            self.store.log_lines([line for line, _ in lines if line])
             self.offset = lines[-1][1]
+        return self.store
 
-    def complete(self) -> bool:
-        """What a run has at its end; False where it has not ended and its process still lives."""
-        summary = self.folder.path / "summary.json"
-        if not summary.exists() and self.folder.alive():
-            return False
-        ended = summary.exists()
-        self.advance()
-        assert self.store is not None
+    def finish(self) -> None:
+        """All that a run has at its end, and how it ended: as its summary says, or without a word."""
+        place, identity = self.advance(), _read(self.folder.path / "run.json")
         for path in [self.folder.path / name for name in FILES]:
             if path.exists():
-                self.store.log_file(path)
-        model, plan = self.folder.best / "model.keras", _read(self.folder.path / "run.json")
-        if plan["log_model"] and model.exists():
-            self.store.log_model(model, plan["requirements"])
-        if ended:
-            self.store.finish(_read(summary))
-        else:
-            self.store.set_status_gone()
-        return True
+                place.log_file(path)
+        model, summary = self.folder.best / "model.keras", self.folder.path / "summary.json"
+        try:
+            if identity["log_model"] and model.exists():
+                place.log_model(model, identity["requirements"])
+        finally:  # the run's end is told even where the model can't be kept
+            if summary.exists():
+                place.finish(_read(summary))
+            else:
+                place.set_status_gone()
 
 
 def follow(record: Record) -> int:
-    """Advances until the record is complete; 1 when the store stayed away for too long after the end."""
+    """Advances until the record is complete; 1 when the store stayed away for too long after the run's end."""
     away_since: float | None = None
     while True:
         try:
+            ended = (record.folder.path / "summary.json").exists() or not record.folder.alive()
             record.advance()
-            if record.complete():
+            if ended:
+                record.finish()
                 return 0
             away_since, pause = None, POLL_SECONDS
         except Exception as fault:  # whatever MLflow raises: training must not notice, the record is completed later
             print(f"{time.strftime('%H:%M:%S')} not recorded yet: {type(fault).__name__}: {fault}", flush=True)
-            now = time.monotonic()
-            away_since, pause = away_since or now, 5.0
-            if not record.folder.alive() and now - away_since > PATIENCE_SECONDS:
-                return 1
+            pause = 5.0
+            if ended:
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > PATIENCE_SECONDS:
+                    return 1
         time.sleep(pause)
 
 
@@ -124,13 +129,10 @@ class Scrubbed(io.TextIOBase):
 
     def __init__(self, path: Path, uri: str):
         self._file = path.open("a", buffering=1)
-        parts = urlsplit(uri)
-        self._secrets = [s for s in (uri if parts.username else "", parts.username, parts.password, parts.query) if s]
+        self._private = Private(secrets=dict.fromkeys(passwords(uri), "***"))
 
     def write(self, text: str) -> int:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return self._file.write(text)
+        return self._file.write(self._private.hide(text))
 
     def flush(self) -> None:
         self._file.flush()
@@ -139,7 +141,8 @@ class Scrubbed(io.TextIOBase):
 def main() -> None:
     folder, uri = open_folder(Path(sys.argv[1])), os.environ.pop(URI)
     sys.stdout = sys.stderr = Scrubbed(folder.path / "uploader.log", uri)
-    sys.exit(follow(Record(folder, uri)))
+    with folder.recording():
+        sys.exit(follow(Record(folder, uri)))
 
 
 if __name__ == "__main__":
