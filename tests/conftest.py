@@ -14,7 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 2
-FROM_MAKE = {"MAKELEVEL", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS"}  # the words of the make that started these tests
+FROM_MAKE = {
+    "MAKELEVEL",
+    "MAKEFLAGS",
+    "MAKEOVERRIDES",
+    "MFLAGS",
+    "ARGS",
+}  # its words are not ours
 SECRET = "hunter2-in-the-address"
 
 
