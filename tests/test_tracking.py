@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SECRET, Finished, run_command
+from conftest import ROOT, SECRET, Finished, run_command, run_train
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -260,30 +264,58 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     )
 
 
-def test_the_ui_answers_on_loopback(finished: Finished):
-    """A real server over the finished run's store; a taken port is one line."""
-    import socket
-    import urllib.request
-
+@contextmanager
+def serving(uri: str) -> Iterator[int]:
+    """`make ui` over a store, until it answers; its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "train.tracking.ui", f"port={port}", f"uri={finished.uri}"],
+        [sys.executable, "-m", "train.tracking.ui", f"port={port}", f"uri={uri}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         assert server.stdout is not None
         assert f"http://127.0.0.1:{port}" in server.stdout.readline()
-        deadline, page = time.monotonic() + 60, ""
-        while not page and time.monotonic() < deadline:
-            try:
-                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()
-            except OSError:
-                time.sleep(0.3)
-        assert "<title>MLflow</title>" in page
-        taken = run_command(sys.executable, "-m", "train.tracking.ui", f"port={port}")
-        assert (taken.code, taken.err) == (2, f"error: port must be free, got {port}; use e.g. port={port + 1}\n")
+        deadline = time.monotonic() + 60
+        while "<title>MLflow</title>" not in _page(port):
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.3)
+        yield port
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(20)
+
+
+def _page(port: int) -> str:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()
+    except OSError:
+        return ""
+
+
+def test_the_ui_answers_on_loopback(finished: Finished):
+    """A real server over the finished run's store; a taken port is one line."""
+    with serving(finished.uri) as port:
+        taken = run_command(sys.executable, "-m", "train.tracking.ui", f"port={port}")
+        assert (taken.code, taken.err) == (2, f"error: port must be free, got {port}; use e.g. port={port + 1}\n")
+
+
+@pytest.mark.slow
+def test_a_server_gets_the_whole_record(tmp_path: Path):
+    """Over HTTP, with a typed password that is then nowhere: in no file of the run, of the server, of its database."""
+    with serving(f"sqlite:///{tmp_path / 'server/mlflow.db'}") as port:
+        done = run_train(
+            "model.width=0.1", "epochs=1", "steps_per_epoch=5", f"run_dir={tmp_path / 'run'}",
+            f"tracking.uri=http://me:hunter2@127.0.0.1:{port}",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert done.err == ""
+        client, run = the_run(f"http://127.0.0.1:{port}")
+        assert run.info.status == "FINISHED"
+        assert len(client.get_run(run.info.run_id).outputs.model_outputs) == 1
+        assert "summary.json" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert history(client, run, "test/accuracy")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
