@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import platform
 import socket
 import subprocess
@@ -15,6 +16,9 @@ def tags(root: Path) -> dict[str, str]:
     """Git commit and dirtiness, host, Python and package versions."""
     found = {
         "host": socket.gethostname(),
+        "mlflow.user": _user(),
+        "mlflow.source.name": "train",
+        "mlflow.source.type": "LOCAL",
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{f"version.{name}": version(name) for name in PACKAGES},
@@ -30,6 +34,13 @@ def tags(root: Path) -> dict[str, str]:
 def requirements(packages: tuple[str, ...]) -> list[str]:
     """`name==version` of what is installed."""
     return [f"{name}=={version(name)}" for name in packages]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container without an entry for its user
+        return "unknown"
 
 
 def _git(root: Path, *words: str) -> str:

@@ -64,7 +64,7 @@ def identify(folder: RunFolder, config: Config, private: Private) -> None:
     identity = {
         "run_id": folder.run_id,
         "experiment": config.tracking.experiment,
-        "name": f"{config.model.name} {config.data.name} seed {config.seed} ({folder.run_id[:6]})",
+        "name": f"{config.model.name} seed {config.seed}",
         "time": time.time(),
         "tags": {
             **facts.tags(ROOT),

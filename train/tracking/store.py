@@ -21,6 +21,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 BATCH = 1000  # most metrics that one request may hold
 PARAMS = 100  # most parameters that one request may hold
 RUN_ID = "run_id"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts, not prompts
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
@@ -41,7 +42,7 @@ class Store:
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            return self.client.create_experiment(name, artifact_location=artifact_location(self.uri, name))
+            return self.client.create_experiment(name, artifact_location(self.uri, name), KIND)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
