@@ -59,6 +59,7 @@ def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str,
     record.describe(folder, summary, dataset, data_source(config, private), model, inference, macs(model, inference))
     size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
     say(f"model: {model.name}, {size}")
+    folder.record(0, 0, {f"cost/{name}": summary[name] for name in ("parameters", "macs")})
     say(f"run: {folder.path}")
 
     outcome = loop.Outcome()
@@ -68,12 +69,13 @@ def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str,
         finally:
             record.progress(summary, outcome, step.weights_sha256(), runtime.peak_memory_bytes())
 
-        if not config.evaluate.test:
-            return
-        say("test: the best weights, on a split that chose nothing")
-        predict = load_predictor(folder.best / "model.keras", config)
-        summary["test"] = measure(config, dataset, dataset.test, predict, stops)
-        folder.record(outcome.epochs - 1, outcome.steps, {f"test/{k}": v for k, v in summary["test"].items()})
+        found = {"cost/peak_memory_bytes": summary["peak_memory_bytes"]}
+        if config.evaluate.test:
+            say("test: the best weights, on a split that chose nothing")
+            predict = load_predictor(folder.best / "model.keras", config)
+            summary["test"] = measure(config, dataset, dataset.test, predict, stops)
+            found |= {f"test/{name}": summary["test"][name] for name in ("accuracy", "top5_accuracy", "loss")}
+        folder.record(outcome.epochs - 1, outcome.steps, found)
 
 
 # -------------------------------------------------------------------------------------------------- the story's parts
