@@ -69,8 +69,8 @@ $(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
 	    echo "an NVIDIA driver is present: installing the gpu extra"; locks="$$locks requirements-gpu.lock"; \
 	fi; \
 	for lock in $$locks; do set -- "$$@" -r "$$lock"; done; \
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --require-hashes "$$@"
-	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --require-hashes "$$@"
+	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 train: $(STAMP) ## train, evaluate, record: make train model=vgg16_inception [key=value ...]
