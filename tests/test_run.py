@@ -264,6 +264,15 @@ def test_a_dead_server_stops_nothing_and_its_password_is_nowhere(tmp_path: Path)
     assert holders(b"hunter2", place) == [place / "planted"]
 
 
+def test_a_data_set_prepared_on_the_way_changes_no_bit(tmp_path: Path):
+    """Preparing it draws random numbers; the network's start must not depend on them, and must on the seed."""
+    words = ["model=vgg16", "model.width=0.1", "epochs=1", "steps_per_epoch=2", "evaluate.test=false"]
+    there = in_process(tmp_path / "there", *words)
+    fresh = in_process(tmp_path / "fresh", *words, f"data.directory={tmp_path / 'data'}")
+    other = in_process(tmp_path / "other", *words, "seed=1")
+    assert fresh["weights_sha256"] == there["weights_sha256"] != other["weights_sha256"]
+
+
 def test_two_runs_of_a_process_stand_on_the_same_ground(tmp_path: Path):
     log = tmp_path / "log"
     runtime.prepare(compose([f"threads={THREADS}"]), log)

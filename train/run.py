@@ -131,6 +131,7 @@ def build_model(config: Config, dataset: Any) -> tuple[Any, Any]:
     """The network with its auxiliary heads, and the one without that shares its variables."""
     from train import models
 
+    runtime.seed(config.seed)
     side = schema.resolve_image_size(config)
     shape = (side, side, config.data.channels)
     model = models.build(config.model.name, shape, len(dataset.classes), **options(config.model))

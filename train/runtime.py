@@ -1,4 +1,4 @@
-"""The ground a run stands on: what `auto` means here, then device, threads, session, precision, seed, determinism.
+"""The ground a run stands on: what `auto` means here, then device, threads, session, precision, determinism, seed.
 
 `auto` is looked up in tables by kind of device, never found by a timing: a run is a function of config, data and code.
 """
@@ -64,7 +64,6 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
     tf.config.threading.set_intra_op_parallelism_threads(config.threads)
     keras.utils.clear_session()  # also resets the precision policy, so it stands before it
     keras.config.set_dtype_policy(config.precision)
-    keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     _forget_peak_memory()
@@ -104,6 +103,16 @@ def _choose_device(device: str) -> tuple[str, list[str]]:
     if device == "auto" and not gpus and Path("/proc/driver/nvidia/version").exists():
         return "cpu", ["warning: there is an NVIDIA driver but TensorFlow finds no GPU, so this computes on the CPU"]
     return ("gpu" if gpus and device != "cpu" else "cpu"), []
+
+
+def seed(number: int) -> None:
+    """Starts all randomness anew, just before the network is built.
+
+    What comes earlier may draw, too: preparing a data set does, and only the first time.
+    """
+    import keras
+
+    keras.utils.set_random_seed(number)
 
 
 _ground: dict[str, object] = {}
