@@ -60,7 +60,7 @@ def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str,
     size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
     say(f"model: {model.name}, {size}")
     folder.record(0, 0, {f"cost/{name}": summary[name] for name in ("parameters", "macs")})
-    say(f"run: {folder.path}")
+    say(f"run: {record.short(folder.path)}")
 
     outcome = loop.Outcome()
     with naming_broken_examples():

@@ -178,8 +178,9 @@ def one_line(summary: dict[str, Any], folder: RunFolder) -> str:
             words[name] = summary[name]
     if summary.get("train_images_per_second"):
         words["images_per_second"] = f"{summary['train_images_per_second']:.0f}"
-    return " ".join(f"{name}={value}" for name, value in words.items()) + f" run={_short(folder.path)}"
+    return " ".join(f"{name}={value}" for name, value in words.items()) + f" run={short(folder.path)}"
 
 
-def _short(path: Path) -> Path:
+def short(path: Path) -> Path:
+    """Relative to where one stands, if it lies below."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
