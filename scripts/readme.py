@@ -20,6 +20,7 @@ import urllib.request
 from pathlib import Path
 
 from train import config as schema
+from train import runtime
 from train.compose import as_typed, compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,9 @@ TABLES = {"config": config_table, "models": models_table}
 
 def written() -> str:
     """The README with its tables as the code has them now."""
-    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", README.read_text())
+    with runtime.stderr_into(Path(os.devnull)):  # TensorFlow's libraries talk while they are loaded
+        tables = {name: table() for name, table in TABLES.items()}
+    return TABLE.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", README.read_text())
 
 
 # -------------------------------------------------------------------------------------------------------- commands

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -398,6 +399,12 @@ def test_rooms_import_only_what_stands_above_them():
 )
 def test_the_walls_notice(room: str, line: str):
     assert faults_of(room, line)
+
+
+def test_the_trainer_knows_no_mlflow():
+    """Nothing that the story of a run imports brings it in; the uploader's own modules import it when they need it."""
+    script = "import sys, train.run, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
+    assert run_command(sys.executable, "-c", script).code == 0
 
 
 def test_the_explanations_do_not_hide_a_fault_they_do_not_know():
