@@ -69,6 +69,9 @@ def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str,
         finally:
             record.progress(summary, outcome, step.weights_sha256(), runtime.peak_memory_bytes())
 
+        if outcome.stopped_early:
+            rule = config.early_stopping
+            say(f"stopped early: {rule.metric} has not improved for {rule.patience_epochs} epochs")
         found = {"cost/peak_memory_bytes": summary["peak_memory_bytes"]}
         if config.evaluate.test:
             say("test: the best weights, on a split that chose nothing")
