@@ -221,7 +221,7 @@ def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path):
     assert mlflow_run.data.tags["status"] == "interrupted"
 
 
-def test_sigterm_while_tensorflow_is_imported_is_obeyed_at_once(tmp_path: Path):
+def test_sigterm_while_tensorflow_is_imported_is_obeyed_before_any_step(tmp_path: Path):
     words = ["tracking.wait_seconds=0", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "train", *words, f"run_dir={tmp_path / 'run'}"],

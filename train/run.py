@@ -49,13 +49,16 @@ def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str,
     config, notes = runtime.prepare(config, folder.path / "train.log")
     record.settle(folder, summary, config, private)
     say(*notes)
+    stops.obey()  # here and below: libraries may swallow what a signal raises while they are loaded
 
     dataset = load_data(config)
+    stops.obey()
     steps = steps_of(config, dataset)
     say(f"data: {dataset.name}, {len(dataset.classes)} classes, {counts(dataset)} examples", dropped(config, dataset))
 
     model, inference = build_model(config, dataset)
     step = build_step(config, model, inference, steps)
+    stops.obey()
     record.describe(folder, summary, dataset, data_source(config, private), model, inference, macs(model, inference))
     size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
     say(f"model: {model.name}, {size}")
