@@ -47,14 +47,17 @@ override WORDS = $(foreach name,$(TYPED),$(call QUOTED,$(name)=$(value $(name)))
 .DEFAULT_GOAL := help
 .PHONY: $(WORDED) $(PLAIN)
 
-# The stamp names the interpreter, so that another PYTHON makes the environment anew; without PYTHON, the one that is
-# there stays. It also names the gpu extra, so that a driver that has come is noticed.
+# The stamp names the interpreter, so that another PYTHON makes the environment anew, and holds it as it was typed:
+# without PYTHON, the one that is there stays, also when the lock files have changed. It names the gpu extra, too, so
+# that a driver that has come is noticed.
 GPU := $(if $(wildcard /proc/driver/nvidia/version),-gpu)
-THERE := $(firstword $(wildcard $(VENV)/.made-with-*$(GPU)))
-STAMP := $(VENV)/.made-with-$(subst /,_,$(PYTHON))$(GPU)
+THERE := $(firstword $(wildcard $(VENV)/.made-with-*))
 ifeq ($(origin PYTHON),file)
-STAMP := $(or $(THERE),$(STAMP))
+ifneq ($(THERE),)
+PYTHON := $(or $(shell cat $(THERE)),$(PYTHON))
 endif
+endif
+STAMP := $(VENV)/.made-with-$(subst /,_,$(PYTHON))$(GPU)
 
 setup: $(STAMP) ## make .venv from the lock files (every other target does it by itself when it is missing or stale)
 	@echo "environment: $(VENV), $$($(BIN)/python --version)"
@@ -71,7 +74,7 @@ $(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
 	for lock in $$locks; do set -- "$$@" -r "$$lock"; done; \
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --require-hashes "$$@"
 	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+	@echo "$(PYTHON)" > $@
 
 train: $(STAMP) ## train, evaluate, record: make train model=vgg16_inception [key=value ...]
 	@$(BIN)/python -m train $(WORDS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -103,6 +105,25 @@ def test_lock_files_hold_hashes_and_no_address():
         blocks = [b for b in text.replace("\\\n", "").splitlines() if b and not b.startswith((" ", "#"))]
         assert blocks, lock
         assert all("--hash=sha256:" in block for block in blocks), lock
+
+
+def test_an_environment_that_is_stale_keeps_its_interpreter(tmp_path: Path):
+    """Made with another Python, then the lock files changed: it is made anew with that one, not with the usual."""
+    for name in (
+        "Makefile",
+        "requirements.lock",
+        "requirements-dev.lock",
+        "requirements-uv.lock",
+        "requirements-gpu.lock",
+    ):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".venv").mkdir()
+    stamp = tmp_path / ".venv" / ".made-with-_opt_python3.12"
+    stamp.write_text("/opt/python3.12\n")
+    os.utime(stamp, (0, 0))
+    done = subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "/opt/python3.12 -m venv --clear .venv" in done.stdout
+    assert f'echo "/opt/python3.12" > {stamp.relative_to(tmp_path)}' in done.stdout
 
 
 def test_setup_is_instant_when_the_environment_is_there():
