@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 Keys = TypeVar("Keys")
 
 
 def parse(keys: type[Keys], words: list[str]) -> Keys:
-    """An instance of the dataclass `keys`, each value converted to its default's type.
+    """An instance of the dataclass `keys`, whose keys all have defaults; a value is converted to its default's type.
 
-    Raises: ValueError naming the word, the keys that exist and what is missing.
+    Raises: ValueError naming the word and the keys that exist.
     """
     known: dict[str, Any] = {item.name: item for item in fields(keys)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -22,9 +22,6 @@ def parse(keys: type[Keys], words: list[str]) -> Keys:
         if not equals or name not in known:
             raise ValueError(f"words must be key=value with a key of {', '.join(known)}; got {word}")
         values[name] = _convert(name, text, known[name].default)
-    missing = [name for name, item in known.items() if item.default is MISSING and name not in values]
-    if missing:
-        raise ValueError(f"{missing[0]} must be given; use {missing[0]}=...")
     return keys(**values)
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -19,9 +20,6 @@ from train.config import Config, ConfigError, Private, passwords
 
 HIDDEN = "(from the environment)"
 FAULTS = (HydraException, OmegaConfBaseException)
-DEFAULT_OPTIONS = {
-    "model": "vgg16_inception", "data": "digits", "augment": "crop", "optimizer": "sgd", "schedule": "cosine",
-}  # fmt: skip
 
 
 def register() -> None:
@@ -223,7 +221,9 @@ def _say_not_a_word(given: str, _: list[str]) -> str:
 
 def _keys(overrides: list[str]) -> list[str]:
     """All keys of the options that these words choose."""
-    chosen = DEFAULT_OPTIONS | dict(word.split("=", 1) for word in overrides if "=" in word)
+    defaults = yaml.safe_load((schema.ROOT / "conf/config.yaml").read_text())["defaults"]
+    chosen = {group: name for item in defaults if isinstance(item, dict) for group, name in item.items()}
+    chosen |= dict(word.split("=", 1) for word in overrides if "=" in word)
     keys = [item.name for item in dataclasses.fields(Config)] + ["experiment"]
     for name, part in vars(Config()).items():
         node = schema.GROUPS[name].get(chosen[name]) if name in schema.GROUPS else type(part)

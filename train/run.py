@@ -54,7 +54,10 @@ def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str,
     dataset = load_data(config)
     stops.obey()
     steps = steps_of(config, dataset)
-    say(f"data: {dataset.name}, {len(dataset.classes)} classes, {counts(dataset)} examples", dropped(config, dataset))
+    say(
+        f"data: {dataset.name}, {len(dataset.classes)} classes, {counts(dataset)} examples",
+        left_out(config, dataset, steps),
+    )
 
     model, inference = build_model(config, dataset)
     step = build_step(config, model, inference, steps)
@@ -122,9 +125,8 @@ def steps_of(config: Config, dataset: Any) -> int:
     return min(steps, config.steps_per_epoch or steps)
 
 
-def dropped(config: Config, dataset: Any) -> str:
+def left_out(config: Config, dataset: Any, steps: int) -> str:
     """What of the training split an epoch does not see."""
-    steps = steps_of(config, dataset)
     left = len(dataset.train) - steps * config.batch_size
     return f"{steps} steps of {config.batch_size} per epoch, training examples left out of each: {left}"
 
@@ -189,7 +191,7 @@ def fit(
     """The loop, with everything it calls tied to this run."""
     from train.data import augment, pipeline
 
-    stretch = functools.partial(augment.AUGMENTS[config.augment.name], **options(config.augment))
+    augmentation = functools.partial(augment.AUGMENTS[config.augment.name], **options(config.augment))
 
     def batches(epoch: int) -> Any:
         return pipeline.train_batches(
@@ -197,7 +199,7 @@ def fit(
             batch_size=config.batch_size,
             seed=config.seed,
             epoch=epoch,
-            augment=stretch,
+            augment=augmentation,
             num_classes=len(dataset.classes),
         ).take(steps)
 

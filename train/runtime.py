@@ -16,9 +16,9 @@ from pathlib import Path
 
 from train.config import Config, ConfigError
 
-# Kind of device -> precision. Processors with bfloat16 instructions compute VGG16-Inception 1.4 times and VGG16 3 times
-# faster in mixed_bfloat16 than in float32; mixed_float16 is 5 times slower there. GPUs have bfloat16 units from
-# compute capability 8.0 and float16 ones from 7.0.
+# Kind of device -> precision. Processors with bfloat16 instructions compute these networks faster in mixed_bfloat16
+# than in float32, and much slower in mixed_float16. GPUs have bfloat16 units from compute capability 8.0 and float16
+# ones from 7.0.
 PRECISION = {
     "cpu": "float32",
     "cpu_bfloat16": "mixed_bfloat16",

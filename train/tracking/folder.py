@@ -135,7 +135,7 @@ def create(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) ->
     """
     run_id = uuid.uuid4().hex
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
-    path = Path(run_dir).expanduser().absolute() if run_dir else runs / experiment / name
+    path = Path(run_dir).absolute() if run_dir else runs / experiment / name
     try:
         path.mkdir(parents=True, exist_ok=True)
         _refuse_used(path)
