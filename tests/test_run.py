@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
@@ -271,6 +272,18 @@ def test_a_data_set_prepared_on_the_way_changes_no_bit(tmp_path: Path):
     fresh = in_process(tmp_path / "fresh", *words, f"data.directory={tmp_path / 'data'}")
     other = in_process(tmp_path / "other", *words, "seed=1")
     assert fresh["weights_sha256"] == there["weights_sha256"] != other["weights_sha256"]
+
+
+def test_our_warnings_are_seen_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Such as classifier layers of a weight file that don't fit and start anew; other packages' stay in train.log."""
+    with record.log_file(create(str(tmp_path / "run"), tmp_path, "x", latest=False)):
+        logging.getLogger("train.models.weights").warning("predictions starts anew")
+        logging.getLogger("train.models.weights").info("loaded")
+        logging.getLogger("elsewhere").warning("noise")
+    assert capsys.readouterr().err == "warning: predictions starts anew\n"
+    assert {"predictions starts anew", "loaded", "noise"} <= {
+        line.split(": ", 1)[1] for line in (tmp_path / "run/train.log").read_text().splitlines()
+    }
 
 
 def test_two_runs_of_a_process_stand_on_the_same_ground(tmp_path: Path):

@@ -28,11 +28,17 @@ MODEL_PACKAGES = ("tensorflow", "keras", "numpy")
 
 @contextmanager
 def log_file(folder: RunFolder) -> Iterator[None]:
-    """Everything that is logged goes into the run's train.log as well."""
+    """What is logged goes into the run's train.log, and this project's own warnings to the terminal, too."""
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    terminal.addFilter(logging.Filter("train"))
+    terminal.addFilter(lambda entry: entry.levelno == logging.WARNING)  # errors are told in one line of their own
+    terminal.setFormatter(logging.Formatter("warning: %(message)s"))
     handler = logging.FileHandler(folder.path / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
+    root.addHandler(terminal)
     level = root.level
     root.setLevel(logging.INFO)
     try:
@@ -40,6 +46,7 @@ def log_file(folder: RunFolder) -> Iterator[None]:
     finally:
         root.setLevel(level)
         root.removeHandler(handler)
+        root.removeHandler(terminal)
         handler.close()
 
 
