@@ -13,8 +13,9 @@ import numpy as np
 from train.data.decode import decode_resized
 from train.data.fingerprint import fingerprint, sha256
 from train.data.folder import load_folder
-from train.data.parts import Part, Store, cpu_count
+from train.data.parts import Part, Store
 from train.data.prepared import load_prepared
+from train.runtime import cores
 
 NAMES = ("train", "validation", "test")
 CHUNK = 256  # examples that a thread reads at once
@@ -76,7 +77,7 @@ class Split:
 
     def _decoders(self) -> int:
         # Threads that decode tiny images only wait for the interpreter's lock: two took 1.5 times as long as one.
-        return 1 if len(self.store.read(self.rows[0])) < TINY_BYTES else cpu_count()
+        return 1 if len(self.store.read(self.rows[0])) < TINY_BYTES else cores()
 
     def _fill(self, pixels: np.ndarray, start: int) -> None:
         rows = self.rows[start : start + CHUNK].tolist()

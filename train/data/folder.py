@@ -9,7 +9,8 @@ import numpy as np
 from train.data.decode import decode
 from train.data.fingerprint import index_path, read_index, sha256, write_index
 from train.data.layout import class_names, files, part_folders
-from train.data.parts import Part, cpu_count
+from train.data.parts import Part
+from train.runtime import cores
 
 NAMED = 10  # how many broken files an error names; it counts them all
 
@@ -68,7 +69,7 @@ def _digests(root: Path, paths: list[str], data_dir: str) -> dict[str, bytes]:
     place = index_path(data_dir, "folder", root)
     known = _known(place, stamps)
     fresh = [path for path in paths if path not in known]
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         looked = dict(zip(fresh, pool.map(lambda path: _look(root / path), fresh), strict=True))
     known.update({path: digest for path, (digest, _) in looked.items() if digest})
     if fresh:

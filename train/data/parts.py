@@ -1,6 +1,5 @@
 """What every source hands over: parts of examples that can be read by row."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,8 +30,3 @@ class Part:
     store: Store
     labels: np.ndarray
     sha256: np.ndarray
-
-
-def cpu_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,7 @@ import tensorflow as tf
 from train.data.augment import DRAWS, none
 from train.data.dataset import Split
 from train.data.order import permutation, uniform_rows
-from train.data.parts import cpu_count
+from train.runtime import cores
 
 RAM_LIMIT = 2**30  # bytes of decoded pixels per split
 PREFETCH = 2  # batches; fixed, because an automatic depth takes memory as it likes
@@ -82,7 +82,7 @@ def _batches(
     threads: int | None,
     ram_limit: int,
 ) -> Any:
-    threads = threads or cpu_count()
+    threads = threads or cores()
     read = _from_memory if split.decoded_bytes <= ram_limit else _from_store
     stream = read(split, _constant(order.astype(np.int64)), batch_size, finish, threads)
     return stream.with_options(_options(threads)).prefetch(PREFETCH)
