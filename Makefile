@@ -17,7 +17,7 @@ LOCKS := requirements.lock requirements-dev.lock
 # ---------------------------------------------------------------------------------------------- words of the user
 
 KNOBS := PYTHON ARGS
-WORDED := train sweep cost sync ui
+WORDED := train resume sweep cost sync reap ui
 PLAIN := setup lock test test-all lint format readme readme-check help
 
 override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -79,6 +79,9 @@ $(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
 train: $(STAMP) ## train, evaluate, record: make train model=vgg16_inception [key=value ...]
 	@$(BIN)/python -m train $(WORDS)
 
+resume: $(STAMP) ## go on with an unfinished run, to the same bits: make resume [run=runs/latest] [epochs=20]
+	@$(BIN)/python -m train.resume $(WORDS)
+
 sweep: $(STAMP) ## every combination of comma-separated values: make sweep model=vgg16,vgg16_inception seed=0,1,2
 	@$(BIN)/python -m train --multirun $(WORDS)
 
@@ -90,6 +93,9 @@ ui: $(STAMP) ## the MLflow UI on 127.0.0.1: make ui [port=5000]
 
 sync: $(STAMP) ## complete the MLflow record of a run from its journal: make sync run=runs/latest
 	@$(BIN)/python -m train.tracking.sync $(WORDS)
+
+reap: $(STAMP) ## mark the runs in MLflow whose process is gone: make reap [uri=...] [minutes=10]
+	@$(BIN)/python -m train.tracking.reap $(WORDS)
 
 test: $(STAMP) ## the default tests (under 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)

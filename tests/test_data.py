@@ -20,6 +20,7 @@ from PIL import Image
 
 import train.data
 from train.data import augment, dataset, decode, fingerprint, order, parts, pipeline, prepared
+from train.runtime import cores
 
 REAL = os.environ.get("INCEPTION_REAL_DATA")
 needs_real_data = pytest.mark.skipif(
@@ -831,7 +832,7 @@ def test_pad_message():
 
 
 def test_cores():
-    assert 1 <= parts.cpu_count() <= (os.cpu_count() or 1)
+    assert 1 <= cores() <= (os.cpu_count() or 1)
 
 
 # ------------------------------------------------------------------------------------------------------- real data

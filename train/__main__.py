@@ -17,8 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from train import command, compose, data
-from train.config import ROOT, Config, ConfigError
+from train import command, compose
+from train.config import ROOT, ConfigError
+from train.tracking.folder import open_folder
 
 CHECK = "--check"
 words: list[str] = []  # as they were typed
@@ -38,26 +39,20 @@ def compose_and_run(node: DictConfig) -> None:
 
 def run(node: DictConfig) -> int:
     """Every check that needs no TensorFlow, then the run itself; its exit code."""
+    from train import resume
+    from train import run as story
+
     private = compose.private(node)
     try:
         config = compose.to_config(node)
-        check_files(config)
+        story.check_files(config)
     except ValueError as fault:
         raise ConfigError(private.hide(str(fault))) from None
     if CHECK in words:
         return 0
-    from train import run as story
-
+    if config.run_dir and (Path(config.run_dir) / "run.json").exists():
+        return resume.train_again(open_folder(Path(config.run_dir)), config, private)
     return story.train(config, private, latest=HydraConfig.get().mode != RunMode.MULTIRUN)
-
-
-def check_files(config: Config) -> None:
-    """Files and folders that the user names are there."""
-    places = {name: getattr(config.data, name) for name in ("root", "manual_dir") if hasattr(config.data, name)}
-    data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
-    weights = config.model.weights
-    if weights is not None and not Path(weights).is_file():
-        raise ConfigError(f"model.weights must be a file, got {weights}, which is none; use model.weights=PATH or null")
 
 
 def main() -> None:

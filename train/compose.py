@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import config as schema
-from train.config import Config, ConfigError, Private, passwords
+from train.config import Config, ConfigError
+from train.stored import Private, flatten, passwords
 
 HIDDEN = "(from the environment)"
 FAULTS = (HydraException, OmegaConfBaseException)
@@ -86,6 +87,29 @@ def compose(overrides: list[str]) -> Config:
         raise ConfigError(explain(fault, overrides)) from None
 
 
+def stored(content: dict[str, Any], words: list[str]) -> DictConfig:
+    """The config that a run has stored, with these words in it.
+
+    Raises: ConfigError for a word that is no key of the run, and for a value that was not stored and is not given.
+    """
+    known = flatten(content)
+    for word in words:
+        name = word.partition("=")[0]
+        if name not in known:
+            raise ConfigError(f"{name} is no key of this run; use one of run, accept, {', '.join(sorted(known))}")
+    try:
+        node = OmegaConf.structured(Config)
+        for group, options in schema.GROUPS.items():
+            node[group] = OmegaConf.structured(options[content[group]["name"]])
+        node = cast(DictConfig, OmegaConf.merge(node, content, OmegaConf.from_dotlist(words)))
+    except FAULTS as fault:
+        raise ConfigError(explain(fault, words)) from None
+    hidden = [name for name, value in flatten(cast(dict, OmegaConf.to_container(node))).items() if value == HIDDEN]
+    if hidden:
+        raise ConfigError(f"{hidden[0]} must be given again, since it was not stored; use {hidden[0]}=VALUE")
+    return node
+
+
 # --------------------------------------------------------------------------------------- what came from outside
 
 REFERENCE = re.compile(r"oc\.env\s*:\s*(\w+)")
@@ -97,7 +121,7 @@ def private(node: DictConfig) -> Private:
 
     A value that is nothing but a reference is stored as the reference; one that mixes it with text is not stored.
     """
-    raw = schema.flatten(cast(dict, OmegaConf.to_container(node, resolve=False)))
+    raw = flatten(cast(dict, OmegaConf.to_container(node, resolve=False)))
     stored = {name: str(value) for name, value in raw.items() if REFERENCE.search(str(value))}
     for _ in raw:  # a reference to such a key is one, too
         stored |= {
@@ -234,8 +258,8 @@ def _keys(overrides: list[str]) -> list[str]:
 
 def _defaults() -> dict[str, Any]:
     """Default values by dotted key, over all options of all groups."""
-    values = schema.flatten(dataclasses.asdict(Config()))
+    values = flatten(dataclasses.asdict(Config()))
     for group, options in schema.GROUPS.items():
         for node in options.values():
-            values |= {f"{group}.{name}": value for name, value in schema.flatten(dataclasses.asdict(node())).items()}
+            values |= {f"{group}.{name}": value for name, value in flatten(dataclasses.asdict(node())).items()}
     return values

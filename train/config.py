@@ -8,14 +8,12 @@ smallest image sizes) is held equal to the dictionaries behind it by tests/test_
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,24 +57,6 @@ METRICS = ("validation/main_accuracy", "validation/loss", "train/main_accuracy",
 
 class ConfigError(ValueError):
     """What a user typed can't be run: one line that says what was given, what is allowed, what to do."""
-
-
-@dataclass(frozen=True)
-class Private:
-    """What must not be written down.
-
-    `stored`: what stands in the config's place of a value that came from the environment, by key. `secrets`: texts and
-    what is shown instead of them.
-    """
-
-    stored: dict[str, str] = field(default_factory=dict)
-    secrets: dict[str, str] = field(default_factory=dict)
-
-    def hide(self, text: str) -> str:
-        """The text without the secrets. Those of less than four characters are in every text and tell nothing."""
-        for secret in sorted(self.secrets, key=len, reverse=True):
-            text = text.replace(secret, self.secrets[secret]) if len(secret) > 3 else text
-        return text
 
 
 def key(
@@ -259,6 +239,24 @@ class EarlyStopping:
 
 
 @dataclass
+class Checkpoint:
+    """All null: every epoch. Checkpoints change no bit of a run."""
+
+    every_epochs: int | None = key(None, "save all state after so many epochs", unit="epochs", least=1)
+    every_steps: int | None = key(None, "save all state after so many steps", unit="steps", least=1)
+    every_minutes: float | None = key(None, "save all state after so much time", unit="minutes", above=0)
+    keep: int = key(2, "how many checkpoints stay on disk", unit="checkpoints", least=1)
+
+
+@dataclass
+class Rollback:
+    """What `on_divergence=rollback` does."""
+
+    learning_rate_factor: float = key(0.5, "what the learning rate is multiplied by each time", above=0, below=1)
+    at_most: int = key(3, "how often, before the run stops after all", unit="times", least=1)
+
+
+@dataclass
 class Evaluate:
     test: bool = key(True, "measure the best weights on the test split at the end; sweeps that choose leave it off")
 
@@ -284,6 +282,8 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    rollback: Rollback = field(default_factory=Rollback)
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
     seed: int = key(0, "start of all randomness", least=0, most=2**31 - 1)
@@ -306,6 +306,11 @@ class Config:
     )
     gradient_clip: float | None = key(None, "largest global norm of the gradient; null: none", above=0)
     gradient_accumulation: int = key(1, "steps whose gradients are averaged into one update", unit="steps", least=1)
+    on_divergence: str = key(
+        "stop",
+        "when a number is no longer finite: stop, or go back to the last checkpoint with a lower learning rate",
+        choices=("stop", "rollback"),
+    )
     run_dir: str | None = key(None, "where the run lies; null: runs/<experiment>/<time>-<short id>")
 
 
@@ -403,7 +408,21 @@ def _check_together(config: Config) -> None:
     milestones = getattr(config.schedule, "milestones", [])
     if milestones != sorted(set(milestones)):
         raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
+    _check_interval(config.checkpoint)
     _check_tracking(config.tracking)
+
+
+def _check_interval(checkpoint: Checkpoint) -> None:
+    given = [
+        f"checkpoint.{name}={getattr(checkpoint, name):g}"
+        for name in ("every_epochs", "every_steps", "every_minutes")
+        if getattr(checkpoint, name) is not None
+    ]
+    if len(given) > 1:
+        raise ConfigError(
+            f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(given)}; "
+            "use exactly one, or none for every epoch"
+        )
 
 
 def _check_names(config: Config) -> None:
@@ -453,7 +472,7 @@ def _check_tracking(tracking: Tracking) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------- resolve and store
+# ----------------------------------------------------------------------------------------------------- derived
 
 
 def resolve_image_size(config: Config) -> int:
@@ -463,53 +482,14 @@ def resolve_image_size(config: Config) -> int:
     return max(USUAL_IMAGE[config.data.name], SMALLEST_IMAGE[config.model.name])
 
 
+def options(group: Any) -> dict[str, Any]:
+    """A group's keys as the plain arguments of the builder behind its name."""
+    return {item.name: getattr(group, item.name) for item in fields(group) if item.name != "name"}
+
+
 def without_secrets(uri: str) -> str:
     """The address without user, password, query and fragment, which is where secrets stand."""
     address = uri.partition("?")[0].partition("#")[0]
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
-
-
-def passwords(address: str) -> list[str]:
-    """The parts of an address that are nobody's business, as written and as meant."""
-    try:
-        parts = urlsplit(address)
-        found = [parts.password, parts.query]
-    except ValueError:
-        return []
-    return [text for part in found if part for text in (part, unquote(part))]
-
-
-def options(group: Any) -> dict[str, Any]:
-    """A group's keys as the plain arguments of the builder behind its name."""
-    return {item.name: getattr(group, item.name) for item in fields(group) if item.name != "name"}
-
-
-def to_dict(config: Config, private: Private) -> dict[str, Any]:
-    """The config as it may be stored: environment references as they were typed, addresses without secrets."""
-    content = dataclasses.asdict(config)
-    if config.tracking.uri is not None:
-        content["tracking"]["uri"] = without_secrets(config.tracking.uri)
-    for name, reference in private.stored.items():
-        *parents, last = name.split(".")
-        node = content
-        for parent in parents:
-            node = node[parent]
-        node[last] = reference
-    return content
-
-
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model.width": 1.0, ...}`: every key with its dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def config_hash(config: Config, private: Private) -> str:
-    """SHA-256 over all keys but `run_dir` and `tracking`, with environment references as they were typed."""
-    content = to_dict(config, private)
-    flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()

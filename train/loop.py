@@ -5,7 +5,10 @@ It is ours rather than Keras's because it must be able to stop between any two b
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,15 +19,19 @@ Item = TypeVar("Item")
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody asked the run to stop; `number` is the signal."""
+    """Somebody asked the run to stop; `number` is the signal, `at_once` whether it must not even save any more."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, *, at_once: bool = False):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
+        self.number, self.at_once = number, at_once
 
 
 class DivergedError(ArithmeticError):
-    """The loss is no longer a finite number."""
+    """A number that the training stands on is no longer finite; `epoch` and `step` are the first where that was so."""
+
+    def __init__(self, what: str, epoch: int, step: int):
+        super().__init__(f"{what} must stay finite, but did not in epoch {epoch + 1} at step {step}")
+        self.epoch, self.step = epoch, step
 
 
 class Step(Protocol):
@@ -34,6 +41,7 @@ class Step(Protocol):
     def metrics(self) -> dict[str, float]: ...
     def reset_metrics(self) -> None: ...
     def learning_rate(self) -> float: ...
+    def fault(self) -> tuple[str, int] | None: ...
 
 
 class Watch(Protocol):
@@ -50,23 +58,22 @@ class Stopper:
     metric: str | None
     patience_epochs: int
     min_delta: float
-    best: float | None = None
-    stale_epochs: int = 0
 
-    def done(self, values: dict[str, float]) -> bool:
+    def look(self, values: dict[str, float], progress: Progress) -> None:
+        """Counts the epochs without an improvement, and stops when there were too many."""
         if self.metric is None:
-            return False
+            return
         value = values[self.metric] * (-1 if self.metric.endswith("loss") else 1)
-        if self.best is None or value > self.best + self.min_delta:
-            self.best, self.stale_epochs = value, 0
+        if progress.stale_value is None or value > progress.stale_value + self.min_delta:
+            progress.stale_value, progress.stale_epochs = value, 0
         else:
-            self.stale_epochs += 1
-        return self.stale_epochs >= self.patience_epochs
+            progress.stale_epochs += 1
+        progress.stopped_early = progress.stale_epochs >= self.patience_epochs
 
 
 @dataclass
 class Clock:
-    """Where the time of the training steps went; the first step, which traces the graph, is left out of rates."""
+    """Where the time of the training steps went; a life's first step is left out."""
 
     images: int = 0
     seconds: float = 0.0
@@ -85,22 +92,39 @@ class Clock:
 
 
 @dataclass
-class Outcome:
-    """What a finished loop reports."""
+class Progress:
+    """Where the loop stands between two batches, in numbers; saved with every checkpoint."""
 
-    epochs: int = 0
-    steps: int = 0
+    epoch: int = 0  # epochs behind us
+    batch: int = 0  # batches of the next epoch behind us
+    steps: int = 0  # steps behind us, over the whole run
     best_epoch: int = -1
     best_accuracy: float = -1.0
+    stale_value: float | None = None  # the best value that early stopping knows
+    stale_epochs: int = 0
     stopped_early: bool = False
+    rollbacks: int = 0
     clock: Clock = field(default_factory=Clock)
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Progress:
+        """From what `dataclasses.asdict` gave."""
+        return cls(**content | {"clock": Clock(**content["clock"])})
+
+    @property
+    def name(self) -> str:
+        """Names sort as places do."""
+        return f"epoch-{self.epoch:05d}-batch-{self.batch:07d}"
 
 
 class Stops:
     """SIGINT and SIGTERM: at once where nothing can be lost, between two batches within `deferred`.
 
-    A second signal leaves at once in any case.
+    A second signal leaves at once in any case. Where Python can't run, in the middle of a long step, it is the process
+    that ends a moment later, which loses no more than a kill.
     """
+
+    GRACE_SECONDS = 3.0
 
     def __init__(self) -> None:
         self._number: int | None = None
@@ -109,17 +133,32 @@ class Stops:
     def _note(self, number: int, _: Any) -> None:
         first, self._number = self._number is None, number
         if not (first and self._deferring):
-            raise Interrupted(number)
+            raise Interrupted(number, at_once=not first)
 
     @contextmanager
     def listening(self) -> Iterator[Stops]:
         """Takes the two signals over, and gives them back."""
         before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._leave_at_second, args=(reader,), daemon=True).start()
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(former)
+            os.close(writer)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _leave_at_second(self, reader: int) -> None:
+        """In a thread: the number of every signal comes through a pipe, also while the main thread is busy."""
+        asked = 0
+        while number := os.read(reader, 1):
+            asked += number[0] in (signal.SIGINT, signal.SIGTERM)
+            if asked == 2 and not _closed(reader, self.GRACE_SECONDS):
+                os._exit(128 + number[0])
+        os.close(reader)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -142,93 +181,129 @@ class Stops:
             yield batch
 
 
-def fit(
-    step: Step,
-    *,
-    epochs: int,
-    steps: int,
-    log_every: int,
-    batches: Callable[[int], Iterable[tuple]],
-    validate: Callable[[], dict[str, float]],
-    record: Callable[[int, int, dict[str, float]], None],
-    keep_best: Callable[[int, dict[str, float]], None],
-    stopper: Stopper,
-    watch: Watch,
-    outcome: Outcome,
-    stops: Stops,
-) -> Outcome:
-    """Trains for `epochs` of `steps` batches, or until the stopper says so.
+def _closed(reader: int, seconds: float) -> bool:
+    """Waits; whether the other end of the pipe was closed meanwhile."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([reader], [], [], left)[0] and not os.read(reader, 1):
+            return True
+    return False
 
-    Fills `outcome` as it goes, so that it is true at any moment.
 
-    Epochs count from 0, steps from 1 over the whole run. `record(epoch, step, values)` gets every measured value.
+class Keeper(Protocol):
+    """Who keeps what the loop finds; run.py ties one to the run's folder."""
 
-    Raises: Interrupted between two batches, DivergedError when the loss is not finite.
+    def record(self, epoch: int, step: int, values: dict[str, float]) -> None: ...
+    def keep_best(self, epoch: int, values: dict[str, float]) -> None: ...
+    def step_done(self, progress: Progress) -> None: ...
+    def due(self, progress: Progress) -> bool: ...
+    def save(self, progress: Progress) -> None: ...
+
+
+@dataclass
+class Loop:
+    """Trains from where `progress` stands, and moves it along, so that it is true at any moment.
+
+    `epochs` of `steps` batches each. `batches(epoch, first)` are those of an epoch from number `first` on. Epochs and
+    batches count from 0, steps from 1 over the whole run.
     """
-    with stops.deferred():
-        for epoch in range(epochs):
-            clock = _train_epoch(step, epoch, batches(epoch), steps, log_every, record, watch, outcome, stops)
-            outcome.clock.add(clock)
-            values = {f"train/{name}": value for name, value in step.metrics().items()}
-            _refuse_divergence(values["train/loss"], epoch, outcome.steps)
-            values |= {f"validation/{name}": value for name, value in validate().items()}
-            values |= {
-                "learning_rate": step.learning_rate(),
-                "images_per_second": clock.images_per_second(),
-                "data_wait_fraction": clock.data_wait_fraction(),
-            }
-            record(epoch, outcome.steps, values)
-            outcome.epochs = epoch + 1
-            if values["validation/main_accuracy"] > outcome.best_accuracy:
-                outcome.best_epoch, outcome.best_accuracy = epoch, values["validation/main_accuracy"]
-                keep_best(epoch, values)
-            watch.epoch(epoch, values)
-            if stopper.done(values):
-                outcome.stopped_early = True
+
+    step: Step
+    progress: Progress
+    epochs: int
+    steps: int
+    log_every: int
+    batches: Callable[[int, int], Iterable[tuple]]
+    validate: Callable[[], dict[str, float]]
+    keeper: Keeper
+    stopper: Stopper
+    watch: Watch
+    stops: Stops
+
+    def __post_init__(self) -> None:
+        self._first_step = self.progress.steps
+
+    def run(self) -> None:
+        """To the last epoch, or until the stopper says so.
+
+        Raises: Interrupted between two batches, with a checkpoint made; DivergedError when a number is not finite.
+        """
+        with self.stops.deferred():
+            try:
+                while self.progress.epoch < self.epochs and not self.progress.stopped_early:
+                    clock = self._train_epoch()
+                    self._end_epoch(clock)
+                self.save()  # what one may want to train longer from
+            except Interrupted as stop:
+                if not stop.at_once:
+                    self.save()
+                raise
+
+    def save(self) -> None:
+        """A checkpoint; never one of a state that is broken."""
+        self._refuse_divergence()
+        self.keeper.save(self.progress)
+
+    def _train_epoch(self) -> Clock:
+        """What is left of the epoch."""
+        progress = self.progress
+        if progress.batch == 0:
+            self.step.reset_metrics()
+        clock, stream = Clock(), iter(self.batches(progress.epoch, progress.batch))
+        start, warm = time.perf_counter(), progress.steps > self._first_step
+        while True:
+            before = time.perf_counter()
+            batch = next(stream, None)
+            clock.waited += time.perf_counter() - before
+            if batch is None:
                 break
-    return outcome
+            self.step(*batch)
+            progress.batch += 1
+            progress.steps += 1
+            clock.images += len(batch[0])
+            if not warm:  # a life's first step is slow: buffers and kernels are made
+                clock.images, clock.waited, start, warm = 0, 0.0, time.perf_counter(), True
+            self.keeper.step_done(progress)
+            self._log()
+            if progress.batch < self.steps and self.keeper.due(progress):
+                self.save()
+            self.stops.obey()
+        self.step.metrics()  # waits for the device, so that the time is that of the work
+        clock.seconds = time.perf_counter() - start
+        return clock
 
+    def _log(self) -> None:
+        progress, values = self.progress, {}
+        if progress.steps % self.log_every == 0 and progress.batch < self.steps:  # the epoch's own line has its last
+            self._refuse_divergence()
+            values = {f"train/{name}": value for name, value in self.step.metrics().items()}
+            self.keeper.record(progress.epoch, progress.steps, values | {"learning_rate": self.step.learning_rate()})
+        self.watch.step(progress.epoch, progress.steps, values)
 
-def _train_epoch(
-    step: Step,
-    epoch: int,
-    batches: Iterable[tuple],
-    steps: int,
-    log_every: int,
-    record: Callable[[int, int, dict[str, float]], None],
-    watch: Watch,
-    outcome: Outcome,
-    stops: Stops,
-) -> Clock:
-    step.reset_metrics()
-    clock, stream = Clock(), iter(batches)
-    start = time.perf_counter()
-    while True:
-        before = time.perf_counter()
-        batch = next(stream, None)
-        clock.waited += time.perf_counter() - before
-        if batch is None:
-            break
-        step(*batch)
-        outcome.steps += 1
-        clock.images += len(batch[0])
-        if outcome.steps == 1:
-            clock.images, clock.waited, start = 0, 0.0, time.perf_counter()
-        values: dict[str, float] = {}
-        if outcome.steps % log_every == 0 and outcome.steps % steps:  # the epoch's own line has its last step
-            values = {f"train/{name}": value for name, value in step.metrics().items()}
-            record(epoch, outcome.steps, {**values, "learning_rate": step.learning_rate()})
-            _refuse_divergence(values["train/loss"], epoch, outcome.steps)
-        watch.step(epoch, outcome.steps, values)
-        stops.obey()
-    step.metrics()  # waits for the device, so that the time is that of the work
-    clock.seconds = time.perf_counter() - start
-    return clock
+    def _end_epoch(self, clock: Clock) -> None:
+        """Validates, records, keeps the best; from here the next epoch can begin."""
+        self._refuse_divergence()
+        progress, epoch = self.progress, self.progress.epoch
+        values = {f"train/{name}": value for name, value in self.step.metrics().items()}
+        values |= {f"validation/{name}": value for name, value in self.validate().items()}
+        values |= {
+            "learning_rate": self.step.learning_rate(),
+            "images_per_second": clock.images_per_second(),
+            "data_wait_fraction": clock.data_wait_fraction(),
+        }
+        self.keeper.record(epoch, progress.steps, values)
+        if values["validation/main_accuracy"] > progress.best_accuracy:
+            self.keeper.keep_best(epoch, values)
+            progress.best_epoch, progress.best_accuracy = epoch, values["validation/main_accuracy"]
+        self.stopper.look(values, progress)
+        progress.epoch, progress.batch = epoch + 1, 0
+        progress.clock.add(clock)
+        self.watch.epoch(epoch, values)
+        if self.keeper.due(progress):
+            self.save()
 
-
-def _refuse_divergence(loss: float, epoch: int, step: int) -> None:
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise DivergedError(
-            f"train/loss must stay finite, got {loss} in epoch {epoch + 1} at step {step}; "
-            "use a lower optimizer.learning_rate, a gradient_clip, or precision=float32"
-        )
+    def _refuse_divergence(self) -> None:
+        found = self.step.fault()
+        if found:
+            what, step = found
+            raise DivergedError(what, (step - 1) // self.steps, step)

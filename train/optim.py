@@ -53,6 +53,7 @@ def build(
         weight_decay=weight_decay or None,
         global_clipnorm=gradient_clip,
         gradient_accumulation_steps=gradient_accumulation if gradient_accumulation > 1 else None,
+        name=name,  # a fixed one: the names of its variables are in checkpoints
         use_ema=ema is not None,
         # Keras averages after every step, also where only each n-th one moves the weights.
         ema_momentum=ema ** (1 / gradient_accumulation) if ema is not None else 0.99,
@@ -101,14 +102,18 @@ SCHEDULES: dict[str, Callable] = {"constant": constant, "cosine": cosine, "expon
 
 
 class Warmup(keras.optimizers.schedules.LearningRateSchedule):
-    """Climbs linearly to `decay`'s first value over `warmup_steps`, then follows `decay`, counted from there."""
+    """Climbs linearly to `decay`'s first value over `warmup_steps`, then follows `decay`, counted from there.
+
+    All of it times `factor`, a variable: going back after a divergence lowers it while the run goes on.
+    """
 
     def __init__(self, decay: Callable, warmup_steps: int):
         self.decay, self.warmup_steps = decay, warmup_steps
+        self.factor = keras.Variable(1.0, trainable=False, dtype="float32", name="learning_rate_factor")
 
     def __call__(self, step):
         step = ops.cast(step, "float32")
-        after = self.decay(ops.maximum(step - self.warmup_steps, 0.0))
+        after = self.factor * self.decay(ops.maximum(step - self.warmup_steps, 0.0))
         if not self.warmup_steps:
             return after
         return after * ops.minimum((step + 1.0) / self.warmup_steps, 1.0)

@@ -3,51 +3,89 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train import config as schema
 from train import data, loop, runtime
-from train.config import ROOT, Config, ConfigError, Private, options
+from train.config import ROOT, Config, ConfigError, options
 from train.evaluate import evaluate
+from train.keeper import Keeper
 from train.progress import Terminal, say
+from train.stored import Private, to_dict
 from train.tracking import record, uploader
 from train.tracking.folder import RunFolder, create
 
+STOPPED_WAIT_SECONDS = 4.0  # how long a stopped run waits for its record; whoever stopped it wants to go
+
+
+@dataclass
+class Life:
+    """One process's share of a run. A run that is killed has several.
+
+    `private`: what of the config must not be written down. `accepted`: what may differ from the life before.
+    `begun`: whether anything of this life is written down; one that is refused leaves the folder as it was.
+    """
+
+    folder: RunFolder
+    config: Config
+    private: Private
+    stops: loop.Stops
+    accepted: frozenset[str] = frozenset()
+    summary: dict[str, Any] = field(default_factory=dict)
+    recorder: subprocess.Popen | None = None
+    begun: bool = False
+
+    def begin(self, changes: list[dict[str, Any]]) -> None:
+        """The folder says from now on that the run is alive, and MLflow hears of it."""
+        record.identify(self.folder, self.config, self.private, changes)
+        self.recorder = uploader.start(self.folder, self.config.tracking.uri or uploader.default_uri(ROOT))
+        self.begun = True
+
 
 def train(config: Config, private: Private, *, latest: bool = True) -> int:
-    """Runs the story and leaves a summary whatever happens; returns the exit code.
+    """A new run; returns the exit code. `latest`: whether runs/latest shall point here."""
+    return live(create(config.run_dir, ROOT / "runs", config.tracking.experiment, latest=latest), config, private)
 
-    `private`: what of the config must not be written down. `latest`: whether runs/latest shall point here.
-    """
-    folder = create(config.run_dir, ROOT / "runs", config.tracking.experiment, latest=latest)
+
+def live(folder: RunFolder, config: Config, private: Private, accepted: frozenset[str] = frozenset()) -> int:
+    """Tells the story, from the start or from the last checkpoint, and leaves a summary whatever happens."""
     with folder.held(), record.log_file(folder), loop.Stops().listening() as stops:
-        summary, recorder = record.begin(folder, config), None
+        life = Life(folder, config, private, stops, accepted, record.begin(folder, config))
+        patience = config.tracking.wait_seconds
         try:
-            record.identify(folder, config, private)
-            recorder = uploader.start(folder, config.tracking.uri or uploader.default_uri(ROOT))
-            tell(config, private, folder, summary, stops)
-            summary["status"], code = "finished", 0
+            tell(life)
+            life.summary["status"], code = "finished", 0
         except loop.Interrupted as stop:
-            summary |= {"status": "interrupted", "failure": str(stop)}
-            code = 128 + stop.number
+            life.summary |= {"status": "interrupted", "failure": str(stop)}
+            code, patience = 128 + stop.number, 0 if stop.at_once else min(patience, STOPPED_WAIT_SECONDS)
         except Exception as fault:
-            summary |= {"status": "failed", "failure": private.hide(f"{type(fault).__name__}: {fault}")}
+            life.summary |= {"status": "failed", "failure": private.hide(f"{type(fault).__name__}: {fault}")}
             code = record.report(fault, folder, private)
+        if not life.begun:
+            return code
         with stops.deferred():
-            record.close(folder, summary)
+            record.close(folder, life.summary)
         say("record: completing it in MLflow")
-        uploader.wait(recorder, folder, config.tracking.wait_seconds)
-    print(record.one_line(summary, folder), flush=True)
+        uploader.wait(life.recorder, folder, config.tracking.uri or uploader.default_uri(ROOT), patience)
+    print(record.one_line(life.summary, folder), flush=True)
     return code
 
 
-def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str, Any], stops: loop.Stops) -> None:
-    """The story itself; fills `summary` as it goes, so that it is true at any moment."""
-    config, notes = runtime.prepare(config, folder.path / "train.log")
-    record.settle(folder, summary, config, private)
+def tell(life: Life) -> None:
+    """The story itself; fills the life's summary as it goes, so that it is true at any moment."""
+    folder, stops, summary = life.folder, life.stops, life.summary
+    fresh = not (folder.path / "run.json").exists()
+    if fresh:
+        life.begin([])
+    life.config, notes = runtime.prepare(life.config, folder.path / "train.log")
+    config = life.config
+    if fresh:
+        record.settle(folder, config, life.private)
     say(*notes)
     stops.obey()  # here and below: libraries may swallow what a signal raises while they are loaded
 
@@ -62,32 +100,53 @@ def tell(config: Config, private: Private, folder: RunFolder, summary: dict[str,
     model, inference = build_model(config, dataset)
     step = build_step(config, model, inference, steps)
     stops.obey()
-    record.describe(folder, summary, dataset, data_source(config, private), model, inference, macs(model, inference))
-    size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
-    say(f"model: {model.name}, {size}")
-    folder.record(0, 0, {f"cost/{name}": summary[name] for name in ("parameters", "macs")})
-    say(f"run: {record.short(folder.path)}")
+    with closing(Keeper(folder, config, step, inference, dataset)) as keeper:
+        ground = record.ground(config, life.private, dataset.fingerprint, runtime.processor(config.device))
+        if not fresh:
+            changes = keeper.refuse_other_ground(ground, life.accepted)
+            record.settle(folder, config, life.private)
+            life.begin(changes)
+        progress = keeper.begin(ground)
+        record.describe(
+            folder, summary, config, life.private, dataset, data_source(config, life.private),
+            model, inference, macs(model, inference),
+        )  # fmt: skip
+        size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
+        say(f"model: {model.name}, {size}")
+        if keeper.found:
+            say(f"going on: life {keeper.lives}, from {keeper.found.name}, step {progress.steps}")
+        else:
+            keeper.record(0, 0, {f"cost/{name}": summary[name] for name in ("parameters", "macs")})
+        say(f"run: {record.short(folder.path)}")
 
-    outcome = loop.Outcome()
-    with naming_broken_examples():
-        try:
-            fit(config, dataset, steps, step, inference, folder, outcome, stops)
-        finally:
-            record.progress(summary, outcome, step.weights_sha256(), runtime.peak_memory_bytes())
+        with naming_broken_examples():
+            try:
+                progress = fit(life, dataset, steps, step, keeper, progress)
+            finally:
+                record.progress(summary, step, keeper, runtime.peak_memory_bytes())
 
-        if outcome.stopped_early:
-            rule = config.early_stopping
-            say(f"stopped early: {rule.metric} has not improved for {rule.patience_epochs} epochs")
-        found = {"cost/peak_memory_bytes": summary["peak_memory_bytes"]}
-        if config.evaluate.test:
-            say("test: the best weights, on a split that chose nothing")
-            predict = load_predictor(folder.best / "model.keras", config)
-            summary["test"] = measure(config, dataset, dataset.test, predict, stops)
-            found |= {f"test/{name}": summary["test"][name] for name in ("accuracy", "top5_accuracy", "loss")}
-        folder.record(outcome.epochs - 1, outcome.steps, found)
+            if progress.stopped_early:
+                rule = config.early_stopping
+                say(f"stopped early: {rule.metric} has not improved for {rule.patience_epochs} epochs")
+            found = {"cost/peak_memory_bytes": summary["peak_memory_bytes"]}
+            if config.evaluate.test:
+                say("test: the best weights, on a split that chose nothing")
+                predict = load_predictor(folder.best / "model.keras", config)
+                summary["test"] = measure(config, dataset, dataset.test, predict, stops)
+                found |= {f"test/{name}": summary["test"][name] for name in ("accuracy", "top5_accuracy", "loss")}
+            keeper.record(progress.epoch - 1, progress.steps, found)
 
 
 # -------------------------------------------------------------------------------------------------- the story's parts
+
+
+def check_files(config: Config) -> None:
+    """Files and folders that the user names are there."""
+    places = {name: getattr(config.data, name) for name in ("root", "manual_dir") if hasattr(config.data, name)}
+    data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
+    weights = config.model.weights
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"model.weights must be a file, got {weights}, which is none; use model.weights=PATH or null")
 
 
 def load_data(config: Config) -> Any:
@@ -113,7 +172,7 @@ def naming_broken_examples() -> Iterator[None]:
 
 def data_source(config: Config, private: Private) -> str:
     """Where the data came from, as it may be stored."""
-    stored = schema.to_dict(config, private)["data"]
+    stored = to_dict(config, private)["data"]
     return stored.get("root") or stored.get("manual_dir") or stored["name"]
 
 
@@ -175,58 +234,55 @@ def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
     weighted, weights = losses.build(tuple(model.output), config.model.aux_weight, config.label_smoothing)
     metrics = losses.metrics(tuple(model.output))
     model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
-    return Step(model, inference, jit=config.jit == "on")
+    return Step(model, inference, rate, config.batch_size, jit=config.jit == "on")
 
 
-def fit(
-    config: Config,
-    dataset: Any,
-    steps: int,
-    step: Any,
-    inference: Any,
-    folder: RunFolder,
-    outcome: loop.Outcome,
-    stops: loop.Stops,
-) -> None:
-    """The loop, with everything it calls tied to this run."""
+def fit(life: Life, dataset: Any, steps: int, step: Any, keeper: Keeper, progress: loop.Progress) -> loop.Progress:
+    """The loop, with everything it calls tied to this run; again from the last checkpoint where the config says so."""
     from train.data import augment, pipeline
 
+    config = life.config
     augmentation = functools.partial(augment.AUGMENTS[config.augment.name], **options(config.augment))
 
-    def batches(epoch: int) -> Any:
+    def batches(epoch: int, first: int) -> Any:
         return pipeline.train_batches(
             dataset.train,
             batch_size=config.batch_size,
             seed=config.seed,
             epoch=epoch,
             augment=augmentation,
+            first_batch=first,
             num_classes=len(dataset.classes),
-        ).take(steps)
+        ).take(steps - first)
 
     def validate() -> dict[str, float]:
         with step.averaged():
-            found = measure(config, dataset, dataset.validation, step.predict, stops)
+            found = measure(config, dataset, dataset.validation, step.predict, life.stops)
         return {"loss": found["loss"], "main_accuracy": found["accuracy"], "main_top5_accuracy": found["top5_accuracy"]}
 
-    def keep_best(epoch: int, values: dict[str, float]) -> None:
-        with step.averaged():
-            folder.save_best(inference, epoch, values, dataset.classes, dataset.fingerprint)
-
-    with Terminal(config.epochs, steps, config.batch_size) as terminal:
-        loop.fit(
-            step,
-            epochs=config.epochs,
-            log_every=config.tracking.every_steps,
-            steps=steps,
-            batches=batches,
-            validate=validate,
-            record=folder.record,
-            keep_best=keep_best,
-            stopper=loop.Stopper(**vars(config.early_stopping)),
-            watch=terminal,
-            outcome=outcome,
-            stops=stops,
-        )
+    while True:
+        keeper.progress = progress
+        with Terminal(config.epochs, steps, config.batch_size) as terminal:
+            training = loop.Loop(
+                step=step,
+                progress=progress,
+                epochs=config.epochs,
+                steps=steps,
+                log_every=config.tracking.every_steps,
+                batches=batches,
+                validate=validate,
+                keeper=keeper,
+                stopper=loop.Stopper(**vars(config.early_stopping)),
+                watch=terminal,
+                stops=life.stops,
+            )
+            try:
+                training.run()
+            except loop.DivergedError as fault:
+                progress = keeper.roll_back(fault, progress)
+                say(f"warning: {fault}; going on from step {progress.steps}, learning rate times {step.factor():g}")
+            else:
+                return progress
 
 
 def load_predictor(path: Path, config: Config) -> Callable:

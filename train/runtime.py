@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import platform
 import resource
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,20 @@ def _cpu_flags() -> set[str]:
     except OSError:
         return set()
     return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
+
+
+def processor(device: str) -> str:
+    """The model of what computes: another one may give other bits."""
+    if device == "gpu":
+        import tensorflow as tf
+
+        details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[0])
+        return details.get("device_name", "gpu")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def peak_memory_bytes() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,6 +20,10 @@ def predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray
     return lambda images: run(images).numpy()
 
 
+WATCHED = ("the loss", "the gradients", "the statistics of batch normalisation")
+LEAST_LOSS_SCALE = 1.0  # mixed_float16 starts at 32,768 and halves at every skipped step
+
+
 class Step:
     """Trains `model` on one batch per call; losses, weights, metrics and loss scaling stay Keras's.
 
@@ -26,24 +31,93 @@ class Step:
     host does not wait for the device at every step.
     """
 
-    def __init__(self, model: keras.Model, inference: keras.Model, jit: bool):
-        self.model = model
+    def __init__(self, model: keras.Model, inference: keras.Model, rate: Any, batch_size: int, jit: bool):
+        """`rate`: the learning rate schedule (optim.Warmup); batches have `batch_size` examples."""
+        self.model, self.rate = model, rate
         self._outputs = tuple(model.output)
+        self._scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         # Under mixed_float16 Keras wraps the optimizer, and the averages belong to the one inside.
-        self._optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        self._optimizer = model.optimizer.inner_optimizer if self._scaling else model.optimizer
         model.optimizer.build(model.trainable_variables)
-        self._train = tf.function(model.train_step, jit_compile=jit)
+        self._count = tf.Variable(0, dtype=tf.int64, trainable=False)  # steps of the run, skipped ones too
+        self._first_bad = tf.Variable([0] * len(WATCHED), dtype=tf.int64, trainable=False)  # 0: none
+        self._moving = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+        # Traced here rather than at the first call, since tracing makes the metrics' variables, which `load` fills.
+        self._train = tf.function(self._watched_step, jit_compile=jit).get_concrete_function(
+            tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.uint8),
+            tf.TensorSpec((batch_size, model.output["main"].shape[-1]), tf.float32),
+        )
         self.predict = predictor(inference, jit)  # logits of the main output, float32 [N, classes]
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         """images: uint8 [N, H, W, C]; labels: float32 [N, classes], used for every output."""
-        self._train((images, dict.fromkeys(self._outputs, labels)))
+        self._train(images, labels)
+
+    def _watched_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+        """Keras's own step, and beside it, on the device, which step was the first with something not finite."""
+        self._count.assign_add(1)
+        with _gradients_of(self._optimizer) as gradients:
+            found = self.model.train_step((images, dict.fromkeys(self._outputs, labels)))
+        finite = [
+            _all_finite([found["loss"]]),  # the mean so far: one bad loss makes it bad
+            # Of scaled gradients some are infinite by design: the step is skipped and the scale halved.
+            tf.constant(True) if self._scaling else _all_finite(gradients),
+            _all_finite([v.value for v in self._moving]),
+        ]
+        fresh = tf.logical_and(tf.logical_not(tf.stack(finite)), self._first_bad == 0)
+        self._first_bad.assign(tf.where(fresh, self._count, self._first_bad))
+
+    def fault(self) -> tuple[str, int] | None:
+        """What was not finite first, and in which step of the run; None as long as all is well."""
+        first = {name: int(step) for name, step in zip(WATCHED, self._first_bad.numpy(), strict=True) if step}
+        if not first and self._scaling and float(self.model.optimizer.dynamic_scale) < LEAST_LOSS_SCALE:
+            return f"the gradients (loss scale below {LEAST_LOSS_SCALE:g})", int(self._count)
+        return min(first.items(), key=lambda item: item[1]) if first else None
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Copies of every state tensor by name, each once: the model's with its seeds, the optimizer's, the metrics'.
+
+        The optimizer's have its averages, accumulated gradients and loss scale among them.
+        """
+        return {name: variable.numpy() for name, variable in self._variables().items()}
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        """Puts back what `state` gave.
+
+        Raises: ValueError naming the first tensor that is missing, unknown, or of another shape or type.
+        """
+        variables = self._variables()
+        for name in sorted({*variables, *state}):
+            has = _form(variables[name]) if name in variables else "none"
+            got = _form(state[name]) if name in state else "none"
+            if has != got:
+                raise ValueError(f"{name} must be as the network and its optimizer have it ({has}), got {got}")
+        for name, variable in variables.items():
+            variable.assign(state[name])
+        self._first_bad.assign(tf.zeros_like(self._first_bad))
+
+    def _variables(self) -> dict[str, Any]:
+        """Numbered within their kind, since Keras gives some metrics the same path."""
+        kinds = {
+            "model": self.model.variables,
+            "optimizer": self.model.optimizer.variables,
+            "metrics": self.model.metrics_variables,
+        }
+        found = {
+            f"{kind}/{number:04d}/{variable.path}": variable
+            for kind, variables in kinds.items()
+            for number, variable in enumerate(variables)
+        }
+        return found | {"count": self._count, "learning_rate_factor": self.rate.factor}
 
     def metrics(self) -> dict[str, float]:
         """Means since the last `reset_metrics`: `loss`, `main_loss`, `main_accuracy`, `aux_loss`, ..."""
         found = {name: float(value) for name, value in self.model.get_metrics_result().items()}
         if len(self._outputs) == 1:  # Keras leaves the output's name away where there is only one
             found = {"main_accuracy": found["accuracy"], "main_loss": found["loss"], "loss": found["loss"]}
+        if self._scaling:
+            found["loss_scale"] = float(self.model.optimizer.dynamic_scale)
+            found["skipped_steps"] = float(int(self._count) - int(self._optimizer.iterations))
         return found
 
     def reset_metrics(self) -> None:
@@ -52,6 +126,14 @@ class Step:
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
         return float(self.model.optimizer.learning_rate)
+
+    def slow_down(self, factor: float) -> None:
+        """Multiplies all learning rates from now on by `factor`, in place of what was given before."""
+        self.rate.factor.assign(factor)
+
+    def factor(self) -> float:
+        """What `slow_down` was given."""
+        return float(self.rate.factor)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -77,3 +159,29 @@ class Step:
             digest.update(f"{variable.path} {value.dtype} {value.shape}\n".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
+
+
+@contextmanager
+def _gradients_of(optimizer: keras.optimizers.Optimizer) -> Iterator[list[tf.Tensor]]:
+    """Collects what the optimizer is given while a step is traced."""
+    seen: list[tf.Tensor] = []
+    apply = optimizer.apply
+
+    def watch(grads: Any, trainable_variables: Any = None) -> None:
+        seen.extend(grads)
+        apply(grads, trainable_variables)
+
+    optimizer.apply = watch
+    try:
+        yield seen
+    finally:
+        del optimizer.apply
+
+
+def _all_finite(tensors: list[tf.Tensor]) -> tf.Tensor:
+    """A sum is finite only if all its parts are; summing reads a tensor once and writes nothing."""
+    return tf.reduce_all([tf.math.is_finite(tf.reduce_sum(tensor)) for tensor in tensors if tensor is not None])
+
+
+def _form(value: Any) -> str:
+    return f"{value.dtype.name if hasattr(value.dtype, 'name') else value.dtype} {tuple(value.shape)}"

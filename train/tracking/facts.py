@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import platform
 import socket
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+COMPUTING = ("tensorflow", "keras", "numpy")
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "hydra-core", "mlflow")
 
 
@@ -29,6 +31,19 @@ def tags(root: Path) -> dict[str, str]:
         found["mlflow.source.git.commit"] = commit
         found["git.dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
     return found
+
+
+def versions() -> dict[str, str]:
+    """Of everything that computes: other versions may give other bits."""
+    return {"version.python": platform.python_version(), **{f"version.{name}": version(name) for name in COMPUTING}}
+
+
+def code(package: Path) -> str:
+    """SHA-256 over the package's sources, names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def requirements(packages: tuple[str, ...]) -> list[str]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
-log = logging.getLogger(__name__)
+from train import faults
+from train.disk import point_link, write_atomically
 
 
 @dataclass
@@ -46,47 +47,66 @@ class RunFolder:
     def save_best(
         self, inference: Any, epoch: int, values: dict[str, float], classes: tuple[str, ...], fingerprint: str
     ) -> None:
-        """`best/model.keras`, the inference model, and `best/model.json`, which says what it is."""
-        self.best.mkdir(exist_ok=True)
-        fresh = self.best / ".new.keras"
-        inference.save(fresh)
-        fresh.replace(self.best / "model.keras")
-        content = {
-            "classes": list(classes),
-            "input": {"shape": list(inference.input_shape[1:]), "dtype": "uint8", "range": [0, 255]},
-            "epoch": epoch,
-            "validation_main_accuracy": values["validation/main_accuracy"],
-            "data_fingerprint": fingerprint,
-        }
-        write_atomically(self.best / "model.json", json.dumps(content, indent=2) + "\n")
+        """`best/model.keras`, the inference model, and `best/model.json`, which says what it is.
 
-    def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
-        """Adds a line to the journal and has it on disk before returning."""
-        line = json.dumps({"epoch": epoch, "step": step, "time": time.time(), "values": values}) + "\n"
-        with self.journal.open("ab+") as file:
-            if file.tell() and not _ends_with_newline(file):
-                line = "\n" + line  # a full disk cut the last one off
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        Both at once: `best` is a link to one of two folders, and is turned when the other one is whole.
+        """
+        old = self.best.resolve()
+        fresh = self.path / next(name for name in (".best-a", ".best-b") if name != old.name)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        try:
+            inference.save(fresh / "model.keras")
+            with (fresh / "model.keras").open("rb") as file:
+                os.fsync(file.fileno())
+            faults.point("best/model")
+            content = {
+                "classes": list(classes),
+                "input": {"shape": list(inference.input_shape[1:]), "dtype": "uint8", "range": [0, 255]},
+                "epoch": epoch,
+                "validation_main_accuracy": values["validation/main_accuracy"],
+                "data_fingerprint": fingerprint,
+            }
+            write_atomically(fresh / "model.json", json.dumps(content, indent=2) + "\n")
+            faults.point("best/card")
+            point_link(self.best, fresh)
+        except Exception:  # h5py has its own for a full disk
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        faults.point("best/turned")
+        if old.name in (".best-a", ".best-b"):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def identity(self) -> dict[str, Any]:
+        """run.json."""
+        return json.loads((self.path / "run.json").read_text())
+
+    def status(self) -> str | None:
+        """How the run's last life ended: finished, failed or interrupted; None if it lives, or died without a word."""
+        try:
+            return json.loads((self.path / "summary.json").read_text())["status"]
+        except FileNotFoundError:
+            return None
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Holds the run's lock; it goes with the process, however that ends.
 
-        Raises: ValueError if another process holds it, or the folder has got a run since it was made.
+        Raises: ValueError if another process holds it, or the folder has got another run since it was made.
         """
         with _locked(self.path / ".lock", f"run_dir must not be in use, got {self.path}, where a run is alive"):
-            _refuse_used(self.path)
+            if (self.path / "run.json").exists() and self.identity()["run_id"] != self.run_id:
+                raise ValueError(f"run_dir must be a folder without a run, got {self.path}, which holds one")
             yield
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, *, wait: bool) -> Iterator[None]:
         """One process at a time feeds the store.
 
-        Raises: ValueError if another one does.
+        `wait`: for the one that does to end; otherwise raises ValueError.
         """
-        with _locked(self.path / ".uploader.lock", f"run must not be recorded by two, got {self.path}; wait a moment"):
+        refusal = f"run must not be recorded by two, got {self.path}; wait a moment"
+        with _locked(self.path / ".uploader.lock", None if wait else refusal):
             yield
 
     def alive(self) -> bool:
@@ -106,11 +126,12 @@ class RunFolder:
 
 
 @contextmanager
-def _locked(path: Path, refusal: str) -> Iterator[None]:
+def _locked(path: Path, refusal: str | None) -> Iterator[None]:
+    """Holds a lock; without a `refusal` it waits for it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
         except BlockingIOError:
             raise ValueError(refusal) from None
         yield
@@ -118,31 +139,49 @@ def _locked(path: Path, refusal: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refuse_used(path: Path) -> None:
-    if (path / "run.json").exists():
-        raise ValueError(f"run_dir must be a folder without a run, got {path}, which holds one; use another")
+class Pulse:
+    """The file `heartbeat`: steps executed in all lives, and lives; its time is that of the last step.
 
+    Rewritten in place at every step, which needs no room on the disk and survives the process.
+    """
 
-def _ends_with_newline(file: BinaryIO) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+    def __init__(self, path: Path):
+        """A new life begins."""
+        before = path.read_text().split() if path.exists() else []
+        self.steps, self.lives = (int(before[0]), int(before[1]) + 1) if len(before) == 2 else (0, 1)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._write()
+
+    def beat(self) -> None:
+        """One more step."""
+        self.steps += 1
+        self._write()
+
+    def at_least(self, steps: int) -> None:
+        """What a checkpoint knows, where the machine went down before the file was on disk."""
+        self.steps = max(self.steps, steps)
+        self._write()
+
+    def _write(self) -> None:
+        os.pwrite(self._descriptor, f"{self.steps:19} {self.lives:6}\n".encode(), 0)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def create(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) -> RunFolder:
     """Makes `run_dir`, or `<runs>/<experiment>/<time>-<short id>`, and with `latest` points `<runs>/latest` at it.
 
-    Raises: ValueError if the folder holds a run already or can't be written.
+    Raises: ValueError if the folder can't be written.
     """
     run_id = uuid.uuid4().hex
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
     path = Path(run_dir).absolute() if run_dir else runs / experiment / name
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _refuse_used(path)
-        probe = path / ".lock"
-        probe.touch()
+        (path / ".lock").touch()
         if latest and path.is_relative_to(runs):
-            _point_latest(runs / "latest", path)
+            point_link(runs / "latest", path)
     except OSError as fault:
         raise ValueError(
             f"run_dir must be a folder that can be written, got {path} ({fault.strerror}); use run_dir=PATH"
@@ -161,38 +200,13 @@ def open_folder(path: Path) -> RunFolder:
         raise ValueError(f"run must be the folder of a run, got {path}; use e.g. run=runs/latest") from None
 
 
-def _point_latest(link: Path, target: Path) -> None:
-    fresh = link.with_name(f".latest-{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(os.path.relpath(target, link.parent))
-    fresh.replace(link)
+def newest_unfinished(runs: Path) -> RunFolder:
+    """The run below `runs` that began last of those that are neither finished nor alive.
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old content or the new, never a part."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with fresh.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-
-
-def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Whole lines from byte `offset` on, each with the offset behind it; a line being written is left for later.
-
-    A line that a full disk cut off is reported as an empty one.
+    Raises: ValueError if there is none.
     """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            try:
-                yield json.loads(line), offset
-            except ValueError:
-                log.warning("the journal's line before byte %d is cut off: %s", offset, line[:80])
-                yield {}, offset
+    found = [open_folder(path.parent) for path in runs.glob("*/*/run.json")]
+    waiting = [folder for folder in found if folder.status() != "finished" and not folder.alive()]
+    if not waiting:
+        raise ValueError(f"there must be an unfinished run, got none below {runs}; use run=FOLDER")
+    return max(waiting, key=lambda folder: folder.identity()["time"])

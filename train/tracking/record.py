@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import sys
 import time
@@ -15,14 +17,16 @@ import numpy as np
 import yaml
 
 from train import command
-from train import config as schema
-from train.config import ROOT, Config, Private
+from train.config import ROOT, Config
+from train.disk import write_atomically
+from train.stored import Private, config_hash, flatten, to_dict
 from train.tracking import facts
 from train.tracking.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 # The inference model needs these to be loaded; named, because MLflow takes long to find them out.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 MODEL_PACKAGES = ("tensorflow", "keras", "numpy")
 
 
@@ -64,9 +68,15 @@ def begin(folder: RunFolder, config: Config) -> dict[str, Any]:
     }
 
 
-def identify(folder: RunFolder, config: Config, private: Private) -> None:
-    """Writes run.json and the config as it was typed."""
-    stored = schema.to_dict(config, private)
+def identify(folder: RunFolder, config: Config, private: Private, changes: list[dict[str, Any]]) -> None:
+    """Writes run.json and the config as it was typed; for a run that goes on, what was changed on the way."""
+    path = folder.path / "run.json"
+    if path.exists():
+        identity = folder.identity()
+        folder.write_json("run.json", identity | {"changes": identity["changes"] + changes})
+        (folder.path / "summary.json").unlink(missing_ok=True)  # it told of a life that is no longer the last
+        return
+    stored = to_dict(config, private)
     folder.write_yaml("config.yaml", stored)
     identity = {
         "run_id": folder.run_id,
@@ -82,21 +92,36 @@ def identify(folder: RunFolder, config: Config, private: Private) -> None:
         },
         "log_model": config.tracking.log_model,
         "requirements": facts.requirements(MODEL_PACKAGES),
+        "typed": flatten(stored),
+        "changes": [],
     }
     folder.write_json("run.json", identity)
 
 
-def settle(folder: RunFolder, summary: dict[str, Any], config: Config, private: Private) -> None:
-    """The config with every `auto` filled in."""
-    stored = schema.to_dict(config, private)
-    summary["config_hash"] = schema.config_hash(config, private)
+def settle(folder: RunFolder, config: Config, private: Private) -> None:
+    """The config with every `auto` filled in. MLflow's parameters can't change: they stay those of the first life."""
+    stored = to_dict(config, private)
     folder.write_yaml("config.yaml", stored)
-    folder.write_json("params.json", schema.flatten(stored))
+    if not (folder.path / "params.json").exists():
+        folder.write_json("params.json", flatten(stored))
+
+
+def ground(config: Config, private: Private, fingerprint: str, processor: str) -> dict[str, Any]:
+    """All that the bits of a run depend on, by name; for keys that change no bit see `keeper.FREE`."""
+    return {
+        **flatten(to_dict(config, private)),
+        "data_fingerprint": fingerprint,
+        "processor": processor,
+        "code": facts.code(ROOT / "train"),
+        **facts.versions(),
+    }
 
 
 def describe(
     folder: RunFolder,
     summary: dict[str, Any],
+    config: Config,
+    private: Private,
     dataset: Any,
     source: str,
     model: Any,
@@ -105,6 +130,7 @@ def describe(
 ) -> None:
     """The data set's digest, the network's size, its summary as text, and one example of its input."""
     summary |= {
+        "config_hash": config_hash(config, private),
         "data_fingerprint": dataset.fingerprint,
         "parameters": inference.count_params(),
         "macs": macs["inference"],
@@ -124,23 +150,31 @@ def describe(
     lines: list[str] = []
     model.summary(line_length=120, print_fn=lambda line, **_: lines.append(line))
     folder.write_text("model_summary.txt", "\n".join(lines) + "\n")
-    np.save(folder.path / "input_example.npy", dataset.validation.example(0)[None])
+    example = io.BytesIO()
+    np.save(example, dataset.validation.example(0)[None])
+    write_atomically(folder.path / "input_example.npy", example.getvalue())
 
 
-def progress(summary: dict[str, Any], outcome: Any, weights_sha256: str, peak_memory_bytes: int) -> None:
+def progress(summary: dict[str, Any], step: Any, keeper: Any, peak_memory_bytes: int) -> None:
     """How far the loop came and what it cost."""
+    reached = keeper.progress
+    clock = reached.clock
     summary |= {
-        "epochs": outcome.epochs,
-        "steps": outcome.steps,
-        "steps_executed": outcome.steps,
-        "stopped_early": outcome.stopped_early,
-        "train_images_per_second": outcome.clock.images_per_second(),
-        "data_wait_fraction": outcome.clock.data_wait_fraction(),
+        "epochs": reached.epoch,
+        "steps": reached.steps,
+        "steps_executed": keeper.steps_executed,
+        "lives": keeper.lives,
+        "rollbacks": reached.rollbacks,
+        "changes": [f"{c['name']} was {c['was']}, is {c['is']}" for c in keeper.folder.identity()["changes"]],
+        "stopped_early": reached.stopped_early,
+        "train_images_per_second": clock.images_per_second(),
+        "data_wait_fraction": clock.data_wait_fraction(),
+        "checkpoint_stall_seconds": keeper.checkpoints.stall_seconds,
         "peak_memory_bytes": peak_memory_bytes,
-        "weights_sha256": weights_sha256,
+        "weights_sha256": step.weights_sha256(),
     }
-    if outcome.best_epoch >= 0:
-        summary["best"] = {"epoch": outcome.best_epoch, "validation_main_accuracy": outcome.best_accuracy}
+    if reached.best_epoch >= 0:
+        summary["best"] = {"epoch": reached.best_epoch, "validation_main_accuracy": reached.best_accuracy}
 
 
 def report(fault: Exception, folder: RunFolder, private: Private) -> int:
@@ -156,6 +190,11 @@ def report(fault: Exception, folder: RunFolder, private: Private) -> int:
     if ours and isinstance(fault, ValueError | ArithmeticError):
         code = command.tell(private.hide(str(fault)))
         return code if isinstance(fault, ValueError) else 1
+    if isinstance(fault, OSError) and fault.errno in FULL:
+        command.tell(
+            f"{folder.path} can't be written ({fault.strerror}); make room, then: make resume run={folder.path}"
+        )
+        return 1
     print(trace, file=sys.stderr)
     command.tell(f"{type(fault).__name__}; the whole story is in {folder.path / 'train.log'}")
     return 1
@@ -167,7 +206,7 @@ def close(folder: RunFolder, summary: dict[str, Any]) -> None:
     try:
         if not (folder.path / "params.json").exists():  # it ended before its config was settled
             stored = yaml.safe_load((folder.path / "config.yaml").read_text())
-            folder.write_json("params.json", schema.flatten(stored))
+            folder.write_json("params.json", flatten(stored))
         folder.write_json("summary.json", summary)
     except OSError as fault:
         command.tell(f"the summary could not be written to {folder.path} ({fault.strerror}); make room there")
@@ -183,6 +222,8 @@ def one_line(summary: dict[str, Any], folder: RunFolder) -> str:
     for name in ("parameters", "macs"):
         if name in summary:
             words[name] = summary[name]
+    if summary.get("lives", 1) > 1:
+        words |= {"lives": summary["lives"], "steps_executed": summary["steps_executed"]}
     if summary.get("train_images_per_second"):
         words["images_per_second"] = f"{summary['train_images_per_second']:.0f}"
     return " ".join(f"{name}={value}" for name, value in words.items()) + f" run={short(folder.path)}"

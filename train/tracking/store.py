@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
+
+from train.stored import Private, passwords
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
@@ -22,6 +25,8 @@ BATCH = 1000  # most metrics that one request may hold
 PARAMS = 100  # most parameters that one request may hold
 RUN_ID = "run_id"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts, not prompts
+HEARTBEAT = "heartbeat"
+SUMMARY_TAGS = ("config_hash", "data_fingerprint", "weights_sha256", "status", "lives", "rollbacks", "changes")
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
@@ -114,23 +119,67 @@ class Store:
         self.client.update_run(self.mlflow_id, status="RUNNING")
         self.client.set_tag(self.mlflow_id, "model_logged", "true")
 
+    def reopen(self) -> None:
+        """The run is alive, whatever its last life was said to be."""
+        self.client.update_run(self.mlflow_id, status="RUNNING")
+        for name in ("failure", "status"):
+            if name in self.client.get_run(self.mlflow_id).data.tags:
+                self.client.delete_tag(self.mlflow_id, name)
+
+    def beat(self) -> None:
+        """Says that the run's process was alive just now."""
+        self.client.set_tag(self.mlflow_id, HEARTBEAT, f"{time.time():.0f}")
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Tags from the summary, and the run's end."""
-        for name in ("config_hash", "data_fingerprint", "weights_sha256", "status", "failure"):
+        for name in (*SUMMARY_TAGS, "failure"):
             if summary.get(name):
                 self.client.set_tag(self.mlflow_id, name, str(summary[name])[:5000])
         self.client.set_terminated(self.mlflow_id, STATUS[summary["status"]], int(summary["time"] * 1000))
 
     def set_status_gone(self) -> None:
         """The run's process died without a word."""
-        self.client.set_tag(self.mlflow_id, "status", "failed")
-        self.client.set_tag(self.mlflow_id, "failure", "the training process is gone")
-        self.client.set_terminated(self.mlflow_id, "FAILED")
+        mark_gone(self.client, self.mlflow_id)
+
+
+def mark_gone(client: Any, mlflow_id: str) -> None:
+    """The run's process died without a word."""
+    client.set_tag(mlflow_id, "status", "failed")
+    client.set_tag(mlflow_id, "failure", "the training process is gone")
+    client.set_terminated(mlflow_id, "FAILED")
+
+
+def running(uri: str) -> Iterator[tuple[Any, Any]]:
+    """A client, and every run of ours that the store takes for running."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(use_credentials(uri))
+    experiments = [found.experiment_id for found in _pages(client.search_experiments)]
+    wanted = "attributes.status = 'RUNNING'"
+    for run in _pages(client.search_runs, experiments, wanted) if experiments else ():
+        if RUN_ID in run.data.tags:
+            yield client, run
+
+
+def _pages(search: Callable, *words: Any) -> Iterator[Any]:
+    """All that a search finds; it gives a page at a time."""
+    token = None
+    while True:
+        page = search(*words, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def default_uri(root: Path) -> str:
     """`mlflow.db` beside the Makefile, as an absolute address: a relative one would follow the working directory."""
     return f"sqlite:///{(root / 'mlflow.db').absolute()}"
+
+
+def without_passwords(text: str, uri: str) -> str:
+    """A message of MLflow's about the store at `uri`, as it may be shown."""
+    return Private(secrets=dict.fromkeys(passwords(uri), "***")).hide(text)
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:

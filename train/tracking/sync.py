@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from train import command
-from train.config import ROOT, Private, passwords
+from train.config import ROOT
 from train.tracking import store, uploader
 from train.tracking.folder import RunFolder, open_folder
 
@@ -30,12 +30,14 @@ def sync(words: list[str]) -> int:
         raise ValueError(f"run must have ended, got {keys.run}, which is alive and is recorded as it goes")
     uri = keys.uri or stored_uri(folder)
     try:
-        with folder.recording():
+        with folder.recording(wait=False):
             uploader.Record(folder, uri).finish()
     except ValueError:
         raise
     except Exception as fault:  # MLflow has many
-        raise ValueError(f"the store must answer, got {passwords_hidden(str(fault), uri)}; use uri=ADDRESS") from None
+        raise ValueError(
+            f"the store must answer, got {store.without_passwords(str(fault), uri)}; use uri=ADDRESS"
+        ) from None
     print(f"the MLflow record of {keys.run} is complete")
     return 0
 
@@ -50,10 +52,6 @@ def stored_uri(folder: RunFolder) -> str:
     if "$" in uri or "://" not in uri:
         raise ValueError(f"uri must be given, since the run's was {stored}; use uri=ADDRESS")
     return uri
-
-
-def passwords_hidden(text: str, uri: str) -> str:
-    return Private(secrets=dict.fromkeys(passwords(uri), "***")).hide(text)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.config import Private, passwords
+from train.stored import Private, passwords
 from train.tracking import store
-from train.tracking.folder import RunFolder, open_folder, read_journal
+from train.tracking.folder import RunFolder, open_folder
+from train.tracking.journal import read_journal
 from train.tracking.store import default_uri
 
 log = logging.getLogger(__name__)
 
 URI = "INCEPTION_TRACKING_URI"
 POLL_SECONDS = 0.5
+BEAT_SECONDS = 30.0
 PATIENCE_SECONDS = 600.0  # how long a store may stay away after the run's end, before `make sync` has to do it
 FILES = ("config.yaml", "model_summary.txt", "input_example.npy", "train.log", "summary.json", "metrics.jsonl")
 
@@ -48,8 +50,10 @@ def start(folder: RunFolder, uri: str) -> subprocess.Popen | None:
         return None
 
 
-def wait(process: subprocess.Popen | None, folder: RunFolder, seconds: float) -> None:
+def wait(process: subprocess.Popen | None, folder: RunFolder, uri: str, seconds: float) -> None:
     """Gives the uploader a while to complete the record; training is over and loses nothing by it."""
+    if process and process.poll():
+        process = start(folder, uri)  # it died on the way; a new one sends everything once more, which adds nothing
     try:
         code = process.wait(seconds) if process else 1
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -67,11 +71,17 @@ class Record:
         self.store: store.Store | None = None
         self.offset = 0
         self.logged: set[str] = set()
+        self._next_beat = 0.0
 
     def advance(self) -> store.Store:
         """Identity, parameters and data set, then the journal's new lines."""
         if self.store is None:
             self.store = store.Store(self.uri, _read(self.folder.path / "run.json"))
+            if self.folder.alive():
+                self.store.reopen()
+        if time.monotonic() > self._next_beat and self.folder.alive():
+            self.store.beat()
+            self._next_beat = time.monotonic() + BEAT_SECONDS
         for name, send in (("params.json", self.store.log_params), ("dataset.json", self.store.log_dataset)):
             if name not in self.logged and (self.folder.path / name).exists():
                 send(_read(self.folder.path / name))
@@ -85,17 +95,17 @@ class Record:
     def finish(self) -> None:
         """All that a run has at its end, and how it ended: as its summary says, or without a word."""
         place, identity = self.advance(), _read(self.folder.path / "run.json")
-        for path in [self.folder.path / name for name in FILES]:
-            if path.exists():
-                place.log_file(path)
-        model, summary = self.folder.best / "model.keras", self.folder.path / "summary.json"
+        status = self.folder.status()
         try:
-            if identity["log_model"] and model.exists():
-                place.log_model(model, identity["requirements"])
-        finally:  # the run's end is told even where the model can't be kept
-            if summary.exists():
-                place.finish(_read(summary))
-            else:
+            for path in [self.folder.path / name for name in FILES]:
+                if path.exists():
+                    place.log_file(path)
+            if identity["log_model"] and status == "finished":  # others may go on to a better one
+                place.log_model(self.folder.best / "model.keras", identity["requirements"])
+        finally:  # the run's end is told even where its files can't be kept
+            if status is not None:
+                place.finish(_read(self.folder.path / "summary.json"))
+            elif not self.folder.alive():
                 place.set_status_gone()
 
 
@@ -141,7 +151,7 @@ class Scrubbed(io.TextIOBase):
 def main() -> None:
     folder, uri = open_folder(Path(sys.argv[1])), os.environ.pop(URI)
     sys.stdout = sys.stderr = Scrubbed(folder.path / "uploader.log", uri)
-    with folder.recording():
+    with folder.recording(wait=True):  # that of the life before may still be at work
         sys.exit(follow(Record(folder, uri)))
 
 

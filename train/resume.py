@@ -1,0 +1,94 @@
+"""`make resume [run=<run folder>] [epochs=...]`: goes on with an unfinished run, in its folder and its MLflow run.
+
+The stored config is read, never conf/. Bits, journal and record become those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train import command, compose
+from train.config import ROOT, Config, ConfigError
+from train.keeper import FREE
+from train.stored import Private, flatten, to_dict
+from train.tracking.folder import RunFolder, newest_unfinished, open_folder
+
+OWN = ("run", "accept")
+
+
+def resume(words: list[str]) -> int:
+    """`run`: the folder (default: the newest unfinished run below runs/). `accept`: names, separated by commas, of what
+    may differ from the life before. Every other word is a key of the run's config.
+
+    Raises: ValueError for whatever does not fit the run.
+    """
+    typed = dict(split(word) for word in words)
+    folder = open_folder(Path(typed["run"])) if "run" in typed else newest_unfinished(ROOT / "runs")
+    accepted = frozenset(filter(None, typed.get("accept", "").split(",")))
+    return go_on(folder, [word for word in words if split(word)[0] not in OWN], accepted)
+
+
+def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str]) -> int:
+    """One more life; the exit code."""
+    stored = yaml.safe_load((folder.path / "config.yaml").read_text())
+    node = compose.stored(stored, words)
+    private = compose.private(node)
+    try:
+        config = compose.to_config(node)
+        refuse_changes(flatten(stored), flatten(to_dict(config, private)), accepted)
+    except ValueError as fault:
+        raise ConfigError(private.hide(str(fault))) from None
+    if folder.alive():
+        raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
+    if folder.status() == "finished" and config.epochs <= stored["epochs"]:
+        print(f"the run is finished: {folder.path}; to train longer: make resume run={folder.path} epochs=NUMBER")
+        return 0
+    from train import run as story
+
+    story.check_files(config)
+    return story.live(folder, config, private, accepted)
+
+
+def train_again(folder: RunFolder, config: Config, private: Private) -> int:
+    """`make train` with the folder of a run that is there: goes on if it is the same config.
+
+    Raises: ConfigError naming what is another.
+    """
+    before, now = folder.identity()["typed"], flatten(to_dict(config, private))
+    found = [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and not name.startswith(FREE)
+    ]
+    if found:
+        raise ConfigError(
+            f"run_dir must be a folder without a run, or with one of the same config, got {folder.path}, where "
+            f"{'; '.join(found)}; use another run_dir, or make resume run={folder.path}"
+        )
+    return go_on(folder, [], frozenset())
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> None:
+    """More epochs are fine; whatever else changes a bit has to be accepted by name."""
+    for name, value in now.items():
+        fine = name in accepted or name.startswith(FREE) or (name == "epochs" and value >= before[name])
+        if value != before.get(name) and not fine:
+            raise ConfigError(
+                f"{name} must stay as it was in the run, {before.get(name)}, got {value}; "
+                f"leave it away, or add accept={name} to go on with another run than was begun"
+            )
+
+
+def split(word: str) -> tuple[str, str]:
+    """Raises: ConfigError if it is no key=value."""
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise ConfigError(f"words must be key=value, got {word}; use e.g. run=runs/latest")
+    return name, value
+
+
+if __name__ == "__main__":
+    command.run(resume)

@@ -1,0 +1,69 @@
+"""What of a config is written down, and what must not be."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from train.config import Config, without_secrets
+
+
+@dataclass(frozen=True)
+class Private:
+    """What must not be written down.
+
+    `stored`: what stands in the config's place of a value that came from the environment, by key. `secrets`: texts and
+    what is shown instead of them.
+    """
+
+    stored: dict[str, str] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
+
+    def hide(self, text: str) -> str:
+        """The text without the secrets. Those of less than four characters are in every text and tell nothing."""
+        for secret in sorted(self.secrets, key=len, reverse=True):
+            text = text.replace(secret, self.secrets[secret]) if len(secret) > 3 else text
+        return text
+
+
+def passwords(address: str) -> list[str]:
+    """The parts of an address that are nobody's business, as written and as meant."""
+    try:
+        parts = urlsplit(address)
+        found = [parts.password, parts.query]
+    except ValueError:
+        return []
+    return [text for part in found if part for text in (part, unquote(part))]
+
+
+def to_dict(config: Config, private: Private) -> dict[str, Any]:
+    """The config as it may be stored: environment references as they were typed, addresses without secrets."""
+    content = dataclasses.asdict(config)
+    if config.tracking.uri is not None:
+        content["tracking"]["uri"] = without_secrets(config.tracking.uri)
+    for name, reference in private.stored.items():
+        *parents, last = name.split(".")
+        node = content
+        for parent in parents:
+            node = node[parent]
+        node[last] = reference
+    return content
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model.width": 1.0, ...}`: every key with its dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def config_hash(config: Config, private: Private) -> str:
+    """SHA-256 over all keys but `run_dir` and `tracking`, with environment references as they were typed."""
+    content = to_dict(config, private)
+    flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,149 @@
+"""The journal `metrics.jsonl`, one line per logged step: the truth about a run, on disk before MLflow hears of it.
+
+    {"epoch": 0, "step": 40, "time": 1780000000.0, "values": {"train/loss": 2.3, ...}, "branch": [0, 1]}
+
+`branch` counts accepted changes of the config and rollbacks, and is left out while both are 0. Lines of a later branch
+stand in the place of those of an earlier one with the same steps, which stay.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from train import faults
+
+log = logging.getLogger(__name__)
+
+TIMED = ("images_per_second", "data_wait_fraction", "cost/peak_memory_bytes")  # differ between two equal runs
+FIRST = (0, 0)
+
+
+class ReplayError(ArithmeticError):
+    """A step that was done again gave other numbers."""
+
+
+class Journal:
+    """Adds lines. Those that an earlier life has written are compared and not written again."""
+
+    def __init__(self, path: Path):
+        """Cuts off a last line that was being written when the machine went down."""
+        self.path = path
+        self.lines, self.branch = 0, FIRST  # where we stand: behind so many of the file's lines
+        self._ahead: deque[tuple[int, dict[str, Any]]] = deque()  # lines of earlier lives, with their numbers
+        self._compare = True
+        self._total = 0
+        if path.exists():
+            _cut_torn_line(path)
+            self.go_on(0, FIRST, compare=True)
+
+    def go_on(self, lines: int, branch: tuple[int, int], *, compare: bool) -> None:
+        """From behind the first `lines` lines, on `branch`; its lines behind there were written by an earlier life.
+
+        `compare`: whether the same bits must come again.
+
+        Raises: ValueError if the journal has fewer lines.
+        """
+        known = [line for line, _ in read_journal(self.path)]
+        if lines > len(known):
+            raise ValueError(
+                f"{self.path} must have the {lines} lines that the checkpoint knows, got {len(known)}; put it back"
+            )
+        self.lines, self.branch, self._compare, self._total = lines, branch, compare, len(known)
+        self._ahead = deque(
+            (number, line)
+            for number, line in enumerate(known)
+            if number >= lines and tuple(line.get("branch", FIRST)) == branch
+        )
+
+    def append(self, epoch: int, step: int, values: dict[str, float]) -> None:
+        """Has a line on disk before returning.
+
+        Raises: ReplayError naming the step, if an earlier life found other numbers there; OSError.
+        """
+        line: dict[str, Any] = {"epoch": epoch, "step": step, "time": time.time(), "values": values}
+        if self.branch != FIRST:
+            line["branch"] = list(self.branch)
+        if self._ahead:
+            number, earlier = self._ahead.popleft()
+            if self._compare:
+                _refuse_difference(earlier, line)
+            self.lines = number + 1
+        else:
+            _append(self.path, (json.dumps(line) + "\n").encode())
+            self._total += 1
+            self.lines = self._total
+        faults.point("journal")
+
+
+def _append(path: Path, line: bytes) -> None:
+    """The whole line, or nothing of it where the disk is full."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def _cut_torn_line(path: Path) -> None:
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        log.warning("the last line of %s was being written when the run died, and is cut off", path)
+        os.truncate(path, whole)
+
+
+def _refuse_difference(earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """What is a function of config, data and code must come again to the last bit; times and rates need not."""
+    before, after = comparable(earlier), comparable(now)
+    if before == after:
+        return
+    where = f"epoch {now['epoch'] + 1} at step {now['step']}"
+    if before[:2] != after[:2]:
+        what = f"the journal goes on at epoch {earlier['epoch'] + 1}, step {earlier['step']}"
+    else:
+        names = sorted(name for name in {*before[2], *after[2]} if before[2].get(name) != after[2].get(name))
+        what = f"{names[0]} was {before[2].get(names[0])}, is {after[2].get(names[0])}"
+    raise ReplayError(
+        f"a step that is done again must give the same bits, but in {where} {what}; "
+        "another machine, driver or library? see train.log"
+    )
+
+
+def comparable(line: dict[str, Any]) -> tuple[int, int, dict[str, str]]:
+    """Epoch, step and the values that two equal runs have in common, as texts: a number that is none equals itself."""
+    values = {name: json.dumps(value) for name, value in line["values"].items() if name not in TIMED}
+    return line["epoch"], line["step"], values
+
+
+def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Whole lines from byte `offset` on, each with the offset behind it; a line being written is left for later.
+
+    Raises: ValueError naming the place of a line that is no JSON.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                found = json.loads(line)
+            except ValueError:
+                raise ValueError(f"{path} must hold JSON lines, got {line[:80]!r} at byte {offset}") from None
+            offset += len(line)
+            yield found, offset
