@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ SECRET = "hunter2-in-the-address"
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """TensorFlow's threads can be set only before its first operation, and some tests run whole trainings here."""
-    if {Path(item.path).stem for item in session.items} - {"test_config", "test_make"}:
+    if {Path(item.path).stem for item in session.items} - {"test_config", "test_make", "test_checkpoint"}:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(THREADS)
@@ -93,3 +94,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     )
     assert done.code == 0, done.err
     return Finished(done, place / "run folder", uri)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """tiny_disk("2m") is a disk of that size, in memory; mounting one takes a privilege."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        place = tmp_path / f"disk-{len(mounted)}"
+        place.mkdir()
+        done = run_command("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place))
+        if done.code:
+            pytest.skip(f"no small disk can be mounted here: {done.err.strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        run_command("umount", "--lazy", str(place))  # a database may still be open

@@ -18,7 +18,8 @@ from hydra import initialize_config_dir
 from train import compose as composer
 from train import config as schema
 from train.compose import compose
-from train.config import Config, ConfigError, Private
+from train.config import Config, ConfigError
+from train.stored import Private, config_hash, flatten, to_dict
 
 DEFAULT = {
     "model.name": "vgg16_inception",
@@ -47,6 +48,13 @@ DEFAULT = {
     "early_stopping.metric": None,
     "early_stopping.patience_epochs": 10,
     "early_stopping.min_delta": 0.0,
+    "checkpoint.every_epochs": None,
+    "checkpoint.every_steps": None,
+    "checkpoint.every_minutes": None,
+    "checkpoint.keep": 2,
+    "rollback.learning_rate_factor": 0.5,
+    "rollback.at_most": 3,
+    "on_divergence": "stop",
     "evaluate.test": True,
     "tracking.uri": None,
     "tracking.experiment": "inception",
@@ -119,6 +127,10 @@ MISTAKES = {
     "address), got 'http://[::1'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
     "tracking.experiment=a/b": "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
     "got 'a/b'; use e.g. tracking.experiment=inception",
+    "checkpoint.every_steps=5 checkpoint.every_minutes=0.5": "checkpoint.every_epochs, every_steps and every_minutes "
+    "exclude each other, got checkpoint.every_steps=5 checkpoint.every_minutes=0.5; "
+    "use exactly one, or none for every epoch",
+    "on_divergence=ignore": "on_divergence must be one of stop, rollback, got ignore",
     "schedule.warmup_epochs=20": "schedule.warmup_epochs must be at most epochs (12), got 20; "
     "use e.g. schedule.warmup_epochs=1",
     "data.test_fraction=0.95": "data.validation_fraction and data.test_fraction must leave examples for training "
@@ -130,13 +142,13 @@ MISTAKES = {
 
 
 def test_the_default_config_is_this():
-    assert schema.flatten(dataclasses.asdict(compose([]))) == DEFAULT
+    assert flatten(dataclasses.asdict(compose([]))) == DEFAULT
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_a_mistake_is_answered_in_one_line(typed: str):
     with pytest.raises(ConfigError) as caught:
-        compose([typed])
+        compose(typed.split(" "))
     assert str(caught.value) == MISTAKES[typed]
 
 
@@ -222,16 +234,16 @@ def test_every_key_has_a_reader():
 
 
 def test_the_hash_covers_what_decides_the_result_and_nothing_else():
-    base = schema.config_hash(compose([]), Private())
+    base = config_hash(compose([]), Private())
     same = compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])
-    assert schema.config_hash(same, Private()) == base
+    assert config_hash(same, Private()) == base
     for word in ("seed=1", "model.width=0.5", "augment=none", "precision=float32", "data.channels=3"):
-        assert schema.config_hash(compose([word]), Private()) != base, word
+        assert config_hash(compose([word]), Private()) != base, word
 
 
 def test_secrets_are_left_out_of_what_is_stored():
     config = compose(["tracking.uri='https://me:hunter2@host:5000/path?token=abc'"])
-    assert schema.to_dict(config, Private())["tracking"]["uri"] == "https://host:5000/path"
+    assert to_dict(config, Private())["tracking"]["uri"] == "https://host:5000/path"
     for uri in ("sqlite:///mlflow.db", "sqlite:////abs/x.db", "http://127.0.0.1:5000"):
         assert schema.without_secrets(uri) == uri
 
@@ -242,7 +254,7 @@ def composed(*words: str) -> tuple[Private, dict]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         node = hydra_compose("config", overrides=list(words))
     private = composer.private(node)
-    return private, schema.to_dict(composer.to_config(node), private)
+    return private, to_dict(composer.to_config(node), private)
 
 
 def test_environment_values_are_stored_as_references(monkeypatch: pytest.MonkeyPatch):
@@ -257,7 +269,7 @@ def test_environment_values_are_stored_as_references(monkeypatch: pytest.MonkeyP
     ):
         text = "http://me:typed-hunter2@host-hunter2:1" if "HOST" in word else "at /hunter2/place/x"
         private, stored = composed(word, *(["run_dir=${oc.env:PLACE}"] if "data" in word else []))
-        assert schema.flatten(stored)[key] == shown, word
+        assert flatten(stored)[key] == shown, word
         assert "hunter2" not in str(stored), word
         assert "hunter2" not in private.hide(text), word
 
@@ -347,8 +359,8 @@ def test_completion_knows_groups_and_keys():
 
 # ------------------------------------------------------------------------------------------------------- the walls
 
-ROOMS = ("config", "compose", "command", "runtime", "data", "models", "losses", "optim", "step", "loop", "progress",
-         "tracking", "evaluate")  # fmt: skip
+ROOMS = ("config", "stored", "faults", "disk", "compose", "command", "runtime", "data", "models", "losses", "optim",
+         "step", "checkpoint", "loop", "progress", "tracking", "keeper", "evaluate")  # fmt: skip
 APART = {"data", "models", "losses", "optim", "tracking"}
 ONLY = {
     "hydra": {"__main__", "compose", "sweep"},

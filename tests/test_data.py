@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import train.data
-from train.data import augment, dataset, decode, fingerprint, order, parts, pipeline, prepared
+from train.data import augment, dataset, decode, fingerprint, order, pipeline, prepared
 from train.runtime import cores
 
 REAL = os.environ.get("INCEPTION_REAL_DATA")

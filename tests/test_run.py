@@ -21,19 +21,27 @@ from conftest import ROOT, SECRET, THREADS, Finished, run_command, run_train
 
 from train import run, runtime
 from train.compose import compose
-from train.config import ConfigError, Private
+from train.config import ConfigError
 from train.loop import Stops
-from train.tracking import record
-from train.tracking.folder import create
+from train.stored import Private
+from train.tracking import record, uploader
+from train.tracking.folder import create, open_folder
+
+
+@pytest.fixture(autouse=True)
+def no_record(monkeypatch: pytest.MonkeyPatch):
+    """Stories that are told in this process don't feed MLflow; commands do."""
+    monkeypatch.setattr(uploader, "start", lambda *_: None)
 
 
 def in_process(folder: Path, *words: str) -> dict[str, Any]:
     """The story without its MLflow record; the summary."""
     config = compose([f"run_dir={folder}", f"threads={THREADS}", *words])
-    place = create(config.run_dir, ROOT / "runs", "tests", latest=False)
-    summary = record.begin(place, config)
-    run.tell(config, Private(), place, summary, Stops())
-    return summary
+    there = (folder / "run.json").exists()
+    place = open_folder(folder) if there else create(config.run_dir, ROOT / "runs", "tests", latest=False)
+    life = run.Life(place, config, Private(), Stops(), summary=record.begin(place, config))
+    run.tell(life)
+    return life.summary
 
 
 # ------------------------------------------------------------------------------------------- what a run leaves behind
@@ -149,9 +157,10 @@ def test_a_second_run_does_not_get_into_a_used_folder(finished: Finished):
     before = hashlib.sha256((finished.path / "summary.json").read_bytes()).hexdigest()
     done = run_train("model=vgg16_inception", f"run_dir={finished.path}")
     assert done.code == 2
-    assert (
-        done.err
-        == f"error: run_dir must be a folder without a run, got {finished.path}, which holds one; use another\n"
+    assert done.err == (
+        "error: run_dir must be a folder without a run, or with one of the same config, "
+        f"got {finished.path}, where epochs was 2, is 12; model.width was 0.125, is 1.0; "
+        f"use another run_dir, or make resume run={finished.path}\n"
     )
     assert hashlib.sha256((finished.path / "summary.json").read_bytes()).hexdigest() == before
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from train.tracking import store, uploader
-from train.tracking.folder import RunFolder, create, open_folder, read_journal
+from train.tracking.folder import RunFolder, create, open_folder
+from train.tracking.journal import Journal, read_journal
 
 
 def the_run(uri: str, experiment: str = "inception") -> tuple[MlflowClient, Run]:
@@ -43,7 +44,7 @@ def test_parameters_tags_and_status(finished: Finished):
     assert run.data.params["model.width"] == "0.125"
     assert run.data.params["optimizer.learning_rate"] == "0.01"
     assert run.data.params["model.blocks"] == "['conv_bn', 'conv_bn', 'inception_v1', 'conv_bn', 'inception_v3']"
-    assert len(run.data.params) == 47
+    assert len(run.data.params) == 54
     summary = finished.summary
     for name in ("run_id", "config_hash", "data_fingerprint", "weights_sha256", "status"):
         assert run.data.tags[name] == summary[name]
@@ -105,52 +106,30 @@ def test_sync_completes_a_record_elsewhere_and_adds_nothing_twice(finished: Fini
 
 
 def test_a_line_still_being_written_is_left_for_later(tmp_path: Path):
-    folder = RunFolder(tmp_path, "x")
-    folder.record(0, 1, {"a": 1.0})
-    with folder.journal.open("a") as file:
+    path = tmp_path / "metrics.jsonl"
+    Journal(path).append(0, 1, {"a": 1.0})
+    with path.open("a") as file:
         file.write('{"epoch": 0, "step": 2, "ti')
-    [(line, offset)] = read_journal(folder.journal)
+    [(line, offset)] = read_journal(path)
     assert (line["step"], line["values"]) == (1, {"a": 1.0})
-    assert list(read_journal(folder.journal, offset)) == []
-
-
-def test_a_line_that_a_full_disk_cut_off_costs_only_itself(tmp_path: Path):
-    folder = RunFolder(tmp_path, "x")
-    folder.record(0, 1, {"a": 1.0})
-    with folder.journal.open("a") as file:
-        file.write('{"epoch": 0, "step": 2, "ti')
-    folder.record(0, 3, {"a": 3.0})
-    assert [line.get("step") for line, _ in read_journal(folder.journal)] == [1, None, 3]
+    assert list(read_journal(path, offset)) == []
 
 
 def test_a_model_that_cannot_be_kept_does_not_hide_how_the_run_ended(tmp_path: Path):
     folder = begun(tmp_path, log_model=True)
     folder.best.mkdir()
     (folder.best / "model.keras").write_text("no model")
-    folder.write_json("summary.json", {"status": "interrupted", "time": time.time()})
+    folder.write_json("summary.json", {"status": "finished", "time": time.time()})
     record = uploader.Record(folder, f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(ValueError):
         record.finish()
-    assert the_run(record.uri)[1].info.status == "KILLED"
-
-
-def test_a_held_run_is_refused_and_its_own_faults_are_not_renamed(tmp_path: Path):
-    folder = create(str(tmp_path / "run"), tmp_path, "x", latest=False)
-    with folder.held():
-        assert folder.alive()
-        with pytest.raises(ValueError, match="run_dir must not be in use"), folder.held():
-            pass
-    assert not folder.alive()
-    with pytest.raises(BlockingIOError), folder.held():
-        raise BlockingIOError
-    folder.write_json("run.json", {})
-    with pytest.raises(ValueError, match="which holds one"), folder.held():
-        pass
+    assert the_run(record.uri)[1].info.status == "FINISHED"
 
 
 def begun(tmp_path: Path, log_model: bool = False) -> RunFolder:
     folder = create(str(tmp_path / "run"), tmp_path, "x", latest=False)
-    identity = {"run_id": folder.run_id, "experiment": "inception", "name": "n", "time": time.time(), "tags": {}}
+    tags = {"run_dir": str(folder.path), "host": socket.gethostname()}
+    identity = {"run_id": folder.run_id, "experiment": "inception", "name": "n", "time": time.time(), "tags": tags}
     folder.write_json("run.json", identity | {"log_model": log_model, "requirements": []})
     return folder
 
@@ -169,7 +148,7 @@ def test_a_run_whose_process_is_killed_is_marked(tmp_path: Path):
     folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder.path], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    folder.record(0, 5, {"train/loss": 2.0})
+    Journal(folder.journal).append(0, 5, {"train/loss": 2.0})
     recorder = uploader.start(folder, uri)
     assert recorder is not None
     deadline = time.monotonic() + 60
@@ -191,10 +170,117 @@ def _logged(uri: str) -> bool:
         return False
 
 
+def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
+    """Its last life was marked as gone; the new one's uploader waits until the old one's has ended."""
+    folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    journal = Journal(folder.journal)
+    journal.append(0, 1, {"train/loss": 3.0})
+    assert uploader.follow(uploader.Record(folder, uri)) == 0
+    client, run = the_run(uri)
+    assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "the training process is gone")
+    with folder.held():
+        with folder.recording(wait=False):
+            recorder = uploader.start(folder, uri)
+            assert recorder is not None
+            with pytest.raises(subprocess.TimeoutExpired):
+                recorder.wait(4)
+            assert the_run(uri)[1].info.status == "FAILED"
+        wait_for(lambda: the_run(uri)[1].info.status == "RUNNING")
+        wait_for(lambda: "failure" not in the_run(uri)[1].data.tags)
+        assert float(the_run(uri)[1].data.tags["heartbeat"]) > time.time() - 30
+        journal.append(0, 2, {"train/loss": 2.0})
+        folder.write_json("summary.json", {"status": "finished", "time": time.time(), "lives": 2})
+        assert recorder.wait(30) == 0
+    client, again = the_run(uri)
+    assert again.info.run_id == run.info.run_id
+    assert (again.info.status, again.data.tags["lives"]) == ("FINISHED", "2")
+    assert history(client, again, "train/loss") == [(1, 3.0), (2, 2.0)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_an_uploader_that_died_is_started_again_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    Journal(folder.journal).append(0, 1, {"train/loss": 1.0})
+    recorder = uploader.start(folder, uri)
+    assert recorder is not None
+    recorder.kill()
+    recorder.wait()
+    folder.write_json("summary.json", {"status": "finished", "time": time.time()})
+    uploader.wait(recorder, folder, uri, 60)
+    client, run = the_run(uri)
+    assert (run.info.status, history(client, run, "train/loss")) == ("FINISHED", [(1, 1.0)])
+    assert capsys.readouterr().err == ""
+
+
+def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path):
+    """On this machine the lock tells, elsewhere the heartbeat; runs of other programs are left alone."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    kinds = {"alive": {}, "dead": {}, "silent elsewhere": {"host": "other"}, "heard elsewhere": {"host": "other"}}
+    folders = {}
+    for kind, tags in kinds.items():
+        (tmp_path / kind).mkdir()
+        folder = folders[kind] = begun(tmp_path / kind)
+        identity = folder.identity()
+        folder.write_json("run.json", identity | {"name": kind, "tags": identity["tags"] | tags})
+        record = uploader.Record(folder, uri)
+        place = record.advance()
+        age = {"silent elsewhere": 700, "heard elsewhere": 500}.get(kind, 0)
+        place.client.set_tag(place.mlflow_id, "heartbeat", str(time.time() - age))
+    client = MlflowClient(uri)
+    stranger = client.create_run(the_run_ids(uri)[1]).info.run_id
+    with folders["alive"].held():
+        done = run_command("make", "reap", f"uri={uri}")
+    assert (done.code, done.err) == (0, "")
+    told = done.out.splitlines()
+    assert sorted(told[:-1]) == [
+        f"marked dead ({folders['dead'].path}): its process is gone",
+        f"marked silent elsewhere ({folders['silent elsewhere'].path}): no sign of life for 12 minutes",
+    ]
+    assert told[-1] == "2 runs marked as gone"
+    found = {run.info.run_name: run for run in client.search_runs([the_run_ids(uri)[1]]) if run.info.run_id != stranger}
+    assert {name: run.info.status for name, run in found.items()} == {
+        "alive": "RUNNING", "dead": "FAILED", "silent elsewhere": "FAILED", "heard elsewhere": "RUNNING",
+    }  # fmt: skip
+    assert found["dead"].data.tags["failure"] == "the training process is gone"
+    assert client.get_run(stranger).info.status == "RUNNING"
+
+
+def the_run_ids(uri: str, experiment: str = "inception") -> tuple[set[str], str]:
+    """The run_id tags in an experiment, and the experiment."""
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return {run.data.tags.get("run_id", "") for run in client.search_runs([found.experiment_id])}, found.experiment_id
+
+
+def test_a_store_on_a_full_disk_costs_nothing_once_there_is_room(tmp_path: Path, tiny_disk: Callable[[str], Path]):
+    disk = tiny_disk("2m")
+    folder = begun(tmp_path)
+    journal = Journal(folder.journal)
+    record = uploader.Record(folder, f"sqlite:///{disk / 'mlflow.db'}")
+    record.advance()
+    (disk / "filler").write_bytes(bytes(2**21 - sum(file.stat().st_size for file in disk.iterdir()) - 2**15))
+    for step in range(1, 3001):
+        journal.append(0, step, {"train/loss": 1.0 / step})
+    with pytest.raises(Exception, match="full"):
+        record.advance()
+    (disk / "filler").unlink()
+    folder.write_json("summary.json", {"status": "finished", "time": time.time()})
+    record.finish()
+    client, run = the_run(record.uri)
+    assert history(client, run, "train/loss") == [(step, 1.0 / step) for step in range(1, 3001)]
+
+
 def test_a_store_that_is_away_is_asked_again(tmp_path: Path):
     """First its folder is in the way, then it is gone: the record is completed and holds everything once."""
     folder = begun(tmp_path)
-    folder.record(0, 1, {"train/loss": 1.0})
+    Journal(folder.journal).append(0, 1, {"train/loss": 1.0})
     folder.write_json("summary.json", {"status": "failed", "failure": "x", "time": time.time()})
     blocker = tmp_path / "store"
     blocker.touch()
@@ -210,14 +296,14 @@ def test_a_store_that_is_away_is_asked_again(tmp_path: Path):
 
 def test_several_runs_may_start_at_once_on_a_store_that_is_not_there_yet(tmp_path: Path):
     folders = []
-    for number in range(3):
+    for number in range(4):
         (tmp_path / str(number)).mkdir()
         folder = begun(tmp_path / str(number))
         folder.write_json("summary.json", {"status": "finished", "time": time.time()})
         folders.append(folder)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    codes = [process.wait(90) for process in [uploader.start(folder, uri) for folder in folders] if process]
-    assert codes == [0, 0, 0]
+    codes = [process.wait(120) for process in [uploader.start(folder, uri) for folder in folders] if process]
+    assert codes == [0] * 4
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("inception")
     assert experiment is not None
@@ -264,12 +350,16 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     )
 
 
-@contextmanager
-def serving(uri: str) -> Iterator[int]:
-    """`make ui` over a store, until it answers; its port."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(uri: str, port: int | None = None, end: signal.Signals = signal.SIGTERM) -> Iterator[int]:
+    """`make ui` over a store, until it answers; its port. In the end all its processes get the signal `end`."""
+    port = port or free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "train.tracking.ui", f"port={port}", f"uri={uri}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
@@ -283,7 +373,7 @@ def serving(uri: str) -> Iterator[int]:
             time.sleep(0.3)
         yield port
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        os.killpg(server.pid, end)
         server.wait(20)
 
 
@@ -319,3 +409,65 @@ def test_a_server_gets_the_whole_record(tmp_path: Path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_before_during_and_after_a_run_loses_nothing(tmp_path: Path):
+    """SIGKILL each time; the run neither waits nor fails, and in the end every metric is there once."""
+    store_uri, port = f"sqlite:///{tmp_path / 'server/mlflow.db'}", free_port()
+    folder = tmp_path / "run"
+    words = ["model=vgg16", "model.width=0.1", "epochs=6", "tracking.every_steps=1", "tracking.log_model=false"]
+    process = subprocess.Popen(  # the server is dead when the run starts
+        [sys.executable, "-m", "train", *words, "tracking.wait_seconds=0", f"run_dir={folder}",
+         f"tracking.uri=http://127.0.0.1:{port}"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: (folder / "metrics.jsonl").exists(), 120)
+    with serving(store_uri, port, signal.SIGKILL):
+        wait_for(lambda: bool(the_run_ids_or_none(port)), 120)  # it caught up by itself
+    with serving(store_uri, port, signal.SIGKILL):
+        assert process.wait(300) == 0  # killed and started again during the run
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with serving(store_uri, port, signal.SIGKILL):
+        done = run_command("make", "sync", f"run={folder}", timeout=120)
+        if "recorded by two" in done.err:  # the run's own uploader is just doing it
+            wait_for(lambda: the_run(f"http://127.0.0.1:{port}")[1].info.status == "FINISHED", 60)
+        else:
+            assert done.code == 0, done.err
+        client, run = the_run(f"http://127.0.0.1:{port}")
+        assert (run.info.status, run.data.tags["run_id"]) == ("FINISHED", open_folder(folder).run_id)
+        expected: dict[str, list[tuple[int, float]]] = {}
+        for line in lines:
+            for name, value in line["values"].items():
+                expected.setdefault(name, []).append((line["step"], value))
+        assert len(expected["train/loss"]) == 240
+        for name, points in expected.items():
+            assert history(client, run, name) == points, name
+
+
+def the_run_ids_or_none(port: int) -> set[str]:
+    try:
+        return the_run_ids(f"http://127.0.0.1:{port}")[0]
+    except AssertionError:
+        return set()
+
+
+@pytest.mark.slow
+def test_ten_runs_at_once_are_all_recorded_in_one_database(tmp_path: Path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    words = [
+        "model=vgg16", "model.width=0.05", "threads=1", "epochs=1", "steps_per_epoch=5", "tracking.every_steps=1",
+        "tracking.log_model=false", "tracking.wait_seconds=300", f"tracking.uri={uri}",
+    ]  # fmt: skip
+    running = [
+        subprocess.Popen([sys.executable, "-m", "train", *words, f"seed={seed}", f"run_dir={tmp_path / str(seed)}"],
+                         cwd=ROOT, stdout=subprocess.DEVNULL)
+        for seed in range(10)
+    ]  # fmt: skip
+    assert [process.wait(600) for process in running] == [0] * 10
+    ids, experiment = the_run_ids(uri)
+    assert ids == {open_folder(tmp_path / str(seed)).run_id for seed in range(10)}
+    client = MlflowClient(uri)
+    for run in client.search_runs([experiment]):
+        assert run.info.status == "FINISHED"
+        assert [step for step, _ in history(client, run, "train/loss")] == [1, 2, 3, 4, 5]

@@ -7,6 +7,7 @@ checkpoints/epoch-00003-batch-0000120/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from train.disk import sync_folder, write_through
 log = logging.getLogger(__name__)
 
 ARRAYS, MANIFEST = "arrays.npz", "manifest.json"
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 UNFINISHED, DAMAGED = ".new-", "damaged-"
 
 
@@ -108,7 +110,7 @@ class Checkpoints:
             fresh.mkdir(parents=True)
             faults.point("save/begun")
             with (fresh / ARRAYS).open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+                np.savez(file, allow_pickle=False, **arrays)
                 faults.point("save/written")
                 file.flush()
                 os.fsync(file.fileno())
@@ -119,14 +121,21 @@ class Checkpoints:
             fresh.rename(target)
             faults.point("save/renamed")
             sync_folder(self.folder)
+            sync_folder(self.folder.parent)
         except OSError:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        for old in self._paths()[: -self._keep]:
-            shutil.rmtree(old)
-            faults.point("save/pruned")
+        self._prune()
         faults.point("save/done")
         return name
+
+    def _prune(self) -> None:
+        for old in self._paths()[: -self._keep]:
+            try:
+                shutil.rmtree(old)
+            except OSError as fault:  # the new one is whole all the same
+                log.warning("an old checkpoint could not be removed: %s (%s)", old, fault.strerror)
+            faults.point("save/pruned")
 
     def _clear_unfinished(self) -> None:
         for path in self.folder.glob(f"{UNFINISHED}*"):
@@ -140,7 +149,7 @@ class DamagedError(ValueError):
 def read(path: Path) -> Checkpoint:
     """A checkpoint, every byte verified.
 
-    Raises: DamagedError saying what is wrong, PermissionError.
+    Raises: DamagedError saying what is wrong, OSError where that can't be told.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -152,15 +161,18 @@ def read(path: Path) -> Checkpoint:
                 raise DamagedError(f"{ARRAYS} has another SHA-256 than {MANIFEST} names")
         with np.load(path / ARRAYS, allow_pickle=False) as arrays:
             return Checkpoint(path.name, dict(arrays), content)
-    except PermissionError:
-        raise  # it may be whole
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+    except (*GONE, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as fault:
         raise DamagedError(f"{type(fault).__name__}: {fault}") from None
+    except OSError as fault:
+        if fault.errno != errno.EIO:
+            raise  # it may be whole: a lack of rights, memory or descriptors says nothing of it
+        raise DamagedError(str(fault)) from None
 
 
 def _manifest(content: dict[str, Any], arrays: Path) -> bytes:
     with arrays.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    content = json.loads(json.dumps(content))  # as it will be read: with texts for keys
     manifest = {"content": content, "arrays_sha256": digest, "sha256": _digest(content, digest)}
     return (json.dumps(manifest, indent=1) + "\n").encode()
 
@@ -173,7 +185,8 @@ def _put_aside(path: Path) -> None:
     """Nothing is destroyed: somebody may want to look at it."""
     target = path.with_name(f"{DAMAGED}{path.name}")
     shutil.rmtree(target, ignore_errors=True)
-    path.rename(target)
+    with suppress(OSError):  # on a disk that can only be read it stays, and is stepped over again
+        path.rename(target)
 
 
 # --------------------------------------------------------------------------------------------------------- the ground

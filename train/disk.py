@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """A reader sees the old content or the new, never a part.
+    """A reader sees the old content or the new, never a part. One process at a time writes a file.
 
     Raises: OSError, with the old content still there.
     """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.new")
     try:
         write_through(fresh, content.encode() if isinstance(content, str) else content)
         fresh.replace(path)
@@ -30,11 +30,18 @@ def write_through(path: Path, content: bytes) -> None:
 
 
 def point_link(link: Path, target: Path) -> None:
-    """Makes `link` a relative link to `target`, in the place of what it pointed at before."""
+    """Makes `link` a relative link to `target`, in the place of what it pointed at before.
+
+    Raises: OSError, with the old link still there.
+    """
     fresh = link.with_name(f".{link.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(os.path.relpath(target, link.parent))
-    fresh.replace(link)
+    try:
+        fresh.symlink_to(os.path.relpath(target, link.parent))
+        fresh.replace(link)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
     sync_folder(link.parent)
 
 

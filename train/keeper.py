@@ -27,49 +27,56 @@ class Keeper:
         self.checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint.keep)
         self.found = self.checkpoints.newest()
         self.progress = Progress()
+        self._pulse: Pulse | None = None
         self._interval = Interval(**{name: v for name, v in options(config.checkpoint).items() if name != "keep"})
 
     def refuse_other_ground(self, ground: dict[str, Any], accepted: frozenset[str]) -> list[dict[str, Any]]:
         """Changes, apart from those recorded before, that were accepted.
 
-        Raises: ConfigError naming what is no longer as it was when the checkpoint was written.
+        Raises: ConfigError naming what is no longer as it was in the life before, ValueError naming a
+        tensor that no longer fits.
         """
-        saved = self.found.content["ground"] if self.found else ground
-        recorded = {change["name"]: change["is"] for change in self.folder.identity().get("changes", [])}
+        saved = self.found.content["ground"] if self.found else self.folder.read_json("ground.json", ground)
+        recorded = {change["name"]: change["is"] for change in self.folder.identity()["changes"]}
 
         def known(name: str) -> bool:
             return name.startswith(FREE) or (name in recorded and recorded[name] == ground.get(name))
 
         longer = {"epochs"} if ground["epochs"] > saved["epochs"] else set()
         refuse_other_ground(saved, ground, lambda name: known(name) or name in accepted | longer)
+        if self.found:
+            self.step.load(self.found.arrays)
         return [
             {"name": name, "was": saved.get(name), "is": ground.get(name), "time": time.time()}
             for name in sorted({*saved, *ground})
             if saved.get(name) != ground.get(name) and not known(name)
         ]
 
-    def begin(self, ground: dict[str, Any]) -> Progress:
-        """A life begins: where the checkpoint stands, or at the start."""
-        self._ground, self._changes = ground, len(self.folder.identity().get("changes", []))
+    def begin(self, ground: dict[str, Any]) -> None:
+        """A life begins: where the checkpoint stands, or at the start. The state has been loaded."""
+        self._ground, self._changes = ground, len(self.folder.identity()["changes"])
         self._pulse = Pulse(self.folder.path / "heartbeat")
+        self.folder.write_json("ground.json", ground)
+        faults.point("resume/begun")
         if self.found:
-            return self._go_on(self.found, None)
+            self._pulse.at_least(self.found.content["steps_executed"])
+            self._go_on(self.found, self.found.content["progress"]["rollbacks"])
+            return
         self.journal.go_on(0, (self._changes, 0), compare=self.config.deterministic)
-        return Progress()
+        if self.config.on_divergence == "rollback":
+            self.save(self.progress)  # the start is good, too
 
-    def _go_on(self, saved: Checkpoint, rollbacks: int | None) -> Progress:
-        self.step.load(saved.arrays)
-        progress = Progress.of(saved.content["progress"])
-        progress.rollbacks = progress.rollbacks if rollbacks is None else rollbacks
-        self._pulse.at_least(saved.content["steps_executed"])
-        branch = (self._changes, progress.rollbacks)
+    def _go_on(self, saved: Checkpoint, rollbacks: int) -> None:
+        self.progress = Progress.of(saved.content["progress"])
+        self.progress.rollbacks = rollbacks
+        branch = (self._changes, rollbacks)
         self.journal.go_on(saved.content["journal_lines"], branch, compare=self.config.deterministic)
-        return progress
 
     def close(self) -> None:
         """Waits for what is being written."""
         self.checkpoints.close()
-        self._pulse.close()
+        if self._pulse:
+            self._pulse.close()
 
     # ------------------------------------------------------------------------------------- what the loop asks for
 
@@ -81,6 +88,7 @@ class Keeper:
             self.folder.save_best(self.inference, epoch, values, self.dataset.classes, self.dataset.fingerprint)
 
     def step_done(self, progress: Progress) -> None:
+        assert self._pulse
         self._pulse.beat()
         faults.point("step", progress.steps)
 
@@ -105,30 +113,30 @@ class Keeper:
     @property
     def steps_executed(self) -> int:
         """In all lives of the run."""
-        return self._pulse.steps
+        return self._pulse.steps if self._pulse else 0
 
     @property
     def lives(self) -> int:
-        return self._pulse.lives
+        return self._pulse.lives if self._pulse else 0
 
-    def roll_back(self, fault: DivergedError, progress: Progress) -> Progress:
+    def roll_back(self, fault: DivergedError) -> None:
         """Back to the last checkpoint with a lower learning rate, if the config wants that; the journal tells it.
 
         Raises: DivergedError saying what else there is to do.
         """
         self.checkpoints.wait()
-        saved, rule = self.checkpoints.newest(), self.config.rollback
-        if self.config.on_divergence != "rollback" or progress.rollbacks >= rule.at_most or saved is None:
-            times = f" after {progress.rollbacks} rollbacks" if progress.rollbacks else ""
+        saved, rule, before = self.checkpoints.newest(), self.config.rollback, self.progress.rollbacks
+        if self.config.on_divergence != "rollback" or before >= rule.at_most or saved is None:
+            times = f" after {before} rollbacks" if before else ""
             fault.args = (
                 f"{fault}{times}; the last good checkpoint is {saved.name if saved else 'none'}; use a lower "
                 "optimizer.learning_rate, a gradient_clip, on_divergence=rollback, or precision=float32",
             )
             raise fault
-        number = progress.rollbacks + 1
+        number = before + 1
         factor = rule.learning_rate_factor**number
-        progress = self._go_on(saved, number)
+        self.step.load(saved.arrays)
         self.step.slow_down(factor)
-        told = {"number": number, "learning_rate_factor": factor, "to_step": progress.steps}
+        self._go_on(saved, number)
+        told = {"number": number, "learning_rate_factor": factor, "to_step": self.progress.steps}
         self.record(fault.epoch, fault.step, {f"rollback/{name}": float(value) for name, value in told.items()})
-        return progress

@@ -42,9 +42,9 @@ class Life:
 
     def begin(self, changes: list[dict[str, Any]]) -> None:
         """The folder says from now on that the run is alive, and MLflow hears of it."""
+        self.begun = True
         record.identify(self.folder, self.config, self.private, changes)
         self.recorder = uploader.start(self.folder, self.config.tracking.uri or uploader.default_uri(ROOT))
-        self.begun = True
 
 
 def train(config: Config, private: Private, *, latest: bool = True) -> int:
@@ -67,11 +67,13 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
             life.summary |= {"status": "failed", "failure": private.hide(f"{type(fault).__name__}: {fault}")}
             code = record.report(fault, folder, private)
         if not life.begun:
+            say("nothing was changed in the run" if code > 128 else "")
             return code
         with stops.deferred():
             record.close(folder, life.summary)
         say("record: completing it in MLflow")
         uploader.wait(life.recorder, folder, config.tracking.uri or uploader.default_uri(ROOT), patience)
+        say(f"to go on: make resume run={record.short(folder.path)}" if code else "")
     print(record.one_line(life.summary, folder), flush=True)
     return code
 
@@ -106,7 +108,7 @@ def tell(life: Life) -> None:
             changes = keeper.refuse_other_ground(ground, life.accepted)
             record.settle(folder, config, life.private)
             life.begin(changes)
-        progress = keeper.begin(ground)
+        keeper.begin(ground)
         record.describe(
             folder, summary, config, life.private, dataset, data_source(config, life.private),
             model, inference, macs(model, inference),
@@ -114,17 +116,18 @@ def tell(life: Life) -> None:
         size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
         say(f"model: {model.name}, {size}")
         if keeper.found:
-            say(f"going on: life {keeper.lives}, from {keeper.found.name}, step {progress.steps}")
+            say(f"going on: life {keeper.lives}, from {keeper.found.name}, step {keeper.progress.steps}")
         else:
             keeper.record(0, 0, {f"cost/{name}": summary[name] for name in ("parameters", "macs")})
         say(f"run: {record.short(folder.path)}")
 
         with naming_broken_examples():
             try:
-                progress = fit(life, dataset, steps, step, keeper, progress)
+                fit(life, dataset, steps, step, keeper)
             finally:
                 record.progress(summary, step, keeper, runtime.peak_memory_bytes())
 
+            progress = keeper.progress
             if progress.stopped_early:
                 rule = config.early_stopping
                 say(f"stopped early: {rule.metric} has not improved for {rule.patience_epochs} epochs")
@@ -237,7 +240,7 @@ def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
     return Step(model, inference, rate, config.batch_size, jit=config.jit == "on")
 
 
-def fit(life: Life, dataset: Any, steps: int, step: Any, keeper: Keeper, progress: loop.Progress) -> loop.Progress:
+def fit(life: Life, dataset: Any, steps: int, step: Any, keeper: Keeper) -> None:
     """The loop, with everything it calls tied to this run; again from the last checkpoint where the config says so."""
     from train.data import augment, pipeline
 
@@ -261,11 +264,10 @@ def fit(life: Life, dataset: Any, steps: int, step: Any, keeper: Keeper, progres
         return {"loss": found["loss"], "main_accuracy": found["accuracy"], "main_top5_accuracy": found["top5_accuracy"]}
 
     while True:
-        keeper.progress = progress
         with Terminal(config.epochs, steps, config.batch_size) as terminal:
             training = loop.Loop(
                 step=step,
-                progress=progress,
+                progress=keeper.progress,
                 epochs=config.epochs,
                 steps=steps,
                 log_every=config.tracking.every_steps,
@@ -279,10 +281,10 @@ def fit(life: Life, dataset: Any, steps: int, step: Any, keeper: Keeper, progres
             try:
                 training.run()
             except loop.DivergedError as fault:
-                progress = keeper.roll_back(fault, progress)
-                say(f"warning: {fault}; going on from step {progress.steps}, learning rate times {step.factor():g}")
+                keeper.roll_back(fault)
+                say(f"warning: {fault}; going on from step {keeper.progress.steps}, learning rate x {step.factor():g}")
             else:
-                return progress
+                return
 
 
 def load_predictor(path: Path, config: Config) -> Callable:

@@ -16,7 +16,9 @@ def predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray
     """Images uint8 [N, H, W, C] -> the single output of `model` as an array."""
     # One graph for every batch size: the last batch of a split is smaller, and tracing a deep network takes seconds.
     signature = [tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)]
-    run = tf.function(lambda images: model(images, training=False), input_signature=signature, jit_compile=jit)
+    run = tf.function(
+        lambda images: model(images, training=False), input_signature=signature, jit_compile=jit, autograph=False
+    )
     return lambda images: run(images).numpy()
 
 
@@ -42,16 +44,24 @@ class Step:
         self._count = tf.Variable(0, dtype=tf.int64, trainable=False)  # steps of the run, skipped ones too
         self._first_bad = tf.Variable([0] * len(WATCHED), dtype=tf.int64, trainable=False)  # 0: none
         self._moving = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
-        # Traced here rather than at the first call, since tracing makes the metrics' variables, which `load` fills.
-        self._train = tf.function(self._watched_step, jit_compile=jit).get_concrete_function(
-            tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.uint8),
-            tf.TensorSpec((batch_size, model.output["main"].shape[-1]), tf.float32),
-        )
+        labels = tf.TensorSpec((batch_size, model.output["main"].shape[-1]), tf.float32)
+        images = tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.uint8)
+        self._make_metrics(labels)
+        # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
+        step = tf.function(self._watched_step, jit_compile=jit, autograph=False)
+        self._train = step.get_concrete_function(images, labels)
         self.predict = predictor(inference, jit)  # logits of the main output, float32 [N, classes]
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         """images: uint8 [N, H, W, C]; labels: float32 [N, classes], used for every output."""
         self._train(images, labels)
+
+    def _make_metrics(self, labels: tf.TensorSpec) -> None:
+        """Lets Keras make the metrics' variables, which `load` fills. Made in a trace they would take a second one."""
+        empty = dict.fromkeys(self._outputs, tf.zeros(labels.shape))
+        self.model.compute_loss(y=empty, y_pred=empty)
+        self.model.compute_metrics(None, empty, empty, None)
+        self.model.reset_metrics()
 
     def _watched_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         """Keras's own step, and beside it, on the device, which step was the first with something not finite."""

@@ -38,6 +38,18 @@ class RunFolder:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
 
+    def read_json(self, name: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+        """What `write_json` wrote, or `otherwise` where it has not come to that.
+
+        Raises: ValueError naming a file that is none of ours.
+        """
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return otherwise
+        except ValueError:
+            raise ValueError(f"{self.path / name} must hold JSON, as it was written; put it back") from None
+
     def write_yaml(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
@@ -83,10 +95,7 @@ class RunFolder:
 
     def status(self) -> str | None:
         """How the run's last life ended: finished, failed or interrupted; None if it lives, or died without a word."""
-        try:
-            return json.loads((self.path / "summary.json").read_text())["status"]
-        except FileNotFoundError:
-            return None
+        return self.read_json("summary.json", {}).get("status")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -112,7 +121,7 @@ class RunFolder:
     def alive(self) -> bool:
         """Whether a process holds the run's lock."""
         try:
-            descriptor = os.open(self.path / ".lock", os.O_RDWR)
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
         except FileNotFoundError:
             return False
         try:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from train import faults
+from train.disk import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ def _append(path: Path, line: bytes) -> None:
             if file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             os.fsync(file.fileno())
+            if not size:
+                sync_folder(path.parent)
         except OSError:
             with suppress(OSError):
                 file.truncate(size)

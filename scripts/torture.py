@@ -1,0 +1,393 @@
+"""Kills real runs at drawn instants, lets them go on, and compares them with runs that nobody touched.
+
+    python scripts/torture.py --kills 200 --report torture.json
+    python scripts/torture.py --kills 20 --forget seeds      (a control: has to find differences)
+
+Every life is started through the command line and ends by SIGKILL: at a drawn step, some milliseconds after one, or at
+a stage of writing (journal, best weights, checkpoint). Between two lives the machine is sometimes made to look as if it
+had gone down, too: a torn last line in the journal, a damaged newest checkpoint. A run counts if it was killed at least
+once after a checkpoint and inside an epoch, and did no more than `kills x interval` steps again, so that starting over
+can't pass. What is compared: the hash of the weights, every line of the journal, the metric history in MLflow, the best
+weights and what was measured on them. Times and rates are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from train import checkpoint
+from train.faults import ASKED
+from train.tracking.journal import TIMED, comparable
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, EPOCHS, INTERVAL = 15, 3, 6
+SMALL = {"model.width": 0.1, "batch_size": 16, "steps_per_epoch": STEPS, "epochs": EPOCHS, "threads": 1}
+KEPT = {"checkpoint.every_steps": INTERVAL, "tracking.every_steps": 4, "tracking.log_model": "false"}
+KILLS_PER_RUN = 8
+
+CASES: dict[str, dict[str, Any]] = {
+    "float32": {"precision": "float32"},
+    "mixed_bfloat16": {"precision": "mixed_bfloat16", "threads": 2},
+    "mixed_float16": {"precision": "mixed_float16", "optimizer": "adamw"},
+    "averaged weights": {"ema": 0.9},
+    "accumulated gradients": {"gradient_accumulation": 4, "gradient_clip": 10},
+    "dropout and augmentation": {"model": "vgg16", "model.head": "fc", "augment": "flip_crop", "optimizer": "rmsprop"},
+    "early stopping": {
+        "epochs": 9,
+        "early_stopping.metric": "validation/loss",
+        "early_stopping.patience_epochs": 2,
+        "early_stopping.min_delta": 1.5,
+    },
+    "rollback": {
+        "on_divergence": "rollback",
+        "optimizer.learning_rate": 1e25,
+        "schedule.warmup_epochs": 0,
+        "rollback.learning_rate_factor": 1e-27,
+    },
+    "inception_v1": {"model": "inception_v1"},
+    "everything at once": {
+        "model": "inception_v1", "ema": 0.8, "gradient_accumulation": 2, "precision": "mixed_float16",
+        "augment": "flip_crop", "optimizer": "adamw", "optimizer.weight_decay": 0.05, "schedule": "exponential",
+    },
+    "inception_v3": {"model": "inception_v3", "batch_size": 8, "model.width": 0.05},
+    "inception_resnet_v2": {"model": "inception_resnet_v2", "batch_size": 8, "model.width": 0.05},
+}  # fmt: skip
+SLOW = ("inception_v3", "inception_resnet_v2")  # once each; the others in turn
+
+SAVING = ("begun", "written", "arrays", "manifest", "renamed", "pruned", "done")
+BEST = ("model", "card", "turned")
+
+# What a control takes out of every checkpoint, by the names of its arrays.
+FORGET: dict[str, Callable[[str], bool]] = {
+    "seeds": lambda name: "seed_generator" in name,
+    "optimizer": lambda name: name.startswith("optimizer/") and "iteration" not in name,
+    "metrics": lambda name: name.startswith("metrics/"),
+    "statistics": lambda name: "moving_" in name,
+}
+
+
+@dataclass
+class Trial:
+    """One run with its lives."""
+
+    case: str
+    number: int
+    kills: list[str] = field(default_factory=list)
+    damaged: int = 0
+    torn: int = 0
+    counts: bool = False  # killed at least once after a checkpoint and inside an epoch
+    steps: int = 0
+    steps_executed: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Ended:
+    """What a run left: all that two equal runs have in common."""
+
+    steps: int
+    parts: dict[str, Any]
+
+
+class Torturer:
+    """Draws, kills, compares."""
+
+    def __init__(self, place: Path, seed: int, forget: str | None):
+        self.place, self.seed, self.forget = place, seed, forget
+        self._references: dict[str, Ended] = {}
+        self._locks = {case: threading.Lock() for case in CASES}
+
+    def reference(self, case: str) -> Ended:
+        """The run that nobody touches, once per case."""
+        with self._locks[case]:
+            if case not in self._references:
+                folder = self.place / f"{case} untouched"
+                code, tail = self._live(folder, self._words(case, folder), None)
+                if code != 0:
+                    raise RuntimeError(f"the untouched run of {case} ended with {code}\n{tail}")
+                self._references[case] = ended(folder)
+            return self._references[case]
+
+    def trial(self, case: str, number: int, kills: int) -> Trial:
+        """A run that dies `kills` times, if it does not come to its end before."""
+        untouched = self.reference(case)
+        trial = Trial(case, number)
+        draw = random.Random(f"{self.seed}/{case}/{number}")
+        folder = self.place / f"{case} {number}"
+        words = self._words(case, folder)
+        while True:
+            fault = self._draw(draw, folder, untouched.steps, trial) if len(trial.kills) < kills else None
+            code, tail = self._live(folder, words, fault)
+            if code == -9 and fault:
+                trial.kills.append(fault)
+                self._note(trial, folder)
+                self._make_worse(draw, folder, trial)
+                words = ["-m", "train.resume", f"run={folder}"]
+            elif code == 0:
+                break
+            else:
+                trial.differences.append(f"a life ended with {code}: {tail}")
+                return trial
+        self._compare(trial, untouched, ended(folder), folder)
+        if not trial.differences:
+            shutil.rmtree(folder)
+        return trial
+
+    def _words(self, case: str, folder: Path) -> list[str]:
+        keys = SMALL | KEPT | CASES[case] | {"run_dir": f"'{folder}'", "tracking.uri": f"'sqlite:///{folder}.db'"}
+        return ["-m", "train", *(f"{name}={value}" for name, value in keys.items())]
+
+    def _live(self, folder: Path, words: list[str], fault: str | None) -> tuple[int, str]:
+        """One life; how it ended and its last words."""
+        env = {**os.environ, **({ASKED: fault} if fault else {})}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
+        )
+        return done.returncode, (done.stdout + done.stderr)[-2000:] + str(folder)
+
+    def _draw(self, draw: random.Random, folder: Path, steps: int, trial: Trial) -> str:
+        """A fault for the next life: over steps rather than over time, or at a stage of writing."""
+        at = saved_step(folder)
+        kind = draw.random() if trial.kills else 0.0  # the first is one that makes the run count
+        if kind < 0.55:
+            step = min(at + draw.randint(1, 2 * INTERVAL), steps - 1)
+            if not trial.kills:
+                step = draw.choice([s for s in range(INTERVAL + 3, 3 * INTERVAL) if s % STEPS])
+            delay = f":{draw.uniform(0, 0.06):.4f}" if draw.random() < 0.5 else ""
+            return f"step:{step}{delay}"
+        if kind < 0.85:
+            return f"save/{draw.choice(SAVING)}:1"
+        if kind < 0.92:
+            return f"best/{draw.choice(BEST)}:1"
+        return draw.choice(["journal:1", "journal:2", "journal:3", "resume/begun:1"])
+
+    def _note(self, trial: Trial, folder: Path) -> None:
+        fault = trial.kills[-1]
+        inside = fault.startswith("step:") and int(fault.split(":")[1]) % STEPS != 0
+        trial.counts |= inside and saved_step(folder) > 0
+
+    def _make_worse(self, draw: random.Random, folder: Path, trial: Trial) -> None:
+        """What the death of a machine, rather than of a process, may do besides."""
+        journal, saved = folder / "metrics.jsonl", checkpoints(folder)
+        if journal.exists() and draw.random() < 0.25:
+            with journal.open("ab") as file:
+                file.write(b'{"epoch": 1, "step": 21, "time": 17')
+            trial.torn += 1
+        if len(saved) > 1 and draw.random() < 0.12:
+            damage(saved[-1] / checkpoint.ARRAYS, draw)
+            trial.damaged += 1
+        if self.forget and saved:
+            forget(saved[-1], FORGET[self.forget])
+
+    def _compare(self, trial: Trial, untouched: Ended, found: Ended, folder: Path) -> None:
+        for name, part in untouched.parts.items():
+            if part != found.parts[name]:
+                trial.differences.append(f"{name} differs, see {folder}")
+        summary = json.loads((folder / "summary.json").read_text())
+        trial.steps, trial.steps_executed = summary["steps"], summary["steps_executed"]
+        most = trial.steps + (len(trial.kills) + trial.damaged) * INTERVAL
+        if trial.steps_executed > most:
+            trial.differences.append(f"{trial.steps_executed} steps were executed, at most {most} are allowed")
+
+
+# ---------------------------------------------------------------------------------------------- what lies in a folder
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("epoch-*"))
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    saved = checkpoints(folder)
+    if not saved:
+        return 0
+    return json.loads((saved[-1] / checkpoint.MANIFEST).read_text())["content"]["progress"]["steps"]
+
+
+def damage(path: Path, draw: random.Random) -> None:
+    """Flips a bit, or cuts the end off."""
+    content = bytearray(path.read_bytes())
+    if draw.random() < 0.5:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    else:
+        del content[draw.randrange(len(content)) :]
+    path.write_bytes(content)
+
+
+def forget(path: Path, chosen: Callable[[str], bool]) -> None:
+    """Sets the chosen arrays of a checkpoint to nought, and signs it again."""
+    try:
+        saved = checkpoint.read(path)
+    except checkpoint.DamagedError:
+        return
+    arrays = {name: np.zeros_like(value) if chosen(name) else value for name, value in saved.arrays.items()}
+    shutil.rmtree(path)
+    writer = checkpoint.Checkpoints(path.parent, keep=9)
+    writer.save(path.name, arrays, saved.content)
+    writer.close()
+
+
+def ended(folder: Path) -> Ended:
+    """Everything that has to be the same in two equal runs."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return Ended(
+        summary["steps"],
+        {
+            "the hash of the weights": summary["weights_sha256"],
+            "the test": summary["test"],
+            "the journal": [
+                (*comparable(json.loads(line)), json.loads(line).get("branch"))
+                for line in (folder / "metrics.jsonl").read_text().splitlines()
+            ],
+            "the best weights": weights(folder / "best/model.keras"),
+            "the card of the best weights": json.loads((folder / "best/model.json").read_text()),
+            "the history in MLflow": history(f"sqlite:///{folder}.db"),
+        },
+    )
+
+
+def weights(path: Path) -> str:
+    """SHA-256 over the arrays of a stored model; the file itself holds times."""
+    digest = hashlib.sha256()
+
+    def add(name: str, node: Any) -> None:
+        if isinstance(node, h5py.Dataset):
+            digest.update(name.encode() + node[()].tobytes())
+
+    with zipfile.ZipFile(path) as archive, h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
+        file.visititems(add)
+    return digest.hexdigest()
+
+
+def history(uri: str) -> dict[str, Any]:
+    """Status and metrics of the one run in a store: steps and values, of times and rates the steps alone."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    [run] = runs  # a run that goes on stays the same run
+    found: dict[str, Any] = {"status": run.info.status}
+    for name in run.data.metrics:
+        points = client.get_metric_history(run.info.run_id, name)
+        found[name] = sorted((p.step, "" if name in TIMED else repr(p.value)) for p in points)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole
+
+
+def torture(place: Path, cases: list[str], options: argparse.Namespace) -> list[Trial]:
+    """Trials, some at a time, until so many kills have been counted."""
+    torturer = Torturer(place, options.seed, options.forget)
+    trials: list[Trial] = []
+    turn = threading.Lock()
+    begun = dict.fromkeys(cases, 0)
+
+    def next_case() -> str | None:
+        with turn:
+            counted = sum(len(trial.kills) for trial in trials if trial.counts)
+            fresh = [case for case in cases if not begun[case]]
+            again = sorted((case for case in cases if case not in SLOW), key=lambda case: begun[case])
+            if not fresh and (counted >= options.kills or not again):
+                return None
+            case = (fresh or again)[0]
+            begun[case] += 1
+            return case
+
+    def work() -> None:
+        while case := next_case():
+            trial = torturer.trial(case, begun[case], min(KILLS_PER_RUN, options.kills))
+            with turn:
+                trials.append(trial)
+                tell(trial)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        for worker in [pool.submit(work) for _ in range(options.workers)]:
+            worker.result()
+    return trials
+
+
+def tell(trial: Trial) -> None:
+    verdict = "identical" if not trial.differences else "DIFFERING: " + "; ".join(trial.differences)
+    print(
+        f"{time.strftime('%H:%M:%S')} {trial.case} {trial.number}: {len(trial.kills)} kills "
+        f"({', '.join(trial.kills)}), {trial.steps_executed} steps for {trial.steps}: {verdict}",
+        flush=True,
+    )
+
+
+def summarise(trials: list[Trial], seconds: float) -> dict[str, Any]:
+    """Kills by case and in all; a kill is identical if what became of its run is."""
+    counted = [trial for trial in trials if trial.counts or trial.differences]
+
+    def figures(some: list[Trial]) -> dict[str, int]:
+        identical = sum(len(trial.kills) for trial in some if not trial.differences)
+        kills = sum(len(trial.kills) for trial in some)
+        return {"runs": len(some), "kills": kills, "identical": identical, "differing": kills - identical}
+
+    return {
+        **figures(counted),
+        "not_counted": len(trials) - len(counted),
+        "torn_journals": sum(trial.torn for trial in counted),
+        "damaged_checkpoints": sum(trial.damaged for trial in counted),
+        "seconds": round(seconds),
+        "cases": {
+            case: figures([trial for trial in counted if trial.case == case])
+            for case in dict.fromkeys(trial.case for trial in counted)
+        },
+        "trials": [vars(trial) for trial in trials],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas")
+    parser.add_argument("--forget", choices=FORGET, help="the control: what every checkpoint loses")
+    parser.add_argument("--report", type=Path, help="where the figures go, as JSON")
+    options = parser.parse_args()
+    cases = options.cases.split(",")
+    if unknown := [case for case in cases if case not in CASES]:
+        parser.error(f"--cases must be of {', '.join(CASES)}; got {unknown[0]}")
+    begun = time.monotonic()
+    place = Path(tempfile.mkdtemp(prefix="torture-"))
+    trials = torture(place, cases, options)
+    report = summarise(trials, time.monotonic() - begun)
+    if options.report:
+        options.report.write_text(json.dumps(report, indent=1) + "\n")
+    for case, row in report["cases"].items():
+        print(f"{case:24} runs {row['runs']:3}  kills {row['kills']:4}  identical {row['identical']:4}  "
+              f"differing {row['differing']:4}")  # fmt: skip
+    print(f"kills {report['kills']} / identical {report['identical']} / differing {report['differing']}")
+    if report["differing"]:
+        print(f"what differs is kept in {place}")
+        return 1
+    shutil.rmtree(place)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,471 @@
+"""Whole runs that die and go on: to the same bits, in the same folder, or with a refusal that says why."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, THREADS, run_command
+
+from train import checkpoint, compose, keeper, resume, run
+from train.config import ConfigError
+from train.data import pipeline
+from train.loop import DivergedError, Stops
+from train.stored import Private
+from train.tracking import record, uploader
+from train.tracking.folder import RunFolder, create, open_folder
+from train.tracking.journal import ReplayError, comparable
+
+# The quickest network to build, with dropout.
+TINY = [
+    "model=vgg16",
+    "model.head=fc",
+    "model.width=0.1",
+    "batch_size=16",
+    "steps_per_epoch=6",
+    "epochs=2",
+    "tracking.every_steps=2",
+]
+EVERY = "checkpoint.every_steps=4"
+
+
+@pytest.fixture(autouse=True)
+def no_record(monkeypatch: pytest.MonkeyPatch):
+    """Stories that are told in this process don't feed MLflow; commands do."""
+    monkeypatch.setattr(uploader, "start", lambda *_: None)
+
+
+class Dead(BaseException):
+    """Stands for SIGKILL where the process has to live on: nobody catches it, nothing is saved any more."""
+
+
+def begin(folder: Path, *words: str) -> dict[str, Any]:
+    """The first life of a run; its summary."""
+    config = compose.compose([f"run_dir='{folder}'", f"threads={THREADS}", *TINY, *words])
+    return life(create(config.run_dir, ROOT / "runs", "tests", latest=False), config, Private())
+
+
+def go_on(folder: Path, *words: str, accepted: str = "") -> dict[str, Any]:
+    """One more life, with the stored config and these words."""
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    node = compose.stored(stored, list(words))
+    return life(open_folder(folder), compose.to_config(node), compose.private(node), frozenset(accepted.split(",")))
+
+
+def life(folder: RunFolder, config: Any, private: Private, accepted: frozenset[str] = frozenset()) -> dict[str, Any]:
+    told = run.Life(folder, config, private, Stops(), accepted, record.begin(folder, config))
+    run.tell(told)
+    return told.summary
+
+
+@pytest.fixture
+def dying(monkeypatch: pytest.MonkeyPatch):
+    """dying(point, number) lets the next lives die there; dying(None) lets them live."""
+
+    def die(name: str | None, number: int = 1) -> None:
+        passed: dict[str, int] = {}
+
+        def point(where: str, at: int | None = None) -> None:
+            passed[where] = passed.get(where, 0) + 1
+            if where == name and (passed[where] if at is None else at) == number:
+                raise Dead
+
+        monkeypatch.setattr(keeper.faults, "point", point)
+
+    return die
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def the_same(first: Path, second: Path) -> bool:
+    return list(map(comparable, journal(first))) == list(map(comparable, journal(second)))
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that nobody stops, with dropout and shifted crops."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(uploader, "start", lambda *_: None)
+    folder = tmp_path_factory.mktemp("untouched") / "run"
+    summary = begin(folder, EVERY)
+    patch.undo()
+    return folder, summary
+
+
+# ------------------------------------------------------------------------------------------------- same in, same out
+
+
+def test_loading_threads_prefetch_and_logging_change_no_bit(
+    untouched: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "cores", lambda: 1)
+    monkeypatch.setattr(pipeline, "PREFETCH", 7)
+    other = begin(tmp_path / "run", "tracking.every_steps=1", "checkpoint.every_minutes=0.001")
+    assert other["weights_sha256"] == untouched[1]["weights_sha256"]
+    assert other["test"] == untouched[1]["test"]
+    ends = [
+        [comparable(line) for line in journal(path) if "validation/loss" in line["values"]]
+        for path in (untouched[0], tmp_path / "run")
+    ]
+    assert len(ends[0]) == 2
+    assert ends[0] == ends[1]
+
+
+def test_compute_threads_belong_to_the_config():
+    """They change bits, so that the same hash must not stand for both."""
+    from train.stored import config_hash
+
+    one, two = (compose.compose([f"threads={number}"]) for number in (1, 2))
+    assert config_hash(one, Private()) != config_hash(two, Private())
+
+
+# -------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize(
+    ("point", "number", "executed"),
+    [("step", 5, 12 + 1), ("step", 11, 12 + 3), ("journal", 6, 12 + 2), ("resume/begun", 1, 12)],
+)
+def test_a_run_that_died_goes_on_to_the_same_bits(
+    point: str, number: int, executed: int, untouched: tuple[Path, dict], tmp_path: Path, dying: Any
+):
+    folder, (path, summary) = tmp_path / "run", untouched
+    dying(point, number)
+    with pytest.raises(Dead):
+        begin(folder, EVERY)
+    dying(None)
+    second = go_on(folder)
+    assert second["weights_sha256"] == summary["weights_sha256"]
+    assert second["test"] == summary["test"]
+    assert the_same(folder, path)
+    assert (second["lives"], second["steps"], second["steps_executed"]) == (2, 12, executed)
+
+
+def test_without_a_checkpoint_it_starts_over_in_the_same_folder(
+    untouched: tuple[Path, dict], tmp_path: Path, dying: Any
+):
+    dying("step", 3)
+    with pytest.raises(Dead):
+        begin(tmp_path / "run", EVERY)
+    dying(None)
+    summary = go_on(tmp_path / "run")
+    assert summary["weights_sha256"] == untouched[1]["weights_sha256"]
+    assert the_same(tmp_path / "run", untouched[0])
+    assert summary["steps_executed"] == 3 + 12
+
+
+def test_damaged_checkpoints_are_stepped_over(untouched: tuple[Path, dict], tmp_path: Path, dying: Any):
+    dying("step", 9)
+    with pytest.raises(Dead):
+        begin(tmp_path / "run", EVERY)
+    dying(None)
+    _, second = sorted((tmp_path / "run/checkpoints").iterdir())
+    content = bytearray((second / checkpoint.ARRAYS).read_bytes())
+    content[len(content) // 2] ^= 1
+    (second / checkpoint.ARRAYS).write_bytes(content)
+    summary = go_on(tmp_path / "run")
+    assert summary["weights_sha256"] == untouched[1]["weights_sha256"]
+    assert summary["steps_executed"] == 9 + 8
+    assert (second.parent / f"damaged-{second.name}").is_dir()
+
+
+def test_other_bits_are_an_error_that_names_the_step(tmp_path: Path, dying: Any):
+    """As they come from another machine: here a bit of the state is turned, and the checkpoint signed again."""
+    folder = tmp_path / "run"
+    dying("step", 7)
+    with pytest.raises(Dead):
+        begin(folder, EVERY)
+    dying(None)
+    [path] = (folder / "checkpoints").iterdir()
+    saved = checkpoint.read(path)
+    name = next(name for name in saved.arrays if name.endswith("block1_conv1/kernel") and name.startswith("model/"))
+    saved.arrays[name] = saved.arrays[name] * np.float32(1.1)
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+    writer = checkpoint.Checkpoints(path.parent, keep=2)
+    writer.save(path.name, saved.arrays, saved.content)
+    writer.close()
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ReplayError, match=r"must give the same bits, but in epoch 1 at step 6 .* was .*, is "):
+        go_on(folder)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that died after its first checkpoint."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(uploader, "start", lambda *_: None)
+
+    def point(where: str, at: int | None = None) -> None:
+        if (where, at) == ("step", 7):
+            raise Dead
+
+    patch.setattr(keeper.faults, "point", point)
+    folder = tmp_path_factory.mktemp("halted") / "run"
+    with pytest.raises(Dead):
+        begin(folder, EVERY)
+    patch.undo()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "train.log"}
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["batch_size=8"], "batch_size must stay as it was in the run, 16, got 8; leave it away, or add accept=batch_"),
+        (["model.width=0.2"], "model.width must stay as it was in the run, 0.1, got 0.2"),
+        (["epochs=1"], "epochs must stay as it was in the run, 2, got 1"),
+        (["epochs=two"], "epochs must be a whole number, got two; use e.g. epochs=12"),
+        (["precision=float16"], "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got float16"),
+        (["colour=red"], "colour is no key of this run; use one of run, accept, augment.name, "),
+        (["model=vgg16"], "model is no key of this run; use one of run, accept, "),
+        (["again"], "words must be key=value, got again; use e.g. run=runs/latest"),
+    ],
+)
+def test_what_does_not_fit_the_run_is_refused_in_one_line(words: list[str], answer: str, halted: Path):
+    before = contents(halted)
+    with pytest.raises(ConfigError) as caught:
+        resume.resume([f"run={halted}", *words])
+    assert str(caught.value).startswith(answer)
+    assert contents(halted) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("version.tensorflow", "2.20.0"),
+        ("version.python", "3.10.1"),
+        ("data_fingerprint", "0123"),
+        ("code", "0123"),
+        ("processor", "another"),
+        ("precision", "mixed_float16"),
+        ("backend", "jax"),
+        ("optimizer.name", "adamw"),
+        ("model.name", "inception_v1"),
+    ],
+)
+def test_another_ground_is_refused_and_named(name: str, value: str, halted: Path):
+    """A real checkpoint's ground has all these names in it."""
+    [path] = (halted / "checkpoints").iterdir()
+    ground = checkpoint.read(path).content["ground"]
+    now = ground[name]
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.refuse_other_ground(ground | {name: value}, ground, lambda _: False)
+    assert str(caught.value) == (
+        f"a run goes on as it was, but {name} was {value}, is {now}; put it back, or use make resume accept={name}"
+    )
+
+
+def test_a_ground_that_was_accepted_is_recorded_and_begins_a_branch(halted: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    run_command("cp", "-r", str(halted), str(folder))
+    [path] = (folder / "checkpoints").iterdir()
+    saved = checkpoint.read(path)
+    saved.content["ground"] |= {"code": "0123", "version.keras": "3.0"}
+    run_command("rm", "-r", str(path))
+    writer = checkpoint.Checkpoints(path.parent, keep=2)
+    writer.save(path.name, saved.arrays, saved.content)
+    writer.close()
+    before = contents(folder)
+    with pytest.raises(ConfigError, match=r"code was 0123, is \w+; version.keras was 3.0, is .* accept=code,version.k"):
+        go_on(folder)
+    with pytest.raises(ConfigError, match=r"but version.keras was 3.0, is .* accept=version.keras$"):
+        go_on(folder, accepted="code")
+    assert contents(folder) == before
+    summary = go_on(folder, accepted="code,version.keras")
+    assert [sentence.partition(" is")[0] for sentence in summary["changes"]] == [
+        "code was 0123,", "version.keras was 3.0,",
+    ]  # fmt: skip
+    lines = journal(folder)
+    old = len(before[str(folder / "metrics.jsonl")].splitlines())
+    assert all("branch" not in line for line in lines[:old])
+    assert {tuple(line["branch"]) for line in lines[old:]} == {(2, 0)}
+    assert lines[old]["step"] == 6  # the steps after the checkpoint at 4 are recorded anew, on the branch
+
+
+def test_more_epochs_are_fine_and_recorded(tmp_path: Path):
+    """A finished run goes on from its end; a second life of that needs no words any more."""
+    folder = tmp_path / "run"
+    first = begin(folder, "schedule=constant")
+    (folder / "summary.json").write_text(json.dumps(first | {"status": "finished", "time": time.time()}))
+    assert resume.resume([f"run={folder}"]) == 0
+    second = go_on(folder, "epochs=3")
+    assert (second["epochs"], second["steps"], second["steps_executed"]) == (3, 18, 18)
+    assert second["changes"] == ["epochs was 2, is 3"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["epochs"] == 3
+    whole = begin(tmp_path / "whole", "schedule=constant", "epochs=3")
+    assert second["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_finished_run_says_so_before_tensorflow_is_loaded(tmp_path: Path, halted: Path):
+    folder = tmp_path / "run"
+    run_command("cp", "-r", str(halted), str(folder))
+    (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
+    begun = time.monotonic()
+    done = run_command("make", "resume", f"run={folder}")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"the run is finished: {folder}; to train longer: make resume run={folder} epochs=NUMBER\n"
+    assert time.monotonic() - begun < 5
+
+
+def test_a_run_that_is_alive_is_refused(halted: Path):
+    with open_folder(halted).held(), pytest.raises(ConfigError, match=f"run must not be alive, got {halted}, where"):
+        resume.resume([f"run={halted}"])
+
+
+def test_training_into_the_folder_of_another_config_is_refused(halted: Path):
+    config = compose.compose([f"run_dir={halted}", f"threads={THREADS}", *TINY, EVERY, "seed=5", "optimizer=adamw"])
+    with pytest.raises(ConfigError) as caught:
+        resume.train_again(open_folder(halted), config, Private())
+    assert "optimizer.name was sgd, is adamw; " in str(caught.value)
+    assert f"seed was 0, is 5; use another run_dir, or make resume run={halted}" in str(caught.value)
+
+
+def test_a_value_from_the_environment_that_was_not_stored_has_to_be_given(halted: Path):
+    stored = yaml.safe_load((halted / "config.yaml").read_text())
+    stored["tracking"]["uri"] = compose.HIDDEN
+    with pytest.raises(ConfigError, match=r"tracking.uri must be given again, since it was not stored; use tracking"):
+        compose.stored(stored, [])
+    assert compose.stored(stored, ["tracking.uri=http://h:1"]).tracking.uri == "http://h:1"
+
+
+# ----------------------------------------------------------------------------------------------- numbers gone bad
+
+
+def test_a_run_that_diverges_stops_with_advice_and_no_bad_checkpoint(tmp_path: Path):
+    words = ["optimizer.learning_rate=1e25", "schedule.warmup_epochs=0", "checkpoint.every_steps=1"]
+    with pytest.raises(DivergedError) as caught:
+        begin(tmp_path / "run", *words)
+    assert str(caught.value) == (
+        "the loss must stay finite, but did not in epoch 1 at step 2; the last good checkpoint is "
+        "epoch-00000-batch-0000001; use a lower optimizer.learning_rate, a gradient_clip, on_divergence=rollback, "
+        "or precision=float32"
+    )
+    [path] = (tmp_path / "run/checkpoints").iterdir()
+    assert all(np.isfinite(array).all() for array in checkpoint.read(path).arrays.values())
+
+
+def test_a_rollback_lowers_the_learning_rate_and_is_recorded(tmp_path: Path, dying: Any):
+    """Killed after it, the run comes to the same bits."""
+    words = [
+        "optimizer.learning_rate=1e25", "schedule=constant", "schedule.warmup_epochs=0", "on_divergence=rollback",
+        "rollback.learning_rate_factor=1e-27", EVERY,
+    ]  # fmt: skip
+    summary = begin(tmp_path / "run", *words)
+    assert (summary["rollbacks"], summary["steps"]) == (1, 12)
+    lines = journal(tmp_path / "run")
+    [told] = [line for line in lines if "rollback/number" in line["values"]]
+    assert told["values"] == {"rollback/number": 1.0, "rollback/learning_rate_factor": 1e-27, "rollback/to_step": 0.0}
+    assert (told["step"], told["branch"]) == (2, [0, 1])
+    assert lines[-2]["values"]["learning_rate"] == pytest.approx(0.01)
+    dying("step", 9)
+    with pytest.raises(Dead):
+        begin(tmp_path / "killed", *words)
+    dying(None)
+    second = go_on(tmp_path / "killed")
+    assert second["weights_sha256"] == summary["weights_sha256"]
+    assert the_same(tmp_path / "killed", tmp_path / "run")
+
+
+def test_rollbacks_come_to_an_end(tmp_path: Path):
+    words = ["optimizer.learning_rate=1e25", "schedule.warmup_epochs=0", "on_divergence=rollback", "rollback.at_most=2"]
+    with pytest.raises(DivergedError, match=r"did not in epoch 1 at step 2 after 2 rollbacks; the last good check"):
+        begin(tmp_path / "run", *words)
+    numbers = [line["values"].get("rollback/number") for line in journal(tmp_path / "run")]
+    assert [number for number in numbers if number] == [1.0, 2.0]
+
+
+# --------------------------------------------------------------------------------------------- through the commands
+
+
+def test_sigterm_saves_and_resume_comes_to_the_same_bits(tmp_path: Path, untouched: tuple[Path, dict]):
+    """A real process, a real signal, a real store: exit code 143 within ten seconds, one MLflow run, twice alive."""
+    from mlflow import MlflowClient
+
+    folder, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    words = [
+        f"threads={THREADS}", *TINY, "checkpoint.every_epochs=2", "tracking.log_model=false",
+        f"run_dir={folder}", f"tracking.uri={uri}",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "metrics.jsonl").exists() or '"step": 2' not in (folder / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    told = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, "")
+    assert time.monotonic() - told < 10
+    assert f"to go on: make resume run={folder}" in out
+    summary = json.loads((folder / "summary.json").read_text())
+    [saved] = (folder / "checkpoints").iterdir()
+    assert checkpoint.read(saved).content["progress"]["steps"] == summary["steps"] == summary["steps_executed"]
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("inception")
+    assert experiment is not None
+
+    def recorded() -> Any:
+        [found] = client.search_runs([experiment.experiment_id])
+        return found
+
+    deadline = time.monotonic() + 20
+    while recorded().info.status != "KILLED":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    done = run_command("make", "resume", f"run={folder}")
+    assert done.code == 0, done.err
+    second = json.loads((folder / "summary.json").read_text())
+    assert second["weights_sha256"] == untouched[1]["weights_sha256"]
+    assert second["steps_executed"] == 12  # nothing is done again after a signal
+    assert the_same(folder, untouched[0])
+    assert (recorded().info.status, recorded().data.tags["lives"]) == ("FINISHED", "2")
+    assert "failure" not in recorded().data.tags
+    points = client.get_metric_history(recorded().info.run_id, "train/loss")
+    assert [point.step for point in points] == [2, 4, 6, 8, 10, 12]
+
+
+def torture(*words: str, timeout: float = 600) -> tuple[int, str, dict[str, Any]]:
+    report = Path(words[-1])
+    done = run_command(sys.executable, "scripts/torture.py", *words[:-1], "--report", str(report), timeout=timeout)
+    return done.code, done.out + done.err, json.loads(report.read_text())
+
+
+def test_killed_at_drawn_instants_it_ends_the_same(tmp_path: Path):
+    """The short version of `make torture`."""
+    words = ["--kills", "3", "--workers", "1", "--cases", "dropout and augmentation", str(tmp_path / "report.json")]
+    code, told, report = torture(*words)
+    assert code == 0, told
+    assert report["identical"] == report["kills"] >= 3
+    [trial] = report["trials"]
+    assert trial["steps"] < trial["steps_executed"] <= trial["steps"] + len(trial["kills"]) * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["seeds", "optimizer", "metrics", "statistics"])
+def test_the_torture_notices_what_a_checkpoint_has_lost(lost: str, tmp_path: Path):
+    code, told, report = torture(
+        "--kills", "2", "--cases", "inception_v1", "--forget", lost, str(tmp_path / "report.json")
+    )
+    assert code == 1, told
+    assert report["differing"] == report["kills"] == 2
+    assert "what differs is kept in" in told
