@@ -18,7 +18,7 @@ LOCKS := requirements.lock requirements-dev.lock
 
 KNOBS := PYTHON ARGS
 WORDED := train resume sweep cost sync reap ui
-PLAIN := setup lock test test-all lint format readme readme-check help
+PLAIN := setup lock test test-all torture bench lint format readme readme-check help
 
 override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 override TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))
@@ -102,6 +102,12 @@ test: $(STAMP) ## the default tests (under 6 minutes on 2 cores)
 
 test-all: $(STAMP) ## all tests, the long ones too
 	@$(BIN)/python -m pytest $(ARGS)
+
+torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 40 minutes; ARGS="--kills 20")
+	@$(BIN)/python scripts/torture.py $(ARGS)
+
+bench: $(STAMP) ## what the safeguards cost, measured side by side (about 20 minutes on a quiet machine)
+	@$(BIN)/python scripts/bench.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

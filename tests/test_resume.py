@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,51 @@ def test_rollbacks_come_to_an_end(tmp_path: Path):
         begin(tmp_path / "run", *words)
     numbers = [line["values"].get("rollback/number") for line in journal(tmp_path / "run")]
     assert [number for number in numbers if number] == [1.0, 2.0]
+
+
+# ------------------------------------------------------------------------------------------------------ a full disk
+
+
+@pytest.mark.parametrize(
+    ("fill_at", "answer"),
+    [(3, "can't be written (No space left on device); make room, then: make resume run="),
+     (7, "the summary could not be written to {} (No space left on device); make room there")],
+)  # fmt: skip
+def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(
+    fill_at: int,
+    answer: str,
+    untouched: tuple[Path, dict],
+    tiny_disk: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    """Full before the first checkpoint, and after it: nothing that was good is lost."""
+    disk = tiny_disk("16m")
+
+    def point(where: str, at: int | None = None) -> None:
+        if (where, at) == ("step", fill_at):
+            with pytest.raises(OSError, match="No space left"), (disk / "filler").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    monkeypatch.setattr(keeper.faults, "point", point)
+    config = compose.compose([f"run_dir={disk / 'run'}", f"threads={THREADS}", *TINY, EVERY])
+    folder = create(config.run_dir, ROOT / "runs", "tests", latest=False)
+    assert run.live(folder, config, Private()) == 1
+    told = capsys.readouterr().err
+    assert answer.format(disk / "run") in told
+    assert "Traceback" not in told
+    if fill_at == 7:
+        [saved] = (disk / "run/checkpoints").glob("epoch-*")
+        assert checkpoint.read(saved).content["progress"]["steps"] == 4
+        assert "a checkpoint could not be written to" in told
+    (disk / "filler").unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(uploader, "start", lambda *_: None)
+    summary = go_on(disk / "run")
+    assert summary["weights_sha256"] == untouched[1]["weights_sha256"]
+    assert summary["test"] == untouched[1]["test"]
+    assert the_same(disk / "run", untouched[0])
 
 
 # --------------------------------------------------------------------------------------------- through the commands

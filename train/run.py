@@ -70,7 +70,7 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
             say("nothing was changed in the run" if code > 128 else "")
             return code
         with stops.deferred():
-            record.close(folder, life.summary)
+            code = record.close(folder, life.summary) or code
         say("record: completing it in MLflow")
         uploader.wait(life.recorder, folder, config.tracking.uri or uploader.default_uri(ROOT), patience)
         say(f"to go on: make resume run={record.short(folder.path)}" if code else "")

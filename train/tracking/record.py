@@ -200,8 +200,8 @@ def report(fault: Exception, folder: RunFolder, private: Private) -> int:
     return 1
 
 
-def close(folder: RunFolder, summary: dict[str, Any]) -> None:
-    """The last thing that a run writes; whoever finds it knows that the run has ended."""
+def close(folder: RunFolder, summary: dict[str, Any]) -> int:
+    """The last thing that a run writes; whoever finds it knows that the run has ended. 0, or 1 where it is not."""
     summary["time"] = time.time()
     try:
         if not (folder.path / "params.json").exists():  # it ended before its config was settled
@@ -210,6 +210,8 @@ def close(folder: RunFolder, summary: dict[str, Any]) -> None:
         folder.write_json("summary.json", summary)
     except OSError as fault:
         command.tell(f"the summary could not be written to {folder.path} ({fault.strerror}); make room there")
+        return 1
+    return 0
 
 
 def one_line(summary: dict[str, Any], folder: RunFolder) -> str:
