@@ -9,6 +9,7 @@ serves until it is ended (`make ui`) has to answer within a minute.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -22,9 +23,11 @@ from pathlib import Path
 from train import config as schema
 from train import runtime
 from train.compose import as_typed, compose
+from train.stored import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+FIGURES = ROOT / "scripts/figures"  # measured, and kept as they came
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SERVERS = {"make ui": "http://127.0.0.1:5000/"}
@@ -35,7 +38,7 @@ SERVERS = {"make ui": "http://127.0.0.1:5000/"}
 
 def config_table() -> str:
     """Every key of the schema with its default, range and meaning."""
-    defaults = schema.flatten(dataclasses.asdict(compose([])))
+    defaults = flatten(dataclasses.asdict(compose([])))
     defaults["data.image_size"] = None  # null is what is shipped; the composed config has it filled in
     lines = ["| key | default | allowed | what |", "|---|---|---|---|"]
     for item in dataclasses.fields(schema.Config):
@@ -62,7 +65,7 @@ def _group_rows(group: str, defaults: dict) -> list[str]:
                 seen.setdefault(item.name, (item, []))[1].append(name)
     for key, (item, owners) in seen.items():
         only = "" if len(owners) == len(options) else f" ({', '.join(owners)})"
-        default = defaults.get(f"{group}.{key}", schema.flatten({key: _default(item)})[key])
+        default = defaults.get(f"{group}.{key}", flatten({key: _default(item)})[key])
         rows.append(_row(f"{group}.{key}", item, default, only))
     return rows
 
@@ -99,7 +102,30 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"config": config_table, "models": models_table}
+def torture_table() -> str:
+    """What `make torture ARGS="--report scripts/figures/torture.json"` found."""
+    found = json.loads((FIGURES / "torture.json").read_text())
+    lines = ["| runs of | runs | kills | identical | differing |", "|---|---:|---:|---:|---:|"]
+    rows = [*found["cases"].items(), ("**all**", found)]
+    lines += [f"| {name} | {r['runs']} | {r['kills']} | {r['identical']} | {r['differing']} |" for name, r in rows]
+    return "\n".join(lines)
+
+
+def bench_table() -> str:
+    """What `make bench ARGS="--report scripts/figures/bench.json"` found."""
+    lines = [
+        "| compared | images/s | ratio of medians | single pairs | two equal runs | waited for checkpoints |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "bench.json").read_text()):
+        one, two = row["median_images_per_second"]
+        pairs, equals = ("{:.3f} to {:.3f}".format(*row[name]) for name in ("ratios_of_pairs", "ratios_of_equals"))
+        figures = f"{one:.1f}, {two:.1f} | {row['ratio']:.3f} | {pairs} | {equals} | {row['stall']:.2%}"
+        lines.append(f"| {row['name']} ({row['pairs']} pairs) | {figures} |")
+    return "\n".join(lines)
+
+
+TABLES = {"config": config_table, "models": models_table, "torture": torture_table, "bench": bench_table}
 
 
 def written() -> str:

@@ -813,11 +813,22 @@ def test_without_comparing_the_old_line_stays(tmp_path: Path):
     before = path.read_bytes()
     journal = Journal(path)
     journal.go_on(1, FIRST, compare=False)
-    for epoch, step, _ in LINES[1:]:
-        journal.append(epoch, step, {"train/loss": 0.0})
+    for epoch, step, values in LINES[1:]:
+        journal.append(epoch, step, dict.fromkeys(values, 0.0))
     assert (path.read_bytes(), journal.lines) == (before, 4)
     journal.append(1, 20, {"train/loss": 0.0})
     assert steps(path) == [0, 5, 10, 15, 20]
+
+
+def test_without_comparing_another_way_is_written_down(tmp_path: Path):
+    """Such as a run that stops earlier than its earlier life did: its last line must not get lost."""
+    path = tmp_path / "metrics.jsonl"
+    write(path)
+    journal = Journal(path)
+    journal.go_on(1, FIRST, compare=False)
+    journal.append(0, LINES[1][1], {"test/loss": 0.5})
+    assert [line["values"] for line, _ in read_journal(path)][-1] == {"test/loss": 0.5}
+    assert len(steps(path)) == len(LINES) + 1
 
 
 def test_a_branch_has_its_own_lines_behind_those_of_the_one_before(tmp_path: Path):

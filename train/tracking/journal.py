@@ -73,6 +73,8 @@ class Journal:
         line: dict[str, Any] = {"epoch": epoch, "step": step, "time": time.time(), "values": values}
         if self.branch != FIRST:
             line["branch"] = list(self.branch)
+        if self._ahead and not self._compare and _place(self._ahead[0][1]) != _place(line):
+            self._ahead.clear()  # other bits took another way, such as stopping earlier
         if self._ahead:
             number, earlier = self._ahead.popleft()
             if self._compare:
@@ -107,6 +109,10 @@ def _cut_torn_line(path: Path) -> None:
     if whole < len(content):
         log.warning("the last line of %s was being written when the run died, and is cut off", path)
         os.truncate(path, whole)
+
+
+def _place(line: dict[str, Any]) -> tuple[int, int, set[str]]:
+    return line["epoch"], line["step"], set(line["values"])
 
 
 def _refuse_difference(earlier: dict[str, Any], now: dict[str, Any]) -> None:
