@@ -133,6 +133,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="start of the comparison's name")
     parser.add_argument("--report", type=Path, help="where the figures go, as JSON")
     options = parser.parse_args()
+    if options.pairs < 2:
+        parser.error(f"--pairs must be at least 2, got {options.pairs}")
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-") as root, server(Path(root)) as alive:
         places = {

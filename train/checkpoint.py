@@ -51,6 +51,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
         self.stall_seconds = 0.0  # how long training has waited for checkpoints
+        self.begun: str | None = None  # the newest that is written, or is being written
         self.last: str | None = None  # the newest that is known to be whole
 
     @contextmanager
@@ -65,6 +66,7 @@ class Checkpoints:
     def save(self, name: str, arrays: dict[str, np.ndarray], content: dict[str, Any]) -> None:
         """Begins to write; `arrays` must not change any more. Waits only for the one before to be written."""
         self.wait()
+        self.begun = name
         self._writing = self._writer.submit(self._write, name, arrays, content)
 
     def wait(self) -> None:
@@ -75,6 +77,7 @@ class Checkpoints:
         try:
             self.last = writing.result()
         except OSError as fault:
+            self.begun = self.last
             log.warning(
                 "a checkpoint could not be written to %s (%s); the one before stays: %s",
                 self.folder, fault.strerror or fault, self.last or "none",

@@ -96,7 +96,9 @@ class Keeper:
         return self._interval.due(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
     def save(self, progress: Progress) -> None:
-        """A copy of the state, which a thread writes while training goes on."""
+        """A copy of the state, which a thread writes while training goes on. Nothing if that has been done here."""
+        if self.checkpoints.begun == progress.name:
+            return
         with self.checkpoints.stalling():
             content = {
                 "run_id": self.folder.run_id,
