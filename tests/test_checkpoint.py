@@ -37,7 +37,7 @@ from train.checkpoint import (
     Interval,
     differences,
     read,
-    refuse_other_ground,
+    refuse_differences,
 )
 from train.config import ConfigError
 from train.disk import point_link, write_atomically
@@ -630,26 +630,38 @@ IS = {"seed": 0, "batch_size": 64, "code": "def", "come": 2}
 
 
 def test_every_difference_of_the_ground_is_named():
-    assert differences(WAS, IS, lambda _: False) == [
-        "batch_size was 32, is 64",
-        "code was abc, is def",
-        "come was None, is 2",
-        "gone was 1, is None",
-    ]
-    assert differences(WAS, IS, {"code", "gone"}.__contains__) == ["batch_size was 32, is 64", "come was None, is 2"]
-    assert differences(WAS, dict(WAS), lambda _: False) == []
+    assert differences(WAS, IS) == ["batch_size", "code", "come", "gone"]
+    assert differences(WAS, dict(WAS)) == []
 
 
 def test_another_ground_is_refused_with_the_words_that_accept_it():
+    found = differences(WAS, IS)
     with pytest.raises(ConfigError) as refused:
-        refuse_other_ground(WAS, IS, {"come", "gone"}.__contains__)
+        refuse_differences(found, WAS, IS, frozenset({"come", "gone"}))
     assert str(refused.value) == (
         "a run goes on as it was, but batch_size was 32, is 64; code was abc, is def; "
-        "put it back, or use make resume accept=batch_size,code"
+        "put it back, or use make resume accept=batch_size,code,come,gone"
     )
-    accepted = str(refused.value).partition("accept=")[2].split(",")
-    refuse_other_ground(WAS, IS, {*accepted, "come", "gone"}.__contains__)
-    refuse_other_ground(WAS, dict(WAS), lambda _: False)
+    refuse_differences(found, WAS, IS, frozenset(str(refused.value).partition("accept=")[2].split(",")))
+    refuse_differences([], WAS, dict(WAS), frozenset())
+
+
+def test_a_name_that_nothing_has_can_not_be_accepted():
+    with pytest.raises(ConfigError, match="accept must name what may differ, got cod; use names like code"):
+        refuse_differences(["code"], WAS, IS, frozenset({"cod"}))
+
+
+def test_checkpoints_of_a_stop_are_no_targets_of_a_rollback_and_push_no_planned_one_out(tmp_path: Path):
+    saved = Checkpoints(tmp_path, keep=1)
+    for name in ("epoch-00000-batch-0000004", "epoch-00000-batch-0000005-stop", "epoch-00000-batch-0000006-stop"):
+        saved.save(name, {"a": np.zeros(1)}, {"name": name})
+    saved.wait()
+    newest, planned = saved.newest(), saved.newest(planned=True)
+    assert newest is not None and planned is not None
+    assert (newest.name[-9:], planned.name[-9:]) == ("0006-stop", "h-0000004")
+    saved.save("epoch-00001-batch-0000000", {"a": np.zeros(1)}, {})
+    saved.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001-batch-0000000"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the journal

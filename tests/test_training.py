@@ -603,6 +603,37 @@ def test_a_loss_scale_below_its_floor_is_a_fault():
     assert (step.metrics()["loss_scale"], step.fault()) == (0.5, ("the gradients (loss scale below 1)", 2))
 
 
+def test_accumulated_steps_are_not_skipped_ones():
+    begin_anew("mixed_float16")
+    step = step_of(compiled(dense_model(), sgd(gradient_accumulation=2)))
+    for seed in range(4):
+        step(*batch(seed=seed))
+    assert step.metrics()["skipped_steps"] == 0.0
+
+
+class Huge(keras.layers.Layer):
+    """Gradients so large that their global norm overflows: clipping makes weights of them that are no numbers."""
+
+    def call(self, x):
+        @tf.custom_gradient
+        def pass_on(value):
+            return tf.identity(value), lambda upstream: upstream * 1e21
+
+        return pass_on(x)
+
+
+def test_weights_that_an_update_breaks_are_a_fault_of_that_step():
+    begin_anew()
+    images = keras.Input((4,))
+    x = keras.layers.Rescaling(1 / 64, offset=-2)(images)
+    x = Huge()(keras.layers.BatchNormalization(name="bn")(x))
+    model = keras.Model(images, {"main": keras.layers.Dense(CLASSES, name="dense")(x)})
+    step = step_of(compiled(model, sgd(gradient_clip=1.0)))
+    step(*batch())
+    assert math.isfinite(step.metrics()["loss"])
+    assert step.fault() == ("the weights", 1)
+
+
 # ------------------------------------------------------------------------------------------------------------ loop
 
 
@@ -638,6 +669,7 @@ class Recorder:
         self.journal: list[tuple[int, int, dict[str, float]]] = []
         self.best: list[int] = []
         self.saved: list[Saved] = []
+        self.planned: list[bool] = []
         self.events: list[tuple] = []
 
     def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
@@ -654,7 +686,8 @@ class Recorder:
             return False
         return self.interval.due(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, *, planned: bool) -> None:
+        self.planned.append(planned)
         self.saved.append(Saved(dataclasses.asdict(progress), self.trained.state(), len(self.journal)))
 
     @property
@@ -763,6 +796,13 @@ def test_early_stopping_waits_for_its_patience():
     assert (progress.epoch, progress.stopped_early, progress.best_accuracy) == (5, True, 0.504)
 
 
+def test_a_metric_that_is_no_number_is_no_improvement():
+    stopper, progress = Stopper("validation/loss", patience_epochs=3, min_delta=0.0), Progress()
+    for loss in (math.nan, 3.0, 2.0, math.nan):
+        stopper.look({"validation/loss": loss}, progress)
+    assert (progress.stale_value, progress.stale_epochs, progress.stopped_early) == (-2.0, 1, False)
+
+
 def test_a_falling_metric_improves_downwards():
     stopper, progress = Stopper("validation/loss", patience_epochs=2, min_delta=0.0), Progress()
 
@@ -867,7 +907,7 @@ def test_a_signal_is_obeyed_between_two_batches():
         loop, recorder = loop_of(step, stops=stops)
         loop.run()
     assert recorder.events == [("asked", 0, 0), ("trained", 1), ("trained", 2)]
-    assert recorder.places == [(0, 2, 2)]
+    assert (recorder.places, recorder.planned) == ([(0, 2, 2)], [False])
     assert (stop.value.number, stop.value.at_once) == (signal.SIGTERM, False)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -961,10 +1001,22 @@ def test_an_epoch_that_lacks_only_its_validation_is_validated_first(when: str):
 def test_a_second_signal_leaves_at_once_and_so_does_one_outside_the_loop():
     with Stops().listening() as stops, stops.deferred():
         os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(Interrupted, match="SIGINT"):
-            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stops.code() == 143
     with Stops().listening(), pytest.raises(Interrupted, match="SIGTERM"):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_same_signal_at_once_again_is_the_same_wish(monkeypatch: pytest.MonkeyPatch):
+    """make hands a SIGTERM on to a process that has got it already."""
+    with Stops().listening() as stops, stops.deferred():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(Stops, "REPEAT_SECONDS", 0.0)
+        with pytest.raises(Interrupted) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.at_once
 
 
 def test_validation_heeds_a_signal_too():

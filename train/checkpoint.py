@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 ARRAYS, MANIFEST = "arrays.npz", "manifest.json"
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 UNFINISHED, DAMAGED = ".new-", "damaged-"
+UNPLANNED = "-stop"  # ends the name of one that was made because somebody stopped the run
 
 
 @dataclass
@@ -84,12 +85,19 @@ class Checkpoints:
             )  # fmt: skip
 
     def close(self) -> None:
-        self.wait()
-        self._writer.shutdown()
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
 
-    def newest(self) -> Checkpoint | None:
-        """The newest that is whole. Those found damaged on the way are put aside under another name, with a warning."""
+    def newest(self, *, planned: bool = False) -> Checkpoint | None:
+        """The newest that is whole. Those found damaged on the way are put aside under another name, with a warning.
+
+        `planned`: only those that every run of the same config makes, stopped or not.
+        """
         for path in reversed(self._paths()):
+            if planned and path.name.endswith(UNPLANNED):
+                continue
             try:
                 found = read(path)
             except DamagedError as fault:
@@ -133,7 +141,11 @@ class Checkpoints:
         return name
 
     def _prune(self) -> None:
-        for old in self._paths()[: -self._keep]:
+        """The newest planned ones stay, and whatever is newer than all of them."""
+        paths = self._paths()
+        planned = [path for path in paths if not path.name.endswith(UNPLANNED)]
+        staying = planned[-self._keep :]
+        for old in [path for path in paths if path not in staying and planned and path < planned[-1]]:
             try:
                 shutil.rmtree(old)
             except OSError as fault:  # the new one is whole all the same
@@ -195,23 +207,20 @@ def _put_aside(path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the ground
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], accepted: Callable[[str], bool]) -> list[str]:
-    """What of the ground a run stands on is not as it was, one sentence each; both by dotted name."""
-    return [
-        f"{name} was {saved.get(name)}, is {now.get(name)}"
-        for name in sorted({*saved, *now})
-        if saved.get(name) != now.get(name) and not accepted(name)
-    ]
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of what of the ground that a run stands on is not as it was."""
+    return [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
 
 
-def refuse_other_ground(saved: dict[str, Any], now: dict[str, Any], accepted: Callable[[str], bool]) -> None:
-    """Raises: ConfigError naming every difference and the words that accept it."""
-    found = differences(saved, now, accepted)
-    if found:
-        names = ",".join(sentence.partition(" ")[0] for sentence in found)
-        raise ConfigError(
-            f"a run goes on as it was, but {'; '.join(found)}; put it back, or use make resume accept={names}"
-        )
+def refuse_differences(found: list[str], saved: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> None:
+    """Raises: ConfigError naming every difference, and the words that accept them, unless all are accepted."""
+    unknown = sorted(accepted - {*saved, *now})
+    if unknown:
+        raise ConfigError(f"accept must name what may differ, got {unknown[0]}; use names like code or batch_size")
+    if set(found) <= accepted:
+        return
+    told = "; ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in found if name not in accepted)
+    raise ConfigError(f"a run goes on as it was, but {told}; put it back, or use make resume accept={','.join(found)}")
 
 
 # ----------------------------------------------------------------------------------------------------------- when

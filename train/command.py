@@ -46,4 +46,6 @@ def run(story: Callable[[list[str]], int | None]) -> None:
         code = story(sys.argv[1:])
     except ValueError as fault:
         code = tell(str(fault))
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code or 0)

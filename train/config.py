@@ -409,6 +409,7 @@ def _check_together(config: Config) -> None:
     if milestones != sorted(set(milestones)):
         raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
     _check_interval(config.checkpoint)
+    _check_rollback(config)
     _check_tracking(config.tracking)
 
 
@@ -422,6 +423,14 @@ def _check_interval(checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(given)}; "
             "use exactly one, or none for every epoch"
+        )
+
+
+def _check_rollback(config: Config) -> None:
+    if config.on_divergence == "rollback" and config.checkpoint.every_minutes is not None:
+        raise ConfigError(
+            "on_divergence=rollback must find its checkpoints at the same steps in every run, "
+            "got checkpoint.every_minutes; use checkpoint.every_steps or checkpoint.every_epochs"
         )
 
 

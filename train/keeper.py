@@ -7,14 +7,17 @@ import time
 from typing import Any
 
 from train import faults
-from train.checkpoint import Checkpoint, Checkpoints, Interval, refuse_other_ground
+from train.checkpoint import UNPLANNED, Checkpoints, Interval, differences, refuse_differences
 from train.config import Config, options
 from train.loop import DivergedError, Progress
 from train.tracking.folder import Pulse, RunFolder
 from train.tracking.journal import Journal
 
 # Keys that may differ from life to life: they change no bit, or the fingerprint of the data stands for them.
-FREE = ("tracking.", "checkpoint.", "run_dir", "data.root", "data.manual_dir", "data.directory")
+FREE = (
+    "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
+    "data.root", "data.manual_dir", "data.directory",
+)  # fmt: skip
 
 
 class Keeper:
@@ -27,56 +30,62 @@ class Keeper:
         self.checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint.keep)
         self.found = self.checkpoints.newest()
         self.progress = Progress()
-        self._pulse: Pulse | None = None
         self._interval = Interval(**{name: v for name, v in options(config.checkpoint).items() if name != "keep"})
 
-    def refuse_other_ground(self, ground: dict[str, Any], accepted: frozenset[str]) -> list[dict[str, Any]]:
-        """Changes, apart from those recorded before, that were accepted.
+    def changes(self, ground: dict[str, Any], accepted: frozenset[str]) -> list[dict[str, Any]]:
+        """What is not as it was in the life before, to be recorded; each begins a new branch of the journal.
 
-        Raises: ConfigError naming what is no longer as it was in the life before, ValueError naming a
-        tensor that no longer fits.
+        Raises: ConfigError naming what differs and was not accepted.
         """
-        saved = self.found.content["ground"] if self.found else self.folder.read_json("ground.json", ground)
-        recorded = {change["name"]: change["is"] for change in self.folder.identity()["changes"]}
+        before = self.folder.read_json("ground.json", self.found.content["ground"] if self.found else ground)
+        found = [name for name in differences(before, ground) if name not in FREE]
+        longer = {"epochs"} if ground["epochs"] > before["epochs"] else set()
+        refuse_differences(found, before, ground, accepted | longer)
+        line, recorded = self._place()["journal_lines"], self.folder.identity()["changes"]
+        changes = [{"name": name, "was": before.get(name), "is": ground.get(name), "line": line} for name in found]
+        if not changes and recorded and recorded[-1]["line"] > line:
+            # The checkpoints behind the last change are gone. What is done now can't be compared with what came of it.
+            changes = [{"name": "journal_lines", "was": recorded[-1]["line"], "is": line, "line": line}]
+        return changes
 
-        def known(name: str) -> bool:
-            return name.startswith(FREE) or (name in recorded and recorded[name] == ground.get(name))
+    def go_on(self, changes: int) -> None:
+        """Back to the checkpoint, if there is one. `changes`: how many there were in the run. Writes nothing.
 
-        longer = {"epochs"} if ground["epochs"] > saved["epochs"] else set()
-        refuse_other_ground(saved, ground, lambda name: known(name) or name in accepted | longer)
+        Raises: ValueError naming a tensor that no longer fits, or a journal that has lost lines.
+        """
+        self._changes = changes
         if self.found:
             self.step.load(self.found.arrays)
-        return [
-            {"name": name, "was": saved.get(name), "is": ground.get(name), "time": time.time()}
-            for name in sorted({*saved, *ground})
-            if saved.get(name) != ground.get(name) and not known(name)
-        ]
+            self.found.arrays.clear()  # they are in the network now
+        self._stand(self._place())
 
-    def begin(self, ground: dict[str, Any]) -> None:
-        """A life begins: where the checkpoint stands, or at the start. The state has been loaded."""
-        self._ground, self._changes = ground, len(self.folder.identity()["changes"])
-        self._pulse = Pulse(self.folder.path / "heartbeat")
+    def begin(self, ground: dict[str, Any], pulse: Pulse) -> None:
+        """A life begins to train."""
+        self._ground, self._pulse = ground, pulse
+        pulse.at_least(self._place()["steps_executed"])
         self.folder.write_json("ground.json", ground)
-        faults.point("resume/begun")
-        if self.found:
-            self._pulse.at_least(self.found.content["steps_executed"])
-            self._go_on(self.found, self.found.content["progress"]["rollbacks"])
-            return
-        self.journal.go_on(0, (self._changes, 0), compare=self.config.deterministic)
-        if self.config.on_divergence == "rollback":
-            self.save(self.progress)  # the start is good, too
+        faults.point("life/ground")
+        if self.config.on_divergence == "rollback" and not self.found:
+            self.save(self.progress, planned=True)  # the start is good, too
 
-    def _go_on(self, saved: Checkpoint, rollbacks: int) -> None:
-        self.progress = Progress.of(saved.content["progress"])
-        self.progress.rollbacks = rollbacks
-        branch = (self._changes, rollbacks)
-        self.journal.go_on(saved.content["journal_lines"], branch, compare=self.config.deterministic)
+    def _place(self) -> dict[str, Any]:
+        """Where a life starts."""
+        start = {"progress": dataclasses.asdict(Progress()), "journal_lines": 0, "steps_executed": 0}
+        return self.found.content if self.found else start
+
+    def _stand(self, place: dict[str, Any], rollbacks: int | None = None) -> None:
+        self.progress = Progress.of(place["progress"])
+        if rollbacks is not None:
+            self.progress.rollbacks = rollbacks
+        card = self.folder.card()
+        if card:  # also where the best was found behind this place, or on a branch that was left
+            self.progress.best_epoch, self.progress.best_accuracy = card["epoch"], card["validation_main_accuracy"]
+        branch = (self._changes, self.progress.rollbacks)
+        self.journal.go_on(place["journal_lines"], branch, compare=self.config.deterministic)
 
     def close(self) -> None:
         """Waits for what is being written."""
         self.checkpoints.close()
-        if self._pulse:
-            self._pulse.close()
 
     # ------------------------------------------------------------------------------------- what the loop asks for
 
@@ -88,38 +97,29 @@ class Keeper:
             self.folder.save_best(self.inference, epoch, values, self.dataset.classes, self.dataset.fingerprint)
 
     def step_done(self, progress: Progress) -> None:
-        assert self._pulse
         self._pulse.beat()
         faults.point("step", progress.steps)
 
     def due(self, progress: Progress) -> bool:
         return self._interval.due(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, *, planned: bool) -> None:
         """A copy of the state, which a thread writes while training goes on. Nothing if that has been done here."""
         if self.checkpoints.begun == progress.name:
             return
+        name = progress.name if planned else progress.name + UNPLANNED
         with self.checkpoints.stalling():
             content = {
                 "run_id": self.folder.run_id,
                 "progress": dataclasses.asdict(progress),
                 "journal_lines": self.journal.lines,
-                "steps_executed": self.steps_executed,
+                "steps_executed": self._pulse.steps,
                 "ground": self._ground,
                 "time": time.time(),
             }
-            self.checkpoints.save(progress.name, self.step.state(), content)
+            self.checkpoints.save(name, self.step.state(), content)
 
     # ------------------------------------------------------------------------------------------------- what came of it
-
-    @property
-    def steps_executed(self) -> int:
-        """In all lives of the run."""
-        return self._pulse.steps if self._pulse else 0
-
-    @property
-    def lives(self) -> int:
-        return self._pulse.lives if self._pulse else 0
 
     def roll_back(self, fault: DivergedError) -> None:
         """Back to the last checkpoint with a lower learning rate, if the config wants that; the journal tells it.
@@ -127,7 +127,7 @@ class Keeper:
         Raises: DivergedError saying what else there is to do.
         """
         self.checkpoints.wait()
-        saved, rule, before = self.checkpoints.newest(), self.config.rollback, self.progress.rollbacks
+        saved, rule, before = self.checkpoints.newest(planned=True), self.config.rollback, self.progress.rollbacks
         if self.config.on_divergence != "rollback" or before >= rule.at_most or saved is None:
             times = f" after {before} rollbacks" if before else ""
             fault.args = (
@@ -139,6 +139,7 @@ class Keeper:
         factor = rule.learning_rate_factor**number
         self.step.load(saved.arrays)
         self.step.slow_down(factor)
-        self._go_on(saved, number)
+        self._stand(saved.content, number)
+        faults.point("rollback")
         told = {"number": number, "learning_rate_factor": factor, "to_step": self.progress.steps}
         self.record(fault.epoch, fault.step, {f"rollback/{name}": float(value) for name, value in told.items()})

@@ -5,6 +5,7 @@ It is ours rather than Keras's because it must be able to stop between any two b
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -64,7 +65,8 @@ class Stopper:
         if self.metric is None:
             return
         value = values[self.metric] * (-1 if self.metric.endswith("loss") else 1)
-        if progress.stale_value is None or value > progress.stale_value + self.min_delta:
+        known = -math.inf if progress.stale_value is None else progress.stale_value + self.min_delta
+        if value > known:  # a value that is no number never is
             progress.stale_value, progress.stale_epochs = value, 0
         else:
             progress.stale_epochs += 1
@@ -125,15 +127,27 @@ class Stops:
     """
 
     GRACE_SECONDS = 3.0
+    REPEAT_SECONDS = 1.0  # the same one so soon is one wish: it goes to make and to all its children
 
     def __init__(self) -> None:
         self._number: int | None = None
+        self._noted = 0.0
         self._deferring = False
 
     def _note(self, number: int, _: Any) -> None:
-        first, self._number = self._number is None, number
+        first = self._number is None
+        if not first and self._repeats(number, self._number, self._noted):
+            return
+        self._number, self._noted = number, time.monotonic()
         if not (first and self._deferring):
             raise Interrupted(number, at_once=not first)
+
+    def _repeats(self, number: int, before: int | None, noted: float) -> bool:
+        return number == before and time.monotonic() - noted < self.REPEAT_SECONDS
+
+    def code(self) -> int:
+        """The exit code of what was asked; 0 for nothing."""
+        return 128 + self._number if self._number is not None else 0
 
     @contextmanager
     def listening(self) -> Iterator[Stops]:
@@ -153,11 +167,15 @@ class Stops:
 
     def _leave_at_second(self, reader: int) -> None:
         """In a thread: the number of every signal comes through a pipe, also while the main thread is busy."""
-        asked = 0
-        while number := os.read(reader, 1):
-            asked += number[0] in (signal.SIGINT, signal.SIGTERM)
-            if asked == 2 and not _closed(reader, self.GRACE_SECONDS):
-                os._exit(128 + number[0])
+        first: tuple[int, float] | None = None
+        while byte := os.read(reader, 1):
+            number = byte[0]
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if first is None:
+                first = number, time.monotonic()
+            elif not self._repeats(number, *first) and not _closed(reader, self.GRACE_SECONDS):
+                os._exit(128 + number)
         os.close(reader)
 
     @contextmanager
@@ -197,7 +215,7 @@ class Keeper(Protocol):
     def keep_best(self, epoch: int, values: dict[str, float]) -> None: ...
     def step_done(self, progress: Progress) -> None: ...
     def due(self, progress: Progress) -> bool: ...
-    def save(self, progress: Progress) -> None: ...
+    def save(self, progress: Progress, *, planned: bool) -> None: ...
 
 
 @dataclass
@@ -236,13 +254,13 @@ class Loop:
                 self.save()  # what one may want to train longer from
             except Interrupted as stop:
                 if not stop.at_once:
-                    self.save()
+                    self.save(planned=False)
                 raise
 
-    def save(self) -> None:
-        """A checkpoint; never one of a state that is broken."""
+    def save(self, *, planned: bool = True) -> None:
+        """A checkpoint; never one of a state that is broken. `planned`: not because somebody stops the run."""
         self._refuse_divergence()
-        self.keeper.save(self.progress)
+        self.keeper.save(self.progress, planned=planned)
 
     def _train_epoch(self) -> Clock:
         """What is left of the epoch."""

@@ -5,6 +5,7 @@ The stored config is read, never conf/. Bits, journal and record become those of
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +62,22 @@ def train_again(folder: RunFolder, config: Config, private: Private) -> int:
     found = [
         f"{name} was {before.get(name)}, is {now.get(name)}"
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and not name.startswith(FREE)
+        if before.get(name) != now.get(name) and name not in FREE
     ]
     if found:
         raise ConfigError(
             f"run_dir must be a folder without a run, or with one of the same config, got {folder.path}, where "
             f"{'; '.join(found)}; use another run_dir, or make resume run={folder.path}"
         )
-    return go_on(folder, [], frozenset())
+    free = ("tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep")
+    typed = flatten(dataclasses.asdict(config))
+    return go_on(folder, [f"{name}={typed[name]}" for name in free if typed[name] is not None], frozenset())
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> None:
     """More epochs are fine; whatever else changes a bit has to be accepted by name."""
     for name, value in now.items():
-        fine = name in accepted or name.startswith(FREE) or (name == "epochs" and value >= before[name])
+        fine = name in accepted or name in FREE or (name == "epochs" and value >= before[name])
         if value != before.get(name) and not fine:
             raise ConfigError(
                 f"{name} must stay as it was in the run, {before.get(name)}, got {value}; "

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from train import config as schema
-from train import data, loop, runtime
+from train import data, faults, loop, runtime
 from train.config import ROOT, Config, ConfigError, options
 from train.evaluate import evaluate
 from train.keeper import Keeper
 from train.progress import Terminal, say
 from train.stored import Private, to_dict
 from train.tracking import record, uploader
-from train.tracking.folder import RunFolder, create
+from train.tracking.folder import Pulse, RunFolder, create
 
 STOPPED_WAIT_SECONDS = 4.0  # how long a stopped run waits for its record; whoever stopped it wants to go
 
@@ -39,10 +39,12 @@ class Life:
     summary: dict[str, Any] = field(default_factory=dict)
     recorder: subprocess.Popen | None = None
     begun: bool = False
+    pulse: Pulse = field(init=False)
 
     def begin(self, changes: list[dict[str, Any]]) -> None:
         """The folder says from now on that the run is alive, and MLflow hears of it."""
         self.begun = True
+        self.pulse = Pulse(self.folder.path / "heartbeat")
         record.identify(self.folder, self.config, self.private, changes)
         self.recorder = uploader.start(self.folder, self.config.tracking.uri or uploader.default_uri(ROOT))
 
@@ -70,12 +72,12 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
             say("nothing was changed in the run" if code > 128 else "")
             return code
         with stops.deferred():
-            code = record.close(folder, life.summary) or code
+            unwritten = record.close(folder, life.summary)
         say("record: completing it in MLflow")
         uploader.wait(life.recorder, folder, config.tracking.uri or uploader.default_uri(ROOT), patience)
-        say(f"to go on: make resume run={record.short(folder.path)}" if code else "")
+        say(f"to go on: make resume run={record.short(folder.path)}" if code > 128 else "")
     print(record.one_line(life.summary, folder), flush=True)
-    return code
+    return code or unwritten or stops.code()
 
 
 def tell(life: Life) -> None:
@@ -84,10 +86,12 @@ def tell(life: Life) -> None:
     fresh = not (folder.path / "run.json").exists()
     if fresh:
         life.begin([])
+    faults.point("life/begun")
     life.config, notes = runtime.prepare(life.config, folder.path / "train.log")
     config = life.config
     if fresh:
         record.settle(folder, config, life.private)
+    faults.point("life/settled")
     say(*notes)
     stops.obey()  # here and below: libraries may swallow what a signal raises while they are loaded
 
@@ -104,11 +108,11 @@ def tell(life: Life) -> None:
     stops.obey()
     with closing(Keeper(folder, config, step, inference, dataset)) as keeper:
         ground = record.ground(config, life.private, dataset.fingerprint, runtime.processor(config.device))
+        changes = [] if fresh else keeper.changes(ground, life.accepted)
+        keeper.go_on(len(folder.identity()["changes"]) + len(changes))
         if not fresh:
-            changes = keeper.refuse_other_ground(ground, life.accepted)
-            record.settle(folder, config, life.private)
             life.begin(changes)
-        keeper.begin(ground)
+        keeper.begin(ground, life.pulse)
         record.describe(
             folder, summary, config, life.private, dataset, data_source(config, life.private),
             model, inference, macs(model, inference),
@@ -116,7 +120,7 @@ def tell(life: Life) -> None:
         size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
         say(f"model: {model.name}, {size}")
         if keeper.found:
-            say(f"going on: life {keeper.lives}, from {keeper.found.name}, step {keeper.progress.steps}")
+            say(f"going on: life {life.pulse.lives}, from {keeper.found.name}, step {keeper.progress.steps}")
         else:
             keeper.record(0, 0, {f"cost/{name}": summary[name] for name in ("parameters", "macs")})
         say(f"run: {record.short(folder.path)}")
@@ -125,7 +129,7 @@ def tell(life: Life) -> None:
             try:
                 fit(life, dataset, steps, step, keeper)
             finally:
-                record.progress(summary, step, keeper, runtime.peak_memory_bytes())
+                record.progress(summary, step, keeper, life.pulse, runtime.peak_memory_bytes())
 
             progress = keeper.progress
             if progress.stopped_early:

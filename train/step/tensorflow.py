@@ -50,6 +50,9 @@ class Step:
         # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
         step = tf.function(self._watched_step, jit_compile=jit, autograph=False)
         self._train = step.get_concrete_function(images, labels)
+        weights = [*model.trainable_variables, *self._optimizer.variables]
+        watched = [v for v in weights if keras.backend.is_float_dtype(v.dtype)]
+        self._whole = tf.function(lambda: _all_finite([v.value for v in watched]), autograph=False)
         self.predict = predictor(inference, jit)  # logits of the main output, float32 [N, classes]
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> None:
@@ -80,9 +83,13 @@ class Step:
     def fault(self) -> tuple[str, int] | None:
         """What was not finite first, and in which step of the run; None as long as all is well."""
         first = {name: int(step) for name, step in zip(WATCHED, self._first_bad.numpy(), strict=True) if step}
-        if not first and self._scaling and float(self.model.optimizer.dynamic_scale) < LEAST_LOSS_SCALE:
+        if first:
+            return min(first.items(), key=lambda item: item[1])
+        if self._scaling and float(self.model.optimizer.dynamic_scale) < LEAST_LOSS_SCALE:
             return f"the gradients (loss scale below {LEAST_LOSS_SCALE:g})", int(self._count)
-        return min(first.items(), key=lambda item: item[1]) if first else None
+        if not self._whole():  # an update may break what it is given whole: the next loss would tell
+            return "the weights", int(self._count)
+        return None
 
     def state(self) -> dict[str, np.ndarray]:
         """Copies of every state tensor by name, each once: the model's with its seeds, the optimizer's, the metrics'.
@@ -127,7 +134,8 @@ class Step:
             found = {"main_accuracy": found["accuracy"], "main_loss": found["loss"], "loss": found["loss"]}
         if self._scaling:
             found["loss_scale"] = float(self.model.optimizer.dynamic_scale)
-            found["skipped_steps"] = float(int(self._count) - int(self._optimizer.iterations))
+            # The public counter is divided by the steps that are accumulated.
+            found["skipped_steps"] = float(int(self._count) - int(self._optimizer._iterations))
         return found
 
     def reset_metrics(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -18,6 +19,8 @@ import yaml
 
 from train import faults
 from train.disk import point_link, write_atomically
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -93,6 +96,14 @@ class RunFolder:
         """run.json."""
         return json.loads((self.path / "run.json").read_text())
 
+    def life(self) -> int:
+        """The number of the run's newest life."""
+        return read_pulse(self.path / "heartbeat")[1]
+
+    def card(self) -> dict[str, Any]:
+        """best/model.json; empty as long as there is none."""
+        return self.read_json("best/model.json", {})
+
     def status(self) -> str | None:
         """How the run's last life ended: finished, failed or interrupted; None if it lives, or died without a word."""
         return self.read_json("summary.json", {}).get("status")
@@ -136,16 +147,36 @@ class RunFolder:
 
 @contextmanager
 def _locked(path: Path, refusal: str | None) -> Iterator[None]:
-    """Holds a lock; without a `refusal` it waits for it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    """Holds a lock; without a `refusal` it waits for it.
+
+    Raises: ValueError with the refusal if another process holds it, or saying that the file can't be written.
+    """
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except BlockingIOError:
-            raise ValueError(refusal) from None
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as fault:
+        raise ValueError(f"{path.parent} must be a folder that can be written ({fault.strerror})") from None
+    try:
+        if refusal is None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        elif not _lock_within(descriptor, seconds=0.5):
+            raise ValueError(refusal)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_within(descriptor: int, seconds: float) -> bool:
+    """Whether the lock could be had; somebody who only asks about it holds it for a moment, too."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 class Pulse:
@@ -156,8 +187,8 @@ class Pulse:
 
     def __init__(self, path: Path):
         """A new life begins."""
-        before = path.read_text().split() if path.exists() else []
-        self.steps, self.lives = (int(before[0]), int(before[1]) + 1) if len(before) == 2 else (0, 1)
+        self.steps, self.lives = read_pulse(path)
+        self.lives += 1
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._write()
 
@@ -176,6 +207,12 @@ class Pulse:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def read_pulse(path: Path) -> tuple[int, int]:
+    """Steps executed and lives begun so far; noughts where no life has begun."""
+    words = path.read_text().split() if path.exists() else []
+    return (int(words[0]), int(words[1])) if len(words) == 2 and "".join(words).isdigit() else (0, 0)
 
 
 def create(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) -> RunFolder:
@@ -214,8 +251,18 @@ def newest_unfinished(runs: Path) -> RunFolder:
 
     Raises: ValueError if there is none.
     """
-    found = [open_folder(path.parent) for path in runs.glob("*/*/run.json")]
-    waiting = [folder for folder in found if folder.status() != "finished" and not folder.alive()]
+    paths = {path.resolve() for pattern in ("*/run.json", "*/*/run.json") for path in runs.glob(pattern)}
+    waiting = [folder for path in paths if (folder := _unfinished(path.parent))]
     if not waiting:
         raise ValueError(f"there must be an unfinished run, got none below {runs}; use run=FOLDER")
     return max(waiting, key=lambda folder: folder.identity()["time"])
+
+
+def _unfinished(path: Path) -> RunFolder | None:
+    """The run, if it waits to be gone on with. One that can't be read must not stand in the way of the others."""
+    try:
+        folder = open_folder(path)
+        return folder if folder.status() != "finished" and not folder.alive() else None
+    except ValueError as fault:
+        log.warning("left out: %s", fault)
+        return None

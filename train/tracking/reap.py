@@ -44,8 +44,8 @@ def reap(words: list[str]) -> int:
 def gone(tags: dict[str, str], started: float, silence_seconds: float) -> str | None:
     """Why a run that is said to be running is not; None if it may be.
 
-    A folder on this machine has a lock that only a living process holds. Elsewhere there is only the heartbeat, which
-    the run's uploader leaves in MLflow.
+    A folder on this machine has a lock that only a living process holds; one with a summary has ended in order, and
+    `make sync` completes its record. Elsewhere there is only the heartbeat, which the run's uploader leaves in MLflow.
     """
     if tags.get("host") == socket.gethostname():
         try:
@@ -53,7 +53,8 @@ def gone(tags: dict[str, str], started: float, silence_seconds: float) -> str | 
         except ValueError:
             pass
         else:
-            return None if folder.alive() or folder.run_id != tags[store.RUN_ID] else "its process is gone"
+            if folder.run_id == tags[store.RUN_ID]:
+                return None if folder.alive() or folder.status() is not None else "its process is gone"
     silent = time.time() - float(tags.get(store.HEARTBEAT, started))
     return f"no sign of life for {silent / 60:.0f} minutes" if silent > silence_seconds else None
 

@@ -21,12 +21,12 @@ from train.config import ROOT, Config
 from train.disk import write_atomically
 from train.stored import Private, config_hash, flatten, to_dict
 from train.tracking import facts
-from train.tracking.folder import RunFolder
+from train.tracking.folder import Pulse, RunFolder
 
 log = logging.getLogger(__name__)
 
 # The inference model needs these to be loaded; named, because MLflow takes long to find them out.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 MODEL_PACKAGES = ("tensorflow", "keras", "numpy")
 
 
@@ -43,12 +43,14 @@ def log_file(folder: RunFolder) -> Iterator[None]:
     root = logging.getLogger()
     root.addHandler(handler)
     root.addHandler(terminal)
-    level = root.level
+    level, loud = root.level, logging.raiseExceptions
+    logging.raiseExceptions = False  # a full disk is told in one line, by whoever can't do without it
     root.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.setLevel(level)
+        logging.raiseExceptions = loud
         root.removeHandler(handler)
         root.removeHandler(terminal)
         handler.close()
@@ -70,12 +72,13 @@ def begin(folder: RunFolder, config: Config) -> dict[str, Any]:
 
 def identify(folder: RunFolder, config: Config, private: Private, changes: list[dict[str, Any]]) -> None:
     """Writes run.json and the config as it was typed; for a run that goes on, what was changed on the way."""
-    path = folder.path / "run.json"
-    if path.exists():
+    (folder.path / "summary.json").unlink(missing_ok=True)  # it told of a life that is no longer the last
+    if (folder.path / "run.json").exists():
+        settle(folder, config, private)
         identity = folder.identity()
         folder.write_json("run.json", identity | {"changes": identity["changes"] + changes})
-        (folder.path / "summary.json").unlink(missing_ok=True)  # it told of a life that is no longer the last
         return
+    (folder.path / "params.json").unlink(missing_ok=True)
     stored = to_dict(config, private)
     folder.write_yaml("config.yaml", stored)
     identity = {
@@ -155,15 +158,15 @@ def describe(
     write_atomically(folder.path / "input_example.npy", example.getvalue())
 
 
-def progress(summary: dict[str, Any], step: Any, keeper: Any, peak_memory_bytes: int) -> None:
+def progress(summary: dict[str, Any], step: Any, keeper: Any, pulse: Pulse, peak_memory_bytes: int) -> None:
     """How far the loop came and what it cost."""
     reached = keeper.progress
     clock = reached.clock
     summary |= {
         "epochs": reached.epoch,
         "steps": reached.steps,
-        "steps_executed": keeper.steps_executed,
-        "lives": keeper.lives,
+        "steps_executed": pulse.steps,
+        "lives": pulse.lives,
         "rollbacks": reached.rollbacks,
         "changes": [f"{c['name']} was {c['was']}, is {c['is']}" for c in keeper.folder.identity()["changes"]],
         "stopped_early": reached.stopped_early,
@@ -192,7 +195,7 @@ def report(fault: Exception, folder: RunFolder, private: Private) -> int:
         return code if isinstance(fault, ValueError) else 1
     if isinstance(fault, OSError) and fault.errno in FULL:
         command.tell(
-            f"{folder.path} can't be written ({fault.strerror}); make room, then: make resume run={folder.path}"
+            f"{folder.path} can't be written ({fault.strerror}); mend that, then: make resume run={folder.path}"
         )
         return 1
     print(trace, file=sys.stderr)
@@ -209,7 +212,9 @@ def close(folder: RunFolder, summary: dict[str, Any]) -> int:
             folder.write_json("params.json", flatten(stored))
         folder.write_json("summary.json", summary)
     except OSError as fault:
-        command.tell(f"the summary could not be written to {folder.path} ({fault.strerror}); make room there")
+        command.tell(
+            f"the summary could not be written to {folder.path} ({fault.strerror}); mend that, then: make resume"
+        )
         return 1
     return 0
 

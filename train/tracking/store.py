@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 # A server that is away is asked again by the uploader, which knows when to give up; MLflow's own retries would hold
 # it for minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
@@ -101,7 +102,8 @@ class Store:
 
     def log_model(self, path: Path, requirements: list[str]) -> None:
         """The inference model with its signature, once; `requirements` are explicit because finding them takes long."""
-        if "model_logged" in self.client.get_run(self.mlflow_id).data.tags:
+        which = hashlib.sha256(path.with_name("model.json").read_bytes()).hexdigest()
+        if self.client.get_run(self.mlflow_id).data.tags.get("model_logged") == which:
             return
         import keras
         import numpy as np
@@ -117,29 +119,27 @@ class Store:
             self._mlflow.keras.log_model(model, name="model", signature=signature, pip_requirements=requirements)
         # log_model's context has marked the run finished; the caller says how it really ended.
         self.client.update_run(self.mlflow_id, status="RUNNING")
-        self.client.set_tag(self.mlflow_id, "model_logged", "true")
-
-    def reopen(self) -> None:
-        """The run is alive, whatever its last life was said to be."""
-        self.client.update_run(self.mlflow_id, status="RUNNING")
-        for name in ("failure", "status"):
-            if name in self.client.get_run(self.mlflow_id).data.tags:
-                self.client.delete_tag(self.mlflow_id, name)
+        self.client.set_tag(self.mlflow_id, "model_logged", which)
 
     def beat(self) -> None:
-        """Says that the run's process was alive just now."""
+        """The run's process is alive, whatever was said of its last life."""
         self.client.set_tag(self.mlflow_id, HEARTBEAT, f"{time.time():.0f}")
+        if self.client.get_run(self.mlflow_id).info.status != "RUNNING":
+            self.client.update_run(self.mlflow_id, status="RUNNING")
+        self._forget("failure", "status")
+
+    def _forget(self, *names: str) -> None:
+        for name in set(names) & set(self.client.get_run(self.mlflow_id).data.tags):
+            self.client.delete_tag(self.mlflow_id, name)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Tags from the summary, and the run's end."""
+        if not summary.get("failure"):
+            self._forget("failure")
         for name in (*SUMMARY_TAGS, "failure"):
             if summary.get(name):
                 self.client.set_tag(self.mlflow_id, name, str(summary[name])[:5000])
         self.client.set_terminated(self.mlflow_id, STATUS[summary["status"]], int(summary["time"] * 1000))
-
-    def set_status_gone(self) -> None:
-        """The run's process died without a word."""
-        mark_gone(self.client, self.mlflow_id)
 
 
 def mark_gone(client: Any, mlflow_id: str) -> None:

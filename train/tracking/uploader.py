@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 URI = "INCEPTION_TRACKING_URI"
 POLL_SECONDS = 0.5
+FLUSH_SECONDS = 5.0  # the journal's new lines go in one request: it and the server may share the trainer's cores
 BEAT_SECONDS = 30.0
 PATIENCE_SECONDS = 600.0  # how long a store may stay away after the run's end, before `make sync` has to do it
 FILES = ("config.yaml", "model_summary.txt", "input_example.npy", "train.log", "summary.json", "metrics.jsonl")
@@ -72,14 +73,16 @@ class Record:
         self.offset = 0
         self.logged: set[str] = set()
         self._next_beat = 0.0
+        self.life = folder.life()
 
     def advance(self) -> store.Store:
         """Identity, parameters and data set, then the journal's new lines."""
         if self.store is None:
             self.store = store.Store(self.uri, _read(self.folder.path / "run.json"))
             if self.folder.alive():
-                self.store.reopen()
-        if time.monotonic() > self._next_beat and self.folder.alive():
+                self.store.beat()
+                self._next_beat = time.monotonic() + BEAT_SECONDS
+        elif time.monotonic() > self._next_beat and self.folder.alive():
             self.store.beat()
             self._next_beat = time.monotonic() + BEAT_SECONDS
         for name, send in (("params.json", self.store.log_params), ("dataset.json", self.store.log_dataset)):
@@ -106,19 +109,22 @@ class Record:
             if status is not None:
                 place.finish(_read(self.folder.path / "summary.json"))
             elif not self.folder.alive():
-                place.set_status_gone()
+                store.mark_gone(place.client, place.mlflow_id)
 
 
 def follow(record: Record) -> int:
     """Advances until the record is complete; 1 when the store stayed away for too long after the run's end."""
     away_since: float | None = None
-    while True:
+    due, ended = 0.0, False
+    while record.folder.life() == record.life:  # a new life has an uploader of its own, which waits for this one to go
         try:
-            ended = (record.folder.path / "summary.json").exists() or not record.folder.alive()
-            record.advance()
+            ended = record.folder.status() is not None or not record.folder.alive()
             if ended:
                 record.finish()
                 return 0
+            if time.monotonic() > due:
+                record.advance()
+                due = time.monotonic() + FLUSH_SECONDS
             away_since, pause = None, POLL_SECONDS
         except Exception as fault:  # whatever MLflow raises: training must not notice, the record is completed later
             print(f"{time.strftime('%H:%M:%S')} not recorded yet: {type(fault).__name__}: {fault}", flush=True)
@@ -128,6 +134,7 @@ def follow(record: Record) -> int:
                 if time.monotonic() - away_since > PATIENCE_SECONDS:
                     return 1
         time.sleep(pause)
+    return 0
 
 
 def _read(path: Path) -> dict[str, Any]:
