@@ -4,11 +4,13 @@
     python scripts/torture.py --kills 20 --forget seeds      (a control: has to find differences)
 
 Every life is started through the command line and ends by SIGKILL: at a drawn step, some milliseconds after one, or at
-a stage of writing (journal, best weights, checkpoint). Between two lives the machine is sometimes made to look as if it
-had gone down, too: a torn last line in the journal, a damaged newest checkpoint. A run counts if it was killed at least
-once after a checkpoint and inside an epoch, and did no more than `kills x interval` steps again, so that starting over
-can't pass. What is compared: the hash of the weights, every line of the journal, the metric history in MLflow, the best
-weights and what was measured on them. Times and rates are not.
+a stage of starting, going on, rolling back or writing (journal, best weights, checkpoint). Some lives end by SIGTERM in
+between, which are not counted. Between two lives the machine is sometimes made to look as if it had gone down, too: a
+torn last line in the journal, a damaged newest checkpoint. A run counts if it was killed at least once after a
+checkpoint and inside an epoch. It must do no more than `kills x interval` steps again, and after no single death more
+than there can be since the last checkpoint, so that starting over can't pass. What is compared: the hash of the
+weights, every tensor of the last checkpoint, every line of the journal, the MLflow run with its metric history, the
+best weights and what was measured on them, the summary, the config. Times and rates are not.
 """
 
 from __future__ import annotations
@@ -34,16 +36,24 @@ from typing import Any
 
 import h5py
 import numpy as np
+import yaml
 
 from train import checkpoint
 from train.faults import ASKED
+from train.stored import flatten
+from train.tracking.folder import read_pulse
 from train.tracking.journal import TIMED, comparable
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCHS, INTERVAL = 15, 3, 6
 SMALL = {"model.width": 0.1, "batch_size": 16, "steps_per_epoch": STEPS, "epochs": EPOCHS, "threads": 1}
-KEPT = {"checkpoint.every_steps": INTERVAL, "tracking.every_steps": 4, "tracking.log_model": "false"}
+KEPT = {
+    "checkpoint.every_steps": INTERVAL, "tracking.every_steps": 4, "tracking.log_model": "false",
+    "tracking.wait_seconds": 600,
+}  # fmt: skip
 KILLS_PER_RUN = 8
+WRITING = 6  # steps that training may do while a checkpoint is being written
+LIFE_SECONDS = 900
 
 CASES: dict[str, dict[str, Any]] = {
     "float32": {"precision": "float32"},
@@ -58,11 +68,9 @@ CASES: dict[str, dict[str, Any]] = {
         "early_stopping.patience_epochs": 2,
         "early_stopping.min_delta": 1.5,
     },
-    "rollback": {
-        "on_divergence": "rollback",
-        "optimizer.learning_rate": 1e25,
-        "schedule.warmup_epochs": 0,
-        "rollback.learning_rate_factor": 1e-27,
+    "rollback": {  # the rising rate is too much in step 11, after the first checkpoint
+        "model": "vgg16", "precision": "float32", "optimizer.learning_rate": 1.0, "schedule.warmup_epochs": 3,
+        "on_divergence": "rollback", "rollback.learning_rate_factor": 0.2,
     },
     "inception_v1": {"model": "inception_v1"},
     "everything at once": {
@@ -74,8 +82,14 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SLOW = ("inception_v3", "inception_resnet_v2")  # once each; the others in turn
 
+OWN = ("run_dir", "tracking.uri")  # a run's own, which no other has
+SUMMARY = (
+    "status", "config_hash", "data_fingerprint", "epochs", "steps", "best", "rollbacks", "changes", "stopped_early",
+    "parameters", "macs",
+)  # fmt: skip
 SAVING = ("begun", "written", "arrays", "manifest", "renamed", "pruned", "done")
 BEST = ("model", "card", "turned")
+STARTING = ("life/begun", "life/settled", "life/ground")
 
 # What a control takes out of every checkpoint, by the names of its arrays.
 FORGET: dict[str, Callable[[str], bool]] = {
@@ -93,6 +107,8 @@ class Trial:
     case: str
     number: int
     kills: list[str] = field(default_factory=list)
+    redone: list[int] = field(default_factory=list)  # steps that were lost by each death
+    stops: int = 0
     damaged: int = 0
     torn: int = 0
     counts: bool = False  # killed at least once after a checkpoint and inside an epoch
@@ -106,6 +122,7 @@ class Ended:
     """What a run left: all that two equal runs have in common."""
 
     steps: int
+    steps_executed: int
     parts: dict[str, Any]
 
 
@@ -122,7 +139,7 @@ class Torturer:
         with self._locks[case]:
             if case not in self._references:
                 folder = self.place / f"{case} untouched"
-                code, tail = self._live(folder, self._words(case, folder), None)
+                code, tail = self._live(folder, self._words(case, folder), None, None)
                 if code != 0:
                     raise RuntimeError(f"the untouched run of {case} ended with {code}\n{tail}")
                 self._references[case] = ended(folder)
@@ -134,20 +151,36 @@ class Torturer:
         trial = Trial(case, number)
         draw = random.Random(f"{self.seed}/{case}/{number}")
         folder = self.place / f"{case} {number}"
-        words = self._words(case, folder)
         while True:
-            fault = self._draw(draw, folder, untouched.steps, trial) if len(trial.kills) < kills else None
-            code, tail = self._live(folder, words, fault)
+            begun = (folder / "run.json").exists()
+            again = begun and draw.random() < 0.7  # both commands go on
+            words = ["-m", "train.resume", f"run={folder}"] if again else self._words(case, folder)
+            fault = stop = None
+            if len(trial.kills) < kills:
+                if trial.kills and saved_step(folder) < untouched.steps - 1 and draw.random() < 0.1:
+                    stop = min(saved_step(folder) + draw.randint(1, INTERVAL), untouched.steps - 1)
+                else:
+                    fault = self._draw(draw, folder, untouched.steps, trial)
+            start, before = saved_step(folder), read_pulse(folder / "heartbeat")[0]
+            code, tail = self._live(folder, words, fault, stop)
+            died_at = start + read_pulse(folder / "heartbeat")[0] - before
+            if code == 0:
+                break
             if code == -9 and fault:
                 trial.kills.append(fault)
-                self._note(trial, folder)
-                self._make_worse(draw, folder, trial)
-                words = ["-m", "train.resume", f"run={folder}"]
-            elif code == 0:
-                break
+                inside = fault.startswith("step:") and int(fault.split(":")[1]) % STEPS != 0
+                trial.counts |= inside and saved_step(folder) > 0
+                damaged = self._make_worse(draw, folder, trial)
+            elif code == 143 and stop:
+                trial.stops += 1
+                damaged = False
             else:
                 trial.differences.append(f"a life ended with {code}: {tail}")
                 return trial
+            trial.redone.append(died_at - saved_step(folder, skip=damaged))
+            most = (2 if damaged else 1) * INTERVAL + WRITING + untouched.steps_executed - untouched.steps
+            if trial.redone[-1] > (0 if stop else most):
+                trial.differences.append(f"{trial.redone[-1]} steps are lost after {fault or 'SIGTERM'}, see {folder}")
         self._compare(trial, untouched, ended(folder), folder)
         if not trial.differences:
             shutil.rmtree(folder)
@@ -157,47 +190,55 @@ class Torturer:
         keys = SMALL | KEPT | CASES[case] | {"run_dir": f"'{folder}'", "tracking.uri": f"'sqlite:///{folder}.db'"}
         return ["-m", "train", *(f"{name}={value}" for name, value in keys.items())]
 
-    def _live(self, folder: Path, words: list[str], fault: str | None) -> tuple[int, str]:
-        """One life; how it ended and its last words."""
+    def _live(self, folder: Path, words: list[str], fault: str | None, stop: int | None) -> tuple[int, str]:
+        """One life; how it ended and its last words. `stop`: so many steps later it gets a SIGTERM."""
         env = {**os.environ, **({ASKED: fault} if fault else {})}
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
-        )
-        return done.returncode, (done.stdout + done.stderr)[-2000:] + str(folder)
+        begun, before = time.monotonic(), read_pulse(folder / "heartbeat")[0]
+        with tempfile.TemporaryFile("w+") as told:
+            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=told, stderr=told)
+            while process.poll() is None and time.monotonic() - begun < LIFE_SECONDS:
+                time.sleep(0.02)
+                if stop and read_pulse(folder / "heartbeat")[0] - before >= stop - saved_step(folder):
+                    process.terminate()
+                    stop = None
+            if process.poll() is None:
+                process.kill()
+                return process.wait(), f"it did not end within {LIFE_SECONDS} seconds: {folder}"
+            told.seek(0)
+            return process.returncode, told.read()[-2000:] + str(folder)
 
     def _draw(self, draw: random.Random, folder: Path, steps: int, trial: Trial) -> str:
         """A fault for the next life: over steps rather than over time, or at a stage of writing."""
         at = saved_step(folder)
-        kind = draw.random() if trial.kills else 0.0  # the first is one that makes the run count
-        if kind < 0.55:
+        kind = draw.random()
+        if (not trial.counts and kind < 0.7) or kind < 0.5:
             step = min(at + draw.randint(1, 2 * INTERVAL), steps - 1)
-            if not trial.kills:
+            if not trial.counts:  # one that makes the run count
                 step = draw.choice([s for s in range(INTERVAL + 3, 3 * INTERVAL) if s % STEPS])
             delay = f":{draw.uniform(0, 0.06):.4f}" if draw.random() < 0.5 else ""
             return f"step:{step}{delay}"
-        if kind < 0.85:
+        if kind < 0.78:
             return f"save/{draw.choice(SAVING)}:1"
-        if kind < 0.92:
+        if kind < 0.85:
             return f"best/{draw.choice(BEST)}:1"
-        return draw.choice(["journal:1", "journal:2", "journal:3", "resume/begun:1"])
+        if kind < 0.93:
+            return f"{draw.choice(STARTING)}:1"
+        return draw.choice(["journal:1", "journal:2", "journal:3", "rollback:1"])
 
-    def _note(self, trial: Trial, folder: Path) -> None:
-        fault = trial.kills[-1]
-        inside = fault.startswith("step:") and int(fault.split(":")[1]) % STEPS != 0
-        trial.counts |= inside and saved_step(folder) > 0
-
-    def _make_worse(self, draw: random.Random, folder: Path, trial: Trial) -> None:
-        """What the death of a machine, rather than of a process, may do besides."""
+    def _make_worse(self, draw: random.Random, folder: Path, trial: Trial) -> bool:
+        """What the death of a machine, rather than of a process, may do besides; whether a checkpoint is damaged."""
         journal, saved = folder / "metrics.jsonl", checkpoints(folder)
         if journal.exists() and draw.random() < 0.25:
             with journal.open("ab") as file:
                 file.write(b'{"epoch": 1, "step": 21, "time": 17')
             trial.torn += 1
         if len(saved) > 1 and draw.random() < 0.12:
-            damage(saved[-1] / checkpoint.ARRAYS, draw)
+            damage(saved[-1] / draw.choice([checkpoint.ARRAYS, checkpoint.MANIFEST]), draw)
             trial.damaged += 1
+            return True
         if self.forget and saved:
             forget(saved[-1], FORGET[self.forget])
+        return False
 
     def _compare(self, trial: Trial, untouched: Ended, found: Ended, folder: Path) -> None:
         for name, part in untouched.parts.items():
@@ -205,7 +246,8 @@ class Torturer:
                 trial.differences.append(f"{name} differs, see {folder}")
         summary = json.loads((folder / "summary.json").read_text())
         trial.steps, trial.steps_executed = summary["steps"], summary["steps_executed"]
-        most = trial.steps + (len(trial.kills) + trial.damaged) * INTERVAL
+        again = untouched.steps_executed - untouched.steps  # by rollbacks
+        most = untouched.steps_executed + (len(trial.kills) + trial.damaged) * (INTERVAL + again)
         if trial.steps_executed > most:
             trial.differences.append(f"{trial.steps_executed} steps were executed, at most {most} are allowed")
 
@@ -217,12 +259,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("epoch-*"))
 
 
-def saved_step(folder: Path) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
-    saved = checkpoints(folder)
+def saved_step(folder: Path, *, skip: bool = False) -> int:
+    """The step of the newest checkpoint, or with `skip` of the one before; 0 if there is none."""
+    saved = checkpoints(folder)[: -1 if skip else None]
     if not saved:
         return 0
-    return json.loads((saved[-1] / checkpoint.MANIFEST).read_text())["content"]["progress"]["steps"]
+    epoch, batch = (int(word) for word in saved[-1].name.split("-")[1:4:2])
+    return epoch * STEPS + batch
 
 
 def damage(path: Path, draw: random.Random) -> None:
@@ -251,10 +294,15 @@ def forget(path: Path, chosen: Callable[[str], bool]) -> None:
 def ended(folder: Path) -> Ended:
     """Everything that has to be the same in two equal runs."""
     summary = json.loads((folder / "summary.json").read_text())
+    config, saved = flatten(yaml.safe_load((folder / "config.yaml").read_text())), checkpoints(folder)[-1]
     return Ended(
         summary["steps"],
+        summary["steps_executed"],
         {
             "the hash of the weights": summary["weights_sha256"],
+            "the last checkpoint": json.loads((saved / checkpoint.MANIFEST).read_text())["arrays_sha256"],
+            "the summary": {name: summary[name] for name in SUMMARY},
+            "the config": {name: value for name, value in config.items() if name not in OWN},
             "the test": summary["test"],
             "the journal": [
                 (*comparable(json.loads(line)), json.loads(line).get("branch"))
@@ -287,7 +335,12 @@ def history(uri: str) -> dict[str, Any]:
     client = MlflowClient(uri)
     runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
     [run] = runs  # a run that goes on stays the same run
-    found: dict[str, Any] = {"status": run.info.status}
+    found: dict[str, Any] = {
+        "status": run.info.status,
+        "parameters": {name: value for name, value in run.data.params.items() if name not in OWN},
+        "tags": {name: run.data.tags.get(name) for name in ("config_hash", "data_fingerprint", "weights_sha256")},
+        "data sets": [used.dataset.digest for used in run.inputs.dataset_inputs],
+    }
     for name in run.data.metrics:
         points = client.get_metric_history(run.info.run_id, name)
         found[name] = sorted((p.step, "" if name in TIMED else repr(p.value)) for p in points)
@@ -351,6 +404,8 @@ def summarise(trials: list[Trial], seconds: float) -> dict[str, Any]:
         "not_counted": len(trials) - len(counted),
         "torn_journals": sum(trial.torn for trial in counted),
         "damaged_checkpoints": sum(trial.damaged for trial in counted),
+        "sigterms": sum(trial.stops for trial in counted),
+        "most_steps_lost": max((lost for trial in counted for lost in trial.redone), default=0),
         "seconds": round(seconds),
         "cases": {
             case: figures([trial for trial in counted if trial.case == case])

@@ -139,7 +139,13 @@ def test_compute_threads_belong_to_the_config():
 
 @pytest.mark.parametrize(
     ("point", "number", "executed"),
-    [("step", 5, 12 + 1), ("step", 11, 12 + 3), ("journal", 6, 12 + 2), ("resume/begun", 1, 12)],
+    [
+        ("step", 5, 12 + 1),
+        ("step", 11, 12 + 3),
+        ("journal", 6, 12 + 2),
+        ("life/ground", 1, 12),
+        ("life/settled", 1, 12),
+    ],
 )
 def test_a_run_that_died_goes_on_to_the_same_bits(
     point: str, number: int, executed: int, untouched: tuple[Path, dict], tmp_path: Path, dying: Any
