@@ -65,8 +65,6 @@ class Keeper:
         pulse.at_least(self._place()["steps_executed"])
         self.folder.write_json("ground.json", ground)
         faults.point("life/ground")
-        if self.config.on_divergence == "rollback" and not self.found:
-            self.save(self.progress, planned=True)  # the start is good, too
 
     def _place(self) -> dict[str, Any]:
         """Where a life starts."""

@@ -123,6 +123,8 @@ def tell(life: Life) -> None:
             say(f"going on: life {life.pulse.lives}, from {keeper.found.name}, step {keeper.progress.steps}")
         else:
             keeper.record(0, 0, {f"cost/{name}": summary[name] for name in ("parameters", "macs")})
+            if config.on_divergence == "rollback":
+                keeper.save(keeper.progress, planned=True)  # the start is good, too
         say(f"run: {record.short(folder.path)}")
 
         with naming_broken_examples():
