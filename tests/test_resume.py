@@ -243,6 +243,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         (["batch_size=8"], "batch_size must stay as it was in the run, 16, got 8; leave it away, or add accept=batch_"),
         (["model.width=0.2"], "model.width must stay as it was in the run, 0.1, got 0.2"),
+        (["tracking.every_steps=3"], "tracking.every_steps must stay as it was in the run, 2, got 3"),
         (["epochs=1"], "epochs must stay as it was in the run, 2, got 1"),
         (["epochs=two"], "epochs must be a whole number, got two; use e.g. epochs=12"),
         (["precision=float16"], "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got float16"),
@@ -306,6 +307,25 @@ def test_a_ground_that_was_accepted_is_recorded_and_begins_a_branch(halted: Path
     assert all("branch" not in line for line in lines[:old])
     assert {tuple(line["branch"]) for line in lines[old:]} == {(2, 0)}
     assert lines[old]["step"] == 6  # the steps after the checkpoint at 4 are recorded anew, on the branch
+
+
+def test_a_branch_that_has_lost_its_checkpoints_is_begun_anew(halted: Path, tmp_path: Path, dying: Any):
+    """The run starts before a change that was accepted: what it does now can't be compared with what came of that."""
+    folder = tmp_path / "run"
+    run_command("cp", "-r", str(halted), str(folder))
+    dying("step", 11)
+    with pytest.raises(Dead):
+        go_on(folder, "optimizer.momentum=0.5", accepted="optimizer.momentum")
+    dying(None)
+    for path in (folder / "checkpoints").glob("epoch-*"):
+        (path / checkpoint.MANIFEST).unlink()
+    summary = go_on(folder)
+    assert summary["changes"][0] == "optimizer.momentum was 0.9, is 0.5"
+    assert summary["changes"][1].startswith("journal_lines was ")
+    branches = [tuple(line.get("branch", (0, 0))) for line in journal(folder)]
+    assert sorted(set(branches)) == [(0, 0), (1, 0), (2, 0)]
+    assert branches == sorted(branches)
+    assert (summary["steps"], summary["lives"]) == (12, 3)
 
 
 def test_more_epochs_are_fine_and_recorded(tmp_path: Path):

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from train.tracking import store, uploader
-from train.tracking.folder import RunFolder, create, open_folder
+from train.tracking.folder import Pulse, RunFolder, create, open_folder
 from train.tracking.journal import Journal, read_journal
 
 
@@ -119,6 +119,7 @@ def test_a_model_that_cannot_be_kept_does_not_hide_how_the_run_ended(tmp_path: P
     folder = begun(tmp_path, log_model=True)
     folder.best.mkdir()
     (folder.best / "model.keras").write_text("no model")
+    (folder.best / "model.json").write_text("{}")
     folder.write_json("summary.json", {"status": "finished", "time": time.time()})
     record = uploader.Record(folder, f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(ValueError):
@@ -197,6 +198,19 @@ def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
     assert history(client, again, "train/loss") == [(1, 3.0), (2, 2.0)]
 
 
+def test_the_uploader_of_an_earlier_life_leaves_the_run_to_the_new_one(tmp_path: Path):
+    """Its store is away, and it would follow the new life for ever."""
+    folder = begun(tmp_path)
+    Pulse(folder.path / "heartbeat").close()
+    recorder = uploader.start(folder, f"http://127.0.0.1:{free_port()}")
+    assert recorder is not None
+    log = folder.path / "uploader.log"
+    wait_for(lambda: log.exists() and "not recorded yet" in log.read_text(), 60)
+    assert recorder.poll() is None
+    Pulse(folder.path / "heartbeat").close()
+    assert recorder.wait(30) == 0
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -221,7 +235,8 @@ def test_an_uploader_that_died_is_started_again_at_the_end(tmp_path: Path, capsy
 def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path):
     """On this machine the lock tells, elsewhere the heartbeat; runs of other programs are left alone."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    kinds = {"alive": {}, "dead": {}, "silent elsewhere": {"host": "other"}, "heard elsewhere": {"host": "other"}}
+    elsewhere = {"host": "other"}
+    kinds = {"alive": {}, "dead": {}, "ended": {}, "silent elsewhere": elsewhere, "heard elsewhere": elsewhere}
     folders = {}
     for kind, tags in kinds.items():
         (tmp_path / kind).mkdir()
@@ -234,6 +249,7 @@ def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path):
         place.client.set_tag(place.mlflow_id, "heartbeat", str(time.time() - age))
     client = MlflowClient(uri)
     stranger = client.create_run(the_run_ids(uri)[1]).info.run_id
+    folders["ended"].write_json("summary.json", {"status": "finished"})  # its record is only not complete
     with folders["alive"].held():
         done = run_command("make", "reap", f"uri={uri}")
     assert (done.code, done.err) == (0, "")
@@ -245,7 +261,8 @@ def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path):
     assert told[-1] == "2 runs marked as gone"
     found = {run.info.run_name: run for run in client.search_runs([the_run_ids(uri)[1]]) if run.info.run_id != stranger}
     assert {name: run.info.status for name, run in found.items()} == {
-        "alive": "RUNNING", "dead": "FAILED", "silent elsewhere": "FAILED", "heard elsewhere": "RUNNING",
+        "alive": "RUNNING", "dead": "FAILED", "ended": "RUNNING", "silent elsewhere": "FAILED",
+        "heard elsewhere": "RUNNING",
     }  # fmt: skip
     assert found["dead"].data.tags["failure"] == "the training process is gone"
     assert client.get_run(stranger).info.status == "RUNNING"
