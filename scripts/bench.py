@@ -58,16 +58,23 @@ def server(place: Path) -> Iterator[str]:
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
+        deadline = time.monotonic() + 60
+        while not answers(f"{address}/health"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the MLflow server at {address} does not answer")
+            time.sleep(0.5)
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address, timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_port() -> int:
@@ -103,6 +110,7 @@ def compare(comparison: Comparison, pairs: int, words: list[str], places: dict[s
             found[side].append(measure([*words, *typed], folder))
     speeds = {side: [run["images_per_second"] for run in runs] for side, runs in found.items()}
     single = [one / two for one, two in zip(speeds["first"], speeds["second"], strict=True)]
+    seconds = {side: statistics.median(run["seconds"] for run in runs) for side, runs in found.items()}
     same = [two / one for runs in speeds.values() for one, two in itertools.pairwise(runs)]
     return {
         "name": comparison.name,
@@ -111,6 +119,7 @@ def compare(comparison: Comparison, pairs: int, words: list[str], places: dict[s
         "ratio": statistics.median(speeds["first"]) / statistics.median(speeds["second"]),
         "ratios_of_pairs": [min(single), max(single)],
         "ratios_of_equals": [min(same), max(same)],
+        "ratio_of_run_times": seconds["first"] / seconds["second"],
         "stall": statistics.median(run["stall"] for run in found["first"]),
         "runs": found,
     }
@@ -121,7 +130,8 @@ def tell(row: dict[str, Any]) -> None:
     print(
         f"{row['name']:38} {one:6.1f} / {two:6.1f} images/s = {row['ratio']:.3f}   "
         f"pairs {row['ratios_of_pairs'][0]:.3f} to {row['ratios_of_pairs'][1]:.3f}   "
-        f"equals {row['ratios_of_equals'][0]:.3f} to {row['ratios_of_equals'][1]:.3f}   stall {row['stall']:.2%}",
+        f"equals {row['ratios_of_equals'][0]:.3f} to {row['ratios_of_equals'][1]:.3f}   "
+        f"run time {row['ratio_of_run_times']:.3f}   stall {row['stall']:.2%}",
         flush=True,
     )
 

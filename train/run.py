@@ -73,6 +73,7 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
             return code
         with stops.deferred():
             unwritten = record.close(folder, life.summary)
+            life.pulse.close()
         say("record: completing it in MLflow")
         uploader.wait(life.recorder, folder, config.tracking.uri or uploader.default_uri(ROOT), patience)
         say(f"to go on: make resume run={record.short(folder.path)}" if code > 128 else "")
