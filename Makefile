@@ -103,7 +103,7 @@ test: $(STAMP) ## the default tests (under 6 minutes on 2 cores)
 test-all: $(STAMP) ## all tests, the long ones too
 	@$(BIN)/python -m pytest $(ARGS)
 
-torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 40 minutes; ARGS="--kills 20")
+torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
 	@$(BIN)/python scripts/torture.py $(ARGS)
 
 bench: $(STAMP) ## what the safeguards cost, measured side by side (about 20 minutes on a quiet machine)

@@ -223,7 +223,7 @@ class Torturer:
             return f"best/{draw.choice(BEST)}:1"
         if kind < 0.93:
             return f"{draw.choice(STARTING)}:1"
-        return draw.choice(["journal:1", "journal:2", "journal:3", "rollback:1"])
+        return draw.choice(["rollback:1"] if trial.case == "rollback" else ["journal:1", "journal:2", "journal:3"])
 
     def _make_worse(self, draw: random.Random, folder: Path, trial: Trial) -> bool:
         """What the death of a machine, rather than of a process, may do besides; whether a checkpoint is damaged."""

@@ -160,6 +160,7 @@ def test_a_second_run_does_not_get_into_a_used_folder(finished: Finished):
     assert done.err == (
         "error: run_dir must be a folder without a run, or with one of the same config, "
         f"got {finished.path}, where epochs was 2, is 12; model.width was 0.125, is 1.0; "
+        "tracking.every_steps was 7, is 50; "
         f"use another run_dir, or make resume run={finished.path}\n"
     )
     assert hashlib.sha256((finished.path / "summary.json").read_bytes()).hexdigest() == before
