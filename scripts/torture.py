@@ -52,7 +52,7 @@ KEPT = {
     "tracking.wait_seconds": 600,
 }  # fmt: skip
 KILLS_PER_RUN = 8
-WRITING = 6  # steps that training may do while a checkpoint is being written
+WRITING = INTERVAL  # steps that training may do while a checkpoint is being written: then it waits for the next one
 LIFE_SECONDS = 900
 
 CASES: dict[str, dict[str, Any]] = {
@@ -178,8 +178,8 @@ class Torturer:
                 trial.differences.append(f"a life ended with {code}: {tail}")
                 return trial
             trial.redone.append(died_at - saved_step(folder, skip=damaged))
-            most = (2 if damaged else 1) * INTERVAL + WRITING + untouched.steps_executed - untouched.steps
-            if trial.redone[-1] > (0 if stop else most):
+            most = 0 if stop else (2 if damaged else 1) * INTERVAL + WRITING
+            if trial.redone[-1] > most + untouched.steps_executed - untouched.steps:  # what it rolls back itself
                 trial.differences.append(f"{trial.redone[-1]} steps are lost after {fault or 'SIGTERM'}, see {folder}")
         self._compare(trial, untouched, ended(folder), folder)
         if not trial.differences:
@@ -353,24 +353,28 @@ def history(uri: str) -> dict[str, Any]:
 def torture(place: Path, cases: list[str], options: argparse.Namespace) -> list[Trial]:
     """Trials, some at a time, until so many kills have been counted."""
     torturer = Torturer(place, options.seed, options.forget)
-    trials: list[Trial] = []
+    before = earlier(options.report) if options.go_on else []
+    trials = [trial for trial in before if not trial.differences]
+    waiting = [(trial.case, trial.number) for trial in before if trial.differences]
     turn = threading.Lock()
-    begun = dict.fromkeys(cases, 0)
+    begun = {case: max((trial.number for trial in before if trial.case == case), default=0) for case in cases}
 
-    def next_case() -> str | None:
+    def next_one() -> tuple[str, int] | None:
         with turn:
             counted = sum(len(trial.kills) for trial in trials if trial.counts)
             fresh = [case for case in cases if not begun[case]]
             again = sorted((case for case in cases if case not in SLOW), key=lambda case: begun[case])
+            if waiting:
+                return waiting.pop(0)
             if not fresh and (counted >= options.kills or not again):
                 return None
             case = (fresh or again)[0]
             begun[case] += 1
-            return case
+            return case, begun[case]
 
     def work() -> None:
-        while case := next_case():
-            trial = torturer.trial(case, begun[case], min(KILLS_PER_RUN, options.kills))
+        while chosen := next_one():
+            trial = torturer.trial(*chosen, min(KILLS_PER_RUN, options.kills))
             with turn:
                 trials.append(trial)
                 tell(trial)
@@ -379,6 +383,11 @@ def torture(place: Path, cases: list[str], options: argparse.Namespace) -> list[
         for worker in [pool.submit(work) for _ in range(options.workers)]:
             worker.result()
     return trials
+
+
+def earlier(report: Path) -> list[Trial]:
+    """The trials of a report."""
+    return [Trial(**trial) for trial in json.loads(report.read_text())["trials"]]
 
 
 def tell(trial: Trial) -> None:
@@ -423,7 +432,10 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas")
     parser.add_argument("--forget", choices=FORGET, help="the control: what every checkpoint loses")
     parser.add_argument("--report", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--go-on", action="store_true", help="keep the report's identical trials, do the others again")
     options = parser.parse_args()
+    if options.go_on and not (options.report and options.report.exists()):
+        parser.error("--go-on needs a --report that is there")
     cases = options.cases.split(",")
     if unknown := [case for case in cases if case not in CASES]:
         parser.error(f"--cases must be of {', '.join(CASES)}; got {unknown[0]}")
