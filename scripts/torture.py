@@ -151,6 +151,7 @@ class Torturer:
         trial = Trial(case, number)
         draw = random.Random(f"{self.seed}/{case}/{number}")
         folder = self.place / f"{case} {number}"
+        damaged = False
         while True:
             begun = (folder / "run.json").exists()
             again = begun and draw.random() < 0.7  # both commands go on
@@ -161,7 +162,7 @@ class Torturer:
                     stop = min(saved_step(folder) + draw.randint(1, INTERVAL), untouched.steps - 1)
                 else:
                     fault = self._draw(draw, folder, untouched.steps, trial)
-            start, before = saved_step(folder), read_pulse(folder / "heartbeat")[0]
+            start, before = saved_step(folder, skip=damaged), read_pulse(folder / "heartbeat")[0]
             code, tail = self._live(folder, words, fault, stop)
             died_at = start + read_pulse(folder / "heartbeat")[0] - before
             if code == 0:
