@@ -108,7 +108,8 @@ def torture_table() -> str:
     lines = ["| runs of | runs | kills | identical | differing |", "|---|---:|---:|---:|---:|"]
     rows = [*found["cases"].items(), ("**all**", found)]
     lines += [f"| {name} | {r['runs']} | {r['kills']} | {r['identical']} | {r['differing']} |" for name, r in rows]
-    return "\n".join(lines)
+    between = "{torn_journals} torn journals, {damaged_checkpoints} damaged checkpoints, {sigterms} SIGTERMs"
+    return "\n".join([*lines, "", f"Between the kills: {between.format(**found)}."])
 
 
 def bench_table() -> str:

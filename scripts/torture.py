@@ -443,7 +443,8 @@ def main() -> int:
     begun = time.monotonic()
     place = Path(tempfile.mkdtemp(prefix="torture-"))
     trials = torture(place, cases, options)
-    report = summarise(trials, time.monotonic() - begun)
+    spent = json.loads(options.report.read_text())["seconds"] if options.go_on else 0
+    report = summarise(trials, spent + time.monotonic() - begun)
     if options.report:
         options.report.write_text(json.dumps(report, indent=1) + "\n")
     for case, row in report["cases"].items():
