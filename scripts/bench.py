@@ -156,8 +156,8 @@ def main() -> int:
             if comparison.name.startswith(options.only):
                 rows.append(compare(comparison, options.pairs, [f"epochs={options.epochs}"], places, Path(root)))
                 tell(rows[-1])
-    if options.report:
-        options.report.write_text(json.dumps(rows, indent=1) + "\n")
+                if options.report:
+                    options.report.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
