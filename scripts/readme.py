@@ -22,6 +22,7 @@ from pathlib import Path
 
 from train import config as schema
 from train import runtime
+from train.checks import describe_limits
 from train.compose import as_typed, compose
 from train.stored import flatten
 
@@ -76,7 +77,7 @@ def _default(item: dataclasses.Field) -> object:
 
 def _row(name: str, item: dataclasses.Field, default: object, only: str = "") -> str:
     choices, unit = item.metadata["choices"], item.metadata["unit"]
-    allowed = ", ".join(f"`{choice}`" for choice in choices) or schema.describe_limits(item)
+    allowed = ", ".join(f"`{choice}`" for choice in choices) or describe_limits(item)
     if "bool" in str(item.type):
         allowed = "`true`, `false`"
     return (

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -35,11 +35,8 @@ from train.checkpoint import (
     Checkpoints,
     DamagedError,
     Interval,
-    differences,
     read,
-    refuse_differences,
 )
-from train.config import ConfigError
 from train.disk import point_link, write_atomically
 from train.loop import Progress
 from train.tracking.folder import Pulse, RunFolder, newest_unfinished
@@ -434,20 +431,9 @@ def test_nothing_dies_that_was_not_asked_to(tmp_path: Path):
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB, 64 pages."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = shutil.which("mount")
-    if mount is None:
-        pytest.skip("a small disk needs the mount command")
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "none", place], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mounting a small disk is refused here (root may): {done.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
+def small_disk(tiny_disk: Callable[[str], Path]) -> Path:
+    """A file system of 64 pages."""
+    return tiny_disk("256k")
 
 
 def fill(disk: Path, pages: int = 0) -> Path:
@@ -621,34 +607,6 @@ def test_so_many_minutes_since_the_last():
     assert not interval.due(1, 2, epoch_end=True)
     time.sleep(0.4)
     assert [interval.due(1, step, epoch_end=False) for step in (3, 4)] == [True, False]
-
-
-# ----------------------------------------------------------------------------------------------------------- the ground
-
-WAS = {"seed": 0, "batch_size": 32, "code": "abc", "gone": 1}
-IS = {"seed": 0, "batch_size": 64, "code": "def", "come": 2}
-
-
-def test_every_difference_of_the_ground_is_named():
-    assert differences(WAS, IS) == ["batch_size", "code", "come", "gone"]
-    assert differences(WAS, dict(WAS)) == []
-
-
-def test_another_ground_is_refused_with_the_words_that_accept_it():
-    found = differences(WAS, IS)
-    with pytest.raises(ConfigError) as refused:
-        refuse_differences(found, WAS, IS, frozenset({"come", "gone"}))
-    assert str(refused.value) == (
-        "a run goes on as it was, but batch_size was 32, is 64; code was abc, is def; "
-        "put it back, or use make resume accept=batch_size,code,come,gone"
-    )
-    refuse_differences(found, WAS, IS, frozenset(str(refused.value).partition("accept=")[2].split(",")))
-    refuse_differences([], WAS, dict(WAS), frozenset())
-
-
-def test_a_name_that_nothing_has_can_not_be_accepted():
-    with pytest.raises(ConfigError, match="accept must name what may differ, got cod; use names like code"):
-        refuse_differences(["code"], WAS, IS, frozenset({"cod"}))
 
 
 def test_checkpoints_of_a_stop_are_no_targets_of_a_rollback_and_push_no_planned_one_out(tmp_path: Path):

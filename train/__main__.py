@@ -39,12 +39,12 @@ def compose_and_run(node: DictConfig) -> None:
 
 def run(node: DictConfig) -> int:
     """Every check that needs no TensorFlow, then the run itself; its exit code."""
-    from train import resume
-    from train import run as story
-
     private = compose.private(node)
     try:
         config = compose.to_config(node)
+        from train import resume  # imported late: a mistake in what was typed is answered at once
+        from train import run as story
+
         story.check_files(config)
     except ValueError as fault:
         raise ConfigError(private.hide(str(fault))) from None

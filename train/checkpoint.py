@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from train import faults
-from train.config import ConfigError
 from train.disk import sync_folder, write_through
 
 log = logging.getLogger(__name__)
@@ -197,30 +196,11 @@ def _digest(content: dict[str, Any], arrays_sha256: str) -> str:
 
 
 def _put_aside(path: Path) -> None:
-    """Nothing is destroyed: somebody may want to look at it."""
+    """Somebody may want to look at it; of several with the same name the last one stays."""
     target = path.with_name(f"{DAMAGED}{path.name}")
     shutil.rmtree(target, ignore_errors=True)
     with suppress(OSError):  # on a disk that can only be read it stays, and is stepped over again
         path.rename(target)
-
-
-# --------------------------------------------------------------------------------------------------------- the ground
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of what of the ground that a run stands on is not as it was."""
-    return [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
-
-
-def refuse_differences(found: list[str], saved: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> None:
-    """Raises: ConfigError naming every difference, and the words that accept them, unless all are accepted."""
-    unknown = sorted(accepted - {*saved, *now})
-    if unknown:
-        raise ConfigError(f"accept must name what may differ, got {unknown[0]}; use names like code or batch_size")
-    if set(found) <= accepted:
-        return
-    told = "; ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in found if name not in accepted)
-    raise ConfigError(f"a run goes on as it was, but {told}; put it back, or use make resume accept={','.join(found)}")
 
 
 # ----------------------------------------------------------------------------------------------------------- when

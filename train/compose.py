@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train import config as schema
+from train.checks import check
 from train.config import Config, ConfigError
 from train.stored import Private, flatten, passwords
 
@@ -43,7 +44,7 @@ def to_config(node: DictConfig) -> Config:
         raise ConfigError(explain(fault)) from None
     assert isinstance(config, Config)
     _refuse_added(config)
-    schema.check(config)
+    check(config)
     _expand_home(config)
     config.data.image_size = schema.resolve_image_size(config)
     return config

@@ -1,19 +1,15 @@
 """The typed schema of a run: one dataclass per group, and for each key its meaning, unit and range.
 
-YAML under conf/ holds values, this file holds types; `check` holds every value against them. Nothing here imports
+YAML under conf/ holds values, this file holds types; checks.py holds every value against them. Nothing here imports
 the project, Hydra or TensorFlow, so that a mistake is answered at once. What is listed twice on purpose (names,
 smallest image sizes) is held equal to the dictionaries behind it by tests/test_config.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import re
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -335,153 +331,7 @@ GROUPS: dict[str, dict[str, type]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- checks
-
-
-def check(config: Any, prefix: str = "") -> None:
-    """Holds every value against its key's range, and the keys against each other.
-
-    Raises: ConfigError naming the key, the value and what is allowed.
-    """
-    for item in fields(config):
-        value, name = getattr(config, item.name), prefix + item.name
-        if is_dataclass(value):
-            check(value, name + ".")
-        elif isinstance(value, list):
-            for element in value:
-                _check_value(name, element, item)
-        elif value is not None:
-            _check_value(name, value, item)
-    if isinstance(config, Config):
-        _check_together(config)
-
-
-def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
-    choices, limits = item.metadata["choices"], item.metadata["limits"]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value}; use e.g. {name}={_example(item)}")
-    if choices and value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")
-    too_low = _violates(value, limits["least"], lambda v, x: v < x) or _violates(
-        value, limits["above"], lambda v, x: v <= x
-    )
-    too_high = _violates(value, limits["most"], lambda v, x: v > x) or _violates(
-        value, limits["below"], lambda v, x: v >= x
-    )
-    if too_low or too_high:
-        raise ConfigError(f"{name} must be {describe_limits(item)}, got {value}; use e.g. {name}={_example(item)}")
-
-
-def _violates(value: Any, limit: float | None, test: Any) -> bool:
-    return limit is not None and test(value, limit)
-
-
-def _example(item: dataclasses.Field) -> Any:
-    limits = item.metadata["limits"]
-    default = item.default if item.default is not MISSING else None
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return default
-    return limits["least"] if limits["least"] is not None else 0.5
-
-
-def describe_limits(item: dataclasses.Field) -> str:
-    """A key's range in words: "at least 0 and below 1"."""
-    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-    limits = item.metadata["limits"].items()
-    return " and ".join(f"{words[name]} {limit:.10g}" for name, limit in limits if limit is not None)
-
-
-def _check_together(config: Config) -> None:
-    _check_names(config)
-    _check_blocks(config.model)
-    _check_image_size(config.model, config.data)
-    if config.data.validation_fraction + config.data.test_fraction >= 1:
-        raise ConfigError(
-            "data.validation_fraction and data.test_fraction must leave examples for training (sum below 1), "
-            f"got {config.data.validation_fraction:g} + {config.data.test_fraction:g}"
-        )
-    if config.schedule.warmup_epochs > config.epochs:
-        raise ConfigError(
-            f"schedule.warmup_epochs must be at most epochs ({config.epochs}), got {config.schedule.warmup_epochs:g}; "
-            f"use e.g. schedule.warmup_epochs={min(1, config.epochs)}"
-        )
-    milestones = getattr(config.schedule, "milestones", [])
-    if milestones != sorted(set(milestones)):
-        raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
-    _check_interval(config.checkpoint)
-    _check_rollback(config)
-    _check_tracking(config.tracking)
-
-
-def _check_interval(checkpoint: Checkpoint) -> None:
-    given = [
-        f"checkpoint.{name}={getattr(checkpoint, name):g}"
-        for name in ("every_epochs", "every_steps", "every_minutes")
-        if getattr(checkpoint, name) is not None
-    ]
-    if len(given) > 1:
-        raise ConfigError(
-            f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(given)}; "
-            "use exactly one, or none for every epoch"
-        )
-
-
-def _check_rollback(config: Config) -> None:
-    if config.on_divergence == "rollback" and config.checkpoint.every_minutes is not None:
-        raise ConfigError(
-            "on_divergence=rollback must find its checkpoints at the same steps in every run, "
-            "got checkpoint.every_minutes; use checkpoint.every_steps or checkpoint.every_epochs"
-        )
-
-
-def _check_names(config: Config) -> None:
-    """A name typed into a group that was made for another one would build something else than was chosen."""
-    for group, names in GROUPS.items():
-        chosen = getattr(config, group)
-        if names.get(chosen.name) is not type(chosen):
-            raise ConfigError(f"{group}.name must not be typed, got {chosen.name}; use {group}={chosen.name}")
-
-
-def _check_blocks(model: Model) -> None:
-    blocks = getattr(model, "blocks", None)
-    if blocks is not None and len(blocks) != 5:
-        raise ConfigError(
-            f"model.blocks must name five blocks, got {len(blocks)}; "
-            "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]"
-        )
-
-
-def _check_image_size(model: Model, data: Data) -> None:
-    smallest = SMALLEST_IMAGE[model.name]
-    if data.image_size is not None and data.image_size < smallest:
-        raise ConfigError(
-            f"data.image_size must be at least {smallest} for {model.name}, got {data.image_size}; "
-            f"use data.image_size={smallest}"
-        )
-
-
-def _check_tracking(tracking: Tracking) -> None:
-    if not re.fullmatch(r"[^./\\\s][^/\\\n\0]*", tracking.experiment) or tracking.experiment == "latest":
-        raise ConfigError(
-            "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
-            f"got {tracking.experiment!r}; use e.g. tracking.experiment=inception"
-        )
-    if tracking.uri is None:
-        return
-    try:
-        parts = urlsplit(tracking.uri)
-    except ValueError:
-        parts = urlsplit("")
-    web = parts.scheme in ("http", "https") and parts.hostname
-    database = parts.scheme.split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql") and (parts.path or parts.netloc)
-    if not (web or database):
-        raise ConfigError(
-            "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's address), "
-            f"got {without_secrets(tracking.uri)!r}; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------- derived
+# --------------------------------------------------------------------------------------------------------- derived
 
 
 def resolve_image_size(config: Config) -> int:
@@ -494,11 +344,3 @@ def resolve_image_size(config: Config) -> int:
 def options(group: Any) -> dict[str, Any]:
     """A group's keys as the plain arguments of the builder behind its name."""
     return {item.name: getattr(group, item.name) for item in fields(group) if item.name != "name"}
-
-
-def without_secrets(uri: str) -> str:
-    """The address without user, password, query and fragment, which is where secrets stand."""
-    address = uri.partition("?")[0].partition("#")[0]
-    scheme, separator, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"

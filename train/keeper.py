@@ -7,17 +7,12 @@ import time
 from typing import Any
 
 from train import faults
-from train.checkpoint import UNPLANNED, Checkpoints, Interval, differences, refuse_differences
+from train.checkpoint import UNPLANNED, Checkpoints, Interval
 from train.config import Config, options
+from train.ground import changed, refuse_changes
 from train.loop import DivergedError, Progress
 from train.tracking.folder import Pulse, RunFolder
 from train.tracking.journal import Journal
-
-# Keys that may differ from life to life: they change no bit, or the fingerprint of the data stands for them.
-FREE = (
-    "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
-    "data.root", "data.manual_dir", "data.directory",
-)  # fmt: skip
 
 
 class Keeper:
@@ -38,11 +33,12 @@ class Keeper:
         Raises: ConfigError naming what differs and was not accepted.
         """
         before = self.folder.read_json("ground.json", self.found.content["ground"] if self.found else ground)
-        found = [name for name in differences(before, ground) if name not in FREE]
-        longer = {"epochs"} if ground["epochs"] > before["epochs"] else set()
-        refuse_differences(found, before, ground, accepted | longer)
+        refuse_changes(before, ground, accepted)
         line, recorded = self._place()["journal_lines"], self.folder.identity()["changes"]
-        changes = [{"name": name, "was": before.get(name), "is": ground.get(name), "line": line} for name in found]
+        changes = [
+            {"name": name, "was": before.get(name), "is": ground.get(name), "line": line}
+            for name in changed(before, ground)
+        ]
         if not changes and recorded and recorded[-1]["line"] > line:
             # The checkpoints behind the last change are gone. What is done now can't be compared with what came of it.
             changes = [{"name": "journal_lines", "was": recorded[-1]["line"], "is": line, "line": line}]

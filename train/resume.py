@@ -13,7 +13,7 @@ import yaml
 
 from train import command, compose
 from train.config import ROOT, Config, ConfigError
-from train.keeper import FREE
+from train.ground import FREE, changed, unaccepted
 from train.stored import Private, flatten, to_dict
 from train.tracking.folder import RunFolder, newest_unfinished, open_folder
 
@@ -39,7 +39,7 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str]) -> int:
     private = compose.private(node)
     try:
         config = compose.to_config(node)
-        refuse_changes(flatten(stored), flatten(to_dict(config, private)), accepted)
+        refuse_words(flatten(stored), flatten(to_dict(config, private)), accepted)
     except ValueError as fault:
         raise ConfigError(private.hide(str(fault))) from None
     if folder.alive():
@@ -59,30 +59,29 @@ def train_again(folder: RunFolder, config: Config, private: Private) -> int:
     Raises: ConfigError naming what is another.
     """
     before, now = folder.identity()["typed"], flatten(to_dict(config, private))
-    found = [
-        f"{name} was {before.get(name)}, is {now.get(name)}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and name not in FREE
-    ]
+    found = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed(before, now)]
     if found:
         raise ConfigError(
             f"run_dir must be a folder without a run, or with one of the same config, got {folder.path}, where "
             f"{'; '.join(found)}; use another run_dir, or make resume run={folder.path}"
         )
-    free = ("tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep")
-    typed = flatten(dataclasses.asdict(config))
-    return go_on(folder, [f"{name}={typed[name]}" for name in free if typed[name] is not None], frozenset())
+    return go_on(folder, free_words(config, private), frozenset())
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> None:
+def free_words(config: Config, private: Private) -> list[str]:
+    """What may differ in the folder of a run that is there, as words; an address keeps its password."""
+    references = {name: value for name, value in private.stored.items() if value != compose.HIDDEN}
+    typed = flatten(dataclasses.asdict(config)) | references
+    return [f"{name}={typed[name]}" for name in FREE if name != "run_dir" and typed.get(name) is not None]
+
+
+def refuse_words(before: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> None:
     """More epochs are fine; whatever else changes a bit has to be accepted by name."""
-    for name, value in now.items():
-        fine = name in accepted or name in FREE or (name == "epochs" and value >= before[name])
-        if value != before.get(name) and not fine:
-            raise ConfigError(
-                f"{name} must stay as it was in the run, {before.get(name)}, got {value}; "
-                f"leave it away, or add accept={name} to go on with another run than was begun"
-            )
+    for name in unaccepted(before, now, accepted):
+        raise ConfigError(
+            f"{name} must stay as it was in the run, {before.get(name)}, got {now[name]}; "
+            f"leave it away, or add accept={name} to go on with another run than was begun"
+        )
 
 
 def split(word: str) -> tuple[str, str]:

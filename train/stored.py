@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from train.config import Config, without_secrets
+from train.config import Config
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,14 @@ def passwords(address: str) -> list[str]:
     except ValueError:
         return []
     return [text for part in found if part for text in (part, unquote(part))]
+
+
+def without_secrets(uri: str) -> str:
+    """The address without user, password, query and fragment, which is where secrets stand."""
+    address = uri.partition("?")[0].partition("#")[0]
+    scheme, separator, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def to_dict(config: Config, private: Private) -> dict[str, Any]:

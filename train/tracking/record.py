@@ -25,8 +25,9 @@ from train.tracking.folder import Pulse, RunFolder
 
 log = logging.getLogger(__name__)
 
-# The inference model needs these to be loaded; named, because MLflow takes long to find them out.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+# The inference model needs these to be loaded; named, because MLflow takes long to find them out.
 MODEL_PACKAGES = ("tensorflow", "keras", "numpy")
 
 
@@ -110,7 +111,7 @@ def settle(folder: RunFolder, config: Config, private: Private) -> None:
 
 
 def ground(config: Config, private: Private, fingerprint: str, processor: str) -> dict[str, Any]:
-    """All that the bits of a run depend on, by name; for keys that change no bit see `keeper.FREE`."""
+    """All that the bits of a run depend on, by name; for keys that change no bit see `train.ground.FREE`."""
     return {
         **flatten(to_dict(config, private)),
         "data_fingerprint": fingerprint,
@@ -194,9 +195,8 @@ def report(fault: Exception, folder: RunFolder, private: Private) -> int:
         code = command.tell(private.hide(str(fault)))
         return code if isinstance(fault, ValueError) else 1
     if isinstance(fault, OSError) and fault.errno in FULL:
-        command.tell(
-            f"{folder.path} can't be written ({fault.strerror}); mend that, then: make resume run={folder.path}"
-        )
+        place = fault.filename or folder.path  # prepared data may lie on a disk of its own
+        command.tell(f"{place} can't be written ({fault.strerror}); mend that, then: make resume run={folder.path}")
         return 1
     print(trace, file=sys.stderr)
     command.tell(f"{type(fault).__name__}; the whole story is in {folder.path / 'train.log'}")

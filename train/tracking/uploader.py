@@ -91,7 +91,7 @@ class Record:
                 self.logged.add(name)
         lines = list(read_journal(self.folder.journal, self.offset))
         if lines:
-            self.store.log_lines([line for line, _ in lines if line])
+            self.store.log_lines([line for line, _ in lines])
             self.offset = lines[-1][1]
         return self.store
 
