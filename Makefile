@@ -18,7 +18,7 @@ LOCKS := requirements.lock requirements-dev.lock
 
 KNOBS := PYTHON ARGS
 WORDED := train resume sweep cost sync reap ui
-PLAIN := setup lock test test-all torture bench lint format readme readme-check help
+PLAIN := setup lock test test-all torture bench bench-data lint format readme readme-check help
 
 override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 override TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))
@@ -105,6 +105,9 @@ test-all: $(STAMP) ## all tests, the long ones too
 
 torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
 	@$(BIN)/python scripts/torture.py $(ARGS)
+
+bench-data: $(STAMP) ## how fast images come, beside bare decoding, Keras and PyTorch (about 15 minutes)
+	@$(BIN)/python scripts/bench_data.py $(ARGS)
 
 bench: $(STAMP) ## what the safeguards cost, measured side by side (about 20 minutes on a quiet machine)
 	@$(BIN)/python scripts/bench.py $(ARGS)

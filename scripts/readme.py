@@ -113,7 +113,60 @@ def torture_table() -> str:
     return "\n".join([*lines, "", f"Between the kills: {between.format(**found)}."])
 
 
-TABLES = {"config": config_table, "models": models_table, "torture": torture_table}
+def bench_table() -> str:
+    """What `make bench ARGS="--report scripts/figures/bench.json"` found."""
+    lines = [
+        "| compared | images/s | ratio of medians | single pairs | equal runs | run times | waited for checkpoints |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "bench.json").read_text()):
+        one, two = row["median_images_per_second"]
+        pairs, equals = ("{:.3f} to {:.3f}".format(*row[name]) for name in ("ratios_of_pairs", "ratios_of_equals"))
+        figures = f"{one:.1f}, {two:.1f} | {row['ratio']:.3f} | {pairs} | {equals} | {row['ratio_of_run_times']:.3f}"
+        lines.append(f"| {row['name']} ({row['pairs']} pairs) | {figures} | {row['stall']:.2%} |")
+    return "\n".join(lines)
+
+
+def data_table() -> str:
+    """What `make bench-data ARGS="--report scripts/figures/data.json"` found."""
+    rows = json.loads((FIGURES / "data.json").read_text())
+    bare = {row["images"]: row["images_per_second"] for row in rows if row["name"] == "bare decoding"}
+    lines = [
+        "| images | what is done to them | images/s | least to most | of bare decoding | peak memory |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        rate, base = row["images_per_second"], bare.get(row["images"])
+        share = f"{rate / base:.2f}" if base else ""
+        lines.append(
+            f"| {row['images']} | {row['name']} | {rate:,.0f} | {row['least']:,.0f} to {row['most']:,.0f} | {share} "
+            f"| {row['peak_bytes'] / 2**20:,.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    """What `make bench-data ARGS="--memory --report scripts/figures/memory.json"` found."""
+    lines = ["| examples | peak memory | when everything is looked at, the first time |", "|---:|---:|---:|"]
+    for row in json.loads((FIGURES / "memory.json").read_text()):
+        peaks = (f"{row[name] / 2**20:,.0f} MiB" for name in ("peak_bytes", "first_peak_bytes"))
+        lines.append(f"| {row['examples']:,} | {' | '.join(peaks)} |")
+    return "\n".join(lines)
+
+
+def odd_table() -> str:
+    """What `make bench-data ARGS="--odd FOLDER --report scripts/figures/odd.json"` found."""
+    rows = json.loads((FIGURES / "odd.json").read_text())
+    sums = {name: sum(row[name] for row in rows) for name in ("files", "decoded", "named")}
+    lines = ["| Pillow says | files | decoded | named with a reason |", "|---|---:|---:|---:|"]
+    lines += [f"| {row['kind']} | {row['files']} | {row['decoded']} | {row['named']} |" for row in rows]
+    return "\n".join([*lines, "| **all** | {files} | {decoded} | {named} |".format(**sums)])
+
+
+TABLES = {
+    "config": config_table, "models": models_table, "torture": torture_table, "bench": bench_table,
+    "data": data_table, "memory": memory_table, "odd": odd_table,
+}  # fmt: skip
 
 
 def written() -> str:
@@ -179,7 +232,7 @@ def environment() -> dict[str, str]:
 
 
 def write_images(root: Path) -> None:
-    """Class folders with 400 PNG files: scikit-learn's digits."""
+    """Class folders with 400 PNG files: scikit-learn's digits; and a table of them."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -188,6 +241,8 @@ def write_images(root: Path) -> None:
         folder = root / f"digit {label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15).astype("uint8")).resize((64, 64)).save(folder / f"{number}.png")
+    lines = [f"{path.relative_to(root.parent)},{path.parent.name}" for path in sorted(root.glob("*/*.png"))]
+    root.with_suffix(".csv").write_text("\n".join(["path,label", *lines]) + "\n")
 
 
 def main() -> None:

@@ -35,8 +35,23 @@ DEFAULT = {
     "data.validation_fraction": 0.1,
     "data.test_fraction": 0.2,
     "data.directory": "data",
+    "data.background": [255, 255, 255],
+    "data.crop_fraction": 1.0,
+    "data.fingerprint": None,
+    "data.max_bytes": 67_108_864,
+    "data.max_pixels": 50_000_000,
+    "data.on_error": "raise",
+    "data.max_skipped": 100,
+    "data.on_leak": "warn",
+    "data.cache": "auto",
+    "data.ram_budget": 1.0,
+    "data.balanced": False,
+    "data.class_weights": False,
     "augment.name": "crop",
     "augment.pad": 0.125,
+    "augment.erase": 0.0,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
     "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.01,
     "optimizer.weight_decay": 0.0,
@@ -90,7 +105,7 @@ MISTAKES = {
     "+model.q=2": "model.q is no key of model; use one of model.aux_weight, model.batch_norm_momentum, "
     "model.blocks, model.head, model.name, model.weights, model.width",
     "model.batch_norm=false": "model.batch_norm is no key of the chosen model; it belongs to model=inception_v1",
-    "data.root=/tmp": "data.root is no key of the chosen data; it belongs to data=folder",
+    "data.root=/tmp": "data.root is no key of the chosen data; it belongs to data=folder or manifest",
     "epochs=three": "epochs must be a whole number, got three; use e.g. epochs=12",
     "epochs=1.5": "epochs must be a whole number, got 1.5; use e.g. epochs=12",
     "epochs=": "epochs must be a whole number, got ; use e.g. epochs=12",
@@ -135,6 +150,14 @@ MISTAKES = {
     "use e.g. schedule.warmup_epochs=1",
     "data.test_fraction=0.95": "data.validation_fraction and data.test_fraction must leave examples for training "
     "(sum below 1), got 0.1 + 0.95",
+    "data.background=[0,0]": "data.background must be red, green and blue, got [0, 0]; "
+    "use data.background=[255,255,255]",
+    "data.background=[0,0,256]": "data.background must be at least 0 and at most 255, got 256; "
+    "use e.g. data.background=[255,255,255]",
+    "data.balanced=true data.class_weights=true": "data.balanced and data.class_weights exclude each other, got both; "
+    "use one of them",
+    "data.on_leak=ignore": "data.on_leak must be one of warn, drop, raise, got ignore",
+    "augment.mixup=-1": "augment.mixup must be at least 0, got -1.0; use e.g. augment.mixup=0.0",
     "model=vgg16,inception_v1": "model must be one value, got vgg16,inception_v1; "
     "to try each of them use make sweep model=vgg16,inception_v1",
     "model={": "words must be key=value, got model={; put quotes inside for special characters: key=\"'...'\"",
@@ -205,7 +228,8 @@ def test_names_and_sizes_are_those_of_the_rooms_behind_them():
 def test_every_key_has_a_reader():
     """A group's keys are exactly what its builder takes; any other key is read by name somewhere."""
     from train import data, models, optim
-    from train.data.augment import AUGMENTS
+    from train.data import pipeline, pixels
+    from train.data.augment import AUGMENTS, build
 
     def keys(group: str, name: str) -> set[str]:
         return {item.name for item in dataclasses.fields(schema.GROUPS[group][name])} - {"name"}
@@ -217,14 +241,15 @@ def test_every_key_has_a_reader():
     for name in schema.GROUPS["model"]:
         assert keys("model", name) == set(models.options_of(name)), name
     for name in schema.GROUPS["augment"]:
-        assert keys("augment", name) == takes(AUGMENTS[name]), name
+        assert keys("augment", name) == takes(AUGMENTS[name]) | takes(build) - {"name", "options"}, name
     for name in schema.GROUPS["schedule"]:
         assert keys("schedule", name) == takes(optim.SCHEDULES[name]) | {"warmup_epochs"}, name
     for name in schema.GROUPS["optimizer"]:
         common = {"learning_rate", "weight_decay"}
         assert keys("optimizer", name) == takes(optim.OPTIMIZERS[name]) - {"common"} | common, name
     for name in schema.GROUPS["data"]:
-        assert keys("data", name) - {"directory"} <= takes(data.load), name
+        used = takes(data.load) | takes(pixels.place) | takes(pipeline.train_batches)
+        assert keys("data", name) - {"directory", "fingerprint"} <= used, name
     sources = "".join(path.read_text() for path in (ROOT / "train").rglob("*.py") if path.name != "config.py")
     for item in dataclasses.fields(Config):
         assert re.search(rf"\bconfig\.{item.name}\b", sources), item.name

@@ -114,7 +114,7 @@ def test_the_stored_model_is_what_was_measured(finished: Finished, tmp_path: Pat
     """In a process that does not know this project: its accuracy on the test split is that of the summary."""
     from train import data
 
-    split = data.load("digits", str(ROOT / "data"), 32, 1).test
+    split = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).test
     pixels = np.stack([split.example(index) for index in range(len(split))])
     np.savez(tmp_path / "test.npz", images=pixels, labels=split.labels)
     script = (

@@ -99,9 +99,9 @@ def compiled(model: keras.Model, optimizer: keras.optimizers.Optimizer | None = 
     return model
 
 
-def step_of(model: keras.Model, examples: int = EXAMPLES) -> Step:
+def step_of(model: keras.Model, examples: int = EXAMPLES, **kind: bool) -> Step:
     rate = getattr(model.optimizer, "inner_optimizer", model.optimizer)._learning_rate  # the schedule, not its value
-    return Step(model, keras.Model(model.input, model.output["main"]), rate, examples, jit=False)
+    return Step(model, keras.Model(model.input, model.output["main"]), rate, examples, jit=False, **kind)
 
 
 def batch(examples: int = EXAMPLES, seed: int = 0, flawed: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
@@ -306,6 +306,40 @@ def test_the_step_measures_what_keras_would():
     assert first["loss"] == pytest.approx(first["main_loss"] + 0.3 * first["aux_loss"], rel=1e-6)
     step.reset_metrics()
     assert step.metrics()["loss"] == 0.0
+
+
+def test_a_weight_of_an_example_multiplies_its_losses_and_leaves_the_accuracy():
+    weights = np.linspace(0, 2, EXAMPLES, dtype="float32")
+    images, labels = batch()
+    model = compiled(dense_model(aux=True), sgd(0.0))
+    step = step_of(model, weighted=True)
+    outputs = model(images, training=True)
+    each = {
+        name: keras.losses.categorical_crossentropy(labels, logits, from_logits=True)
+        for name, logits in outputs.items()
+    }
+    right = np.argmax(outputs["main"], axis=1) == np.argmax(labels, axis=1)
+    step(images, labels, tf.constant(weights))
+    found = step.metrics()
+    mean = {name: float(np.mean(loss * weights)) for name, loss in each.items()}
+    assert found["main_loss"] == pytest.approx(mean["main"], rel=1e-5)
+    assert found["loss"] == pytest.approx(mean["main"] + 0.3 * mean["aux"], rel=1e-5)
+    assert found["main_accuracy"] == pytest.approx(right.mean())
+    assert mean["main"] != pytest.approx(float(np.mean(each["main"])), rel=1e-3)  # the weights make a difference
+
+
+def test_mixed_images_are_not_rounded():
+    """A step of mixed images takes float32 in 0..255; the same numbers as bytes give the same loss."""
+    images, labels = batch()
+    floats = tf.cast(images, tf.float32)
+    between = floats + tf.one_hot([0], 4) * tf.one_hot([0], EXAMPLES, on_value=0.4, axis=0)
+    found = []
+    for mixed, given in ((False, images), (True, floats), (True, between)):
+        begin_anew()
+        step = step_of(compiled(dense_model(), sgd(0.0)), mixed=mixed)
+        step(given, labels)
+        found.append(step.metrics()["loss"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_digest_of_the_weights_tells_one_bit():

@@ -53,6 +53,8 @@ def _violates(value: Any, limit: float | None, test: Any) -> bool:
 
 def _example(item: dataclasses.Field) -> Any:
     limits = item.metadata["limits"]
+    if item.default_factory is not MISSING:
+        return "[" + ",".join(map(str, item.default_factory())) + "]"
     default = item.default if item.default is not MISSING else None
     if isinstance(default, int | float) and not isinstance(default, bool):
         return default
@@ -75,6 +77,7 @@ def _check_together(config: Config) -> None:
             "data.validation_fraction and data.test_fraction must leave examples for training (sum below 1), "
             f"got {config.data.validation_fraction:g} + {config.data.test_fraction:g}"
         )
+    _check_data(config.data)
     if config.schedule.warmup_epochs > config.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs must be at most epochs ({config.epochs}), got {config.schedule.warmup_epochs:g}; "
@@ -86,6 +89,15 @@ def _check_together(config: Config) -> None:
     _check_interval(config.checkpoint)
     _check_rollback(config)
     _check_tracking(config.tracking)
+
+
+def _check_data(data: Data) -> None:
+    if len(data.background) != 3:
+        raise ConfigError(
+            f"data.background must be red, green and blue, got {data.background}; use data.background=[255,255,255]"
+        )
+    if data.balanced and data.class_weights:
+        raise ConfigError("data.balanced and data.class_weights exclude each other, got both; use one of them")
 
 
 def _check_interval(checkpoint: Checkpoint) -> None:

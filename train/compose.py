@@ -55,6 +55,7 @@ def _expand_home(config: Config) -> None:
     for part, name in (
         (config.data, "root"),
         (config.data, "manual_dir"),
+        (config.data, "file"),
         (config.model, "weights"),
         (config, "run_dir"),
     ):

@@ -1,7 +1,7 @@
 """The typed schema of a run: one dataclass per group, and for each key its meaning, unit and range.
 
 YAML under conf/ holds values, this file holds types; checks.py holds every value against them. Nothing here imports
-the project, Hydra or TensorFlow, so that a mistake is answered at once. What is listed twice on purpose (names,
+the project, Hydra or TensorFlow, so that a mistake is answered at once. What is manifest twice on purpose (names,
 smallest image sizes) is held equal to the dictionaries behind it by tests/test_config.py.
 """
 
@@ -32,6 +32,7 @@ USUAL_IMAGE = {
     "tf_flowers": 160,
     "imagenet2012": 224,
     "folder": 64,
+    "manifest": 64,
 }
 
 BLOCK_KINDS = (
@@ -131,11 +132,27 @@ class Data:
         None, "side images are brought to; null: the data set's usual one, or the model's smallest", unit="px", least=1
     )
     channels: int = key(3, "1: grey, 3: colour; images are converted", choices=(1, 3))
+    background: list[int] = key([255, 255, 255], "red, green and blue behind what is transparent", least=0, most=255)
+    crop_fraction: float = key(1.0, "share of the short side that evaluation looks at, in the centre", above=0, most=1)
     validation_fraction: float = key(
         0.1, "share cut off for validation where the set has no such part", above=0, below=1
     )
     test_fraction: float = key(0.2, "share cut off for the test where the set has no such part", above=0, below=1)
     directory: str = key("data", "where prepared data sets lie (relative: to the project)")
+    fingerprint: str | None = key(None, "what the data must be, as an earlier run has written it; null: as it is")
+    max_bytes: int = key(2**26, "larger files count as broken", unit="bytes", least=1)
+    max_pixels: int = key(50_000_000, "images with more pixels count as broken", unit="px", least=1)
+    on_error: str = key("raise", "what broken examples do: stop the run, or be left out", choices=("raise", "skip"))
+    max_skipped: int = key(100, "how many broken examples may be left out", unit="examples", least=0)
+    on_leak: str = key(
+        "warn", "what equal images in two splits, or with two labels, do", choices=("warn", "drop", "raise")
+    )
+    cache: str = key(
+        "auto", "where decoded pixels are kept; auto: memory, else disk", choices=("auto", "memory", "disk", "none")
+    )
+    ram_budget: float = key(1.0, "how much memory decoded pixels may take", unit="GiB", least=0)
+    balanced: bool = key(False, "every class equally often in training, instead of every example once")
+    class_weights: bool = key(False, "weigh the loss of every example so that all classes weigh the same")
 
 
 @dataclass
@@ -147,18 +164,53 @@ class TfdsData(Data):
 class FolderData(Data):
     name: str = key("folder", "which data set; chosen by data=NAME", choices=("folder",))
     root: str | None = key(None, "folder with one sub-folder of images per class")
+    on_leak: str = key(
+        "raise", "what equal images in two splits, or with two labels, do", choices=("warn", "drop", "raise")
+    )
+
+
+@dataclass
+class ManifestData(FolderData):
+    name: str = key("manifest", "which data set; chosen by data=NAME", choices=("manifest",))
+    file: str | None = key(None, "CSV or JSON lines with path, label and, if it likes, split")
+    root: str | None = key(None, "folder that the paths are relative to; null: the table's own")
 
 
 @dataclass
 class Augment:
-    """No augmentation."""
+    """No augmentation; what every augmentation has."""
 
-    name: str = key("none", "which augmentation; chosen by augment=NAME", choices=("none", "crop", "flip_crop"))
+    name: str = key(
+        "none",
+        "which augmentation; chosen by augment=NAME",
+        choices=("none", "crop", "flip_crop", "inception", "randaugment"),
+    )
+    erase: float = key(0.0, "probability that a rectangle is covered (random erasing)", least=0, most=1)
+    mixup: float = key(0.0, "alpha of mixup; 0: none", least=0)
+    cutmix: float = key(0.0, "alpha of cutmix; 0: none; with mixup, each for one half", least=0)
 
 
 @dataclass
 class CropAugment(Augment):
     pad: float = key(0.125, "how far a crop may shift", unit="of the side", least=0, most=0.5)
+
+
+@dataclass
+class InceptionAugment(Augment):
+    name: str = key("inception", "which augmentation; chosen by augment=NAME", choices=("inception",))
+    least_area: float = key(0.08, "smallest share of the image that a crop takes", above=0, most=1)
+    most_stretch: float = key(4 / 3, "longest side of a crop, relative to the other", least=1)
+    color: float = key(1.0, "how far brightness, contrast, saturation and hue go; 0: not at all", least=0, most=1)
+    mirror: bool = key(True, "every second image is mirrored")
+
+
+@dataclass
+class RandAugment(Augment):
+    name: str = key("randaugment", "which augmentation; chosen by augment=NAME", choices=("randaugment",))
+    ops: int = key(2, "how many changes, one after the other", least=1, most=14)
+    magnitude: float = key(9.0, "how strong each is", least=0, most=30)
+    pad: float = key(0.125, "how far a crop may shift", unit="of the side", least=0, most=0.5)
+    mirror: bool = key(True, "every second image is mirrored")
 
 
 @dataclass
@@ -319,8 +371,17 @@ GROUPS: dict[str, dict[str, type]] = {
         "inception_v3": InceptionV3,
         "inception_resnet_v2": InceptionResnetV2,
     },
-    "data": {name: {"folder": FolderData, "digits": Data}.get(name, TfdsData) for name in USUAL_IMAGE},
-    "augment": {"none": Augment, "crop": CropAugment, "flip_crop": CropAugment},
+    "data": {
+        name: {"folder": FolderData, "manifest": ManifestData, "digits": Data}.get(name, TfdsData)
+        for name in USUAL_IMAGE
+    },
+    "augment": {
+        "none": Augment,
+        "crop": CropAugment,
+        "flip_crop": CropAugment,
+        "inception": InceptionAugment,
+        "randaugment": RandAugment,
+    },
     "optimizer": {"sgd": Sgd, "adamw": Adamw, "rmsprop": Rmsprop},
     "schedule": {
         "constant": Schedule,

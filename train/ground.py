@@ -13,7 +13,8 @@ from train.config import ConfigError
 # Keys that may differ from life to life: they change no bit, or the fingerprint of the data stands for them.
 FREE = (
     "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
-    "data.root", "data.manual_dir", "data.directory",
+    "data.root", "data.file", "data.manual_dir", "data.directory", "data.cache", "data.ram_budget",
+    "data.fingerprint",
 )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from train.stored import Private, to_dict
 from train.tracking import record, uploader
 from train.tracking.folder import Pulse, RunFolder, create
 
+STREAM = ("balanced", "class_weights")  # keys of `data` that say what is made of the examples, not which there are
+MUCH_WAITING = 0.05
 STOPPED_WAIT_SECONDS = 4.0  # how long a stopped run waits for its record; whoever stopped it wants to go
 
 
@@ -96,12 +98,17 @@ def tell(life: Life) -> None:
     say(*notes)
     stops.obey()  # here and below: libraries may swallow what a signal raises while they are loaded
 
-    dataset = load_data(config)
+    augmentation = build_augmentation(config)
+    dataset, where = load_data(config, crops=augmentation.crop is not None)
     stops.obey()
+    if fresh:
+        check_fingerprint(config, dataset)
     steps = steps_of(config, dataset)
     say(
         f"data: {dataset.name}, {len(dataset.classes)} classes, {counts(dataset)} examples",
+        *dataset.notes,
         left_out(config, dataset, steps),
+        where,
     )
 
     model, inference = build_model(config, dataset)
@@ -118,6 +125,9 @@ def tell(life: Life) -> None:
             folder, summary, config, life.private, dataset, data_source(config, life.private),
             model, inference, macs(model, inference),
         )  # fmt: skip
+        batches = functools.partial(train_batches, config, dataset, augmentation, steps)
+        if fresh:
+            record.picture(folder, next(iter(batches(0, 0)))[0].numpy(), augmentation.mix is not None)
         size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
         say(f"model: {model.name}, {size}")
         if keeper.found:
@@ -130,7 +140,7 @@ def tell(life: Life) -> None:
 
         with naming_broken_examples():
             try:
-                fit(life, dataset, steps, step, keeper)
+                fit(life, dataset, batches, steps, step, keeper)
             finally:
                 record.progress(summary, step, keeper, life.pulse, runtime.peak_memory_bytes())
 
@@ -138,6 +148,7 @@ def tell(life: Life) -> None:
             if progress.stopped_early:
                 rule = config.early_stopping
                 say(f"stopped early: {rule.metric} has not improved for {rule.patience_epochs} epochs")
+            say(waiting(progress.clock.data_wait_fraction()))
             found = {"cost/peak_memory_bytes": summary["peak_memory_bytes"]}
             if config.evaluate.test:
                 say("test: the best weights, on a split that chose nothing")
@@ -152,18 +163,43 @@ def tell(life: Life) -> None:
 
 def check_files(config: Config) -> None:
     """Files and folders that the user names are there."""
-    places = {name: getattr(config.data, name) for name in ("root", "manual_dir") if hasattr(config.data, name)}
+    names = ("root", "manual_dir", "file")
+    places = {name: getattr(config.data, name) for name in names if hasattr(config.data, name)}
     data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
     weights = config.model.weights
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(f"model.weights must be a file, got {weights}, which is none; use model.weights=PATH or null")
 
 
-def load_data(config: Config) -> Any:
-    """The data set that the config names, cut into train, validation and test."""
+def build_augmentation(config: Config) -> Any:
+    """What is done to the training examples."""
+    from train.data import augment
+
+    return augment.build(config.augment.name, **options(config.augment))
+
+
+def load_data(config: Config, *, crops: bool) -> tuple[Any, str]:
+    """The data set that the config names, cut into train, validation and test; and where its pixels are kept.
+
+    `crops`: whether training cuts its images out of the encoded ones.
+    """
+    from train.data import pixels
+
     chosen = options(config.data)
+    how = {name: chosen.pop(name) for name in ("cache", "ram_budget")}
+    for name in (*STREAM, "fingerprint"):
+        chosen.pop(name)
     chosen["data_dir"] = str(ROOT / chosen.pop("directory"))
-    return data.load(config.data.name, **chosen)
+    return pixels.place(data.load(config.data.name, **chosen), **how, crops=crops)
+
+
+def check_fingerprint(config: Config, dataset: Any) -> None:
+    """The data is what the config wants. A life that goes on asks the ground instead."""
+    if config.data.fingerprint not in (None, dataset.fingerprint):
+        raise ConfigError(
+            f"data.fingerprint must be that of the data, {dataset.fingerprint}, got {config.data.fingerprint}; "
+            "use the data of the earlier run, or data.fingerprint=null"
+        )
 
 
 @contextmanager
@@ -183,7 +219,7 @@ def naming_broken_examples() -> Iterator[None]:
 def data_source(config: Config, private: Private) -> str:
     """Where the data came from, as it may be stored."""
     stored = to_dict(config, private)["data"]
-    return stored.get("root") or stored.get("manual_dir") or stored["name"]
+    return stored.get("file") or stored.get("root") or stored.get("manual_dir") or stored["name"]
 
 
 def steps_of(config: Config, dataset: Any) -> int:
@@ -244,26 +280,37 @@ def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
     weighted, weights = losses.build(tuple(model.output), config.model.aux_weight, config.label_smoothing)
     metrics = losses.metrics(tuple(model.output))
     model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
-    return Step(model, inference, rate, config.batch_size, jit=config.jit == "on")
+    return Step(
+        model,
+        inference,
+        rate,
+        config.batch_size,
+        jit=config.jit == "on",
+        mixed=bool(config.augment.mixup or config.augment.cutmix),
+        weighted=config.data.class_weights,
+    )
 
 
-def fit(life: Life, dataset: Any, steps: int, step: Any, keeper: Keeper) -> None:
+def train_batches(config: Config, dataset: Any, augmentation: Any, steps: int, epoch: int, first: int) -> Any:
+    """The batches of an epoch from number `first` on."""
+    from train.data import pipeline
+
+    stream = pipeline.train_batches(
+        dataset.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        augmentation=augmentation,
+        first_batch=first,
+        num_classes=len(dataset.classes),
+        **{name: getattr(config.data, name) for name in STREAM},
+    )
+    return stream.take(steps - first)
+
+
+def fit(life: Life, dataset: Any, batches: Callable, steps: int, step: Any, keeper: Keeper) -> None:
     """The loop, with everything it calls tied to this run; again from the last checkpoint where the config says so."""
-    from train.data import augment, pipeline
-
     config = life.config
-    augmentation = functools.partial(augment.AUGMENTS[config.augment.name], **options(config.augment))
-
-    def batches(epoch: int, first: int) -> Any:
-        return pipeline.train_batches(
-            dataset.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            epoch=epoch,
-            augment=augmentation,
-            first_batch=first,
-            num_classes=len(dataset.classes),
-        ).take(steps - first)
 
     def validate() -> dict[str, float]:
         with step.averaged():
@@ -292,6 +339,16 @@ def fit(life: Life, dataset: Any, steps: int, step: Any, keeper: Keeper) -> None
                 say(f"warning: {fault}; going on from step {keeper.progress.steps}, learning rate x {step.factor():g}")
             else:
                 return
+
+
+def waiting(fraction: float) -> str:
+    """A sentence for a run that waited for its data, and what to do about it."""
+    if fraction < MUCH_WAITING:
+        return ""
+    return (
+        f"the input bound this run: {fraction:.0%} of the training time was spent waiting for data; use a larger "
+        "data.ram_budget, data.cache=disk, a cheaper augment, smaller files, or more processor cores"
+    )
 
 
 def load_predictor(path: Path, config: Config) -> Callable:

@@ -71,7 +71,8 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_hash(config: Config, private: Private) -> str:
-    """SHA-256 over all keys but `run_dir` and `tracking`, with environment references as they were typed."""
+    """SHA-256 over all keys but `run_dir`, `tracking` and the data's fingerprint; references as they were typed."""
     content = to_dict(config, private)
     flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
+    flat.pop("data.fingerprint")
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()

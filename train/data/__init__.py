@@ -3,9 +3,14 @@
     dataset = load("digits", "data", image_size=32, channels=1)
     for images, labels in pipeline.train_batches(dataset.train, batch_size=64, seed=0, epoch=0, ...): ...
 
+From names to batches: what there is (source, layout, folder, manifest, prepared, records) -> looked at, once (ingest,
+verdicts, sealed) -> cut into splits (dataset, leaks, fingerprint) -> batches (decode, pixels, crop, paint, augment,
+mix, order, pipeline).
+
 The only room that knows TFDS. Importing it is cheap: TensorFlow and TFDS are imported where they are first needed.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from train.data.check import check
@@ -20,23 +25,47 @@ __all__ = ["SOURCES", "Source", "check", "load"]
 def load(
     name: str,
     data_dir: str,
+    *,
     image_size: int,
     channels: int,
+    background: Sequence[int] = (255, 255, 255),
+    crop_fraction: float = 1.0,
     root: str | None = None,
     manual_dir: str | None = None,
+    file: str | None = None,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.2,
+    max_bytes: int = 2**26,
+    max_pixels: int = 50_000_000,
+    on_error: str = "raise",
+    max_skipped: int = 100,
+    on_leak: str = "warn",
 ) -> "Dataset":
-    """Opens a data set, preparing it under `data_dir` the first time.
+    """Opens a data set, preparing it under `data_dir` and looking at every example the first time.
 
-    name: a key of `SOURCES`. root: the class folders of `folder`. manual_dir: files of a TFDS set fetched by hand.
-    image_size: side in pixels of the square that every image becomes; channels: 1 (grey) or 3 (RGB).
+    name: a key of `SOURCES`. root: the class folders of `folder`, or what the paths of `manifest` are relative to.
+    file: the table of `manifest`. manual_dir: files of a TFDS set fetched by hand.
+    image_size, channels, background, crop_fraction: see decode.View. max_bytes, max_pixels, on_error, max_skipped: see
+    ingest.Limits.
     validation_fraction, test_fraction: in (0, 1), share of the examples that a part gets where the set has no official
     one; what falls into it is decided by content, so adding examples moves no other and equal images stay together.
+    on_leak: `warn`, `drop` or `raise` for equal images in two splits or with two labels.
 
     Raises: ValueError in one line, for bad arguments, files that can't be read (named), no network, no space.
     """
-    check(name, root=root, manual_dir=manual_dir, data_dir=data_dir)
+    check(name, root=root, manual_dir=manual_dir, file=file, data_dir=data_dir)
     from train.data.dataset import open_dataset
+    from train.data.decode import View
+    from train.data.ingest import Limits
 
-    return open_dataset(name, data_dir, image_size, channels, root, manual_dir, validation_fraction, test_fraction)
+    return open_dataset(
+        name,
+        data_dir,
+        View(image_size, channels, (background[0], background[1], background[2]), crop_fraction),
+        Limits(max_bytes, max_pixels, on_error, max_skipped),
+        on_leak,
+        {"validation": validation_fraction, "test": test_fraction},
+        root,
+        manual_dir,
+        file,
+    )

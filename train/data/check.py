@@ -5,9 +5,17 @@ from pathlib import Path
 from train.data.layout import check_root
 from train.data.source import Source, source
 
+TABLES = (".csv", ".jsonl", ".ndjson")
 
-def check(name: str, root: str | None = None, manual_dir: str | None = None, data_dir: str = "data") -> None:
-    """Refuses settings that can't work: an unknown name, a root or manual folder that is missing, empty or misplaced.
+
+def check(
+    name: str,
+    root: str | None = None,
+    manual_dir: str | None = None,
+    file: str | None = None,
+    data_dir: str = "data",
+) -> None:
+    """Refuses settings that can't work: an unknown name; a root, table or manual folder missing, empty or misplaced.
 
     Reads folder listings and the first bytes of one file per class, no more.
     Raises: ValueError in one line.
@@ -17,12 +25,26 @@ def check(name: str, root: str | None = None, manual_dir: str | None = None, dat
         _check_no_manual_dir(name, manual_dir)
         check_root(root)
         return
+    if name == "manifest":
+        _check_no_manual_dir(name, manual_dir)
+        _check_table(file, root)
+        return
     if root is not None:
         raise ValueError(f"data.root must be left out for data={name}, got {root}; use data=folder data.root={root}")
     if not chosen.files:
         _check_no_manual_dir(name, manual_dir)
     else:
         _check_manual_dir(name, chosen, manual_dir, is_prepared(chosen, data_dir))
+
+
+def _check_table(file: str | None, root: str | None) -> None:
+    if file is None or not Path(file).is_file():
+        got = "none" if file is None else f"{file}, which is no file"
+        raise ValueError(f"data.file must be a CSV or JSON lines file of path and label, got {got}; use data.file=PATH")
+    if Path(file).suffix.lower() not in TABLES:
+        raise ValueError(f"data.file must end in {', '.join(TABLES)}, got {file}; use a table of one of these kinds")
+    if root is not None and not Path(root).is_dir():
+        raise ValueError(f"data.root must be the folder that paths are relative to, got {root}; use data.root=PATH")
 
 
 def is_prepared(chosen: Source, data_dir: str) -> bool:

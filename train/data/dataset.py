@@ -1,64 +1,64 @@
 """A data set cut into train, validation and test."""
 
 import hashlib
-import itertools
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.data.decode import decode_resized
-from train.data.fingerprint import fingerprint, sha256
-from train.data.folder import load_folder
-from train.data.parts import Part, Store
-from train.data.prepared import load_prepared
-from train.runtime import cores
+from train.data.decode import View, decode, decode_resized
+from train.data.fingerprint import digest, fingerprint
+from train.data.folder import list_folder
+from train.data.ingest import Limits, ingest
+from train.data.leaks import Leaks, find_leaks, sentences, without_leaks
+from train.data.manifest import list_manifest
+from train.data.parts import SPLITS, FileStore, Listing, Store
+from train.data.prepared import list_prepared
+from train.data.verdicts import Column, Verdicts
 
-NAMES = ("train", "validation", "test")
-CHUNK = 256  # examples that a thread reads at once
-TINY_BYTES = 4096  # encoded
+NAMED = 3
+UNEVEN = 3  # from which ratio of the largest to the smallest class on it is worth a sentence
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """Examples 0..N-1 of one part.
 
-    labels: int32 [N]. sha256: S64 [N], hexadecimal, of the encoded bytes. rows: int64 [N], their places in the store.
+    store, verdicts: of the whole set, by row. rows: int64 [N], the examples' rows. labels: int32 [N]. origin: what an
+    error puts before a name. pixels_dir: where decoded pixels may be kept.
     """
 
     name: str
     store: Store
+    verdicts: Verdicts
     rows: np.ndarray
     labels: np.ndarray
-    sha256: np.ndarray
-    image_size: int
-    channels: int
+    view: View
+    origin: str
+    folder: Path
+    pixels: str = "memory"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def ids(self) -> tuple[str, ...]:
-        """TFDS part and index, or the path relative to the root, of every example."""
-        return tuple(self.store.name(row) for row in self.rows)
+    def sha256(self) -> np.ndarray:
+        """S64 [N], hexadecimal, of the encoded bytes."""
+        return self.verdicts.sha256[self.rows]
 
-    @property
-    def decoded_bytes(self) -> int:
-        """Size of all examples as pixels."""
-        return len(self) * self.image_size**2 * self.channels
+    @cached_property
+    def digest(self) -> str:
+        """Over every (id, content, label), in whatever order."""
+        rows = self.rows.tolist()
+        contents = (bytes(self.verdicts.sha256[row]) for row in rows)
+        return digest(zip(map(self.id_of, range(len(self))), contents, self.labels.tolist(), strict=True))
 
-    def example(self, index: int) -> np.ndarray:
-        """Decoded example, uint8 [image_size, image_size, channels] in 0..255.
-
-        Raises: ValueError that names the example, when it can't be read or is not what was fingerprinted.
-        """
-        try:
-            return self._decode(index, self.store.read(self.rows[index]))
-        except OSError as error:
-            raise self._unreadable(index, error) from error
+    def id_of(self, index: int) -> str:
+        """TFDS part and number, or the path relative to the root."""
+        return self.verdicts.text("path", self.rows[index])
 
     @cached_property
     def images(self) -> Any:
@@ -68,42 +68,62 @@ class Split:
         """
         import tensorflow as tf
 
-        pixels = np.empty((len(self), self.image_size, self.image_size, self.channels), dtype=np.uint8)
-        with ThreadPoolExecutor(self._decoders()) as pool:
-            for _ in pool.map(lambda start: self._fill(pixels, start), range(0, len(self), CHUNK)):
-                pass
+        from train.data.pixels import in_memory
+
         with tf.device("CPU:0"):
-            return tf.constant(pixels)
+            return tf.constant(in_memory(self))
 
-    def _decoders(self) -> int:
-        # Threads that decode tiny images only wait for the interpreter's lock: two took 1.5 times as long as one.
-        return 1 if len(self.store.read(self.rows[0])) < TINY_BYTES else cores()
+    def read(self, indices: Iterable[int]) -> list[bytes]:
+        """The encoded bytes of several examples.
 
-    def _fill(self, pixels: np.ndarray, start: int) -> None:
-        rows = self.rows[start : start + CHUNK].tolist()
+        Raises: ValueError that names the example which can't be read or is not what was looked at.
+        """
+        indices = list(indices)
+        rows = [int(self.rows[index]) for index in indices]
         try:
-            encoded = self.store.read_many(rows)
+            encoded = self.store.read(rows)
         except OSError:
-            encoded = [b""] * len(rows)  # one by one then, to name the one
-        for index, data in enumerate(encoded, start):
-            pixels[index] = self._decode(index, data) if data else self.example(index)
+            encoded = [self._read_one(index) for index in indices]
+        for index, row, data in zip(indices, rows, encoded, strict=True):
+            if hashlib.sha256(data).hexdigest().encode() != self.verdicts.sha256[row]:
+                raise self._unreadable(index, "changed since the data set was opened")
+        return encoded
 
-    def _decode(self, index: int, data: bytes) -> np.ndarray:
+    def example(self, index: int) -> np.ndarray:
+        """Decoded example, uint8 [image_size, image_size, channels] in 0..255. Raises: ValueError as `read`."""
+        return self.decode(index, self.read([index])[0])
+
+    def decode(self, index: int, data: bytes) -> np.ndarray:
+        """Its bytes as the view wants them. Raises: ValueError that names the example."""
+        return self._named(index, lambda: decode_resized(data, self.view))
+
+    def decode_whole(self, index: int, data: bytes) -> np.ndarray:
+        """Its bytes as uint8 [H, W, channels], in its own size. Raises: ValueError that names the example."""
+        return self._named(index, lambda: decode(data, self.view.channels, self.view.background, max_pixels=None))
+
+    def _named(self, index: int, work: Callable[[], np.ndarray]) -> np.ndarray:
         try:
-            if sha256(data) != self.sha256[index]:
-                raise ValueError("changed since the data set was opened")
-            return decode_resized(data, self.image_size, self.channels)
+            return work()
         except ValueError as error:
-            raise self._unreadable(index, error) from error
+            raise self._unreadable(index, str(error)) from error
 
-    def _unreadable(self, index: int, error: Exception) -> ValueError:
-        place = self.store.where(self.rows[index])
-        return ValueError(f"every example must be readable, got {place} ({error}); use the data as it was")
+    def _read_one(self, index: int) -> bytes:
+        try:
+            return self.store.read([int(self.rows[index])])[0]
+        except OSError as error:
+            raise self._unreadable(index, error.strerror or str(error)) from error
+
+    def _unreadable(self, index: int, why: str) -> ValueError:
+        place = f"{self.origin}{self.id_of(index)}"
+        return ValueError(f"every example must be readable, got {place} ({why}); use the data as it was")
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """classes: names in the order of the labels. fingerprint: hexadecimal, over every (split, id, content, label)."""
+    """classes: names in the order of the labels. fingerprint: hexadecimal, over every (split, id, content, label).
+
+    notes: what somebody who trains on it should hear. skipped: (id, reason) of what was left out.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -111,99 +131,158 @@ class Dataset:
     validation: Split
     test: Split
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    leaks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return {split.name: split for split in (self.train, self.validation, self.test)}
 
     @property
     def counts(self) -> dict[str, int]:
         """Examples per split."""
-        return {split.name: len(split) for split in (self.train, self.validation, self.test)}
+        return {name: len(split) for name, split in self.splits.items()}
+
+    @property
+    def class_counts(self) -> dict[str, list[int]]:
+        """Examples of every class per split."""
+        return {
+            name: np.bincount(split.labels, minlength=len(self.classes)).tolist() for name, split in self.splits.items()
+        }
 
 
 def open_dataset(
     name: str,
     data_dir: str,
-    image_size: int,
-    channels: int,
+    view: View,
+    limits: Limits,
+    on_leak: str,
+    fractions: dict[str, float],
     root: str | None,
     manual_dir: str | None,
-    validation_fraction: float,
-    test_fraction: float,
+    file: str | None,
 ) -> Dataset:
     """`train.data.load` behind its checks."""
-    _check_numbers(image_size, channels, validation_fraction, test_fraction)
-    if root is not None:
-        classes, parts = load_folder(root, data_dir)
-    else:
-        classes, parts = load_prepared(name, data_dir, manual_dir)
-    places = cut(parts, {"validation": validation_fraction, "test": test_fraction})
-    splits = {split: _split(split, part, rows, image_size, channels) for split, (part, rows) in places.items()}
-    if root is not None and len(parts) > 1:
-        _check_disjoint(splits)
-    return Dataset(name, classes, **splits, fingerprint=fingerprint(_lines(splits.values())))
-
-
-def _check_disjoint(splits: dict[str, Split]) -> None:
-    """Raises: ValueError when an image of one of the user's own parts is in another one, too."""
-    for one, other in itertools.combinations(splits.values(), 2):
-        shared = np.flatnonzero(np.isin(other.sha256, one.sha256))
-        if len(shared):
-            raise ValueError(
-                f"data.root must hold every image in one part only, got {len(shared)} of {other.name} in {one.name} "
-                f"as well (first: {other.ids[shared[0]]}); use each image once"
-            )
-
-
-def cut(parts: dict[str, Part], fractions: dict[str, float]) -> dict[str, tuple[Part, np.ndarray]]:
-    """Rows of every split: official parts as they are, missing ones cut from train by content.
-
-    An example's place is a hash of its own bytes: adding examples moves no other, and equal images stay together.
-    Raises: ValueError when a split would be empty.
-    """
-    place = positions(parts["train"].sha256)
-    rest, start = np.ones(len(place), dtype=bool), 0.0
-    places: dict[str, tuple[Part, np.ndarray]] = {}
-    for split in ("test", "validation"):
-        if split in parts:
-            places[split] = (parts[split], np.arange(len(parts[split].labels)))
-            continue
-        taken = (place >= start) & (place < start + fractions[split])
-        places[split], rest, start = (parts["train"], np.flatnonzero(taken)), rest & ~taken, start + fractions[split]
-    places["train"] = (parts["train"], np.flatnonzero(rest))
-    _refuse_empty(places)
-    return {split: places[split] for split in NAMES}
-
-
-def positions(contents: np.ndarray) -> np.ndarray:
-    """Where examples lie in [0, 1): float64 [N] from SHA-256s (S64 [N]) by hashing once more."""
-    heads = (hashlib.sha256(b"split" + bytes.fromhex(content.decode())).digest()[:8] for content in contents)
-    return np.array([int.from_bytes(head, "big") / 2**64 for head in heads])
-
-
-def _refuse_empty(places: dict[str, tuple[Part, np.ndarray]]) -> None:
-    for split, (part, rows) in places.items():
-        if not len(rows):
-            raise ValueError(
-                f"data.{split} must have at least one example, got none of {len(part.labels)}; use more images, "
-                f"a larger fraction, or a folder {split}/ of your own above the classes"
-            )
-
-
-def _split(name: str, part: Part, rows: np.ndarray, image_size: int, channels: int) -> Split:
-    return Split(name, part.store, rows, part.labels[rows], part.sha256[rows], image_size, channels)
-
-
-def _lines(splits: Iterable[Split]) -> Iterable[tuple[str, str, bytes, int]]:
-    for split in splits:
-        for name, content, label in zip(split.ids, split.sha256.tolist(), split.labels.tolist(), strict=True):
-            yield split.name, name, content, label
-
-
-def _check_numbers(image_size: int, channels: int, validation: float, test: float) -> None:
-    if image_size < 1:
-        raise ValueError(f"data.image_size must be at least 1 pixel, got {image_size}; use data.image_size=32")
-    if channels not in (1, 3):
-        raise ValueError(f"data.channels must be 1 or 3, got {channels}; use data.channels=1")
+    validation, test = fractions["validation"], fractions["test"]
     if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
         raise ValueError(
             f"validation and test fraction must be above 0 and below 1 together, got {validation} and {test}; "
             "use 0.1 and 0.2"
         )
+    if name == "folder":
+        listing = list_folder(str(root), data_dir)
+    elif name == "manifest":
+        listing = list_manifest(str(file), root, data_dir)
+    else:
+        listing = list_prepared(name, data_dir, manual_dir)
+    verdicts = ingest(listing, limits)
+    labels = verdicts.numbers("label")
+    rows = cut(verdicts, fractions)
+    leaks = find_leaks(rows, verdicts, labels)
+    rows, notes = _handle(leaks, rows, listing, verdicts, on_leak)
+    skipped = tuple((verdicts.text("path", row), why) for row, why in verdicts.problems())
+    store = listing.store
+    if isinstance(store, FileStore):  # the table on disk has them, too
+        store = FileStore(store.root, Column(verdicts, "path"), labels)
+    splits = {
+        split: Split(split, store, verdicts, found, labels[found], view, listing.origin, Path(data_dir) / ".pixels")
+        for split, found in rows.items()
+    }
+    whole = fingerprint({split: found.digest for split, found in splits.items()})
+    counts = {kind: len(getattr(leaks, kind)) for kind in ("shared", "conflicts", "alike")}
+    return Dataset(
+        name,
+        listing.classes,
+        **splits,
+        fingerprint=whole,
+        notes=(*_told_skipped(skipped), *notes, *_told_uneven(labels[rows["train"]], listing.classes)),
+        skipped=skipped,
+        leaks=counts,
+    )
+
+
+def _handle(
+    leaks: Leaks, rows: dict[str, np.ndarray], listing: Listing, verdicts: Verdicts, on_leak: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The splits, without what leaks where that is wanted, and what to tell.
+
+    Raises: ValueError for anything certain, where that is wanted.
+    """
+
+    def named(row: int) -> str:
+        return f"{verdicts.text('path', row)} in {next(split for split, found in rows.items() if row in found)}"
+
+    certain, likely = sentences(leaks, named, lambda row: listing.classes[verdicts.numbers("label")[row]])
+    if certain and on_leak == "raise":
+        raise ValueError(
+            f"the data must hold every image in one split and with one label, got {'; '.join(certain)}; "
+            "mend that, or use data.on_leak=drop or data.on_leak=warn"
+        )
+    warnings = [f"warning: {sentence}" for sentence in likely]
+    if not certain or on_leak == "warn":
+        return rows, [*(f"warning: {sentence}; data.on_leak=drop leaves them out" for sentence in certain), *warnings]
+    kept = without_leaks(rows, leaks)
+    _refuse_empty(kept, len(verdicts))
+    gone = {split: len(found) - len(kept[split]) for split, found in rows.items()}
+    told = " and ".join(f"{count} of {split}" for split, count in gone.items() if count)
+    return kept, [f"left out {told}: {'; '.join(certain)}", *warnings]
+
+
+def _told_skipped(skipped: Sequence[tuple[str, str]]) -> list[str]:
+    if not skipped:
+        return []
+    named = "; ".join(f"{name} ({why})" for name, why in skipped[:NAMED])
+    return [f"warning: {len(skipped)} broken examples are left out: {named}{'; ...' if len(skipped) > NAMED else ''}"]
+
+
+def _told_uneven(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+    counts = np.bincount(labels, minlength=len(classes))
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[most] < UNEVEN * counts[least]:
+        return []
+    return [
+        f"classes are uneven: {counts[least]:,} of {classes[least]} to {counts[most]:,} of {classes[most]} in train; "
+        "data.class_weights=true weighs the loss, data.balanced=true draws them equally often"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ cutting
+
+
+def cut(verdicts: Verdicts, fractions: dict[str, float]) -> dict[str, np.ndarray]:
+    """Rows of every split: official parts as they are, missing ones cut from train by content.
+
+    An example's place is a hash of its own bytes: adding examples moves no other, and equal images stay together.
+    Raises: ValueError when a split would be empty.
+    """
+    parts = {split: verdicts.rows_of(split) for split in SPLITS}
+    pool = np.concatenate([parts.pop("train"), verdicts.rows_of("")])
+    place = positions(verdicts.sha256, pool)
+    rest, start = np.ones(len(pool), dtype=bool), 0.0
+    found: dict[str, np.ndarray] = {}
+    for split in ("test", "validation"):
+        if verdicts.has(split):
+            found[split] = parts[split]
+            continue
+        taken = (place >= start) & (place < start + fractions[split])
+        found[split], rest, start = pool[taken], rest & ~taken, start + fractions[split]
+    found["train"] = pool[rest]
+    _refuse_empty(found, len(verdicts))
+    return {split: found[split] for split in SPLITS}
+
+
+def positions(contents: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Where examples lie in [0, 1): float64 [rows] from SHA-256s (S64 [N]) by hashing once more."""
+    digits = (contents[row].decode() for row in rows.tolist())
+    heads = (hashlib.sha256(b"split" + bytes.fromhex(content)).digest()[:8] for content in digits)
+    return np.fromiter((int.from_bytes(head, "big") / 2**64 for head in heads), np.float64, len(rows))
+
+
+def _refuse_empty(splits: dict[str, np.ndarray], count: int) -> None:
+    for split, rows in splits.items():
+        if not len(rows):
+            raise ValueError(
+                f"data.{split} must have at least one example, got none of {count}; use more images, "
+                f"a larger fraction, or a folder {split}/ of your own above the classes"
+            )

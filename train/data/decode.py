@@ -4,90 +4,166 @@ Everything is decoded by Pillow, because it applies what TensorFlow ignores (EXI
 16-bit samples) and refuses truncated files instead of filling them up.
 """
 
+import contextlib
 import io
+import threading
+import warnings
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
+# Damage that still leaves a picture. What leaves none raises.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
-MAX_PIXELS = 89_478_485  # Pillow warns of a decompression bomb above this; here it is an error
 ORIENTATION = 0x0112  # the EXIF tag
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+WHITE = (255, 255, 255)
+
+# There are several copies of an image in memory while it is converted.
+MAX_PIXELS = 50_000_000
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would come before ours, and could not be raised
+LARGE_PIXELS = 4_000_000
+_one_large = threading.Lock()  # two at once may need more memory than there is, and one of them would fail
 
 
-def decode(data: bytes, channels: int) -> np.ndarray:
+@dataclass(frozen=True)
+class View:
+    """What every image is brought to: a square of `image_size` pixels with 1 (grey) or 3 channels (RGB).
+
+    background: red, green, blue in 0..255, behind what is transparent. crop_fraction: in (0, 1], share of the short
+    side that is looked at, in the centre.
+    """
+
+    image_size: int
+    channels: int
+    background: tuple[int, int, int] = WHITE
+    crop_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"data.image_size must be at least 1 pixel, got {self.image_size}; use data.image_size=32")
+        if self.channels not in (1, 3):
+            raise ValueError(f"data.channels must be 1 or 3, got {self.channels}; use data.channels=1")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.image_size, self.image_size, self.channels
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image says of itself before a pixel is decoded; width and height in pixels as stored, before turning.
+
+    Of the orientation it says nothing: in some formats that stands behind the pixels.
+    """
+
+    format: str
+    width: int
+    height: int
+    mode: str
+
+
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """Raises: ValueError with the reason in one line, also for an image of more than `max_pixels`."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return _header(image, max_pixels)
+    except Exception as error:
+        raise ValueError(_reason(error)) from error
+
+
+def decode(
+    data: bytes, channels: int, background: tuple[int, int, int] = WHITE, max_pixels: int | None = MAX_PIXELS
+) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP, BMP or GIF (first frame), told by content.
 
-    EXIF orientation is applied; transparency is composed onto white; 16-bit samples keep their high byte; colour
-    becomes grey by ITU-R 601-2 luma, grey becomes colour by repetition. No resizing.
+    EXIF orientation is applied; transparency is composed onto the background; 16-bit samples keep their high byte;
+    colour becomes grey by ITU-R 601-2 luma, grey becomes colour by repetition. No resizing. `max_pixels`: None for what
+    has been looked at before.
 
     Returns: uint8 [H, W, channels] in 0..255.
     Raises: ValueError with the reason, in one line and without the file's name (the caller knows that).
     """
     try:
-        return _pixels(_opaque(_open(data)), channels)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        header = _header(image, max_pixels)
+        with _alone(header.width * header.height):
+            image.load()
+            if _orientation(image) != 1:
+                image = ImageOps.exif_transpose(image)
+            return _pixels(_opaque(image, background), channels)
     except Exception as error:  # Pillow raises many kinds on hostile bytes; each of them means "cannot be read"
         raise ValueError(_reason(error)) from error
 
 
-def decode_resized(data: bytes, image_size: int, channels: int) -> np.ndarray:
+def decode_resized(data: bytes, view: View) -> np.ndarray:
     """`decode`, then `resize`: uint8 [image_size, image_size, channels] in 0..255."""
-    return resize(decode(data, channels), image_size)
+    return resize(decode(data, view.channels, view.background, None), view.image_size, view.crop_fraction)
 
 
-def resize(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """Scales uint8 [H, W, C] so that its short side is `image_size` and takes the centred square.
+def resize(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
+    """Scales uint8 [H, W, C] so that `crop_fraction` of its short side is `image_size`, and takes the centred square.
 
     Bilinear, antialiased when it shrinks, computed in floating point and rounded once.
 
     Returns: uint8 [image_size, image_size, C].
     """
     height, width, _ = pixels.shape
-    if height == width == image_size:
+    if height == width == image_size and crop_fraction == 1:
         return pixels
-    side = min(height, width)
+    side = crop_fraction * min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
-    planes = [_resize_plane(plane, image_size, box) for plane in np.moveaxis(pixels, -1, 0)]
+    with _alone(height * width):
+        planes = [_resize_plane(plane, image_size, box) for plane in np.moveaxis(pixels, -1, 0)]
     return np.clip(np.rint(np.stack(planes, axis=-1)), 0, 255).astype(np.uint8)
 
 
 def _resize_plane(plane: np.ndarray, image_size: int, box: tuple[float, float, float, float]) -> np.ndarray:
     # As "F": Pillow's 8-bit path rounds twice, once after each direction.
-    image = Image.fromarray(plane.astype(np.float32))
+    image = Image.fromarray(np.ascontiguousarray(plane)).convert("F")
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))
 
 
-def _open(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
-    image.load()
-    if _orientation(image) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
+def _alone(pixels: int) -> contextlib.AbstractContextManager:
+    return _one_large if pixels > LARGE_PIXELS else contextlib.nullcontext()
+
+
+def _header(image: Image.Image, max_pixels: int | None) -> Header:
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels:,}")
+    return Header(str(image.format), image.width, image.height, image.mode)
+
+
+def is_upright(jpeg: bytes) -> bool:
+    """Whether a JPEG's EXIF block says, or does not say, that it must be turned."""
+    return _orientation(Image.open(io.BytesIO(jpeg), formats=("JPEG",))) == 1
 
 
 def _orientation(image: Image.Image) -> int:
+    """EXIF: 1 is upright. Of an image that has been loaded: looking for the block may load it, and fail for that."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        found = image.getexif().get(ORIENTATION, 1)
     except Exception:  # an EXIF block that cannot be read says nothing about the pixels: the image counts as upright
         return 1
+    return found if found in range(2, 9) else 1
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to `L` or `RGB`."""
     if image.mode.startswith("I"):
         image = _eight_bit(image)
     if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
         layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, "white")
+        image = Image.new("RGBA", layer.size, background)
         image.alpha_composite(layer)
     return _as_mode(image, "L" if image.mode in ("1", "L") else "RGB")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    samples = np.asarray(image).astype(np.int64)
+    samples = np.asarray(image)
     grey = Image.fromarray((samples >> 8).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is None:
@@ -108,4 +184,6 @@ def _as_mode(image: Image.Image, mode: str) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return f"no image of a known format ({', '.join(FORMATS)})"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
     return " ".join(str(error).split()) or type(error).__name__

@@ -5,7 +5,6 @@ root/{train,validation|val,test}/CLASS/image       parts already cut; those miss
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 PARTS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -20,7 +19,7 @@ def check_root(root: str | None) -> None:
     """Refuses a root without at least two classes that each hold an image. Raises: ValueError in one line."""
     for part in part_folders(root).values():
         for name in class_names(part):
-            if not any(_looks_like_image(path) for path in files(part / name)):
+            if not any(_looks_like_image(path) for path in entries(part / name)):
                 raise ValueError(f"{EXPECTED}, got {part / name} with no images; {USE}")
 
 
@@ -48,14 +47,9 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-def files(class_folder: Path) -> Iterator[Path]:
-    """The files of a class in sorted order. Raises: ValueError for anything that is no regular file."""
-    for entry in _entries(class_folder):
-        if not entry.is_file():
-            raise ValueError(
-                f"data.root must have only images in its class folders, got {entry.path}; use files, moved up"
-            )
-        yield Path(entry.path)
+def entries(class_folder: Path) -> list[Path]:
+    """Whatever lies in a class folder, in sorted order; hidden files and those of file managers left out."""
+    return [Path(entry.path) for entry in _entries(class_folder)]
 
 
 def _sub_folders(folder: Path, strict: bool = True) -> list[str]:
@@ -82,6 +76,8 @@ def _ignored(name: str) -> bool:
 
 def _looks_like_image(path: Path) -> bool:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with path.open("rb") as file:
             head = file.read(12)
     except OSError:

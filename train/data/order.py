@@ -19,9 +19,36 @@ def permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
     return keyed_generator(seed, "order", epoch).permutation(examples)
 
 
+def balanced(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
+    """An order of as many examples in which every class comes equally often: int64 [N].
+
+    Classes differ by one example at most where N is no multiple of them. Within a class every example comes before one
+    comes again, so that of a large class some are left out and of a small one each comes several times.
+    """
+    generator = keyed_generator(seed, "balance", epoch)
+    classes = np.unique(labels)
+    shares = np.full(len(classes), len(labels) // len(classes))
+    shares[generator.permutation(len(classes))[: len(labels) % len(classes)]] += 1
+    drawn = []
+    for label, share in zip(classes, shares, strict=True):
+        members = np.flatnonzero(labels == label)
+        rounds = [generator.permutation(members) for _ in range(-(-share // len(members)))]
+        drawn.append(np.concatenate(rounds)[:share])
+    return generator.permutation(np.concatenate(drawn))
+
+
+def key_of(seed: int, purpose: str, epoch: int) -> int:
+    """A number below 2**63 for stateless operations; an example's index is the other half of their seed."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()
+    return int.from_bytes(digest[16:24], "little") >> 1
+
+
 def uniform_rows(seed: int, purpose: str, epoch: int, examples: int, columns: int) -> np.ndarray:
     """Draws of an epoch: float32 [examples, columns] in [0, 1); row i belongs to example i, in whatever batch it comes.
 
     Drawn column by column, so that one more column leaves those before it as they were.
     """
-    return keyed_generator(seed, purpose, epoch).random((columns, examples), dtype=np.float32).T.copy()
+    generator, draws = keyed_generator(seed, purpose, epoch), np.empty((examples, columns), np.float32)
+    for column in range(columns):
+        draws[:, column] = generator.random(examples, dtype=np.float32)
+    return draws

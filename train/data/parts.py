@@ -1,32 +1,79 @@
-"""What every source hands over: parts of examples that can be read by row."""
+"""What every source hands over before anything is looked at: a list of examples that can be read by row."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+
+SPLITS = ("train", "validation", "test")
 
 
 class Store(Protocol):
     """Encoded images by row; may be read by several threads at once."""
 
-    def read(self, row: int) -> bytes:
-        """The encoded bytes."""
+    def read(self, rows: Sequence[int]) -> list[bytes]:
+        """The encoded bytes of several rows, in their order. Raises: OSError."""
 
-    def read_many(self, rows: Sequence[int]) -> list[bytes]:
-        """The encoded bytes of several rows, in their order; cheaper than one by one where the format allows."""
-
-    def name(self, row: int) -> str:
-        """The id: TFDS part and index, or the path relative to the root."""
-
-    def where(self, row: int) -> str:
-        """What an error calls this example."""
+    def read_labelled(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
+        """The same with their labels."""
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """labels: int32 [N], sha256: S64 [N], the hexadecimal SHA-256 of the encoded bytes of every row of the store."""
+class Listing:
+    """N examples by row, of which nothing is known yet but their names.
 
+    classes: names in the order of the labels. names: ids of the examples. splits: each one's official part, "" where
+    the set does not say. origin: what an error puts before a name. index: where verdicts over it are kept. labels:
+    [N], where they do not come with the data. stamps: int64 [N, 2], size in bytes and time of the last change in ns, of
+    files of their own. identity: of everything that these do not cover. problems: reasons why a row need not even be
+    read.
+    """
+
+    classes: tuple[str, ...]
+    names: Sequence[str]
+    splits: Sequence[str]
     store: Store
-    labels: np.ndarray
-    sha256: np.ndarray
+    origin: str
+    index: Path
+    identity: str = ""
+    labels: Any = None
+    stamps: np.ndarray | None = None
+    problems: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Numbered(Sequence[str]):
+    """What `say` tells of every row of parts that lie one after the other; nothing is held in memory."""
+
+    def __init__(self, counts: dict[str, int], say: Callable[[str, int], str]):
+        """say: (part, number within the part) -> entry."""
+        self._say, self._parts = say, list(counts)
+        self._ends = list(itertools.accumulate(counts.values()))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, row: Any) -> Any:
+        if row >= len(self):
+            raise IndexError(row)
+        part = bisect.bisect_right(self._ends, row)
+        return self._say(self._parts[part], row - (self._ends[part - 1] if part else 0))
+
+
+class FileStore:
+    """Images under a root by their relative path."""
+
+    def __init__(self, root: Path, names: Sequence[str], labels: Any):
+        self.root, self.names, self.labels = root, names, labels
+
+    def read(self, rows: Sequence[int]) -> list[bytes]:
+        return [(self.root / self.names[row]).read_bytes() for row in rows]
+
+    def read_labelled(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
+        return [(data, int(self.labels[row])) for row, data in zip(rows, self.read(rows), strict=True)]

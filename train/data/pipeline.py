@@ -1,7 +1,7 @@
-"""Streams of batches. Every batch is a function of (seed, epoch, index): no state, no timing, no shared generator.
+"""Streams of batches. Every example is a function of (seed, epoch, index): no state, no timing, no shared generator.
 
-A split whose pixels fit into `RAM_LIMIT` is decoded once and gathered from memory; a larger one is read and decoded
-example by example, in parallel and in order. Both give the same bits.
+Where the pixels of a split are kept changes no bit: gathered from memory, read from disk, or decoded each time. With a
+crop out of the encoded image there is nothing to keep, and the crop is decoded each time.
 """
 
 import re
@@ -11,13 +11,19 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from train.data.augment import DRAWS, none
+from train.data import crop, order
+from train.data.augment import Augmentation
+from train.data.crop import Crop
 from train.data.dataset import Split
-from train.data.order import permutation, uniform_rows
+from train.data.mix import Mix
+from train.data.paint import Paint
+from train.data.pixels import reader
 from train.runtime import cores
 
-RAM_LIMIT = 2**30  # bytes of decoded pixels per split
 PREFETCH = 2  # batches; fixed, because an automatic depth takes memory as it likes
+CHUNK = 16  # examples read by one call
+
+Finish = Callable[[Any, Any], tuple]
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
@@ -36,83 +42,178 @@ def train_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    augment: Callable[[Any, Any], Any] = none,
+    augmentation: Augmentation,
     first_batch: int = 0,
     num_classes: int,
+    balanced: bool = False,
+    class_weights: bool = False,
     threads: int | None = None,
-    ram_limit: int = RAM_LIMIT,
 ) -> Any:
     """One epoch in the order of (seed, epoch), from batch `first_batch` on; the last incomplete batch is dropped.
 
-    augment: one of `augment.AUGMENTS`, its options bound. threads: of loading (default: all cores); they change no bit.
+    balanced: every class equally often, instead of every example once. class_weights: a third element, float32 [B],
+    N / (classes x examples of the label's class). threads: of loading (default: all cores); they change no bit.
 
-    Returns: tf.data.Dataset of (images uint8 [B, H, W, C] in 0..255, labels float32 one-hot [B, num_classes]).
+    Returns: tf.data.Dataset of (images uint8 [B, H, W, C] in 0..255, labels float32 [B, num_classes]); labels are
+    one-hot, and where examples are mixed they are not, and the images are float32.
     Nothing of the batches before `first_batch` is read or decoded.
     """
     steps = steps_per_epoch(split, batch_size)
     if not 0 <= first_batch <= steps:
         raise ValueError(f"first_batch must be in 0..{steps}, got {first_batch}; use the next batch of the epoch")
-    order = permutation(seed, epoch, len(split))[first_batch * batch_size : steps * batch_size]
-    draws = _constant(uniform_rows(seed, "augment", epoch, len(split), DRAWS))
+    threads = threads or cores()
+    indices = order.balanced(seed, epoch, split.labels) if balanced else order.permutation(seed, epoch, len(split))
+    # An example that comes more than once is changed in another way each time: its draws are those of its place.
+    places = np.stack([indices, np.arange(len(indices)) if balanced else indices], axis=1)
+    places = places[first_batch * batch_size : steps * batch_size]
+    draw = _Draws(seed, epoch, len(split))
+    if augmentation.crop:
+        images = _cropped(split, places, augmentation.crop, draw, threads)
+        stream = images.batch(batch_size)
+    else:
+        stream = _whole(split, places, batch_size, threads)
+    if augmentation.paint:
+        stream = _painted(stream, batch_size, augmentation.paint, draw, split.view.shape, threads)
+    finish = _finish(split, augmentation, draw, num_classes, class_weights)
+    return _with_options(stream.map(finish, num_parallel_calls=threads, deterministic=True), threads)
 
-    def finish(index: Any, images: Any) -> tuple[Any, Any]:
-        return augment(images, tf.gather(draws, index)), _one_hot(split, index, num_classes)
 
-    return _batches(split, order, batch_size, finish, threads, ram_limit)
-
-
-def eval_batches(
-    split: Split, *, batch_size: int, num_classes: int, threads: int | None = None, ram_limit: int = RAM_LIMIT
-) -> Any:
+def eval_batches(split: Split, *, batch_size: int, num_classes: int, threads: int | None = None) -> Any:
     """The whole split in order, every example exactly once; the last batch may be smaller. Elements as in training."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}; use batch_size=32")
-
-    def finish(index: Any, images: Any) -> tuple[Any, Any]:
-        return images, _one_hot(split, index, num_classes)
-
-    return _batches(split, np.arange(len(split)), batch_size, finish, threads, ram_limit)
-
-
-def _batches(
-    split: Split,
-    order: np.ndarray,
-    batch_size: int,
-    finish: Callable[[Any, Any], tuple[Any, Any]],
-    threads: int | None,
-    ram_limit: int,
-) -> Any:
     threads = threads or cores()
-    read = _from_memory if split.decoded_bytes <= ram_limit else _from_store
-    stream = read(split, _constant(order.astype(np.int64)), batch_size, finish, threads)
-    return stream.with_options(_options(threads)).prefetch(PREFETCH)
+    finish = _finish(split, Augmentation(), None, num_classes, class_weights=False)
+    everything = np.arange(len(split))
+    stream = _whole(split, np.stack([everything, everything], axis=1), batch_size, threads)
+    return _with_options(stream.map(finish, num_parallel_calls=threads, deterministic=True), threads)
 
 
-def _from_memory(split: Split, order: Any, batch_size: int, finish: Any, threads: int) -> Any:
-    pixels = split.images
+class _Draws:
+    """All draws of one epoch, a row for each example, made when a stage asks for them."""
 
-    def batch(index: Any) -> Any:
-        return finish(index, tf.gather(pixels, index))
+    def __init__(self, seed: int, epoch: int, examples: int):
+        self._seed, self._epoch, self._examples = seed, epoch, examples
 
-    stream = tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
-    return stream.map(batch, num_parallel_calls=threads, deterministic=True)
+    def table(self, purpose: str, columns: int) -> np.ndarray:
+        return order.uniform_rows(self._seed, purpose, self._epoch, self._examples, columns)
+
+    def rows(self, purpose: str, columns: int) -> Any:
+        return _constant(self.table(purpose, columns))
+
+    def mixing(self, mix: Mix) -> Any:
+        return _constant(mix.draws(self._seed, self._epoch, self._examples))
+
+    def key(self, purpose: str) -> int:
+        return order.key_of(self._seed, purpose, self._epoch)
 
 
-def _from_store(split: Split, order: Any, batch_size: int, finish: Any, threads: int) -> Any:
-    shape = (split.image_size, split.image_size, split.channels)
+# ------------------------------------------------------------------------------------------ (place, images) of a split
+# A place is int64 [2]: the index of an example, and the row of its draws.
 
-    def example(index: Any) -> tuple[Any, Any]:
+
+def _whole(split: Split, places: np.ndarray, batch_size: int, threads: int) -> Any:
+    """Batches of (place [B, 2], images uint8 [B, S, S, C]), brought to the split's view."""
+    batches = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(batch_size)
+    if split.pixels == "memory":
+        pixels = split.images
+        return batches.map(lambda place: (place, tf.gather(pixels, place[:, 0])), threads, deterministic=True)
+    read, shape = reader(split), split.view.shape
+    # Read in chunks, so that several threads work at one batch.
+    chunks = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(CHUNK)
+
+    def chunk(place: Any) -> tuple[Any, Any]:
         # stateful=False: op determinism would otherwise run the calls one after the other.
-        pixels = tf.numpy_function(split.example, [index], tf.uint8, stateful=False)
-        return index, tf.ensure_shape(pixels, shape)
+        pixels = tf.numpy_function(read, [place[:, 0]], tf.uint8, stateful=False)
+        return place, tf.ensure_shape(pixels, (None, *shape))
 
-    stream = tf.data.Dataset.from_tensor_slices(order)
-    stream = stream.map(example, num_parallel_calls=threads, deterministic=True).batch(batch_size)
-    return stream.map(finish, num_parallel_calls=threads, deterministic=True)
+    return chunks.map(chunk, threads, deterministic=True).unbatch().batch(batch_size)
 
 
-def _one_hot(split: Split, index: Any, num_classes: int) -> Any:
-    return tf.one_hot(tf.gather(_constant(split.labels), index), num_classes)
+def _cropped(split: Split, places: np.ndarray, crop_: Crop, draw: _Draws, threads: int) -> Any:
+    """Examples of (place, image uint8 [S, S, C]), cut out of the encoded images."""
+    view, key = split.view, draw.key(crop.PURPOSE)
+    draws = draw.table(crop.PURPOSE, crop.DRAWS)
+    channels = view.channels
+    kinds = {
+        "data": ((), tf.string), "size": ((2,), tf.int32), "plain": ((), tf.bool), "mirrored": ((), tf.bool),
+        "colors": ((2 * channels + 1, channels), tf.float32),
+    }  # fmt: skip
+
+    def read(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
+        indices, own = chunk[:, 0], draws[chunk[:, 1]]
+        found = [_decodable(split, index, data) for index, data in zip(indices, split.read(indices), strict=True)]
+        data, sizes, plain = zip(*found, strict=True)
+        return (
+            np.array(data, object), np.array(sizes, np.int32), np.array(plain),
+            crop_.mirrored(own), crop_.color_maps(own, channels),
+        )  # fmt: skip
+
+    def chunk(place: Any) -> tuple[Any, dict[str, Any]]:
+        found = tf.numpy_function(read, [place], [kind for _, kind in kinds.values()], stateful=False)
+        shapes = {name: (None, *shape) for name, (shape, _) in kinds.items()}
+        return place, {name: tf.ensure_shape(part, shapes[name]) for name, part in zip(kinds, found, strict=True)}
+
+    def example(place: Any, found: dict[str, Any]) -> tuple[Any, Any]:
+        seed = tf.stack([tf.constant(key, tf.int64), place[1]])
+        image = crop_.apply(**found, seed=seed, side=view.image_size, channels=channels)
+        return place, tf.ensure_shape(image, view.shape)
+
+    chunks = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(CHUNK)
+    encoded = chunks.map(chunk, threads, deterministic=True).unbatch()
+    return encoded.map(example, threads, deterministic=True)
+
+
+def _decodable(split: Split, index: int, data: bytes) -> tuple[bytes, tuple[int, int], bool]:
+    """(bytes, (height, width), whether they are a JPEG for TensorFlow); else they are pixels, decoded by Pillow."""
+    row = split.rows[index]
+    if split.verdicts.plain(row):
+        height, width = (int(split.verdicts.numbers(name)[row]) for name in ("height", "width"))
+        return data, (height, width), True
+    pixels = split.decode_whole(index, data)
+    return pixels.tobytes(), pixels.shape[:2], False
+
+
+def _painted(stream: Any, batch_size: int, paint: Paint, draw: _Draws, shape: tuple[int, ...], threads: int) -> Any:
+    draws = draw.rows("paint", paint.columns)
+
+    def example(place: Any, image: Any) -> tuple[Any, Any]:
+        painted = tf.numpy_function(paint.apply, [image, draws[place[1]]], tf.uint8, stateful=False)
+        return place, tf.ensure_shape(painted, shape)
+
+    return stream.unbatch().map(example, threads, deterministic=True).batch(batch_size)
+
+
+# --------------------------------------------------------------------------------------------------- what comes of it
+
+
+def _finish(
+    split: Split, augmentation: Augmentation, draw: _Draws | None, num_classes: int, class_weights: bool
+) -> Finish:
+    """(place, images) -> what the step is called with."""
+    labels = _constant(split.labels)
+    moves = [(move.apply, draw.rows(move.purpose, move.columns)) for move in augmentation.moves] if draw else []
+    mix, shares = augmentation.mix, draw.mixing(augmentation.mix) if draw and augmentation.mix else None
+    weights = _constant(weights_of(split.labels)) if class_weights else None
+
+    def finish(place: Any, images: Any) -> tuple:
+        index, row = place[:, 0], place[:, 1]
+        for apply, draws in moves:
+            images = apply(images, tf.gather(draws, row))
+        found = tf.one_hot(tf.gather(labels, index), num_classes)
+        if weights is not None:  # beside the labels, since it is mixed like them
+            found = tf.concat([found, tf.gather(weights, index)[:, None]], 1)
+        if mix:
+            images, found = mix.apply(images, found, tf.gather(shares, row))
+        return (images, found) if weights is None else (images, found[:, :-1], found[:, -1])
+
+    return finish
+
+
+def weights_of(labels: np.ndarray) -> np.ndarray:
+    """float32 [N]: an example's weight, so that every class weighs the same and all weights are 1 in the mean."""
+    counts = np.bincount(labels)
+    return (len(labels) / (np.count_nonzero(counts) * counts[labels])).astype(np.float32)
 
 
 def _constant(values: np.ndarray) -> Any:
@@ -120,13 +221,13 @@ def _constant(values: np.ndarray) -> Any:
         return tf.constant(values)
 
 
-def _options(threads: int) -> Any:
+def _with_options(stream: Any, threads: int) -> Any:
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
     options.autotune.enabled = False
-    return options
+    return stream.with_options(options).prefetch(PREFETCH)
 
 
 def example_error(error: Exception) -> str | None:

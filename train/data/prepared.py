@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import shutil
@@ -14,40 +15,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
-from train.data.fingerprint import index_path, read_index, sha256, write_index
-from train.data.parts import Part
+from train.data.parts import Listing, Numbered, Store
+from train.data.records import ArrayRecords, TfRecords, index_of, short
 from train.data.source import MIB, Source, source
+from train.data.verdicts import place_of
 
 TIMEOUT_SECONDS = 5
-CHUNK = 1024  # examples read at once while indexing
 
 
-class PreparedStore:
-    """One part of a prepared set by index."""
-
-    def __init__(self, name: str, part: str, examples: Any):
-        self.label, self.part, self.examples = name, part, examples
-
-    def name(self, row: int) -> str:
-        return f"{self.part}/{row}"
-
-    def where(self, row: int) -> str:
-        return f"{self.label} {self.name(row)}"
-
-    def read(self, row: int) -> bytes:
-        return self.read_many([row])[0]
-
-    def read_many(self, rows: Sequence[int]) -> list[bytes]:
-        try:
-            return [example["image"] for example in self.examples.__getitems__([int(row) for row in rows])]
-        except RuntimeError as error:  # ArrayRecord's own checksums
-            raise OSError(_short(error)) from error
-
-
-def load_prepared(name: str, data_dir: str, manual_dir: str | None) -> tuple[tuple[str, ...], dict[str, Part]]:
-    """Class names and the official parts that serve as train and test; prepares the set the first time.
+def list_prepared(name: str, data_dir: str, manual_dir: str | None) -> Listing:
+    """The official parts that serve as train and test; prepares the set the first time.
 
     Raises: ValueError in one line: no network (and where to put the files), no space, wrong files.
     """
@@ -58,18 +35,51 @@ def load_prepared(name: str, data_dir: str, manual_dir: str | None) -> tuple[tup
             _prepare(name, chosen, builder, data_dir, manual_dir)
         builder = _builder(name, chosen, data_dir)  # one that knows what was prepared, by whichever process
     official = {"train": chosen.train} | ({"test": chosen.test} if chosen.test else {})
-    classes = tuple(builder.info.features["label"].names)
-    return classes, {ours: _part(name, theirs, builder, data_dir) for ours, theirs in official.items()}
+    folder = Path(builder.data_dir)
+    try:
+        store = _open(builder, list(official.values()), data_dir)
+    except (NotImplementedError, RuntimeError, OSError) as error:  # damaged; not readable
+        raise ValueError(
+            f"data={name} must be readable in {folder}, got: {short(error)}; "
+            "use a new copy: remove that folder and it is prepared again"
+        ) from error
+    counts = {ours: builder.info.splits[theirs].num_examples for ours, theirs in official.items()}
+    return Listing(
+        classes=tuple(builder.info.features["label"].names),
+        names=Numbered(counts, lambda part, row: f"{official[part]}/{row}"),
+        splits=Numbered(counts, lambda part, _: part if len(official) > 1 else ""),
+        store=store,
+        origin=f"{name} ",
+        index=place_of(data_dir, name, folder),
+        identity=" ".join(_identity(folder)),
+    )
+
+
+def _open(builder: Any, parts: list[str], data_dir: str) -> Store:
+    import tensorflow_datasets as tfds
+
+    shards = [Path(path) for part in parts for path in builder.info.splits[part].filepaths]
+    if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
+        version = hashlib.sha256(" ".join(_identity(Path(builder.data_dir))).encode()).hexdigest()[:16]
+        count = sum(builder.info.splits[part].num_examples for part in parts)
+        return TfRecords(shards, index_of(shards, count, Path(data_dir) / ".index" / f"records-{version}.npy"))
+    skip = {"image": tfds.decode.SkipDecoding()}
+    return ArrayRecords([builder.as_data_source(split=part, decoders=skip) for part in parts])
 
 
 def _builder(name: str, chosen: Source, data_dir: str) -> Any:
+    """Of what is there, in whichever format; what is not there will be ArrayRecord."""
     import tensorflow_datasets as tfds
 
-    if name == "digits":
-        from train.data.digits.digits_dataset_builder import Builder
+    def make(**words: Any) -> Any:
+        if name == "digits":
+            from train.data.digits.digits_dataset_builder import Builder
 
-        return Builder(data_dir=data_dir, file_format="array_record")
-    return tfds.builder(chosen.tfds, data_dir=data_dir, file_format="array_record")
+            return Builder(data_dir=data_dir, **words)
+        return tfds.builder(chosen.tfds, data_dir=data_dir, **words)
+
+    found = make()
+    return found if _complete(found) else make(file_format="array_record")
 
 
 # ------------------------------------------------------------------------------------------------------ preparing
@@ -124,12 +134,10 @@ def _failure(
     if _is_no_space(error):
         return _no_space(name, needed, data_dir)
     if not chosen.files:
-        return ValueError(
-            f"data={name} must be preparable in {data_dir}, got: {_short(error)}; use another data folder"
-        )
+        return ValueError(f"data={name} must be preparable in {data_dir}, got: {short(error)}; use another data folder")
     place = manual_dir or "none"
     advice = "use the original files" if manual_dir else "use data.manual_dir=PATH with the original files"
-    return ValueError(f"{_by_hand(name, chosen)}, got {place} ({_short(error)}); {advice}")
+    return ValueError(f"{_by_hand(name, chosen)}, got {place} ({short(error)}); {advice}")
 
 
 def _download_and_prepare(builder: Any, downloads: Path, manual_dir: str | None) -> None:
@@ -199,48 +207,7 @@ def _is_no_space(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(":.") if lines else type(error).__name__
-
-
-# -------------------------------------------------------------------------------------------------------- reading
-
-
-def _part(name: str, part: str, builder: Any, data_dir: str) -> Part:
-    try:
-        return _open_part(name, part, builder, data_dir)
-    except (NotImplementedError, RuntimeError, OSError) as error:  # another format; damaged; not readable
-        raise ValueError(
-            f"data={name} must be readable in {builder.data_dir}, got: {_short(error)}; "
-            "use a new copy: remove that folder and it is prepared again"
-        ) from error
-
-
-def _open_part(name: str, part: str, builder: Any, data_dir: str) -> Part:
-    import tensorflow_datasets as tfds
-
-    examples = builder.as_data_source(split=part, decoders={"image": tfds.decode.SkipDecoding()})
-    place = index_path(data_dir, f"{name}-{part}", Path(builder.data_dir))
-    identity = _identity(Path(builder.data_dir))
-    stored = read_index(place)
-    if stored is None or stored["identity"].tolist() != identity:
-        stored = _read_all(examples) | {"identity": np.array(identity, dtype=np.str_)}
-        write_index(place, stored)
-    return Part(PreparedStore(name, part, examples), stored["labels"], stored["sha256"])
-
-
 def _identity(folder: Path) -> list[str]:
     """What changes when somebody touches the prepared files."""
     found = sorted((path.name, path.stat()) for path in folder.iterdir())
     return [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in found]
-
-
-def _read_all(examples: Any) -> dict[str, np.ndarray]:
-    labels = np.empty(len(examples), dtype=np.int32)
-    digests = np.empty(len(examples), dtype="S64")
-    for start in range(0, len(examples), CHUNK):
-        rows = range(start, min(start + CHUNK, len(examples)))
-        for row, example in zip(rows, examples.__getitems__(list(rows)), strict=True):
-            labels[row], digests[row] = example["label"], sha256(example["image"])
-    return {"labels": labels, "sha256": digests}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Source:
     """One choice of `data`.
 
-    tfds: TFDS name (with its config); empty for `folder`.
+    tfds: TFDS name (with its config); empty for `folder` and `manifest`.
     train, test: names of the official parts; an empty `test` means that it is cut from `train`. Validation is always
         cut from `train`.
     files: what `data.manual_dir` has to hold when the files are fetched by hand.
@@ -48,6 +48,7 @@ SOURCES: dict[str, Source] = {
         prepared_bytes=160_000 * MIB,
     ),
     "folder": Source(),
+    "manifest": Source(),
 }
 
 

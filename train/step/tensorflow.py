@@ -33,8 +33,14 @@ class Step:
     host does not wait for the device at every step.
     """
 
-    def __init__(self, model: keras.Model, inference: keras.Model, rate: Any, batch_size: int, jit: bool):
-        """`rate`: the learning rate schedule (optim.Warmup); batches have `batch_size` examples."""
+    def __init__(
+        self, model: keras.Model, inference: keras.Model, rate: Any, batch_size: int, jit: bool,
+        *, mixed: bool = False, weighted: bool = False,
+    ):  # fmt: skip
+        """`rate`: the learning rate schedule (optim.Warmup); batches have `batch_size` examples.
+
+        mixed: images come as float32. weighted: a weight per example comes with them.
+        """
         self.model, self.rate = model, rate
         self._outputs = tuple(model.output)
         self._scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
@@ -45,19 +51,23 @@ class Step:
         self._first_bad = tf.Variable([0] * len(WATCHED), dtype=tf.int64, trainable=False)  # 0: none
         self._moving = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
         labels = tf.TensorSpec((batch_size, model.output["main"].shape[-1]), tf.float32)
-        images = tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.uint8)
+        images = tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.float32 if mixed else tf.uint8)
+        weights = [tf.TensorSpec((batch_size,), tf.float32)] if weighted else []
         self._make_metrics(labels)
         # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
         step = tf.function(self._watched_step, jit_compile=jit, autograph=False)
-        self._train = step.get_concrete_function(images, labels)
-        weights = [*model.trainable_variables, *self._optimizer.variables]
-        watched = [v for v in weights if keras.backend.is_float_dtype(v.dtype)]
+        self._train = step.get_concrete_function(images, labels, *weights)
+        moved = [*model.trainable_variables, *self._optimizer.variables]
+        watched = [v for v in moved if keras.backend.is_float_dtype(v.dtype)]
         self._whole = tf.function(lambda: _all_finite([v.value for v in watched]), autograph=False)
         self.predict = predictor(inference, jit)  # logits of the main output, float32 [N, classes]
 
-    def __call__(self, images: tf.Tensor, labels: tf.Tensor) -> None:
-        """images: uint8 [N, H, W, C]; labels: float32 [N, classes], used for every output."""
-        self._train(images, labels)
+    def __call__(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
+        """images: uint8 (or float32) [N, H, W, C] in 0..255; labels: float32 [N, classes], used for every output.
+
+        weights: one float32 [N] where the step is weighted; of the loss, not of the metrics.
+        """
+        self._train(images, labels, *weights)
 
     def _make_metrics(self, labels: tf.TensorSpec) -> None:
         """Lets Keras make the metrics' variables, which `load` fills. Made in a trace they would take a second one."""
@@ -66,11 +76,12 @@ class Step:
         self.model.compute_metrics(None, empty, empty, None)
         self.model.reset_metrics()
 
-    def _watched_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+    def _watched_step(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
         """Keras's own step, and beside it, on the device, which step was the first with something not finite."""
         self._count.assign_add(1)
         with _gradients_of(self._optimizer) as gradients:
-            found = self.model.train_step((images, dict.fromkeys(self._outputs, labels)))
+            outputs = [dict.fromkeys(self._outputs, values) for values in (labels, *weights)]
+            found = self.model.train_step((images, *outputs))
         finite = [
             _all_finite([found["loss"]]),  # the mean so far: one bad loss makes it bad
             # Of scaled gradients some are infinite by design: the step is skipped and the scale halved.

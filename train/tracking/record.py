@@ -25,6 +25,9 @@ from train.tracking.folder import Pulse, RunFolder
 
 log = logging.getLogger(__name__)
 
+GAP = 2  # pixels between the examples of a sheet
+SHEET_PIXELS = 800  # small examples are shown larger, to about this width
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # The inference model needs these to be loaded; named, because MLflow takes long to find them out.
@@ -141,14 +144,21 @@ def describe(
         "training_parameters": model.count_params(),
         "training_macs": macs["training"],
     }
+    stored = to_dict(config, private)
+    stored["data"]["fingerprint"] = dataset.fingerprint
+    folder.write_yaml("config.yaml", stored)
     folder.write_json(
         "dataset.json",
         {
             "name": dataset.name,
             "fingerprint": dataset.fingerprint,
             "source": source,
+            "splits": {name: split.digest for name, split in dataset.splits.items()},
             "counts": dataset.counts,
             "classes": list(dataset.classes),
+            "class_counts": dataset.class_counts,
+            "skipped": [{"name": name, "problem": why} for name, why in dataset.skipped],
+            "leaks": dataset.leaks,
         },
     )
     lines: list[str] = []
@@ -157,6 +167,28 @@ def describe(
     example = io.BytesIO()
     np.save(example, dataset.validation.example(0)[None])
     write_atomically(folder.path / "input_example.npy", example.getvalue())
+
+
+def picture(folder: RunFolder, images: np.ndarray, mixed: bool) -> None:
+    """The first training batch as the network sees it, `augmented.png`: at most 8 x 8 examples.
+
+    images: uint8 [N, S, S, C] in 0..255, or float32 where they are `mixed`.
+    """
+    from PIL import Image
+
+    shown = np.rint(images[:64]).astype(np.uint8) if mixed else images[:64]
+    count, side, _, channels = shown.shape
+    columns = min(8, count)
+    rows = -(-count // columns)
+    sheet = np.full((rows * columns, side + GAP, side + GAP, channels), 255, np.uint8)
+    sheet[:count, :side, :side] = shown
+    sheet = sheet.reshape(rows, columns, side + GAP, side + GAP, channels).swapaxes(1, 2)
+    sheet = sheet.reshape(rows * (side + GAP), columns * (side + GAP), channels)[:-GAP, :-GAP]
+    scale = max(1, SHEET_PIXELS // sheet.shape[1])
+    image = Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
+    data = io.BytesIO()
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(data, "PNG")
+    write_atomically(folder.path / "augmented.png", data.getvalue())
 
 
 def progress(summary: dict[str, Any], step: Any, keeper: Any, pulse: Pulse, peak_memory_bytes: int) -> None:

@@ -29,7 +29,16 @@ POLL_SECONDS = 0.5
 FLUSH_SECONDS = 5.0  # the journal's new lines go in one request: it and the server may share the trainer's cores
 BEAT_SECONDS = 30.0
 PATIENCE_SECONDS = 600.0  # how long a store may stay away after the run's end, before `make sync` has to do it
-FILES = ("config.yaml", "model_summary.txt", "input_example.npy", "train.log", "summary.json", "metrics.jsonl")
+FILES = (
+    "config.yaml",
+    "model_summary.txt",
+    "input_example.npy",
+    "train.log",
+    "summary.json",
+    "metrics.jsonl",
+    "dataset.json",
+    "augmented.png",
+)
 
 
 __all__ = ["Record", "default_uri", "start", "wait"]

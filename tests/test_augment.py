@@ -1,0 +1,881 @@
+"""Augmentations, each against its definition: what is drawn, what is done with it, and what is left alone."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from train.data import augment, crop, decode, mix, order, paint
+
+CENTRE = 0.5
+LEAST, MOST = 0.0, 0.999
+
+
+def noise(height, width, channels, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def photo(height, width, channels=3, seed=0):
+    """Large smooth blobs of colour."""
+    blobs = Image.fromarray(noise(2 + height // 80, 2 + width // 80, 3, seed))
+    large = blobs.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(large.convert("L" if channels == 1 else "RGB")).reshape(height, width, channels)
+
+
+def jpeg(pixels, **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(file, "JPEG", **({"quality": 95} | options))
+    return file.getvalue()
+
+
+def in_map(apply, *inputs):
+    """The same, of the whole batch, inside Dataset.map."""
+    found = next(iter(tf.data.Dataset.from_tensors(inputs).map(apply)))
+    return [part.numpy() for part in found] if isinstance(found, tuple) else found.numpy()
+
+
+def message(function, *arguments, **options):
+    with pytest.raises(ValueError) as caught:
+        function(*arguments, **options)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+# ------------------------------------------------------------------------------------------------------------ by name
+
+
+def test_an_unknown_name_is_refused():
+    assert message(augment.build, "flipcrop") == (
+        "augment must be one of none, crop, flip_crop, inception, randaugment, got flipcrop; use augment=crop"
+    )
+
+
+def test_every_name_has_its_stages():
+    def stages(name, **options):
+        built = augment.build(name, **options)
+        return built.crop, built.paint, [move.purpose for move in built.moves], built.mix
+
+    assert stages("none") == (None, None, [], None)
+    assert stages("crop") == stages("flip_crop") == (None, None, ["augment"], None)
+    assert stages("inception") == (crop.Crop(0.08, 4 / 3, 1.0, True), None, [], None)
+    assert stages("randaugment") == (None, paint.Paint(2, 9.0), ["augment"], None)
+    mixed = (None, None, ["augment", "erase"], mix.Mix(0.2, 1.0))
+    assert stages("crop", erase=0.25, mixup=0.2, cutmix=1.0) == mixed
+    assert stages("none", cutmix=0.5)[3] == mix.Mix(0.0, 0.5)
+
+
+def test_options_reach_what_they_are_of():
+    assert augment.build("inception", least_area=0.3, most_stretch=2.0, color=0.5, mirror=False).crop == crop.Crop(
+        0.3, 2.0, 0.5, False
+    )
+    built = augment.build("randaugment", ops=3, magnitude=15.0, pad=0.25, mirror=False)
+    assert built.paint == paint.Paint(3, 15.0)
+    assert built.moves[0].apply.keywords == {"pad": 0.25, "mirror": False}
+    assert augment.build("flip_crop", pad=0.0).moves[0].apply.keywords == {"pad": 0.0, "mirror": True}
+    assert augment.build("none", erase=0.3).moves[0].apply.keywords == {"probability": 0.3}
+    with pytest.raises(TypeError, match="magnitude"):
+        augment.build("crop", magnitude=3)
+
+
+# ------------------------------------------------------------------------------------------------------------- shifts
+
+
+def shift(images, draws, name="crop", **options):
+    [move] = augment.build(name, **options).moves
+    return move.apply(images, draws)
+
+
+def shifted(image, down, right, mirror):
+    """The definition, for one image: `down` and `right` are what the picture moves by."""
+    border = 2
+    padded = np.pad(image, ((border, border), (border, border), (0, 0)), mode="reflect")
+    if mirror:
+        padded = padded[:, ::-1]
+    top, left = border - down, border - right
+    return padded[top : top + image.shape[0], left : left + image.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("draw", "moved"),
+    [
+        ((CENTRE, CENTRE, MOST), (0, 0, False)),
+        ((LEAST, CENTRE, MOST), (2, 0, False)),
+        ((MOST, CENTRE, MOST), (-2, 0, False)),
+        ((CENTRE, LEAST, MOST), (0, 2, False)),
+        ((MOST, LEAST, MOST), (-2, 2, False)),
+        ((CENTRE, CENTRE, LEAST), (0, 0, True)),
+    ],
+)
+def test_flip_crop_moves_pixels(draw, moved):
+    image = noise(16, 16, 3)
+    draws = np.array([draw], np.float32)
+    np.testing.assert_array_equal(shift(image[None], draws, "flip_crop")[0], shifted(image, *moved))
+    without = shifted(image, moved[0], moved[1], False)
+    np.testing.assert_array_equal(shift(image[None], draws)[0], without)
+    assert (shifted(image, *moved) != image).any() == (moved != (0, 0, False))
+
+
+MOVES = {
+    "crop": augment.build("crop").moves[0],
+    "flip_crop": augment.build("flip_crop").moves[0],
+    "randaugment": augment.build("randaugment").moves[0],
+    "erase": augment.build("none", erase=0.5).moves[0],
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", list(MOVES))
+def test_moves_are_the_same_eagerly_and_in_a_map(name, channels):
+    move = MOVES[name]
+    images = np.stack([noise(16, 16, channels, seed) for seed in range(32)])
+    draws = order.uniform_rows(0, move.purpose, 0, 32, move.columns)
+    eager = move.apply(tf.constant(images), tf.constant(draws))
+    np.testing.assert_array_equal(eager, in_map(move.apply, images, draws))
+    assert eager.dtype == tf.uint8
+    assert eager.shape == images.shape
+    alone = [move.apply(images[i : i + 1], draws[i : i + 1])[0] for i in range(32)]
+    np.testing.assert_array_equal(eager, np.stack(alone))  # whatever else is in the batch
+    assert (eager.numpy() != images).any()
+    assert (eager.numpy() != move.apply(images, draws[::-1]).numpy()).any()
+
+
+def test_shifts_and_flips_are_even():
+    images = np.zeros((4000, 16, 16, 1), np.uint8)
+    images[:, 8, 8] = 255  # where it lands tells the shift
+    draws = order.uniform_rows(0, "augment", 0, 4000, augment.SHIFT_DRAWS)
+    moved = shift(images, draws).numpy()[..., 0]
+    counts = (moved == 255).sum(axis=0)
+    assert (counts[6:11, 6:11] > 100).all()
+    assert counts[6:11, 6:11].sum() == counts.sum() == 4000
+    mirrored = shift(images, draws, "flip_crop", pad=0).numpy()[:, 8, 7, 0] == 255
+    assert 0.47 < mirrored.mean() < 0.53
+
+
+def test_pad_message():
+    for wrong in (0.6, -0.1):
+        assert message(shift, np.zeros((1, 8, 8, 1), np.uint8), np.zeros((1, 3), np.float32), pad=wrong) == (
+            f"pad must be a fraction of the side in 0..0.5, got {wrong}; use augment.pad=0.125"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ erasing
+
+COVER = 251  # nothing in the images below is of this value
+
+
+def erase(images, draws, probability=1.0):
+    return augment.erased(images, draws, probability=probability).numpy()
+
+
+def erase_draws(count, seed=0):
+    return order.uniform_rows(seed, "erase", 0, count, augment.ERASE_DRAWS)
+
+
+def grounds(count, side, channels=1):
+    return np.random.default_rng(1).integers(0, COVER, (count, side, side, channels), dtype=np.uint8)
+
+
+def covering(draws, channels=1):
+    """The same draws, with COVER as the colour."""
+    draws = draws.copy()
+    draws[:, 5 : 5 + channels] = (COVER + 0.5) / 256
+    return draws
+
+
+def test_one_rectangle_of_the_right_size_and_nothing_else_is_covered():
+    side, images = 128, grounds(500, 128)
+    found = erase(images, covering(erase_draws(500)))
+    covered = (found == COVER)[..., 0]
+    np.testing.assert_array_equal(found[~covered], images[~covered])
+    rows, columns = covered.any(axis=2), covered.any(axis=1)
+    np.testing.assert_array_equal(covered, rows[:, :, None] & columns[:, None, :])
+    for marked in (rows, columns):  # in one piece
+        assert (np.abs(np.diff(np.pad(marked, ((0, 0), (1, 1))).astype(int), axis=1)).sum(axis=1) == 2).all()
+    height, width = rows.sum(axis=1), columns.sum(axis=1)
+    assert (height * width >= 0.02 * side**2 - (height + width) / 2).all()  # whole pixels: half of one at each edge
+    assert (height * width <= 0.4 * side**2 + (height + width) / 2).all()
+    assert (height / width >= 0.3 * 0.9).all()
+    assert (height / width <= 1 / 0.3 * 1.1).all()
+    share = height * width / side**2
+    assert 0.19 < share.mean() < 0.22  # 0.21, less what would be higher than the image
+    assert share.max() > 0.38
+    assert share.min() < 0.03
+
+
+def test_rectangles_come_everywhere():
+    often = (erase(grounds(4000, 16), covering(erase_draws(4000))) == COVER)[..., 0].mean(axis=0)
+    for turned in (often[::-1], often[:, ::-1], often.T):
+        np.testing.assert_allclose(often, turned, atol=0.05)
+    assert often.min() > 0.003  # few reach into a corner
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_rectangle_has_one_colour(channels):
+    images, draws = grounds(200, 32, channels), erase_draws(200)
+    found = erase(images, draws)
+    changed = (erase(images, covering(draws, channels)) == COVER).all(axis=3)
+    colors = np.floor(draws[:, 5 : 5 + channels] * 256)
+    expected = np.broadcast_to(colors[:, None, None], images.shape)
+    np.testing.assert_array_equal(found[changed], expected[changed])
+    np.testing.assert_array_equal(found[~changed], images[~changed])
+    assert colors.min() < 3
+    assert colors.max() > 252
+    if channels == 3:
+        assert len({tuple(color) for color in colors}) == 200
+
+
+def test_the_share_of_erased_images_is_the_probability():
+    images, draws = grounds(4000, 16), covering(erase_draws(4000))
+
+    def share(probability):
+        return (erase(images, draws, probability) != images).any(axis=(1, 2, 3)).mean()
+
+    assert share(0.0) == 0
+    assert 0.47 < share(0.5) < 0.53
+    assert share(1.0) == 1
+    few, many = (erase(images, draws, probability) != images for probability in (0.5, 1.0))
+    np.testing.assert_array_equal(few, many & (draws[:, 0] < 0.5)[:, None, None, None])
+
+
+def test_without_erasing_there_is_no_such_move():
+    assert augment.build("none", erase=0.0).moves == ()
+
+
+# ---------------------------------------------------------------------------------------------------------- painting
+
+NAMES = tuple(paint.CHANGES)
+WITHOUT_STRENGTH = ("identity", "autocontrast", "equalize")
+ONE_DIRECTION = ("solarize", "posterize")
+BOTH_DIRECTIONS = tuple(name for name in NAMES if name not in WITHOUT_STRENGTH + ONE_DIRECTION)
+FORTH, BACK = 0.0, 0.999
+
+
+def painted(pixels, *names, magnitude=30.0, direction=FORTH):
+    draws = np.array([((NAMES.index(name) + 0.5) / len(NAMES), direction) for name in names], np.float32)
+    return paint.Paint(len(names), magnitude).apply(pixels, draws.ravel())
+
+
+def test_there_are_fourteen_changes():
+    assert len(NAMES) == 14
+    assert len(BOTH_DIRECTIONS) == 9
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_change_keeps_shape_and_type_and_leaves_its_input_alone(name, channels):
+    pixels = photo(24, 24, channels) // 2 + 30
+    before = pixels.copy()
+    for magnitude in (0.0, 9.0, 30.0):
+        for direction in (FORTH, BACK):
+            found = painted(pixels, name, magnitude=magnitude, direction=direction)
+            assert found.shape == (24, 24, channels)
+            assert found.dtype == np.uint8
+            np.testing.assert_array_equal(found, painted(pixels, name, magnitude=magnitude, direction=direction))
+    np.testing.assert_array_equal(pixels, before)
+    idle = name == "identity" or (name == "color" and channels == 1)
+    assert (painted(pixels, name) != pixels).any() == (not idle)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ONE_DIRECTION + BOTH_DIRECTIONS)
+def test_without_strength_nothing_changes(name, channels):
+    pixels = noise(24, 24, channels)
+    for direction in (FORTH, BACK):
+        np.testing.assert_array_equal(painted(pixels, name, magnitude=0.0, direction=direction), pixels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_directions_differ_where_there_are_two(name):
+    pixels = photo(24, 24)
+    for magnitude in (9.0, 30.0):
+        forth, back = (painted(pixels, name, magnitude=magnitude, direction=way) for way in (FORTH, BACK))
+        assert (forth != back).any() == (name in BOTH_DIRECTIONS)
+
+
+@pytest.mark.parametrize("name", ONE_DIRECTION + BOTH_DIRECTIONS)
+def test_more_magnitude_changes_more(name):
+    pixels = (noise(64, 64, 3) if name == "sharpness" else photo(64, 64)).astype(float)
+    far = [np.abs(painted(pixels.astype(np.uint8), name, magnitude=m) - pixels).mean() for m in (0.0, 10.0, 20.0, 30.0)]
+    assert far == sorted(far)
+    assert far[0] == 0
+    assert far[3] > far[1] > 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_translations_move_the_picture_and_bring_in_grey(channels):
+    pixels = noise(20, 20, channels)
+    expected = np.full_like(pixels, 128)
+    expected[:, :11] = pixels[:, 9:]  # 0.45 of 20 pixels
+    np.testing.assert_array_equal(painted(pixels, "translate_x"), expected)
+    expected = np.full_like(pixels, 128)
+    expected[9:] = pixels[:11]
+    np.testing.assert_array_equal(painted(pixels, "translate_y", direction=BACK), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shears_leave_the_middle_and_move_the_edges(channels):
+    pixels = np.zeros((41, 41, channels), np.uint8)
+    pixels[:, 20] = 255
+    found = painted(pixels, "shear_x")
+    for row in (0, 10, 20, 30, 40):
+        middle = (found[row, :, 0] == 255).nonzero()[0]
+        brightest = found[row, :, 0].astype(int).argmax() if not len(middle) else middle.mean()
+        assert abs(brightest - (20 - 0.3 * (row - 20))) <= 1
+    turned = painted(pixels.swapaxes(0, 1), "shear_y")
+    np.testing.assert_array_equal(turned.swapaxes(0, 1), found)
+
+
+def test_rotation_goes_thirty_degrees_both_ways_about_the_middle():
+    pixels = np.zeros((61, 61, 1), np.uint8)
+    pixels[29:32, 48:53] = 255  # 20 pixels right of the middle
+    for direction, way in ((FORTH, -1), (BACK, 1)):
+        found = painted(pixels, "rotate", direction=direction)[..., 0]
+        place = np.average(np.argwhere(found == 255), axis=0) - 30
+        assert math.degrees(math.atan2(place[0], place[1])) == pytest.approx(30 * way, abs=1.5)
+        assert np.hypot(*place) == pytest.approx(20, abs=0.7)
+        assert found[0, 0] == 128
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_posterize_keeps_the_high_bits(channels):
+    pixels = noise(24, 24, channels)
+    for magnitude, bits in ((30.0, 4), (15.0, 6), (7.5, 7), (0.0, 8)):
+        np.testing.assert_array_equal(
+            painted(pixels, "posterize", magnitude=magnitude), pixels >> (8 - bits) << (8 - bits)
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_solarize_inverts_what_is_bright(channels):
+    pixels = noise(24, 24, channels)
+    for magnitude, threshold in ((30.0, 0), (15.0, 128), (7.5, 192), (0.0, 256)):
+        np.testing.assert_array_equal(
+            painted(pixels, "solarize", magnitude=magnitude), np.where(pixels >= threshold, 255 - pixels, pixels)
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_brightness_and_contrast_go_from_a_tenth_to_nearly_twice(channels):
+    pixels = noise(24, 24, channels)
+    luma = np.asarray(Image.fromarray(pixels.squeeze()).convert("L"))
+    middle = int(luma.mean() + 0.5)
+    for name, fixed in (("brightness", 0), ("contrast", middle)):
+        for direction, factor in ((FORTH, 1.9), (BACK, 0.1)):
+            expected = np.clip(fixed + factor * (pixels.astype(float) - fixed), 0, 255)
+            found = painted(pixels, name, direction=direction)
+            assert np.abs(found - expected).max() <= 1
+
+
+def test_color_goes_towards_grey_and_away_from_it():
+    pixels = noise(24, 24, 3)
+    luma = np.asarray(Image.fromarray(pixels).convert("L")).astype(float)[..., None]
+    for direction, factor in ((FORTH, 1.9), (BACK, 0.1)):
+        expected = np.clip(luma + factor * (pixels - luma), 0, 255)
+        assert np.abs(painted(pixels, "color", direction=direction) - expected).max() <= 1
+
+
+def test_sharpness_goes_towards_blur_and_away_from_it():
+    pixels = noise(24, 24, 1)
+    spread = [painted(pixels, "sharpness", direction=direction).std() for direction in (BACK, FORTH)]
+    assert spread[0] < 0.7 * pixels.std()
+    assert spread[1] > 1.05 * pixels.std()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_autocontrast_and_equalize_use_all_values(channels):
+    pixels = photo(64, 64, channels) // 4 + 60
+    for name in ("autocontrast", "equalize"):
+        found = painted(pixels, name)
+        for channel in range(channels):
+            assert (found[..., channel].min(), found[..., channel].max()) == (0, 255)
+            places = np.argsort(pixels[..., channel].ravel(), kind="stable")
+            assert (np.diff(found[..., channel].ravel()[places].astype(int)) >= 0).all()  # no two change places
+    ramp = np.arange(0, 256, 4, dtype=np.uint8).repeat(64).reshape(64, 64, 1)
+    flat = np.bincount(painted(ramp // 3, "equalize").ravel() // 64, minlength=4)
+    assert flat.max() < 1.3 * flat.min()
+
+
+def test_changes_come_one_after_the_other():
+    pixels = noise(24, 24, 3)
+    both = painted(pixels, "translate_x", "solarize")
+    np.testing.assert_array_equal(both, painted(painted(pixels, "translate_x"), "solarize"))
+    assert (both != painted(pixels, "solarize", "translate_x")).any()
+
+
+def test_there_are_as_many_changes_as_ops():
+    pixels = np.full((40, 40, 1), 7, np.uint8)
+    pixels[:, 20] = 255
+    one = np.array([(NAMES.index("translate_x") + 0.5) / 14, FORTH], np.float32)
+    for ops in (1, 2, 3, 4):
+        chosen = paint.Paint(ops, 5.0)  # 3 pixels each time
+        assert chosen.columns == 2 * ops
+        found = chosen.apply(pixels, np.tile(one, ops))
+        assert found[0, :, 0].tolist().index(255) == 20 - 3 * ops
+
+
+def test_the_draw_picks_evenly_among_the_fourteen(monkeypatch):
+    picked = dict.fromkeys(NAMES, 0)
+    forth = 0
+
+    def counting(name):
+        def change(image, strength):
+            nonlocal forth
+            picked[name] += 1
+            forth += strength > 0
+            return image
+
+        return change
+
+    monkeypatch.setattr(paint, "CHANGES", {name: counting(name) for name in NAMES})
+    chosen, pixels = paint.Paint(2, 9.0), np.zeros((1, 1, 1), np.uint8)
+    for row in order.uniform_rows(0, "paint", 0, 14_000, chosen.columns):
+        chosen.apply(pixels, row)
+    assert sum(picked.values()) == 28_000
+    assert min(picked.values()) > 1850  # 2000 each, and their standard deviation is 43
+    assert max(picked.values()) < 2150
+    assert 13_700 < forth < 14_300
+    for last in (np.float32(1) - np.float32(2**-24), 1.0):
+        picked[NAMES[-1]] = 0
+        chosen.apply(pixels, np.full(4, last, np.float32))
+        assert picked[NAMES[-1]] == 2
+
+
+def test_painting_is_the_same_eagerly_and_in_a_map():
+    images = np.stack([noise(16, 16, 3, seed) for seed in range(16)])
+    chosen = paint.Paint(2, 9.0)
+    draws = order.uniform_rows(0, "paint", 0, 16, chosen.columns)
+    eager = np.stack([chosen.apply(*pair) for pair in zip(images, draws, strict=True)])
+    stream = tf.data.Dataset.from_tensor_slices((images, draws))
+    mapped = stream.map(lambda image, draw: tf.numpy_function(chosen.apply, [image, draw], tf.uint8))
+    np.testing.assert_array_equal(eager, np.stack([image.numpy() for image in mapped]))
+    assert (eager != images).any()
+
+
+# ----------------------------------------------------------------------------------------------- colours of a crop
+
+CROP = augment.inception().crop
+COLUMNS = ("mirror", "brightness", "contrast", "saturation", "hue")
+
+
+def drawn(**values):
+    """One row of draws: 0.5 everywhere, which changes no colour, but for what is named."""
+    return np.array([[values.get(name, 0.5) for name in COLUMNS]], np.float32)
+
+
+def distorted_by_hand(pixels, draws, color=1.0, every=8):
+    """Brightness, then saturation, then hue in YIQ, then contrast about the mean of the rows that are looked at."""
+    _, brightness, contrast, saturation, hue = (2 * draws.astype(float) - 1) * color
+    found = pixels + 32 * brightness
+    if pixels.shape[-1] == 3:
+        luma = found @ [0.299, 0.587, 0.114]
+        found = luma[..., None] + (1 + 0.5 * saturation) * (found - luma[..., None])
+        to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+        y, i, q = np.moveaxis(found @ to_yiq.T, -1, 0)
+        plane = (i + 1j * q) * np.exp(2j * np.pi * 0.2 * hue)
+        found = np.stack([y, plane.real, plane.imag], axis=-1) @ np.linalg.inv(to_yiq).T
+    mean = found[::every].mean(axis=(0, 1))
+    return mean + (1 + 0.5 * contrast) * (found - mean)
+
+
+def distort(pixels, draws, color=1.0):
+    chosen = augment.inception(color=color).crop
+    [maps] = chosen.color_maps(draws, pixels.shape[-1])
+    return crop.distorted(tf.constant(pixels, tf.float32), tf.constant(maps)).numpy()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("color", [1.0, 0.3])
+def test_colours_are_distorted_by_the_definition(channels, color):
+    pixels = noise(40, 24, channels).astype(float)
+    for row in order.uniform_rows(0, "crop", 0, 50, crop.DRAWS):
+        found = distort(pixels, row[None], color)
+        np.testing.assert_allclose(found, distorted_by_hand(pixels, row, color), atol=2e-3)
+        assert np.abs(found - distorted_by_hand(pixels, row, color, every=1)).max() > 2e-3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", COLUMNS[1:])
+def test_every_colour_draw_does_its_own(name, channels):
+    pixels = noise(40, 24, channels).astype(float)
+    for value in (0.0, 0.25, 0.999):
+        draws = drawn(**{name: value})
+        found = distort(pixels, draws)
+        np.testing.assert_allclose(found, distorted_by_hand(pixels, draws[0]), atol=2e-3)
+        colour = name in ("saturation", "hue")
+        assert (np.abs(found - pixels).max() > 1) == (channels == 3 or not colour)
+        if colour:  # the luma stays
+            luma = [[0.299], [0.587], [0.114]] if channels == 3 else [[1.0]]
+            np.testing.assert_allclose(found @ luma, pixels @ luma, atol=2e-3)
+
+
+def test_the_ends_of_the_colour_draws():
+    pixels = noise(8, 8, 3).astype(float)
+    np.testing.assert_allclose(distort(pixels, drawn(brightness=0)), pixels - 32, atol=1e-3)
+    np.testing.assert_allclose(distort(pixels, drawn(brightness=1)), pixels + 32, atol=1e-3)
+    mean = pixels[:1].mean(axis=(0, 1))
+    np.testing.assert_allclose(distort(pixels, drawn(contrast=0)), mean + 0.5 * (pixels - mean), atol=1e-3)
+    np.testing.assert_allclose(distort(pixels, drawn(contrast=1)), mean + 1.5 * (pixels - mean), atol=1e-3)
+    luma = pixels @ [[0.299], [0.587], [0.114]]
+    np.testing.assert_allclose(distort(pixels, drawn(saturation=0)), luma + 0.5 * (pixels - luma), atol=1e-3)
+    np.testing.assert_allclose(distort(pixels, drawn(saturation=1)), luma + 1.5 * (pixels - luma), atol=1e-3)
+    forth, back = drawn(hue=0.75), drawn(hue=0.25)
+    np.testing.assert_allclose(distort(distort(pixels, forth), back), pixels, atol=2e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_strength_colours_stay(channels):
+    pixels = noise(40, 24, channels).astype(np.float32)
+    np.testing.assert_allclose(distort(pixels, drawn()), pixels, atol=1e-4)
+    np.testing.assert_allclose(distort(pixels, drawn(brightness=0, contrast=1, hue=0), color=0.0), pixels, atol=1e-4)
+    [maps] = CROP.color_maps(drawn(), channels)
+    np.testing.assert_allclose(maps, np.eye(2 * channels + 1, channels), atol=1e-7)
+
+
+def test_grey_stays_grey_whatever_hue_and_saturation():
+    pixels = np.repeat(noise(16, 16, 1), 3, axis=2).astype(float)
+    for row in order.uniform_rows(0, "crop", 0, 20, crop.DRAWS):
+        found = distort(pixels, row[None])
+        np.testing.assert_allclose(found, found[..., :1].repeat(3, axis=2), atol=2e-3)
+
+
+def test_maps_of_many_examples_are_those_of_each():
+    draws = order.uniform_rows(0, "crop", 0, 10, crop.DRAWS)
+    for channels in (1, 3):
+        maps = CROP.color_maps(draws, channels)
+        assert maps.shape == (10, 2 * channels + 1, channels)
+        assert maps.dtype == np.float32
+        for row, found in zip(draws, maps, strict=True):
+            np.testing.assert_array_equal(found, CROP.color_maps(row[None], channels)[0])
+
+
+# --------------------------------------------------------------------------------------------------- boxes of a crop
+
+
+def boxes(size, count=2000, **options):
+    chosen = augment.inception(**options).crop
+    seeds = tf.data.Dataset.range(count).map(
+        lambda index: chosen._box(size, tf.stack([tf.constant(5, tf.int64), index]))
+    )
+    return next(iter(seeds.batch(count))).numpy()
+
+
+@pytest.mark.parametrize("size", [(90, 120), (120, 90), (300, 100), (64, 64)])
+def test_boxes_are_large_enough_and_not_too_much_stretched(size):
+    top, left, height, width = boxes(size).T
+    assert min(top.min(), left.min()) >= 0
+    assert (top + height).max() <= size[0]
+    assert (left + width).max() <= size[1]
+    share = height * width / (size[0] * size[1])
+    assert share.min() >= 0.08
+    assert share.min() < 0.1
+    assert share.max() <= 1
+    assert (width <= height * 4 / 3 + 1).all()  # in whole pixels
+    assert (height <= width * 4 / 3 + 1).all()
+    assert (width > 1.25 * height).any()
+    assert (height > 1.25 * width).any()
+
+
+def test_options_change_the_boxes():
+    top, left, height, width = boxes((100, 100), least_area=0.5, most_stretch=1.0).T
+    assert (height == width).all()
+    assert (height * width).min() >= 5000
+    assert len(set(zip(top, left, height, strict=True))) > 500
+
+
+def test_boxes_cover_the_image_evenly():
+    size = (270, 360)
+    often = np.zeros(size)
+    found = boxes(size, 4000)
+    for top, left, height, width in found:
+        often[top : top + height, left : left + width] += 1 / 4000
+    np.testing.assert_allclose(often, often[::-1], atol=0.05)
+    np.testing.assert_allclose(often, often[:, ::-1], atol=0.05)
+    for axis in (0, 1):
+        room = size[axis] - found[:, 2 + axis]
+        place = found[room > 5, axis] / room[room > 5]
+        assert 0.46 < place.mean() < 0.52
+        assert (np.abs(np.histogram(place, 4, (0, 1))[0] / len(place) - 0.25) < 0.05).all()
+
+
+def test_a_box_is_a_function_of_its_seed():
+    np.testing.assert_array_equal(boxes((90, 120), 200), boxes((90, 120), 200))
+    assert len({tuple(box) for box in boxes((900, 1200), 200).tolist()}) == 200
+    eager = CROP._box(tf.constant([90, 120]), tf.constant([5, 7], tf.int64))
+    np.testing.assert_array_equal(eager, boxes((90, 120), 8)[7])
+
+
+def test_an_image_of_one_pixel_is_a_box():
+    np.testing.assert_array_equal(boxes((1, 1), 5), [[0, 0, 1, 1]] * 5)
+
+
+# ------------------------------------------------------------------------------------------------- pixels of a crop
+
+
+def cut(data, size, plain, *, mirrored=False, draws=None, seed=(5, 7), side=32, channels=3, **options):
+    chosen = augment.inception(**options).crop
+    [colors] = chosen.color_maps(drawn() if draws is None else draws, channels)
+    return chosen.apply(
+        data=tf.constant(data),
+        size=tf.constant(size),
+        plain=tf.constant(plain),
+        mirrored=tf.constant(mirrored),
+        colors=tf.constant(colors),
+        seed=tf.constant(seed, tf.int64),
+        side=side,
+        channels=channels,
+    ).numpy()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_mirrored_crop_is_exactly_the_mirror_image(plain, channels):
+    pixels = photo(90, 120, channels)
+    data = jpeg(pixels) if plain else pixels.tobytes()
+    draws = drawn(brightness=0.7, hue=0.1)
+    straight, mirrored = (
+        cut(data, (90, 120), plain, draws=draws, channels=channels, mirrored=turned) for turned in (False, True)
+    )
+    assert straight.shape == (32, 32, channels)
+    assert straight.dtype == np.uint8
+    np.testing.assert_array_equal(mirrored, straight[:, ::-1])
+    assert (mirrored != straight).any()
+
+
+def test_every_second_one_is_mirrored():
+    draws = order.uniform_rows(0, "crop", 0, 4000, crop.DRAWS)
+    np.testing.assert_array_equal(CROP.mirrored(draws), draws[:, 0] < 0.5)
+    assert 0.47 < CROP.mirrored(draws).mean() < 0.53
+    assert not augment.inception(mirror=False).crop.mirrored(draws).any()
+
+
+def test_pixels_are_cut_resized_coloured_clipped_and_rounded_once():
+    pixels = noise(90, 120, 3)
+    top, left, height, width = CROP._box(tf.constant([90, 120]), tf.constant([5, 7], tf.int64)).numpy()
+    inside = tf.image.resize(pixels[top : top + height, left : left + width].astype(np.float32), (32, 32)).numpy()
+    draws = drawn(brightness=1, contrast=1, saturation=0.9, hue=0.8)
+    expected = distorted_by_hand(inside.astype(float), draws[0])
+    assert expected.min() < -20
+    assert expected.max() > 275
+    found = cut(pixels.tobytes(), (90, 120), False, draws=draws)
+    assert np.abs(found - np.clip(expected, 0, 255)).max() < 0.51
+    plain = cut(pixels.tobytes(), (90, 120), False, color=0.0, draws=draws)
+    np.testing.assert_array_equal(plain, np.floor(inside + 0.5))
+
+
+def test_crops_are_the_same_eagerly_and_in_a_map():
+    pixels = noise(90, 120, 3)
+    draws = order.uniform_rows(0, "crop", 0, 16, crop.DRAWS)
+    maps = CROP.color_maps(draws, 3)
+    eager = [cut(pixels.tobytes(), (90, 120), False, draws=draws[i : i + 1], seed=(5, i)) for i in range(16)]
+    stream = tf.data.Dataset.from_tensor_slices((maps, np.arange(16))).map(
+        lambda colors, index: CROP.apply(
+            data=tf.constant(pixels.tobytes()),
+            size=tf.constant([90, 120]),
+            plain=tf.constant(False),
+            mirrored=tf.constant(False),
+            colors=colors,
+            seed=tf.stack([tf.constant(5, tf.int64), index]),
+            side=32,
+            channels=3,
+        )
+    )
+    np.testing.assert_array_equal(np.stack(eager), np.stack([image.numpy() for image in stream]))
+    assert len({image.tobytes() for image in eager}) == 16
+
+
+BOXES = [
+    (0, 0, 600, 800),
+    (40, 48, 400, 420),
+    (37, 51, 400, 420),
+    (13, 101, 64, 80),
+    (7, 9, 130, 140),
+    (8, 16, 300, 280),
+]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize(("side", "kind"), [(32, "area"), (64, "area"), (128, "bilinear")])
+def test_a_crop_decoded_at_a_fraction_of_its_size_is_nearly_the_whole_one_made_smaller(box, side, kind, channels):
+    data = jpeg(photo(600, 800, channels))
+    found = crop._decode(tf.constant(data), tf.constant(box), side, channels).numpy()
+    ratio = max(ratio for ratio in (1, 2, 4, 8) if ratio == 1 or min(box[2:]) >= side * ratio)
+    assert found.shape == (box[2] // ratio, box[3] // ratio, channels)
+    top, left, height, width = (part // ratio * ratio for part in box)  # off by less than a pixel of the result
+    whole = decode.decode(data, channels)[top : top + height, left : left + width].astype(np.float32)
+    expected = tf.image.resize(whole, found.shape[:2], "area").numpy()
+    assert np.abs(found - expected).mean() < 1.5
+    assert np.abs(found[:, ::-1] - expected).mean() > 5
+    resized = [tf.image.resize(pixels, (side, side)).numpy() for pixels in (found, expected)]
+    assert np.abs(resized[0] - resized[1]).mean() < 1.5
+    if ratio > 1:
+        straight = tf.image.resize(whole, (side, side), kind).numpy()
+        assert np.abs(resized[0] - straight).mean() < 2.5
+
+
+def test_a_crop_is_never_decoded_smaller_than_it_is_to_become():
+    data = jpeg(photo(600, 800))
+    for side in (16, 32, 100, 224):
+        for box in boxes((600, 800), 60):
+            found = crop._decode(tf.constant(data), tf.constant(box), side, 3).numpy()
+            least = min(box[2:])
+            assert min(found.shape[:2]) >= min(side, least)
+            assert min(found.shape[:2]) < 2 * side or least // 8 == min(found.shape[:2])
+
+
+# -------------------------------------------------------------------------------------------------------------- mixing
+
+
+def mixed(images, labels, draws, **alphas):
+    chosen = mix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
+    found = chosen.apply(tf.constant(images), tf.constant(labels), tf.constant(draws, tf.float32))
+    return tuple(part.numpy() for part in found)
+
+
+def some_batch(count=8, side=16, channels=3, classes=5):
+    images = np.stack([noise(side, side, channels, seed) for seed in range(count)])
+    labels = np.eye(classes, dtype=np.float32)[np.arange(count) % classes]
+    return images, labels
+
+
+def test_mixup_is_exact():
+    images, labels = some_batch()
+    draws = mix.Mix(0.4, 0.0).draws(0, 0, 8)
+    share = draws[:, :1].astype(float)
+    found, dense = mixed(images, labels, draws, mixup=0.4)
+    partner = np.roll(images, -1, axis=0).astype(float)
+    expected = share[..., None, None] * images + (1 - share[..., None, None]) * partner
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(dense, share * labels + (1 - share) * np.roll(labels, -1, axis=0), atol=1e-6)
+    assert np.abs(dense - labels).max() > 0.1  # labels that are not mixed would be noticed
+
+
+def test_mixup_by_given_shares():
+    images, labels = some_batch(4)
+    draws = np.full((4, mix.COLUMNS), 0.5, np.float32)
+    draws[:, 0] = (1.0, 0.0, 0.5, 0.25)
+    found, dense = mixed(images, labels, draws, mixup=1.0)
+    np.testing.assert_array_equal(found[0], images[0])
+    np.testing.assert_array_equal(found[1], images[2])
+    np.testing.assert_array_equal(found[2], (images[2].astype(float) + images[3]) / 2)
+    np.testing.assert_array_equal(found[3], 0.25 * images[3] + 0.75 * images[0])  # the last one's is the first
+    np.testing.assert_array_equal(dense, [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0.5, 0.5, 0], [0.75, 0, 0, 0.25, 0]])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cutmix_labels_have_the_share_of_the_covered_pixels(channels):
+    count, side = 64, 16
+    images, _ = some_batch(count, side, channels)
+    images = images // 2 + 128 * (np.arange(count) % 2).astype(np.uint8)[:, None, None, None]  # who a pixel is of
+    labels = np.eye(count, dtype=np.float32)
+    found, dense = mixed(images, labels, mix.Mix(0.0, 1.0).draws(0, 0, count), cutmix=1.0)
+    partner = np.roll(images, -1, axis=0)
+    covered = ((found >= 128) != (np.arange(count) % 2)[:, None, None, None]).all(axis=3)
+    np.testing.assert_array_equal(found, np.where(covered[..., None], partner, images))
+    share = covered.mean(axis=(1, 2))
+    np.testing.assert_array_equal(dense[np.arange(count), (np.arange(count) + 1) % count], share)
+    np.testing.assert_array_equal(dense[np.arange(count), np.arange(count)], 1 - share)
+    rows, columns = covered.any(axis=2), covered.any(axis=1)
+    np.testing.assert_array_equal(covered, rows[:, :, None] & columns[:, None, :])  # a rectangle
+    assert ((share > 0.05) & (share < 0.9)).sum() > 20
+
+
+def test_cutmix_by_a_given_rectangle():
+    images, labels = some_batch(2, 16)
+    draws = np.array([[0.5, 0.75, 0.9, 0.5, 0.25], [0.5, 0.75, 0.0, 0.0, 0.99]], np.float32)  # a quarter of the area
+    found, dense = mixed(images, labels, draws, cutmix=1.0)
+    expected = images.astype(np.float32)
+    expected[0, 4:12, 0:8] = images[1, 4:12, 0:8]
+    expected[1, 0:4, 12:16] = images[0, 0:4, 12:16]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(dense[:, :2], [[0.75, 0.25], [1 / 16, 15 / 16]])
+
+
+def test_cutmix_rectangles_have_the_drawn_area_where_they_fit():
+    images = np.stack([np.zeros((64, 64, 1), np.uint8), np.ones((64, 64, 1), np.uint8)])
+    for kept in (0.1, 0.5, 0.9):
+        draws = np.array([[0.5, kept, 0, 0.5, 0.5]] * 2, np.float32)
+        found, _ = mixed(images, np.eye(2, dtype=np.float32), draws, cutmix=1.0)
+        assert found[0].mean() == pytest.approx(1 - kept, abs=0.03)
+
+
+def test_with_both_each_is_for_one_half():
+    count = 2000
+    images = np.zeros((count, 4, 4, 1), np.uint8)
+    images[::2] = 200
+    draws = mix.Mix(1.0, 1.0).draws(0, 0, count)
+    found, dense = mixed(images, np.eye(2, dtype=np.float32)[np.arange(count) % 2], draws, mixup=1.0, cutmix=1.0)
+    pasted = draws[:, 2] < 0.5
+    assert 0.46 < pasted.mean() < 0.54
+    assert np.isin(found[pasted], [0, 200]).all()
+    spread = np.ptp(found[~pasted], axis=(1, 2, 3))
+    assert (spread == 0).all()
+    assert not np.isin(found[~pasted], [0, 200]).all()
+    own = dense[np.arange(count), np.arange(count) % 2]
+    np.testing.assert_allclose(own[~pasted], draws[~pasted, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("alphas", "only"), [({"mixup": 0.3}, "mixup"), ({"cutmix": 0.7}, "cutmix")])
+def test_an_alpha_of_zero_leaves_it_out(alphas, only):
+    chosen = mix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
+    draws = chosen.draws(0, 0, 200)
+    images = np.zeros((200, 8, 8, 1), np.uint8)
+    images[::2] = 255
+    found, _ = mixed(images, np.eye(2, dtype=np.float32)[np.arange(200) % 2], draws, **alphas)
+    uniform = np.ptp(found, axis=(1, 2, 3)) == 0
+    whole = np.isin(found, [0, 255]).all(axis=(1, 2, 3))
+    assert uniform.all() == (only == "mixup")
+    assert whole.all() == (only == "cutmix")
+
+
+def test_without_alphas_nothing_is_mixed():
+    assert augment.build("flip_crop", mixup=0.0, cutmix=0.0).mix is None
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 8.0])
+def test_shares_come_from_their_beta_distribution(alpha):
+    draws = mix.Mix(alpha, 2 * alpha).draws(0, 0, 20_000).astype(float)
+    assert draws.shape == (20_000, mix.COLUMNS)
+    for column, own in ((0, alpha), (1, 2 * alpha)):
+        assert draws[:, column].mean() == pytest.approx(0.5, abs=0.015)
+        assert draws[:, column].var() == pytest.approx(1 / (4 * (2 * own + 1)), rel=0.05)
+    for column in (2, 3, 4):
+        assert draws[:, column].mean() == pytest.approx(0.5, abs=0.015)
+        assert draws[:, column].var() == pytest.approx(1 / 12, rel=0.05)
+
+
+def test_shares_are_a_function_of_seed_and_epoch():
+    chosen = mix.Mix(0.2, 1.0)
+    first = chosen.draws(0, 0, 100)
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first, chosen.draws(0, 0, 100))
+    assert (first != chosen.draws(0, 1, 100)).all()
+    assert (first != chosen.draws(1, 0, 100)).all()
+    np.testing.assert_array_equal(first[:, 2:], mix.Mix(0.2, 0.0).draws(0, 0, 100)[:, 2:])
+
+
+@pytest.mark.parametrize("side", [16, 37, 224])
+@pytest.mark.parametrize("alphas", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_mixed_labels_sum_to_one_and_pixels_stay_in_range(alphas, side):
+    images, labels = some_batch(8, side)
+    found, dense = mixed(images, labels, mix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas)).draws(0, 0, 8), **alphas)
+    assert (found.shape, found.dtype) == (images.shape, np.float32)
+    assert (dense.shape, dense.dtype) == (labels.shape, np.float32)
+    np.testing.assert_allclose(dense.sum(axis=1), 1, atol=1e-6)
+    assert dense.min() >= 0
+    assert found.min() >= 0
+    assert found.max() <= 255
+    assert ((dense > 0).sum(axis=1) == 2).any()
+
+
+def test_mixing_is_the_same_eagerly_and_in_a_map():
+    images, labels = some_batch(32)
+    chosen = mix.Mix(0.4, 1.0)
+    draws = chosen.draws(0, 0, 32)
+    eager = mixed(images, labels, draws, mixup=0.4, cutmix=1.0)
+    for one, other in zip(eager, in_map(chosen.apply, images, labels, draws), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -1,0 +1,267 @@
+"""Every example opened once, under limits; the verdicts are kept, and only what changed is looked at again."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from PIL import Image
+
+from train.data import verdicts
+from train.data.decode import MAX_PIXELS, decode, is_upright, read_header
+from train.data.parts import Listing
+from train.data.verdicts import Draft, Verdicts
+from train.runtime import cores, stderr_into
+
+CHUNK = 64  # examples that a thread looks at before it reports
+TINY_BYTES = 4096  # encoded
+NAMED = 10  # how many broken examples an error names; it counts them all
+ALIKE_PIXELS = 64  # smaller pictures of different things look alike
+BITS = 8  # a difference hash with fewer bits set, or unset, is that of a flat picture
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_bytes: encoded; max_pixels: width times height. on_error: `raise`, or `skip` at most `max_skipped`."""
+
+    max_bytes: int = 2**26
+    max_pixels: int = MAX_PIXELS
+    on_error: str = "raise"
+    max_skipped: int = 100
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of one example after a look at its bytes; the columns of verdicts.py that come from them."""
+
+    size: int
+    label: int = -1
+    sha256: bytes = b"0" * 64
+    format: str = ""
+    width: int = 0
+    height: int = 0
+    plain: bool = False
+    likeness: int = 0
+    thumbnail: bytes = bytes(64)
+    problem: str = ""
+
+
+def ingest(listing: Listing, limits: Limits) -> Verdicts:
+    """Verdicts over every row of the listing, from the last look where nothing has changed since.
+
+    Raises: ValueError that names the first broken examples, and counts them all, unless they are to be skipped.
+    """
+    identity = _identity(listing, limits)
+    found = verdicts.read(listing.index)
+    if found is None or not _covers(found, listing, identity) or _may_be_mended(found, listing):
+        found = verdicts.write(listing.index, _look_at_all(listing, limits, identity, found))
+    refuse_broken(found, listing, limits)
+    return found
+
+
+def refuse_broken(found: Verdicts, listing: Listing, limits: Limits) -> None:
+    """Raises: ValueError, as `ingest`."""
+    broken = found.problems()
+    if not broken or (limits.on_error == "skip" and len(broken) <= limits.max_skipped):
+        return
+    named = "; ".join(f"{listing.origin}{found.text('path', row)} ({why})" for row, why in broken[:NAMED])
+    more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+    way = (
+        f"use data.on_error=skip data.max_skipped={len(broken)} to leave them out"
+        if limits.on_error == "raise"
+        else f"data.max_skipped={len(broken)} would leave them all out"
+    )
+    raise ValueError(
+        f"the data must be readable images, got {len(broken)} of {len(found)} that are not: {named}{more}; "
+        f"mend or remove them, or {way}"
+    )
+
+
+def look(data: bytes, label: int, limits: Limits) -> Look:
+    """One example, whatever its bytes are; never raises."""
+    content = hashlib.sha256(data).hexdigest().encode()
+    if len(data) > limits.max_bytes:
+        return Look(len(data), label, content, problem=_too_large(len(data), limits))
+    try:
+        header = read_header(data, limits.max_pixels)
+        known = (len(data), label, content, header.format, header.width, header.height)
+    except ValueError as error:
+        return Look(len(data), label, content, problem=str(error))
+    try:
+        pixels = decode(data, 3, max_pixels=limits.max_pixels)
+    except ValueError as error:
+        return Look(*known, problem=str(error))
+    plain = header.format == "JPEG" and header.mode in ("L", "RGB") and is_upright(data)
+    plain = plain and _shape_in_tensorflow(data) == pixels.shape[:2]
+    return Look(*known, plain, *likeness(pixels))
+
+
+def likeness(pixels: np.ndarray) -> tuple[int, bytes]:
+    """What a picture uint8 [H, W, 3] is compared by: a difference hash, and a thumbnail.
+
+    The hash: 64 bits, whether each of 8x8 places is darker than its right neighbour; 0 for pictures that are too small
+    or too flat to be told apart by it. The thumbnail: 8x8 mean greys.
+    Source: N. Krawetz, "Kind of Like That" (2013).
+    """
+    if min(pixels.shape[:2]) < ALIKE_PIXELS:
+        return 0, bytes(64)
+    grey = Image.fromarray(pixels).convert("L")
+    rows = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
+    bits = np.packbits(rows[:, 1:] > rows[:, :-1])
+    flat = not BITS <= np.bitwise_count(bits).sum() <= 64 - BITS
+    return 0 if flat else int.from_bytes(bits.tobytes(), "big"), grey.resize((8, 8), Image.Resampling.BOX).tobytes()
+
+
+def _shape_in_tensorflow(data: bytes) -> tuple[int, int]:
+    import tensorflow as tf
+
+    try:
+        with tf.device("CPU:0"):
+            return tuple(tf.io.decode_jpeg(data, channels=3).shape[:2])
+    except tf.errors.InvalidArgumentError:  # Pillow has decoded it, and will
+        return 0, 0
+
+
+def _too_large(size: int, limits: Limits) -> str:
+    return f"{size:,} bytes are more than the limit of {limits.max_bytes:,}"
+
+
+# ---------------------------------------------------------------------------------------------------- all of a listing
+
+
+def _identity(listing: Listing, limits: Limits) -> str:
+    return f"{listing.identity} {limits.max_bytes} {limits.max_pixels}"
+
+
+def _may_be_mended(found: Verdicts, listing: Listing) -> bool:
+    """What can't be read today may be readable tomorrow, with the same size and time."""
+    return listing.stamps is not None and not found.sound().all()
+
+
+def _covers(found: Verdicts, listing: Listing, identity: str) -> bool:
+    """Whether these are verdicts over just this listing as it is now."""
+    if found.identity != identity or len(found) != len(listing):
+        return False
+    if listing.stamps is None:  # the identity stands for all
+        return True
+    import pyarrow as pa
+
+    size, time = listing.stamps.T
+    now = {"path": listing.names, "split": listing.splits, "label": listing.labels, "size": size, "time": time}
+    return all(
+        found.table[name].chunk(0).equals(pa.array(entries, found.table.schema.field(name).type))
+        for name, entries in now.items()
+    )
+
+
+def _look_at_all(listing: Listing, limits: Limits, identity: str, before: Verdicts | None) -> Verdicts:
+    draft = Draft(len(listing))
+    rows, earlier = _unchanged(listing, before if before is not None and before.identity == identity else None)
+    if before is not None:
+        draft.copy(rows, before, earlier)
+    for row, problem in listing.problems.items():
+        draft.fill(row, problem=problem)
+    fresh = np.setdiff1d(np.arange(len(listing)), [*rows, *listing.problems])
+    if len(fresh):
+        _look(listing, fresh, limits, draft)
+    if listing.stamps is not None:
+        draft.numbers["size"][:], draft.numbers["time"][:] = listing.stamps.T
+    if listing.labels is not None:
+        draft.numbers["label"][:] = listing.labels
+    return draft.finish(identity, listing.names, listing.splits)
+
+
+def _unchanged(listing: Listing, before: Verdicts | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of files that have the size and time of the last look, and their rows then. Broken ones are seen again."""
+    if listing.stamps is None or before is None:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    then = {name: row for row, name in enumerate(before.table["path"].to_pylist())}
+    pairs = np.array([(row, then[name]) for row, name in enumerate(listing.names) if name in then], np.int64)
+    rows, earlier = pairs.reshape(-1, 2).T
+    stamps = np.stack([before.numbers("size"), before.numbers("time")], axis=1)
+    same = (listing.stamps[rows] == stamps[earlier]).all(axis=1) & before.sound()[earlier]
+    same &= ~np.isin(rows, list(listing.problems))
+    return rows[same], earlier[same]
+
+
+def _look(listing: Listing, rows: np.ndarray, limits: Limits, draft: Draft) -> None:
+    """In threads, with a bar on a terminal where it takes a while.
+
+    A JPEG over which TensorFlow's decoder complains is left to Pillow: it would complain in every epoch, on the
+    terminal. Which one it was, it doesn't say; so where there was a complaint all are asked again, one by one.
+    """
+    with tempfile.TemporaryDirectory() as place, _aside(Path(place) / "said") as (said, terminal):
+        for row, found in _in_threads(listing, rows, limits, terminal):
+            draft.fill(row, **vars(found))
+        for row in rows[draft.numbers["plain"][rows]].tolist() if said() else ():
+            before = said()
+            _shape_in_tensorflow(listing.store.read([row])[0])
+            draft.fill(row, plain=said() == before)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[tuple[Callable[[], int], TextIO]]:
+    """Standard error goes to a file: how much is in it, and the terminal that it was."""
+    with os.fdopen(os.dup(2), "w") as terminal, stderr_into(path):
+        yield lambda: path.stat().st_size, terminal
+
+
+def _in_threads(listing: Listing, rows: np.ndarray, limits: Limits, terminal: TextIO) -> Iterator[tuple[int, Look]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    chunks = (rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK))
+    workers = _workers(listing, rows)
+    with (
+        Progress(console=Console(file=terminal), transient=True, disable=not terminal.isatty()) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        task = bar.add_task("looking at the data, once", total=len(rows))
+        waiting = [pool.submit(_look_at, listing, chunk, limits) for chunk in islice(chunks, 2 * workers)]
+        while waiting:
+            done = waiting.pop(0).result()
+            waiting += [pool.submit(_look_at, listing, chunk, limits) for chunk in islice(chunks, 1)]
+            bar.advance(task, len(done))
+            yield from done
+
+
+def _workers(listing: Listing, rows: np.ndarray) -> int:
+    # Threads that decode tiny images only wait for the interpreter's lock: two took 1.5 times as long as one.
+    if listing.stamps is not None:
+        return 1 if listing.stamps[rows[0], 0] < TINY_BYTES else cores()
+    try:
+        return 1 if len(listing.store.read(rows[:1].tolist())[0]) < TINY_BYTES else cores()
+    except OSError:
+        return cores()
+
+
+def _look_at(listing: Listing, rows: list[int], limits: Limits) -> list[tuple[int, Look]]:
+    try:
+        read = listing.store.read_labelled(rows) if not _any_large(listing, rows, limits) else None
+    except OSError:
+        read = None  # one by one then, to know which
+    if read is not None:
+        return [(row, look(data, label, limits)) for row, (data, label) in zip(rows, read, strict=True)]
+    return [(row, _look_at_one(listing, row, limits)) for row in rows]
+
+
+def _any_large(listing: Listing, rows: list[int], limits: Limits) -> bool:
+    return listing.stamps is not None and bool((listing.stamps[rows, 0] > limits.max_bytes).any())
+
+
+def _look_at_one(listing: Listing, row: int, limits: Limits) -> Look:
+    if _any_large(listing, [row], limits):  # not even read
+        assert listing.stamps is not None
+        return Look(int(listing.stamps[row, 0]), problem=_too_large(int(listing.stamps[row, 0]), limits))
+    try:
+        [(data, label)] = listing.store.read_labelled([row])
+    except OSError as error:
+        return Look(0, problem=error.strerror or str(error))
+    return look(data, label, limits)

@@ -1,0 +1,42 @@
+"""Files with their SHA-256 beside them: written whole or not at all, and what is not what was written is not read."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, fill: Callable[[Any], None]) -> None:
+    """Lets `fill` write into a binary file, and gives it its name when it is on disk. Raises: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+            # First: beside the old content the new seal does not fit, which is noticed.
+            _seal_of(path).write_text(_digest(temporary))
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is there and as it was written."""
+    try:
+        return _digest(path).encode() == _seal_of(path).read_bytes()
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
