@@ -29,6 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+FALL = 1.6  # how fast the amplitude of light falls with its frequency
 SIDE, BATCH, CLASSES = 224, 32, 4
 SETS = {"320x240": (320, 240, 2048), "1024x768": (1024, 768, 384), "32x32": (32, 32, 20_000)}
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -200,14 +201,18 @@ def _peak_of(process: int) -> int:
 
 
 def make_images(folder: Path, width: int, height: int, number: int) -> None:
-    """Photo-like JPEGs: light that varies as in photographs (amplitude 1/f), some flat shapes, quality 90."""
+    """Photo-like JPEGs: light that varies as in photographs, some flat shapes, quality 90.
+
+    They take 2.4 bits per pixel at 320x240 and 1.4 at 1024x768. Real photographs brought to these sizes took 1.3 to 2.7
+    and 0.7 to 2.0, most of them near the upper end.
+    """
     from PIL import Image, ImageDraw
 
     generator = np.random.default_rng(0)
     for label in range(CLASSES):
         (folder / f"class {label}").mkdir(parents=True)
     fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij")
-    fall = 1 / np.maximum(np.hypot(fy, fx), 1 / max(width, height))
+    fall = 1 / np.maximum(np.hypot(fy, fx), 1 / max(width, height)) ** FALL
     for index in range(number):
         shape = (3, *fall.shape)
         waves = (generator.normal(size=shape) + 1j * generator.normal(size=shape)) * fall

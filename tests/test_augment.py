@@ -3,6 +3,7 @@
 import io
 import math
 
+import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -458,17 +459,19 @@ def test_painting_is_the_same_eagerly_and_in_a_map():
 # ----------------------------------------------------------------------------------------------- colours of a crop
 
 CROP = augment.inception().crop
-COLUMNS = ("mirror", "brightness", "contrast", "saturation", "hue")
+COLUMNS = ("area", "stretch", "y", "x", "mirror", "brightness", "contrast", "saturation", "hue")
+LAST = np.float32(1) - np.float32(2**-24)  # the largest draw
 
 
 def drawn(**values):
     """One row of draws: 0.5 everywhere, which changes no colour, but for what is named."""
+    assert set(values) <= set(COLUMNS)
     return np.array([[values.get(name, 0.5) for name in COLUMNS]], np.float32)
 
 
 def distorted_by_hand(pixels, draws, color=1.0, every=8):
     """Brightness, then saturation, then hue in YIQ, then contrast about the mean of the rows that are looked at."""
-    _, brightness, contrast, saturation, hue = (2 * draws.astype(float) - 1) * color
+    brightness, contrast, saturation, hue = (2 * draws[5:].astype(float) - 1) * color
     found = pixels + 32 * brightness
     if pixels.shape[-1] == 3:
         luma = found @ [0.299, 0.587, 0.114]
@@ -482,74 +485,139 @@ def distorted_by_hand(pixels, draws, color=1.0, every=8):
 
 
 def distort(pixels, draws, color=1.0):
-    chosen = augment.inception(color=color).crop
-    [maps] = chosen.color_maps(draws, pixels.shape[-1])
-    return crop.distorted(tf.constant(pixels, tf.float32), tf.constant(maps)).numpy()
+    """What the map says, neither clipped nor rounded."""
+    channels = pixels.shape[-1]
+    [colors] = augment.inception(color=color).crop.color_maps(draws, channels)
+    mean = pixels[::8].mean(axis=(0, 1))
+    return pixels @ colors[:, :channels].T + colors[:, channels:-1] @ mean + colors[:, -1]
+
+
+def finish(pixels, draws, side=None, mirrored=False, **options):
+    """`pixels` as a crop of its own size, or of another."""
+    chosen = augment.inception(**options).crop
+    [colors] = chosen.color_maps(draws, pixels.shape[-1])
+    return chosen.finish(pixels, mirrored, colors, side or len(pixels))
+
+
+def far(found, expected):
+    """How far bytes are at most from real numbers, clipped: 0.5 where they are rounded in the best way."""
+    return np.abs(found - np.clip(expected, 0, 255)).max()
+
+
+ROUNDED = 0.5 + 2e-3
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("color", [1.0, 0.3])
 def test_colours_are_distorted_by_the_definition(channels, color):
-    pixels = noise(40, 24, channels).astype(float)
+    pixels = noise(40, 40, channels)
+    pixels[::8] //= 2  # their mean is another than that of all rows
     for row in order.uniform_rows(0, "crop", 0, 50, crop.DRAWS):
-        found = distort(pixels, row[None], color)
-        np.testing.assert_allclose(found, distorted_by_hand(pixels, row, color), atol=2e-3)
-        assert np.abs(found - distorted_by_hand(pixels, row, color, every=1)).max() > 2e-3
+        expected, wrong = (distorted_by_hand(pixels.astype(float), row, color, every) for every in (8, 1))
+        np.testing.assert_allclose(distort(pixels.astype(float), row[None], color), expected, atol=2e-3)
+        found = finish(pixels, row[None], color=color)
+        assert far(found, expected) < ROUNDED
+        assert far(found, wrong) > ROUNDED
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", COLUMNS[1:])
+@pytest.mark.parametrize("name", COLUMNS)
 def test_every_colour_draw_does_its_own(name, channels):
-    pixels = noise(40, 24, channels).astype(float)
+    pixels = noise(40, 40, channels)
     for value in (0.0, 0.25, 0.999):
         draws = drawn(**{name: value})
-        found = distort(pixels, draws)
-        np.testing.assert_allclose(found, distorted_by_hand(pixels, draws[0]), atol=2e-3)
+        exact, found = distort(pixels.astype(float), draws), finish(pixels, draws)
+        np.testing.assert_allclose(exact, distorted_by_hand(pixels.astype(float), draws[0]), atol=2e-3)
+        assert far(found, exact) < ROUNDED
         colour = name in ("saturation", "hue")
-        assert (np.abs(found - pixels).max() > 1) == (channels == 3 or not colour)
+        changed = name in ("brightness", "contrast") or (colour and channels == 3)
+        assert (np.abs(exact - pixels).max() > 1) == changed
+        assert (found != pixels).any() == changed
         if colour:  # the luma stays
             luma = [[0.299], [0.587], [0.114]] if channels == 3 else [[1.0]]
-            np.testing.assert_allclose(found @ luma, pixels @ luma, atol=2e-3)
+            np.testing.assert_allclose(exact @ luma, pixels @ luma, atol=2e-3)
 
 
 def test_the_ends_of_the_colour_draws():
-    pixels = noise(8, 8, 3).astype(float)
-    np.testing.assert_allclose(distort(pixels, drawn(brightness=0)), pixels - 32, atol=1e-3)
-    np.testing.assert_allclose(distort(pixels, drawn(brightness=1)), pixels + 32, atol=1e-3)
+    pixels = noise(8, 8, 3)
     mean = pixels[:1].mean(axis=(0, 1))
-    np.testing.assert_allclose(distort(pixels, drawn(contrast=0)), mean + 0.5 * (pixels - mean), atol=1e-3)
-    np.testing.assert_allclose(distort(pixels, drawn(contrast=1)), mean + 1.5 * (pixels - mean), atol=1e-3)
     luma = pixels @ [[0.299], [0.587], [0.114]]
-    np.testing.assert_allclose(distort(pixels, drawn(saturation=0)), luma + 0.5 * (pixels - luma), atol=1e-3)
-    np.testing.assert_allclose(distort(pixels, drawn(saturation=1)), luma + 1.5 * (pixels - luma), atol=1e-3)
+    for name, low, high in (
+        ("brightness", pixels - 32.0, pixels + 32.0),
+        ("contrast", mean + 0.5 * (pixels - mean), mean + 1.5 * (pixels - mean)),
+        ("saturation", luma + 0.5 * (pixels - luma), luma + 1.5 * (pixels - luma)),
+    ):
+        for value, expected in enumerate((low, high)):
+            draws = drawn(**{name: value})
+            np.testing.assert_allclose(distort(pixels.astype(float), draws), expected, atol=1e-3)
+            assert far(finish(pixels, draws), expected) < ROUNDED
     forth, back = drawn(hue=0.75), drawn(hue=0.25)
-    np.testing.assert_allclose(distort(distort(pixels, forth), back), pixels, atol=2e-3)
+    np.testing.assert_allclose(distort(distort(pixels.astype(float), forth), back), pixels, atol=2e-3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_without_strength_colours_stay(channels):
-    pixels = noise(40, 24, channels).astype(np.float32)
-    np.testing.assert_allclose(distort(pixels, drawn()), pixels, atol=1e-4)
-    np.testing.assert_allclose(distort(pixels, drawn(brightness=0, contrast=1, hue=0), color=0.0), pixels, atol=1e-4)
-    [maps] = CROP.color_maps(drawn(), channels)
-    np.testing.assert_allclose(maps, np.eye(2 * channels + 1, channels), atol=1e-7)
+    pixels, extreme = noise(40, 40, channels), drawn(brightness=0, contrast=1, hue=0)
+    np.testing.assert_allclose(distort(pixels.astype(float), drawn()), pixels, atol=1e-4)
+    np.testing.assert_allclose(distort(pixels.astype(float), extreme, color=0.0), pixels, atol=1e-4)
+    np.testing.assert_array_equal(finish(pixels, drawn()), pixels)
+    np.testing.assert_array_equal(finish(pixels, extreme, color=0.0), pixels)
+    for maps in (CROP.color_maps(drawn(), channels), augment.inception(color=0.0).crop.color_maps(extreme, channels)):
+        np.testing.assert_allclose(maps, [np.eye(channels, 2 * channels + 1)], atol=1e-7)
 
 
 def test_grey_stays_grey_whatever_hue_and_saturation():
-    pixels = np.repeat(noise(16, 16, 1), 3, axis=2).astype(float)
+    pixels = np.repeat(noise(16, 16, 1), 3, axis=2)
     for row in order.uniform_rows(0, "crop", 0, 20, crop.DRAWS):
-        found = distort(pixels, row[None])
-        np.testing.assert_allclose(found, found[..., :1].repeat(3, axis=2), atol=2e-3)
+        exact, found = distort(pixels.astype(float), row[None]), finish(pixels, row[None])
+        np.testing.assert_allclose(exact, exact[..., :1].repeat(3, axis=2), atol=2e-3)
+        assert far(found, exact) < ROUNDED
+        assert np.ptp(found.astype(int), axis=2).max() <= 1  # where a channel is next to a half
 
 
 def test_maps_of_many_examples_are_those_of_each():
     draws = order.uniform_rows(0, "crop", 0, 10, crop.DRAWS)
     for channels in (1, 3):
         maps = CROP.color_maps(draws, channels)
-        assert maps.shape == (10, 2 * channels + 1, channels)
+        assert maps.shape == (10, channels, 2 * channels + 1)
         assert maps.dtype == np.float32
         for row, found in zip(draws, maps, strict=True):
             np.testing.assert_array_equal(found, CROP.color_maps(row[None], channels)[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(40, 50), (20, 17), (64, 64), (32, 32)])
+def test_pixels_are_rounded_once_half_to_even(shape, channels):
+    """Were they rounded after they are resized, too, many would be others."""
+    pixels, differ = noise(*shape, channels), 0
+    resized = cv2.resize(pixels.astype(np.float32), (32, 32), interpolation=cv2.INTER_LINEAR).reshape(32, 32, channels)
+    np.testing.assert_allclose(resized, tf.image.resize(pixels, (32, 32)), atol=0.01)
+    still = finish(pixels, drawn(contrast=1), 32, color=0.0)
+    np.testing.assert_array_equal(still, np.rint(resized))
+    if shape == (64, 64):  # means of four: a quarter of them end in a half
+        assert (still != np.floor(resized + 0.5)).mean() > 0.1
+    for row in order.uniform_rows(0, "crop", 0, 5, crop.DRAWS):
+        [colors] = CROP.color_maps(row[None], channels)
+        expected, twice = (
+            np.clip(np.rint(distort(values.astype(float), row[None])), 0, 255) for values in (resized, np.rint(resized))
+        )
+        found = CROP.finish(pixels, False, colors, 32)
+        np.testing.assert_array_equal(found, expected)
+        differ += (found != twice).sum()
+    assert (differ > 0) == (shape != (32, 32))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_above_255_is_255_and_what_is_below_0_is_0(channels):
+    """Not its absolute value, and not what is left of it in a byte."""
+    for level, brightness, expected in ((10, 0, 0), (31, 0, 0), (0, 0, 0), (250, 1, 255), (224, 1, 255), (255, 1, 255)):
+        pixels = np.full((8, 8, channels), level, np.uint8)
+        np.testing.assert_array_equal(finish(pixels, drawn(brightness=brightness)), np.full_like(pixels, expected))
+    pixels = np.zeros((8, 8, channels), np.uint8)
+    pixels[:, ::2] = 255  # their mean is 127.5
+    np.testing.assert_array_equal(finish(pixels, drawn(contrast=1)), pixels)  # 318.75 and -63.75
+    np.testing.assert_array_equal(finish(pixels, drawn(contrast=1, brightness=0))[:, 1], 0)
+    np.testing.assert_array_equal(finish(pixels, drawn(contrast=1, brightness=1))[:, 0], 255)
 
 
 # --------------------------------------------------------------------------------------------------- boxes of a crop
@@ -557,33 +625,109 @@ def test_maps_of_many_examples_are_those_of_each():
 
 def boxes(size, count=2000, **options):
     chosen = augment.inception(**options).crop
-    seeds = tf.data.Dataset.range(count).map(
-        lambda index: chosen._box(size, tf.stack([tf.constant(5, tf.int64), index]))
-    )
-    return next(iter(seeds.batch(count))).numpy()
+    draws = order.uniform_rows(5, "crop", 0, count, crop.DRAWS)
+    return chosen.boxes(np.tile(np.array(size, np.int32), (count, 1)), draws)
 
 
-@pytest.mark.parametrize("size", [(90, 120), (120, 90), (300, 100), (64, 64)])
-def test_boxes_are_large_enough_and_not_too_much_stretched(size):
-    top, left, height, width = boxes(size).T
-    assert min(top.min(), left.min()) >= 0
-    assert (top + height).max() <= size[0]
-    assert (left + width).max() <= size[1]
+def box(size, chosen=CROP, **values):
+    [found] = chosen.boxes(np.array([size], np.int32), drawn(**values))
+    return found
+
+
+SIZES = [(90, 120), (120, 90), (300, 100), (64, 64)]
+ODD = [(1000, 50), (50, 1000), (300, 100), (7, 400), (3, 1)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_boxes_are_large_enough(size):
+    _, _, height, width = boxes(size).T.astype(int)
     share = height * width / (size[0] * size[1])
     assert share.min() >= 0.08
     assert share.min() < 0.1
     assert share.max() <= 1
+
+
+@pytest.mark.parametrize(("size", "least_area"), [((600, 50), 0.08), ((50, 550), 0.08), ((400, 400), 0.9)])
+def test_boxes_are_large_enough_wherever_the_shape_of_the_image_allows_it(size, least_area):
+    largest = min(size[0], size[1] * 4 / 3) * min(size[1], size[0] * 4 / 3)
+    assert largest > least_area * size[0] * size[1]
+    _, _, height, width = boxes(size, least_area=least_area).T.astype(int)
+    assert ((height + 0.5) * (width + 0.5)).min() >= least_area * size[0] * size[1]  # in whole pixels
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_boxes_are_not_too_much_stretched(size):
+    _, _, height, width = boxes(size).T
     assert (width <= height * 4 / 3 + 1).all()  # in whole pixels
     assert (height <= width * 4 / 3 + 1).all()
     assert (width > 1.25 * height).any()
     assert (height > 1.25 * width).any()
 
 
+@pytest.mark.parametrize("size", ODD)
+def test_of_an_odd_shaped_image_no_box_is_longer_than_it_may_be_nor_the_whole(size):
+    found = boxes(size)
+    assert found[:, 2:].min() >= 1
+    longer, shorter = found[:, 2:].max(axis=1), found[:, 2:].min(axis=1)
+    assert (longer <= shorter * 4 / 3 + 1).all()
+    assert (found[:, 2:] < size).any(axis=1).all()
+    assert len(set(found[:, np.argmax(size)].tolist())) > max(size) / 2  # all along it
+
+
+@pytest.mark.parametrize("size", [*SIZES, *ODD, (1, 1), (2, 3), (7, 5)])
+def test_boxes_are_inside_the_image(size):
+    ends = np.array(np.meshgrid(*[[0, LAST]] * 4), np.float32).reshape(4, -1).T
+    extreme = CROP.boxes(np.tile(size, (len(ends), 1)), np.pad(ends, ((0, 0), (0, crop.DRAWS - 4))))
+    for found in (boxes(size), extreme):
+        assert found.dtype == np.int32
+        assert found.min() >= 0
+        assert found[:, 2:].min() >= 1
+        assert (found[:, :2] + found[:, 2:] <= size).all()
+
+
+def test_all_places_are_reached_the_last_row_and_column_too():
+    for area in (0, 0.3, 0.5, 0.8):
+        draws = drawn(area=area).repeat(3000, axis=0)
+        draws[:, 2:4] = order.uniform_rows(5, "crop", 0, 3000, 2)
+        found = CROP.boxes(np.tile([7, 9], (3000, 1)), draws)
+        [(height, width)] = {tuple(extent) for extent in found[:, 2:].tolist()}
+        places = {(y, x) for y in range(8 - height) for x in range(10 - width)}
+        assert {tuple(place) for place in found[:, :2].tolist()} == places
+    for values, corner in (({"y": 0, "x": 0}, (0, 0)), ({"y": LAST, "x": LAST}, (900, 1200))):
+        top, left, height, width = box((900, 1200), area=0.1, **values)
+        assert (top, left) == (corner if not values["y"] else (corner[0] - height, corner[1] - width))
+
+
+def test_boxes_by_given_draws():
+    """Half of the area of 400x300 is 60000; as wide as the image it is 200 high, a stretch of 1.5."""
+    whole = augment.inception(least_area=0.0, most_stretch=2.0).crop
+    height, width = math.sqrt(60000 / math.sqrt(0.5 * 1.5)), math.sqrt(60000 * math.sqrt(0.5 * 1.5))
+    assert (round(height), round(width)) == (263, 228)
+    np.testing.assert_array_equal(box((400, 300), whole, area=0.5), [69, 36, 263, 228])
+    np.testing.assert_array_equal(box((400, 300), whole, area=0.5, stretch=0, y=0, x=0), [0, 0, 346, 173])
+    np.testing.assert_array_equal(box((400, 300), whole, area=0.5, stretch=1, y=0, x=0), [0, 0, 200, 300])
+    np.testing.assert_array_equal(box((400, 300), whole, area=0.125, stretch=1, y=LAST, x=0.25), [313, 32, 87, 173])
+    np.testing.assert_array_equal(box((400, 300), augment.inception(least_area=1.0).crop, stretch=0), [0, 0, 400, 300])
+    np.testing.assert_array_equal(box((1000, 50), area=1, y=0.5), [467, 0, 67, 50])
+
+
+def test_draws_of_boxes_are_even():
+    """The area always; the stretch where every one of them fits."""
+    draws = order.uniform_rows(5, "crop", 0, 4000, crop.DRAWS)
+    _, _, height, width = CROP.boxes(np.tile([3000, 3000], (4000, 1)), draws).T.astype(float)
+    area = height * width / 9e6
+    np.testing.assert_allclose(area, 0.08 + 0.92 * draws[:, 0], atol=1e-3)
+    free = area < 0.74
+    assert free.sum() > 2500
+    stretch = np.log(width / height)[free] / math.log(4 / 3)
+    np.testing.assert_allclose(stretch, 2 * draws[free, 1] - 1, atol=5e-3)
+
+
 def test_options_change_the_boxes():
     top, left, height, width = boxes((100, 100), least_area=0.5, most_stretch=1.0).T
     assert (height == width).all()
     assert (height * width).min() >= 5000
-    assert len(set(zip(top, left, height, strict=True))) > 500
+    assert len(set(zip(top.tolist(), left.tolist(), height.tolist(), strict=True))) > 500
 
 
 def test_boxes_cover_the_image_evenly():
@@ -597,15 +741,18 @@ def test_boxes_cover_the_image_evenly():
     for axis in (0, 1):
         room = size[axis] - found[:, 2 + axis]
         place = found[room > 5, axis] / room[room > 5]
-        assert 0.46 < place.mean() < 0.52
+        assert 0.48 < place.mean() < 0.52
         assert (np.abs(np.histogram(place, 4, (0, 1))[0] / len(place) - 0.25) < 0.05).all()
 
 
-def test_a_box_is_a_function_of_its_seed():
+def test_a_box_is_a_function_of_its_draws():
     np.testing.assert_array_equal(boxes((90, 120), 200), boxes((90, 120), 200))
     assert len({tuple(box) for box in boxes((900, 1200), 200).tolist()}) == 200
-    eager = CROP._box(tf.constant([90, 120]), tf.constant([5, 7], tf.int64))
-    np.testing.assert_array_equal(eager, boxes((90, 120), 8)[7])
+    draws = order.uniform_rows(5, "crop", 0, 20, crop.DRAWS)
+    sizes = np.random.default_rng(0).integers(1, 500, (20, 2), dtype=np.int32)
+    together = CROP.boxes(sizes, draws)
+    for number, found in enumerate(together):
+        np.testing.assert_array_equal(CROP.boxes(sizes[number : number + 1], draws[number : number + 1])[0], found)
 
 
 def test_an_image_of_one_pixel_is_a_box():
@@ -615,76 +762,70 @@ def test_an_image_of_one_pixel_is_a_box():
 # ------------------------------------------------------------------------------------------------- pixels of a crop
 
 
-def cut(data, size, plain, *, mirrored=False, draws=None, seed=(5, 7), side=32, channels=3, **options):
-    chosen = augment.inception(**options).crop
-    [colors] = chosen.color_maps(drawn() if draws is None else draws, channels)
-    return chosen.apply(
-        data=tf.constant(data),
-        size=tf.constant(size),
-        plain=tf.constant(plain),
-        mirrored=tf.constant(mirrored),
-        colors=tf.constant(colors),
-        seed=tf.constant(seed, tf.int64),
-        side=side,
-        channels=channels,
-    ).numpy()
+def cut(image, box, side=32):
+    """As it is cut in a stream: `image` is a JPEG, or pixels."""
+    box = np.array(box, np.int32)
+    part = crop.part_of(box, side)
+    small = crop.decode_jpeg(image, part) if isinstance(image, bytes) else crop.shrunk(image, part)
+    found = crop.cut(small, box, part)
+    assert found.dtype == np.uint8
+    return found
+
+
+def test_a_crop_is_halved_while_it_is_no_smaller_than_it_is_to_become():
+    parts = {1: 1, 31: 1, 32: 1, 63: 1, 64: 2, 127: 2, 128: 4, 255: 4, 256: 8, 511: 8, 512: 8, 5000: 8}
+    for length, part in parts.items():
+        assert crop.part_of(np.array([3, 4, length, 9999]), 32) == part
+        assert crop.part_of(np.array([3, 4, 9999, length]), 32) == part
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
+def test_a_jpeg_of_its_own_size_is_what_pillow_makes_of_it(options):
+    for size in ((90, 120), (91, 133), (2, 3), (17, 8)):
+        data = jpeg(noise(*size, 3), quality=70, **options)
+        np.testing.assert_array_equal(crop.decode_jpeg(data), decode.decode(data, 3))
+        for part in (2, 4, 8):
+            assert crop.decode_jpeg(data, part).shape == (-(-size[0] // part), -(-size[1] // part), 3)
+    turned = Image.Exif()
+    turned[decode.ORIENTATION] = 6
+    assert crop.decode_jpeg(jpeg(photo(90, 120), exif=turned)).shape == (90, 120, 3)
+    assert crop.decode_jpeg(b"gone") is None
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_mirrored_crop_is_exactly_the_mirror_image(plain, channels):
     pixels = photo(90, 120, channels)
-    data = jpeg(pixels) if plain else pixels.tobytes()
-    draws = drawn(brightness=0.7, hue=0.1)
-    straight, mirrored = (
-        cut(data, (90, 120), plain, draws=draws, channels=channels, mirrored=turned) for turned in (False, True)
-    )
-    assert straight.shape == (32, 32, channels)
-    assert straight.dtype == np.uint8
-    np.testing.assert_array_equal(mirrored, straight[:, ::-1])
-    assert (mirrored != straight).any()
+    found = cut(jpeg(pixels) if plain else pixels, (10, 20, 50, 60))[..., :channels]
+    for options in ({}, {"color": 0.0}):
+        straight, mirrored = (
+            finish(found, drawn(brightness=0.7, hue=0.1), 32, turned, **options) for turned in (False, True)
+        )
+        assert straight.shape == mirrored.shape == (32, 32, channels)
+        assert straight.dtype == mirrored.dtype == np.uint8
+        np.testing.assert_array_equal(mirrored, straight[:, ::-1])
+        assert (mirrored != straight).any()
 
 
 def test_every_second_one_is_mirrored():
     draws = order.uniform_rows(0, "crop", 0, 4000, crop.DRAWS)
-    np.testing.assert_array_equal(CROP.mirrored(draws), draws[:, 0] < 0.5)
+    np.testing.assert_array_equal(CROP.mirrored(draws), draws[:, COLUMNS.index("mirror")] < 0.5)
     assert 0.47 < CROP.mirrored(draws).mean() < 0.53
     assert not augment.inception(mirror=False).crop.mirrored(draws).any()
 
 
 def test_pixels_are_cut_resized_coloured_clipped_and_rounded_once():
     pixels = noise(90, 120, 3)
-    top, left, height, width = CROP._box(tf.constant([90, 120]), tf.constant([5, 7], tf.int64)).numpy()
-    inside = tf.image.resize(pixels[top : top + height, left : left + width].astype(np.float32), (32, 32)).numpy()
+    top, left, height, width = inside = (13, 29, 50, 60)
+    exact = tf.image.resize(pixels[top : top + height, left : left + width].astype(np.float32), (32, 32)).numpy()
     draws = drawn(brightness=1, contrast=1, saturation=0.9, hue=0.8)
-    expected = distorted_by_hand(inside.astype(float), draws[0])
+    expected = distorted_by_hand(exact.astype(float), draws[0])
     assert expected.min() < -20
     assert expected.max() > 275
-    found = cut(pixels.tobytes(), (90, 120), False, draws=draws)
-    assert np.abs(found - np.clip(expected, 0, 255)).max() < 0.51
-    plain = cut(pixels.tobytes(), (90, 120), False, color=0.0, draws=draws)
-    np.testing.assert_array_equal(plain, np.floor(inside + 0.5))
-
-
-def test_crops_are_the_same_eagerly_and_in_a_map():
-    pixels = noise(90, 120, 3)
-    draws = order.uniform_rows(0, "crop", 0, 16, crop.DRAWS)
-    maps = CROP.color_maps(draws, 3)
-    eager = [cut(pixels.tobytes(), (90, 120), False, draws=draws[i : i + 1], seed=(5, i)) for i in range(16)]
-    stream = tf.data.Dataset.from_tensor_slices((maps, np.arange(16))).map(
-        lambda colors, index: CROP.apply(
-            data=tf.constant(pixels.tobytes()),
-            size=tf.constant([90, 120]),
-            plain=tf.constant(False),
-            mirrored=tf.constant(False),
-            colors=colors,
-            seed=tf.stack([tf.constant(5, tf.int64), index]),
-            side=32,
-            channels=3,
-        )
-    )
-    np.testing.assert_array_equal(np.stack(eager), np.stack([image.numpy() for image in stream]))
-    assert len({image.tobytes() for image in eager}) == 16
+    part = cut(pixels, inside)
+    np.testing.assert_array_equal(part, pixels[top : top + height, left : left + width])
+    assert far(finish(part, draws, 32), expected) < 0.51
+    assert far(finish(part, draws, 32, color=0.0), exact) < 0.501
 
 
 BOXES = [
@@ -702,29 +843,69 @@ BOXES = [
 @pytest.mark.parametrize(("side", "kind"), [(32, "area"), (64, "area"), (128, "bilinear")])
 def test_a_crop_decoded_at_a_fraction_of_its_size_is_nearly_the_whole_one_made_smaller(box, side, kind, channels):
     data = jpeg(photo(600, 800, channels))
-    found = crop._decode(tf.constant(data), tf.constant(box), side, channels).numpy()
+    found = cut(data, box, side)
     ratio = max(ratio for ratio in (1, 2, 4, 8) if ratio == 1 or min(box[2:]) >= side * ratio)
-    assert found.shape == (box[2] // ratio, box[3] // ratio, channels)
+    assert found.shape == (box[2] // ratio, box[3] // ratio, 3)
+    decoded = decode.decode(data, 3)
     top, left, height, width = (part // ratio * ratio for part in box)  # off by less than a pixel of the result
-    whole = decode.decode(data, channels)[top : top + height, left : left + width].astype(np.float32)
+    whole = decoded[top : top + height, left : left + width].astype(np.float32)
     expected = tf.image.resize(whole, found.shape[:2], "area").numpy()
     assert np.abs(found - expected).mean() < 1.5
     assert np.abs(found[:, ::-1] - expected).mean() > 5
-    resized = [tf.image.resize(pixels, (side, side)).numpy() for pixels in (found, expected)]
+    resized = [finish(found, drawn(), side, color=0.0), tf.image.resize(expected, (side, side)).numpy()]
     assert np.abs(resized[0] - resized[1]).mean() < 1.5
     if ratio > 1:
         straight = tf.image.resize(whole, (side, side), kind).numpy()
         assert np.abs(resized[0] - straight).mean() < 2.5
+    else:
+        np.testing.assert_array_equal(found, whole)
+    raw = cut(decoded, box, side)
+    assert raw.shape == found.shape
+    assert np.abs(raw.astype(float) - found).mean() < 1.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("box", BOXES)
+def test_raw_pixels_are_made_smaller_by_averaging(box, channels):
+    pixels = noise(600, 800, channels)
+    ratio = max(ratio for ratio in (1, 2, 4, 8) if ratio == 1 or min(box[2:]) >= 64 * ratio)
+    top, left, height, width = (part // ratio * ratio for part in box)
+    whole = pixels[top : top + height, left : left + width]
+    found = cut(pixels, box, 64)
+    blocks = whole.reshape(height // ratio, ratio, width // ratio, ratio, channels).mean(axis=(1, 3))
+    assert found.shape == blocks.shape
+    assert far(found, blocks) <= 0.5
+
+
+@pytest.mark.parametrize("size", [(601, 803), (333, 517)])
+def test_raw_pixels_of_any_size_are_made_smaller_as_a_jpeg_is(size):
+    data = jpeg(photo(*size))
+    for part in (2, 4, 8):
+        found = crop.shrunk(decode.decode(data, 3), part)
+        assert found.shape == crop.decode_jpeg(data, part).shape
+        assert np.abs(found.astype(float) - crop.decode_jpeg(data, part)).mean() < 1.5
 
 
 def test_a_crop_is_never_decoded_smaller_than_it_is_to_become():
     data = jpeg(photo(600, 800))
     for side in (16, 32, 100, 224):
-        for box in boxes((600, 800), 60):
-            found = crop._decode(tf.constant(data), tf.constant(box), side, 3).numpy()
-            least = min(box[2:])
+        for own in boxes((600, 800), 60):
+            found = cut(data, own, side)
+            least = min(own[2:])
             assert min(found.shape[:2]) >= min(side, least)
             assert min(found.shape[:2]) < 2 * side or least // 8 == min(found.shape[:2])
+
+
+@pytest.mark.parametrize("size", [(257, 323), (131, 97), (33, 1029)])
+def test_boxes_at_the_ends_of_an_image_are_whole_at_every_fraction(size):
+    pixels = photo(*size)
+    for image in (jpeg(pixels), pixels):
+        for side in (4, 8, 16, 32, 64):
+            for value in (0, LAST):
+                for area in (0, 0.5, LAST):
+                    own = box(size, area=area, y=value, x=value)
+                    part = crop.part_of(own, side)
+                    assert cut(image, own, side).shape == (own[2] // part, own[3] // part, 3)
 
 
 # -------------------------------------------------------------------------------------------------------------- mixing

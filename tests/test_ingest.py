@@ -289,7 +289,7 @@ def loaded_in_two_gib(root: Path, index: Path, limit: str = "RLIMIT_DATA") -> li
 def test_large_photographs_fit_into_two_gib(place: Path):
     fill(place / "root")
     for number in range(3):
-        Image.new("RGBA", (5000, 5000), (number, 0, 0, 128)).save(
+        Image.new("RGBA", (4000, 4000), (number, 0, 0, 128)).save(
             place / f"root/x/large {number}.png", compress_level=1
         )
     (place / "root/x/bomb.png").write_bytes(png_of_header(60_000, 60_000))

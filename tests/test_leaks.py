@@ -78,7 +78,7 @@ def test_without_leaks_nothing_is_said(root, on_leak):
 
 def test_an_image_in_two_parts_is_named(root):
     share(root, "train/cat/3.png", "test/cat/again.png")
-    sentence = "1 images are in two splits (train/cat/3.png in train and test/cat/again.png in test)"
+    sentence = "1 image is in two splits (train/cat/3.png in train and test/cat/again.png in test)"
     assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"
     warned = load(root, "warn")
     assert warned.notes == (f"warning: {sentence}; {DROP}",)
@@ -163,7 +163,7 @@ def test_leaks_change_the_fingerprint_only_by_what_is_dropped(root, tmp_path):
 
 def test_an_image_with_two_labels_is_named(root):
     share(root, "train/cat/3.png", "train/dog/same.png")
-    sentence = "1 images have several labels (train/cat/3.png in train as cat and train/dog/same.png in train as dog)"
+    sentence = "1 image has several labels (train/cat/3.png in train as cat and train/dog/same.png in train as dog)"
     assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"
     warned = load(root)
     assert warned.notes == (f"warning: {sentence}; {DROP}",)
@@ -178,7 +178,7 @@ def test_two_labels_in_two_splits_are_both_faults(root):
     share(root, "test/cat/3.png", "train/dog/same.png")
     said = message(load, root, "raise")
     assert said == (
-        f"{REFUSED} 1 images are in two splits (train/dog/same.png in train and test/cat/3.png in test); 1 images have "
+        f"{REFUSED} 1 image is in two splits (train/dog/same.png in train and test/cat/3.png in test); 1 images have "
         "several labels (train/dog/same.png in train as dog and test/cat/3.png in test as cat); " + MEND
     )
     loaded = load(root, "drop")
@@ -201,7 +201,7 @@ def test_two_labels_in_one_folder_without_parts(tmp_path):
     whole = load(root, "raise")
     share(root, "cat/3.png", "dog/same.png")
     split = next(name for name, found in whole.splits.items() if "cat/3.png" in ids(found))
-    sentence = f"1 images have several labels (cat/3.png in {split} as cat and dog/same.png in {split} as dog)"
+    sentence = f"1 image has several labels (cat/3.png in {split} as cat and dog/same.png in {split} as dog)"
     assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"  # one content, one split: no other fault
     assert load(root).notes[0] == f"warning: {sentence}; {DROP}"
 

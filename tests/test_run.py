@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, SECRET, THREADS, Finished, run_command, run_train
+from PIL import Image
 
 from train import run, runtime
 from train.compose import compose
@@ -51,6 +52,7 @@ def test_the_folder_holds_everything(finished: Finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names >= {
         "config.yaml", "metrics.jsonl", "summary.json", "train.log", "best", "model_summary.txt", "input_example.npy",
+        "dataset.json", "augmented.png",
     }  # fmt: skip
     assert {path.name for path in (finished.path / "best").iterdir()} == {"model.keras", "model.json"}
 
@@ -108,6 +110,80 @@ def test_the_config_is_resolved(finished: Finished):
     assert config["precision"] in ("float32", "mixed_bfloat16")
     assert config["jit"] == "off"
     assert config["threads"] == len(os.sched_getaffinity(0))
+    assert config["data"]["fingerprint"] == finished.summary["data_fingerprint"]
+
+
+def test_the_data_is_described(finished: Finished):
+    dataset = json.loads((finished.path / "dataset.json").read_text())
+    assert dataset["counts"] == {"train": 1281, "validation": 176, "test": 340}
+    assert [sum(dataset["class_counts"][split]) for split in dataset["counts"]] == [1281, 176, 340]
+    assert dataset["class_counts"]["test"] == [34, 26, 38, 40, 32, 34, 44, 37, 27, 28]
+    assert len(set(dataset["splits"].values())) == 3
+    assert (dataset["skipped"], dataset["leaks"]) == ([], {"shared": 0, "conflicts": 0, "alike": 0})
+    assert "pixels: train, validation, test in memory (0.00 GiB)\n" in finished.done.out
+
+
+def test_the_first_batch_is_drawn_as_the_network_sees_it(finished: Finished):
+    """Its 32 examples on a white sheet, each pixel shown as 2x2."""
+    from train import data
+    from train.data import augment, pipeline
+
+    sheet = np.asarray(Image.open(finished.path / "augmented.png").resize((270, 134), Image.Resampling.NEAREST))
+    split = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).train
+    [(images, _)] = pipeline.train_batches(
+        split, batch_size=32, seed=0, epoch=0, augmentation=augment.build("crop"), num_classes=10
+    ).take(1)
+    for number, image in enumerate(images.numpy()):
+        top, left = 34 * (number // 8), 34 * (number % 8)
+        np.testing.assert_array_equal(sheet[top : top + 32, left : left + 32], image[..., 0])
+    assert (sheet[32:34] == 255).all()
+
+
+def test_other_data_than_was_asked_for_is_refused(tmp_path: Path):
+    config = compose([f"run_dir={tmp_path}", "data.fingerprint=0123"])
+    dataset, _ = run.load_data(config, crops=False)
+    with pytest.raises(ConfigError) as refused:
+        run.check_fingerprint(config, dataset)
+    assert str(refused.value) == (
+        f"data.fingerprint must be that of the data, {dataset.fingerprint}, got 0123; "
+        "use the data of the earlier run, or data.fingerprint=null"
+    )
+    run.check_fingerprint(compose([f"data.fingerprint={dataset.fingerprint}"]), dataset)
+
+
+def test_a_run_that_waited_for_its_data_says_so():
+    assert run.waiting(0.049) == ""
+    assert run.waiting(0.314) == (
+        "the input bound this run: 31% of the training time was spent waiting for data; use a larger "
+        "data.ram_budget, data.cache=disk, a cheaper augment, smaller files, or more processor cores"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["augment.mixup=0.2", "augment.cutmix=1", "augment.erase=0.25", "data.class_weights=true"],
+        ["augment=randaugment", "data.balanced=true", "data.cache=disk"],
+        ["augment=inception", "data.cache=none"],
+    ],
+    ids=["mixed and weighted", "painted and balanced", "cropped from the files"],
+)
+def test_every_way_of_feeding_trains_and_goes_on_to_the_same_bits(words: list[str], tmp_path: Path):
+    """Also where every life decodes, draws and mixes anew."""
+    small = [
+        "model=vgg16",
+        "model.width=0.1",
+        "batch_size=16",
+        "steps_per_epoch=4",
+        "evaluate.test=false",
+        "schedule=constant",
+        *words,
+    ]
+    whole = in_process(tmp_path / "whole", *small, "epochs=2")
+    in_process(tmp_path / "parts", *small, "epochs=1")
+    parts = in_process(tmp_path / "parts", *small, "epochs=2")
+    assert (parts["lives"], parts["steps_executed"], whole["steps_executed"]) == (2, 8, 8)
+    assert parts["weights_sha256"] == whole["weights_sha256"]
 
 
 def test_the_stored_model_is_what_was_measured(finished: Finished, tmp_path: Path):

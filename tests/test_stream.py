@@ -7,13 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 import train.data
-from train.data import augment, dataset, decode, order, pipeline
+from train.data import augment, crop, dataset, decode, order, pipeline
 
 BATCH = 16
 PLACES = ("memory", "disk", "none")
@@ -152,10 +152,14 @@ def test_order_covers_every_index_once_and_differs_by_epoch_and_seed():
 def test_draws_are_pinned():
     np.testing.assert_array_equal(order.permutation(0, 0, 8), [5, 1, 6, 7, 0, 2, 4, 3])
     np.testing.assert_array_equal(order.balanced(0, 0, np.array([0, 0, 0, 0, 0, 1, 2, 2])), [0, 2, 5, 7, 6, 3, 5, 5])
-    assert order.key_of(3, "crop", 2) == 5488283730545389327
     np.testing.assert_array_equal(
         order.uniform_rows(3, "augment", 2, 10, 3)[0], np.array([0.8530739, 0.56678474, 0.8276501], np.float32)
     )
+    np.testing.assert_array_equal(
+        order.uniform_rows(3, "crop", 2, 10, 3)[0], np.array([0.09266347, 0.8025931, 0.58499205], np.float32)
+    )
+    draws = order.uniform_rows(3, "crop", 2, 10, crop.DRAWS)
+    np.testing.assert_array_equal(INCEPTION.crop.boxes(np.array([[900, 1200]] * 10), draws)[0], [300, 297, 387, 461])
 
 
 def test_one_more_column_of_draws_leaves_the_others_as_they_were():
@@ -167,13 +171,14 @@ def test_one_more_column_of_draws_leaves_the_others_as_they_were():
     assert (wide != order.uniform_rows(3, "other", 2, 10, 3)).all()
 
 
-def test_keys_of_operations_differ_and_fit_into_63_bits():
-    keys = {
-        order.key_of(seed, purpose, epoch) for seed in range(10) for purpose in ("crop", "mix") for epoch in range(10)
+def test_draws_of_seeds_purposes_and_epochs_differ():
+    rows = {
+        order.uniform_rows(seed, purpose, epoch, 1, 3).tobytes()
+        for seed in range(10)
+        for purpose in ("crop", "mix")
+        for epoch in range(10)
     }
-    assert len(keys) == 200
-    assert min(keys) >= 0
-    assert 2**62 < max(keys) < 2**63
+    assert len(rows) == 200
 
 
 @pytest.mark.parametrize("counts", [(20, 50, 90), (1, 1, 98), (7, 7, 7), (3, 0, 97), (1, 2, 2)])
@@ -475,24 +480,33 @@ def test_crops_differ_from_example_to_example(tmp_path):
 
 
 def box_of(index, size, epoch=0):
-    key = order.key_of(1, "crop", epoch)
-    top, left, height, width = PLAIN_CROP.crop._box(tf.constant(size), tf.constant([key, index], tf.int64)).numpy()
+    draws = order.uniform_rows(1, "crop", epoch, 38, crop.DRAWS)
+    [(top, left, height, width)] = PLAIN_CROP.crop.boxes(np.array([size]), draws[index : index + 1])
     return slice(top, top + height), slice(left, left + width)
 
 
+def cut_by_hand(pixels, box, side=32):
+    """Halved by averaging where the crop stays large enough."""
+    rows, columns = box
+    if min(rows.stop - rows.start, columns.stop - columns.start) < 2 * side:
+        return pixels[box]
+    even = np.pad(pixels, [(0, length % 2) for length in pixels.shape[:2]] + [(0, 0)], mode="edge")
+    height, width, channels = even.shape
+    blocks = even.reshape(height // 2, 2, width // 2, 2, channels).mean(axis=(1, 3))
+    top, left = rows.start // 2, columns.start // 2
+    size = (rows.stop - rows.start) // 2, (columns.stop - columns.start) // 2
+    return np.floor(blocks + 0.5).astype(np.uint8)[top : top + size[0], left : left + size[1]]
+
+
 def cropped_by_hand(pixels, box, side=32):
-    """Halved by averaging as long as it stays large enough, then resized."""
-    cut = pixels[box]
-    halvings = sum(min(cut.shape[:2]) >= side * times for times in (2, 4, 8))
-    size = [length >> halvings for length in cut.shape[:2]]
-    cut = np.rint(tf.image.resize(cut, size, "area").numpy())
-    return np.floor(tf.image.resize(cut, (side, side)).numpy() + 0.5).astype(np.uint8)
+    cut = cut_by_hand(pixels, box, side).astype(np.float32)
+    return np.rint(cv2.resize(cut, (side, side), interpolation=cv2.INTER_LINEAR)).astype(np.uint8)
 
 
 @pytest.mark.parametrize("name", ["cmyk.jpg", "turned.jpg", "bitmap.png"])
 def test_what_is_no_plain_jpeg_is_cropped_from_the_pixels_of_pillow(photos, name):
     [index] = [index for index in range(38) if photos.id_of(index).endswith(name)]
-    assert not photos.verdicts.plain(photos.rows[index])
+    assert not photos.is_plain(index)
     found = by_index(crops(photos, batch_size=38, augmentation=PLAIN_CROP), order.permutation(1, 0, 38))[index]
     pixels = decode.decode(photos.read([index])[0], 3)
     assert pixels.shape == ((130, 90, 3) if name == "turned.jpg" else (90, 130, 3))
@@ -500,21 +514,15 @@ def test_what_is_no_plain_jpeg_is_cropped_from_the_pixels_of_pillow(photos, name
 
 
 def test_a_crop_has_the_colours_of_its_own_draws(photos):
-    own = order.uniform_rows(1, "crop", 0, 38, 5)
+    own = order.uniform_rows(1, "crop", 0, 38, crop.DRAWS)
+    maps, turned = INCEPTION.crop.color_maps(own, 3), own[:, 4] < 0.5
     found = by_index(crops(photos, batch_size=38), order.permutation(1, 0, 38))
-    for index in (name for name in range(38) if photos.id_of(name).endswith((".png", "cmyk.jpg", "turned.jpg"))):
+    names = [index for index in range(38) if photos.id_of(index).endswith((".png", "cmyk.jpg", "turned.jpg"))]
+    assert len(names) == 5
+    for index in names:
         pixels = decode.decode(photos.read([index])[0], 3)
-        expected = INCEPTION.crop.apply(
-            data=tf.constant(pixels.tobytes()),
-            size=tf.constant(pixels.shape[:2]),
-            plain=tf.constant(False),
-            mirrored=tf.constant(own[index, 0] < 0.5),
-            colors=tf.constant(INCEPTION.crop.color_maps(own[index : index + 1], 3)[0]),
-            seed=tf.constant([order.key_of(1, "crop", 0), index], tf.int64),
-            side=32,
-            channels=3,
-        )
-        np.testing.assert_array_equal(found[index], expected)
+        cut = cut_by_hand(pixels, box_of(index, pixels.shape[:2]))
+        np.testing.assert_array_equal(found[index], INCEPTION.crop.finish(cut, turned[index], maps[index], 32))
 
 
 def test_a_turned_jpeg_would_be_another_picture_without_turning(photos):
@@ -526,18 +534,22 @@ def test_a_turned_jpeg_would_be_another_picture_without_turning(photos):
 
 
 @pytest.mark.parametrize("name", ["/0.jpg", "/5.jpg", "/grey.jpg"])
-def test_a_plain_jpeg_is_cropped_nearly_to_the_pixels_of_pillow(photos, name):
+def test_a_plain_jpeg_is_cropped_to_the_pixels_of_pillow(photos, name):
+    """Exactly where the crop is too small to be scaled while it is decoded, and nearly where it is halved."""
     [index] = [index for index in range(38) if photos.id_of(index).endswith(name)]
-    assert photos.verdicts.plain(photos.rows[index])
+    assert photos.is_plain(index)
     pixels = decode.decode(photos.read([index])[0], 3)
-    for epoch in range(30):  # until a crop is too small to be scaled while it is decoded
-        box = box_of(index, pixels.shape[:2], epoch=epoch)
-        if min(box[0].stop - box[0].start, box[1].stop - box[1].start) < 64:
-            break
-    whole = crops(photos, batch_size=38, augmentation=PLAIN_CROP, epoch=epoch)
-    found = by_index(whole, order.permutation(1, epoch, 38))[index].astype(int)
-    assert np.abs(found - cropped_by_hand(pixels, box)).mean() < 1.5  # its decoder rounds in another way
-    assert np.abs(found - cropped_by_hand(pixels[:, ::-1], box)).mean() > 5
+    boxes = [box_of(index, photos.size_of(index), epoch=epoch) for epoch in range(30)]
+    large = [min(box[0].stop - box[0].start, box[1].stop - box[1].start) >= 64 for box in boxes]
+    for halved in {*large}:
+        epoch = large.index(halved)
+        whole = crops(photos, batch_size=38, augmentation=PLAIN_CROP, epoch=epoch)
+        found = by_index(whole, order.permutation(1, epoch, 38))[index].astype(int)
+        expected = cropped_by_hand(pixels, boxes[epoch])
+        assert np.abs(found - expected).mean() <= (1.5 if halved else 0)
+        if not halved:
+            assert np.abs(found - cropped_by_hand(pixels[:, ::-1], boxes[epoch])).mean() > 5
+    assert False in large
 
 
 def test_crops_of_grey_images(photos):
@@ -545,6 +557,11 @@ def test_crops_of_grey_images(photos):
     batches = crops(grey)
     assert batches[0][0].shape == (4, 32, 32, 1)
     assert same(batches, crops(grey, threads=1))
+    found = by_index(crops(grey, batch_size=38, augmentation=PLAIN_CROP), order.permutation(1, 0, 38))
+    for index in (index for index in range(38) if photos.id_of(index).endswith((".png", "cmyk.jpg", "/grey.jpg"))):
+        pixels = decode.decode(photos.read([index])[0], 1)
+        expected = cropped_by_hand(pixels, box_of(index, pixels.shape[:2]))
+        np.testing.assert_array_equal(found[index], expected.reshape(32, 32, 1))
 
 
 # --------------------------------------------------------------------------------------------- classes and mixtures

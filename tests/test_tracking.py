@@ -75,7 +75,15 @@ def test_the_data_set_has_our_digest(finished: Finished):
 def test_artifacts_and_the_inference_model(finished: Finished):
     client, run = the_run(finished.uri)
     names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert names >= {"config.yaml", "model_summary.txt", "summary.json", "train.log", "input_example.npy"}
+    assert names >= {
+        "config.yaml",
+        "model_summary.txt",
+        "summary.json",
+        "train.log",
+        "input_example.npy",
+        "dataset.json",
+    }
+    assert "augmented.png" in names
     import mlflow
 
     mlflow.set_tracking_uri(finished.uri)

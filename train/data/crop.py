@@ -1,24 +1,32 @@
-"""Inception's random resized crop with distorted colours, cut out of the image while it is decoded.
+"""Inception's random resized crop with distorted colours, at the size that is needed.
 
-Of a JPEG only the crop is decoded, and at a fraction of its size where it is to become much smaller. What can be said
-before a pixel is there (the map of the colours) is worked out in NumPy for many examples at once: in a graph the many
-small operations would take longer than the large ones.
+Where the crop lies and the map of its colours are worked out for many examples at once, in NumPy. OpenCV decodes,
+resizes and colours, and holds Python's lock for none of it; with TensorFlow's operations the whole took twice as long.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
-import tensorflow as tf
+
+cv2.setNumThreads(1)  # the stream has threads of its own
 
 PURPOSE = "crop"
-DRAWS = 5  # mirror, brightness, contrast, saturation, hue
+DRAWS = 9  # area, stretch, place (2), mirror, brightness, contrast, saturation, hue
 BRIGHTNESS = 32.0  # of 255, added
 CONTRAST = SATURATION = 0.5  # around 1
 HUE = 0.2  # of the circle
-ATTEMPTS = 10
 EVERY = 8  # the mean of an image is that of every eighth row
+SIZES = (1, 2, 4, 8)  # a JPEG can be decoded at one of these parts of its size
+UPRIGHT_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+FLAGS = {
+    1: UPRIGHT_RGB,
+    2: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in decode.py
 TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
@@ -38,72 +46,66 @@ class Crop:
     color: float
     mirror: bool
 
+    def boxes(self, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """int32 [N, 4] (top, left, height, width), from sizes [N, 2] (height, width) and draws [N, DRAWS] in [0, 1).
+
+        The area is even, and so is the logarithm of the stretch among those with which it fits into the image. Of an
+        image that is longer than `most_stretch` large areas can't be had: the crop is then the largest that can.
+        """
+        size = sizes.astype(np.float64)
+        height, width = size.T
+        area = (self.least_area + (1 - self.least_area) * draws[:, 0]) * height * width
+        least = np.maximum(1 / self.most_stretch, area / height**2)  # width over height
+        most = np.minimum(self.most_stretch, width**2 / area)
+        stretch = least * (np.maximum(most, least) / least) ** draws[:, 1]
+        stretch = np.clip(stretch, 1 / self.most_stretch, self.most_stretch)
+        extent = np.stack([np.sqrt(area / stretch), np.sqrt(area * stretch)], axis=1)
+        extent *= np.minimum(1, (size / extent).min(axis=1, keepdims=True))
+        extent = np.clip(np.rint(extent), 1, size)
+        # Rounding must not bring the area below its least: the shorter side grows.
+        small = extent.prod(axis=1) < self.least_area * height * width
+        shorter = extent.argmin(axis=1)
+        extent[np.arange(len(extent)), shorter] += small
+        extent = np.minimum(extent, size)
+        begin = np.floor(draws[:, 2:4] * (size - extent + 1))
+        return np.concatenate([begin, extent], axis=1).astype(np.int32)
+
     def mirrored(self, draws: np.ndarray) -> np.ndarray:
         """bool [N], from draws [N, DRAWS]."""
-        return (draws[:, 0] < 0.5) & self.mirror
-
-    def apply(
-        self, data: Any, size: Any, plain: Any, mirrored: Any, colors: Any, seed: Any, side: int, channels: int
-    ) -> Any:
-        """One example as uint8 [side, side, channels].
-
-        data: scalar string, a JPEG where `plain` (scalar bool), else raw uint8 pixels. size: int32 [2], height and
-        width. mirrored: scalar bool. colors: float32 [2 C + 1, C] from `color_maps`. seed: int64 [2], of this example
-        in this epoch.
-        """
-        box = self._box(size, seed)
-        cut = tf.cond(
-            plain,
-            lambda: _decode(data, box, side, channels),
-            lambda: _slice(tf.reshape(tf.io.decode_raw(data, tf.uint8), (size[0], size[1], channels)), box, side),
-        )
-        pixels = tf.image.resize(tf.ensure_shape(cut, (None, None, channels)), (side, side))
-        if self.color:
-            pixels = distorted(pixels, colors)
-        image = tf.saturate_cast(pixels + 0.5, tf.uint8)
-        # On three dimensions and bytes this is fast; on batches it takes as long as decoding.
-        return tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)
-
-    def _box(self, size: Any, seed: Any) -> Any:
-        """int32 [4]: top, left, height, width."""
-        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-            image_size=tf.concat([size, [1]], 0),
-            bounding_boxes=tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
-            seed=seed,
-            min_object_covered=0.0,
-            aspect_ratio_range=(1 / self.most_stretch, self.most_stretch),
-            area_range=(self.least_area, 1.0),
-            max_attempts=ATTEMPTS,
-        )
-        return tf.concat([begin[:2], extent[:2]], 0)
+        return (draws[:, 4] < 0.5) & self.mirror
 
     def color_maps(self, draws: np.ndarray, channels: int) -> np.ndarray:
-        """What `distorted` does to each example: float32 [N, 2 C + 1, C], from draws [N, DRAWS] in [0, 1).
+        """What `finish` does to each example: float32 [N, C, 2 C + 1], from draws [N, DRAWS] in [0, 1).
 
         Brightness, saturation, hue and contrast, in this order, are one affine map of the pixels. Saturation and hue
         are turned about the grey axis, as in P. Haeberli, "Matrix Operations for Image Processing" (1993), not in HSV,
         and only the result is brought into 0..255. Grey images have neither.
+        Columns 0..C-1: what a pixel is multiplied by; C..2C-1: what the image's mean is; the last one is added.
         """
-        brightness, contrast, saturation, hue = (2 * draws[:, 1:].T.astype(np.float64) - 1) * self.color
+        brightness, contrast, saturation, hue = (2 * draws[:, 5:].T.astype(np.float64) - 1) * self.color
         contrast = (1 + contrast * CONTRAST)[:, None, None]
         turn = np.broadcast_to(np.eye(channels), (len(draws), channels, channels))
         if channels == 3:
             turn = _saturation(1 + saturation * SATURATION) @ _hue(hue * HUE * 2 * math.pi)
         offset = (brightness * BRIGHTNESS)[:, None, None] * turn.sum(axis=1, keepdims=True)
-        return np.concatenate([turn * contrast, turn * (1 - contrast), offset], axis=1).astype(np.float32)
+        rows = np.concatenate([turn * contrast, turn * (1 - contrast), offset], axis=1)
+        return rows.swapaxes(1, 2).astype(np.float32)
 
-
-def distorted(pixels: Any, colors: Any) -> Any:
-    """float32 [H, W, C] in 0..255 with other colours, not clipped. colors: float32 [2 C + 1, C].
-
-    Rows 0..C-1: what a pixel is multiplied by; C..2C-1: what the image's mean is; the last one is added.
-    """
-    height, width, channels = pixels.shape
-    mean = tf.reduce_mean(pixels[::EVERY], (0, 1))
-    offset = tf.linalg.matvec(colors[channels:-1], mean, transpose_a=True) + colors[-1]
-    turned = tf.reshape(pixels, (-1, channels)) @ colors[:channels]
-    # A whole row at once: adding three numbers to every pixel takes ten times as long.
-    return tf.reshape(tf.reshape(turned, (height, -1)) + tf.tile(offset, [width]), pixels.shape)
+    def finish(self, pixels: np.ndarray, mirrored: bool, colors: np.ndarray, side: int) -> np.ndarray:
+        """A crop uint8 [h, w, C] in 0..255 as uint8 [side, side, C]; rounded once. colors: one of `color_maps`."""
+        channels = pixels.shape[2]
+        image = cv2.resize(pixels.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
+        image = image.reshape(side, side, channels)  # OpenCV drops a single channel
+        if self.color:
+            affine = np.empty((channels, channels + 1), np.float32)
+            affine[:, :-1] = colors[:, :channels]
+            affine[:, -1] = colors[:, channels:-1] @ cv2.mean(image[::EVERY])[:channels] + colors[:, -1]
+            image = cv2.transform(image, affine)
+            image = np.maximum(image, 0, out=image)  # what follows would take the amount of what is negative
+        image = cv2.convertScaleAbs(image)  # rounds, and ends at 255
+        if mirrored:
+            image = cv2.flip(image, 1)
+        return image.reshape(side, side, channels)
 
 
 def _saturation(amount: np.ndarray) -> np.ndarray:
@@ -123,26 +125,30 @@ def _hue(angle: np.ndarray) -> np.ndarray:
     return TO_YIQ.T @ turn @ np.linalg.inv(TO_YIQ).T
 
 
-def _slice(pixels: Any, box: Any, side: int) -> Any:
-    """The crop of raw pixels, shrunk by averaging as that of a JPEG is."""
-    cut = tf.slice(pixels, [box[0], box[1], 0], [box[2], box[3], -1])
-    size = box[2:] // tf.bitwise.left_shift(1, _halvings(box, side))
-    small = tf.image.resize(cut, size, tf.image.ResizeMethod.AREA)
-    return tf.cast(tf.round(small), tf.uint8)
+def decode_jpeg(data: bytes, part: int = 1) -> Any:
+    """A JPEG at 1/part of its size, uint8 [H, W, 3] in 0..255, not turned; None where it can't be decoded.
+
+    At its own size it is what Pillow makes of it, to the bit, in less time.
+    """
+    return cv2.imdecode(np.frombuffer(data, np.uint8), FLAGS[part])
 
 
-def _decode(data: Any, box: Any, side: int, channels: int) -> Any:
-    """The crop of a JPEG, at 1, 1/2, 1/4 or 1/8 of its size."""
-
-    def scaled(halvings: int) -> Any:
-        ratio = 2**halvings
-        return lambda: tf.io.decode_and_crop_jpeg(
-            data, box // ratio, channels=channels, ratio=ratio, dct_method="INTEGER_ACCURATE"
-        )
-
-    return tf.switch_case(_halvings(box, side), [scaled(halvings) for halvings in range(4)])
+def part_of(box: np.ndarray, side: int) -> int:
+    """How small the image may become before a crop of it (top, left, height, width) gets smaller than `side`."""
+    return max(part for part in SIZES if part == 1 or min(box[2], box[3]) >= side * part)
 
 
-def _halvings(box: Any, side: int) -> Any:
-    """How often a crop can be halved, at most three times, and still be no smaller than `side`."""
-    return tf.reduce_sum(tf.cast(tf.minimum(box[2], box[3]) >= side * tf.constant([2, 4, 8]), tf.int32))
+def cut(pixels: np.ndarray, box: np.ndarray, part: int) -> np.ndarray:
+    """The crop, where `box` is that in the whole image and `pixels` are 1/part of it."""
+    top, left, height, width = (box // part).tolist()
+    return pixels[top : top + height, left : left + width]
+
+
+def shrunk(pixels: np.ndarray, part: int) -> np.ndarray:
+    """Pixels at 1/part of their size, by averaging blocks: what a JPEG does while it is decoded."""
+    if part == 1:
+        return pixels
+    height, width, channels = pixels.shape
+    padded = cv2.copyMakeBorder(pixels, 0, -height % part, 0, -width % part, cv2.BORDER_REPLICATE)
+    small = cv2.resize(padded, (padded.shape[1] // part, padded.shape[0] // part), interpolation=cv2.INTER_AREA)
+    return small.reshape(*small.shape[:2], channels)

@@ -84,14 +84,24 @@ class Split:
             encoded = self.store.read(rows)
         except OSError:
             encoded = [self._read_one(index) for index in indices]
+        contents = self.verdicts.sha256
         for index, row, data in zip(indices, rows, encoded, strict=True):
-            if hashlib.sha256(data).hexdigest().encode() != self.verdicts.sha256[row]:
+            if hashlib.sha256(data).hexdigest().encode() != contents[row]:
                 raise self._unreadable(index, "changed since the data set was opened")
         return encoded
 
     def example(self, index: int) -> np.ndarray:
         """Decoded example, uint8 [image_size, image_size, channels] in 0..255. Raises: ValueError as `read`."""
         return self.decode(index, self.read([index])[0])
+
+    def is_plain(self, index: int) -> bool:
+        """Whether it is a JPEG that OpenCV decodes to the same RGB picture as `decode_whole`."""
+        return self.view.channels == 3 and bool(self.verdicts.numbers("plain")[self.rows[index]])
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width as stored, before turning."""
+        row = self.rows[index]
+        return self.verdicts.numbers("height")[row], self.verdicts.numbers("width")[row]
 
     def decode(self, index: int, data: bytes) -> np.ndarray:
         """Its bytes as the view wants them. Raises: ValueError that names the example."""

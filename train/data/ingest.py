@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from train.data import verdicts
+from train.data.crop import decode_jpeg
 from train.data.decode import MAX_PIXELS, decode, is_upright, read_header
 from train.data.parts import Listing
 from train.data.verdicts import Draft, Verdicts
@@ -99,7 +100,7 @@ def look(data: bytes, label: int, limits: Limits) -> Look:
     except ValueError as error:
         return Look(*known, problem=str(error))
     plain = header.format == "JPEG" and header.mode in ("L", "RGB") and is_upright(data)
-    plain = plain and _shape_in_tensorflow(data) == pixels.shape[:2]
+    plain = plain and np.array_equal(pixels, decode_jpeg(data))
     return Look(*known, plain, *likeness(pixels))
 
 
@@ -117,16 +118,6 @@ def likeness(pixels: np.ndarray) -> tuple[int, bytes]:
     bits = np.packbits(rows[:, 1:] > rows[:, :-1])
     flat = not BITS <= np.bitwise_count(bits).sum() <= 64 - BITS
     return 0 if flat else int.from_bytes(bits.tobytes(), "big"), grey.resize((8, 8), Image.Resampling.BOX).tobytes()
-
-
-def _shape_in_tensorflow(data: bytes) -> tuple[int, int]:
-    import tensorflow as tf
-
-    try:
-        with tf.device("CPU:0"):
-            return tuple(tf.io.decode_jpeg(data, channels=3).shape[:2])
-    except tf.errors.InvalidArgumentError:  # Pillow has decoded it, and will
-        return 0, 0
 
 
 def _too_large(size: int, limits: Limits) -> str:
@@ -194,7 +185,7 @@ def _unchanged(listing: Listing, before: Verdicts | None) -> tuple[np.ndarray, n
 def _look(listing: Listing, rows: np.ndarray, limits: Limits, draft: Draft) -> None:
     """In threads, with a bar on a terminal where it takes a while.
 
-    A JPEG over which TensorFlow's decoder complains is left to Pillow: it would complain in every epoch, on the
+    A JPEG over which OpenCV's decoder complains is left to Pillow: it would complain in every epoch, on the
     terminal. Which one it was, it doesn't say; so where there was a complaint all are asked again, one by one.
     """
     with tempfile.TemporaryDirectory() as place, _aside(Path(place) / "said") as (said, terminal):
@@ -202,7 +193,7 @@ def _look(listing: Listing, rows: np.ndarray, limits: Limits, draft: Draft) -> N
             draft.fill(row, **vars(found))
         for row in rows[draft.numbers["plain"][rows]].tolist() if said() else ():
             before = said()
-            _shape_in_tensorflow(listing.store.read([row])[0])
+            decode_jpeg(listing.store.read([row])[0])
             draft.fill(row, plain=said() == before)
 
 

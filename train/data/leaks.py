@@ -107,14 +107,17 @@ def without_leaks(splits: dict[str, np.ndarray], leaks: Leaks) -> dict[str, np.n
 def sentences(leaks: Leaks, say: Callable[[int], str], label: Callable[[int], str]) -> tuple[list[str], list[str]]:
     """What is certain and what is only likely, with counts and the first names. say: row -> its name and split."""
     certain = [
-        _told("images are in two splits", leaks.shared, say),
-        _told("images have several labels", leaks.conflicts, lambda row: f"{say(row)} as {label(row)}"),
+        _told("image is", "images are", "in two splits", leaks.shared, say),
+        _told("image has", "images have", "several labels", leaks.conflicts, lambda row: f"{say(row)} as {label(row)}"),
     ]
-    return list(filter(None, certain)), list(
-        filter(None, [_told("pairs of images in two splits look alike", leaks.alike, say)])
-    )
+    likely = [
+        _told("pair of images in two splits looks", "pairs of images in two splits look", "alike", leaks.alike, say)
+    ]
+    return list(filter(None, certain)), list(filter(None, likely))
 
 
-def _told(text: str, groups: list[tuple[int, ...]], say: Callable[[int], str]) -> str:
+def _told(one: str, many: str, what: str, groups: list[tuple[int, ...]], say: Callable[[int], str]) -> str:
+    if not groups:
+        return ""
     first = "; ".join(" and ".join(map(say, group)) for group in groups[:NAMED])
-    return f"{len(groups)} {text} ({first}{'; ...' if len(groups) > NAMED else ''})" if groups else ""
+    return f"{len(groups)} {one if len(groups) == 1 else many} {what} ({first}{'; ...' if len(groups) > NAMED else ''})"

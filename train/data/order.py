@@ -37,12 +37,6 @@ def balanced(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
     return generator.permutation(np.concatenate(drawn))
 
 
-def key_of(seed: int, purpose: str, epoch: int) -> int:
-    """A number below 2**63 for stateless operations; an example's index is the other half of their seed."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()
-    return int.from_bytes(digest[16:24], "little") >> 1
-
-
 def uniform_rows(seed: int, purpose: str, epoch: int, examples: int, columns: int) -> np.ndarray:
     """Draws of an epoch: float32 [examples, columns] in [0, 1); row i belongs to example i, in whatever batch it comes.
 

@@ -67,11 +67,8 @@ def train_batches(
     places = np.stack([indices, np.arange(len(indices)) if balanced else indices], axis=1)
     places = places[first_batch * batch_size : steps * batch_size]
     draw = _Draws(seed, epoch, len(split))
-    if augmentation.crop:
-        images = _cropped(split, places, augmentation.crop, draw, threads)
-        stream = images.batch(batch_size)
-    else:
-        stream = _whole(split, places, batch_size, threads)
+    cropper = _cropper(split, augmentation.crop, draw) if augmentation.crop else None
+    stream = _images(split, places, batch_size, threads, cropper)
     if augmentation.paint:
         stream = _painted(stream, batch_size, augmentation.paint, draw, split.view.shape, threads)
     finish = _finish(split, augmentation, draw, num_classes, class_weights)
@@ -85,7 +82,7 @@ def eval_batches(split: Split, *, batch_size: int, num_classes: int, threads: in
     threads = threads or cores()
     finish = _finish(split, Augmentation(), None, num_classes, class_weights=False)
     everything = np.arange(len(split))
-    stream = _whole(split, np.stack([everything, everything], axis=1), batch_size, threads)
+    stream = _images(split, np.stack([everything, everything], axis=1), batch_size, threads)
     return _with_options(stream.map(finish, num_parallel_calls=threads, deterministic=True), threads)
 
 
@@ -104,74 +101,57 @@ class _Draws:
     def mixing(self, mix: Mix) -> Any:
         return _constant(mix.draws(self._seed, self._epoch, self._examples))
 
-    def key(self, purpose: str) -> int:
-        return order.key_of(self._seed, purpose, self._epoch)
-
 
 # ------------------------------------------------------------------------------------------ (place, images) of a split
 # A place is int64 [2]: the index of an example, and the row of its draws.
 
 
-def _whole(split: Split, places: np.ndarray, batch_size: int, threads: int) -> Any:
-    """Batches of (place [B, 2], images uint8 [B, S, S, C]), brought to the split's view."""
-    batches = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(batch_size)
-    if split.pixels == "memory":
+def _images(
+    split: Split, places: np.ndarray, batch_size: int, threads: int, cropper: Callable[..., np.ndarray] | None = None
+) -> Any:
+    """Batches of (place [B, 2], images uint8 [B, S, S, C]): cut out by the cropper, or brought to the split's view."""
+    if split.pixels == "memory" and cropper is None:
         pixels = split.images
+        batches = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(batch_size)
         return batches.map(lambda place: (place, tf.gather(pixels, place[:, 0])), threads, deterministic=True)
-    read, shape = reader(split), split.view.shape
-    # Read in chunks, so that several threads work at one batch.
+    make, shape = cropper or _whole(split), split.view.shape
+    # Made in chunks, so that several threads work at one batch.
     chunks = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(CHUNK)
 
     def chunk(place: Any) -> tuple[Any, Any]:
         # stateful=False: op determinism would otherwise run the calls one after the other.
-        pixels = tf.numpy_function(read, [place[:, 0]], tf.uint8, stateful=False)
-        return place, tf.ensure_shape(pixels, (None, *shape))
+        return place, tf.ensure_shape(tf.numpy_function(make, [place], tf.uint8, stateful=False), (None, *shape))
 
     return chunks.map(chunk, threads, deterministic=True).unbatch().batch(batch_size)
 
 
-def _cropped(split: Split, places: np.ndarray, crop_: Crop, draw: _Draws, threads: int) -> Any:
-    """Examples of (place, image uint8 [S, S, C]), cut out of the encoded images."""
-    view, key = split.view, draw.key(crop.PURPOSE)
-    draws = draw.table(crop.PURPOSE, crop.DRAWS)
-    channels = view.channels
-    kinds = {
-        "data": ((), tf.string), "size": ((2,), tf.int32), "plain": ((), tf.bool), "mirrored": ((), tf.bool),
-        "colors": ((2 * channels + 1, channels), tf.float32),
-    }  # fmt: skip
-
-    def read(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
-        indices, own = chunk[:, 0], draws[chunk[:, 1]]
-        found = [_decodable(split, index, data) for index, data in zip(indices, split.read(indices), strict=True)]
-        data, sizes, plain = zip(*found, strict=True)
-        return (
-            np.array(data, object), np.array(sizes, np.int32), np.array(plain),
-            crop_.mirrored(own), crop_.color_maps(own, channels),
-        )  # fmt: skip
-
-    def chunk(place: Any) -> tuple[Any, dict[str, Any]]:
-        found = tf.numpy_function(read, [place], [kind for _, kind in kinds.values()], stateful=False)
-        shapes = {name: (None, *shape) for name, (shape, _) in kinds.items()}
-        return place, {name: tf.ensure_shape(part, shapes[name]) for name, part in zip(kinds, found, strict=True)}
-
-    def example(place: Any, found: dict[str, Any]) -> tuple[Any, Any]:
-        seed = tf.stack([tf.constant(key, tf.int64), place[1]])
-        image = crop_.apply(**found, seed=seed, side=view.image_size, channels=channels)
-        return place, tf.ensure_shape(image, view.shape)
-
-    chunks = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(CHUNK)
-    encoded = chunks.map(chunk, threads, deterministic=True).unbatch()
-    return encoded.map(example, threads, deterministic=True)
+def _whole(split: Split) -> Callable[[np.ndarray], np.ndarray]:
+    """places int64 [N, 2] -> images as the view wants them, uint8 [N, S, S, C]."""
+    read = reader(split)
+    return lambda places: read(places[:, 0])
 
 
-def _decodable(split: Split, index: int, data: bytes) -> tuple[bytes, tuple[int, int], bool]:
-    """(bytes, (height, width), whether they are a JPEG for TensorFlow); else they are pixels, decoded by Pillow."""
-    row = split.rows[index]
-    if split.verdicts.plain(row):
-        height, width = (int(split.verdicts.numbers(name)[row]) for name in ("height", "width"))
-        return data, (height, width), True
-    pixels = split.decode_whole(index, data)
-    return pixels.tobytes(), pixels.shape[:2], False
+def _cropper(split: Split, crop_: Crop, draw: _Draws) -> Callable[[np.ndarray], np.ndarray]:
+    """places int64 [N, 2] -> crops of the encoded images, uint8 [N, S, S, C]."""
+    view, draws = split.view, draw.table(crop.PURPOSE, crop.DRAWS)
+    side, channels = view.image_size, view.channels
+
+    def crops(places: np.ndarray) -> np.ndarray:
+        indices, own = places[:, 0], draws[places[:, 1]]
+        images, pixels, sizes = np.empty((len(places), *view.shape), np.uint8), [], []
+        encoded = split.read(indices)
+        for index, data in zip(indices, encoded, strict=True):  # what is no plain JPEG is decoded at once
+            pixels.append(None if split.is_plain(index) else split.decode_whole(index, data))
+            sizes.append(split.size_of(index) if pixels[-1] is None else pixels[-1].shape[:2])
+        boxes, mirrored = crop_.boxes(np.array(sizes), own), crop_.mirrored(own)
+        colors = crop_.color_maps(own, channels)
+        for number, (data, whole) in enumerate(zip(encoded, pixels, strict=True)):
+            part = crop.part_of(boxes[number], side)
+            small = crop.decode_jpeg(data, part) if whole is None else crop.shrunk(whole, part)
+            images[number] = crop_.finish(crop.cut(small, boxes[number], part), mirrored[number], colors[number], side)
+        return images
+
+    return crops
 
 
 def _painted(stream: Any, batch_size: int, paint: Paint, draw: _Draws, shape: tuple[int, ...], threads: int) -> Any:

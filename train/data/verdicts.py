@@ -9,7 +9,7 @@ An Arrow file that `pandas.read_feather` and DuckDB open, one row per example, b
     sha256  64 hexadecimal digits, of the encoded bytes
     format  string   JPEG, PNG, GIF, BMP, WEBP
     width, height  int32  pixels as stored
-    plain   bool     a JPEG that TensorFlow decodes to the same upright picture
+    plain   bool     an upright JPEG that OpenCV decodes to the same pixels as Pillow
     likeness  uint64  difference hash of the picture; 0 where it is too small or too flat to be compared
     thumbnail  64 bytes  8x8 mean greys of the picture
     problem string   why it can't be used; empty: it can
@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from train.data import sealed
 
-VERSION = 3  # raised when what the table says, or how it is found out, changes
+VERSION = 4  # raised when what the table says, or how it is found out, changes
 IDENTITY = b"identity"
 
 
@@ -37,13 +37,16 @@ class Verdicts:
 
     identity: str
     table: Any
+    _arrays: dict[str, np.ndarray] = field(default_factory=dict)  # views of columns, which take a while to make
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def numbers(self, name: str) -> np.ndarray:
         """A column of numbers, [N]; not copied, except that of truths."""
-        return self.table[name].chunk(0).to_numpy(zero_copy_only=NUMBERS[name] is not np.bool_)
+        if name not in self._arrays:
+            self._arrays[name] = self.table[name].chunk(0).to_numpy(zero_copy_only=NUMBERS[name] is not np.bool_)
+        return self._arrays[name]
 
     @property
     def sha256(self) -> np.ndarray:
@@ -57,10 +60,10 @@ class Verdicts:
 
     def fixed(self, name: str) -> np.ndarray:
         """A column of 64 bytes each, uint8 [N, 64]; not copied."""
-        return np.frombuffer(self.table[name].chunk(0).buffers()[1], np.uint8)[: 64 * len(self)].reshape(-1, 64)
-
-    def plain(self, row: int) -> bool:
-        return self.table["plain"][int(row)].as_py()
+        if name not in self._arrays:
+            data = np.frombuffer(self.table[name].chunk(0).buffers()[1], np.uint8)
+            self._arrays[name] = data[: 64 * len(self)].reshape(-1, 64)
+        return self._arrays[name]
 
     def text(self, name: str, row: int) -> str:
         """The entry of a column of texts."""
