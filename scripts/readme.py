@@ -172,8 +172,7 @@ TABLES = {
 def written() -> str:
     """The README with its tables as the code has them now."""
     with runtime.stderr_into(Path(os.devnull)):  # TensorFlow's libraries talk while they are loaded
-        tables = {name: table() for name, table in TABLES.items()}
-    return TABLE.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", README.read_text())
+        return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", README.read_text())
 
 
 # -------------------------------------------------------------------------------------------------------- commands

@@ -286,6 +286,7 @@ def loaded_in_two_gib(root: Path, index: Path, limit: str = "RLIMIT_DATA") -> li
     return json.loads(done.out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_large_photographs_fit_into_two_gib(place: Path):
     fill(place / "root")
     for number in range(3):

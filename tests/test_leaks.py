@@ -178,7 +178,7 @@ def test_two_labels_in_two_splits_are_both_faults(root):
     share(root, "test/cat/3.png", "train/dog/same.png")
     said = message(load, root, "raise")
     assert said == (
-        f"{REFUSED} 1 image is in two splits (train/dog/same.png in train and test/cat/3.png in test); 1 images have "
+        f"{REFUSED} 1 image is in two splits (train/dog/same.png in train and test/cat/3.png in test); 1 image has "
         "several labels (train/dog/same.png in train as dog and test/cat/3.png in test as cat); " + MEND
     )
     loaded = load(root, "drop")
@@ -221,7 +221,8 @@ def save(image, path, **options):
 
 
 def alike(*pairs):
-    count = f"{len(pairs)} pairs of images in two splits look alike"
+    many = len(pairs) > 1
+    count = f"{len(pairs)} {'pairs' if many else 'pair'} of images in two splits {'look' if many else 'looks'} alike"
     return f"warning: {count} ({'; '.join(pairs)})"
 
 

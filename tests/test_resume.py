@@ -248,7 +248,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["epochs=1"], "epochs must stay as it was in the run, 2, got 1"),
         (["epochs=two"], "epochs must be a whole number, got two; use e.g. epochs=12"),
         (["precision=float16"], "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got float16"),
-        (["colour=red"], "colour is no key of this run; use one of run, accept, augment.name, "),
+        (["colour=red"], "colour is no key of this run; use one of run, accept, augment.cutmix, "),
         (["model=vgg16"], "model is no key of this run; use one of run, accept, "),
         (["again"], "words must be key=value, got again; use e.g. run=runs/latest"),
     ],

@@ -117,7 +117,7 @@ def test_the_data_is_described(finished: Finished):
     dataset = json.loads((finished.path / "dataset.json").read_text())
     assert dataset["counts"] == {"train": 1281, "validation": 176, "test": 340}
     assert [sum(dataset["class_counts"][split]) for split in dataset["counts"]] == [1281, 176, 340]
-    assert dataset["class_counts"]["test"] == [34, 26, 38, 40, 32, 34, 44, 37, 27, 28]
+    assert dataset["class_counts"]["test"] == [27, 39, 27, 41, 37, 32, 34, 39, 30, 34]
     assert len(set(dataset["splits"].values())) == 3
     assert (dataset["skipped"], dataset["leaks"]) == ([], {"shared": 0, "conflicts": 0, "alike": 0})
     assert "pixels: train, validation, test in memory (0.00 GiB)\n" in finished.done.out
@@ -163,8 +163,8 @@ def test_a_run_that_waited_for_its_data_says_so():
     "words",
     [
         ["augment.mixup=0.2", "augment.cutmix=1", "augment.erase=0.25", "data.class_weights=true"],
-        ["augment=randaugment", "data.balanced=true", "data.cache=disk"],
-        ["augment=inception", "data.cache=none"],
+        pytest.param(["augment=randaugment", "data.balanced=true", "data.cache=disk"], marks=pytest.mark.slow),
+        pytest.param(["augment=inception", "data.cache=none"], marks=pytest.mark.slow),
     ],
     ids=["mixed and weighted", "painted and balanced", "cropped from the files"],
 )

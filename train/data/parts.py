@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class FileStore:
         self.root, self.names, self.labels = root, names, labels
 
     def read(self, rows: Sequence[int]) -> list[bytes]:
-        return [self._read(f"{self.root}/{self.names[row]}") for row in rows]
+        return [self._read(os.path.join(self.root, self.names[row])) for row in rows]  # noqa: PTH118 - see _read
 
     @staticmethod
     def _read(path: str) -> bytes:
