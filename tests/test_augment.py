@@ -766,7 +766,7 @@ def cut(image, box, side=32):
     """As it is cut in a stream: `image` is a JPEG, or pixels."""
     box = np.array(box, np.int32)
     part = crop.part_of(box, side)
-    small = crop.decode_jpeg(image, part) if isinstance(image, bytes) else crop.shrunk(image, part)
+    small = decode.decode_jpeg(image, part) if isinstance(image, bytes) else crop.shrunk(image, part)
     found = crop.cut(small, box, part)
     assert found.dtype == np.uint8
     return found
@@ -783,13 +783,13 @@ def test_a_crop_is_halved_while_it_is_no_smaller_than_it_is_to_become():
 def test_a_jpeg_of_its_own_size_is_what_pillow_makes_of_it(options):
     for size in ((90, 120), (91, 133), (2, 3), (17, 8)):
         data = jpeg(noise(*size, 3), quality=70, **options)
-        np.testing.assert_array_equal(crop.decode_jpeg(data), decode.decode(data, 3))
+        np.testing.assert_array_equal(decode.decode_jpeg(data), decode.decode(data, 3))
         for part in (2, 4, 8):
-            assert crop.decode_jpeg(data, part).shape == (-(-size[0] // part), -(-size[1] // part), 3)
+            assert decode.decode_jpeg(data, part).shape == (-(-size[0] // part), -(-size[1] // part), 3)
     turned = Image.Exif()
     turned[decode.ORIENTATION] = 6
-    assert crop.decode_jpeg(jpeg(photo(90, 120), exif=turned)).shape == (90, 120, 3)
-    assert crop.decode_jpeg(b"gone") is None
+    assert decode.decode_jpeg(jpeg(photo(90, 120), exif=turned)).shape == (90, 120, 3)
+    assert decode.decode_jpeg(b"gone") is None
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -882,8 +882,8 @@ def test_raw_pixels_of_any_size_are_made_smaller_as_a_jpeg_is(size):
     data = jpeg(photo(*size))
     for part in (2, 4, 8):
         found = crop.shrunk(decode.decode(data, 3), part)
-        assert found.shape == crop.decode_jpeg(data, part).shape
-        assert np.abs(found.astype(float) - crop.decode_jpeg(data, part)).mean() < 1.5
+        assert found.shape == decode.decode_jpeg(data, part).shape
+        assert np.abs(found.astype(float) - decode.decode_jpeg(data, part)).mean() < 1.5
 
 
 def test_a_crop_is_never_decoded_smaller_than_it_is_to_become():

@@ -6,12 +6,11 @@ resizes and colours, and holds Python's lock for none of it; with TensorFlow's o
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 
-cv2.setNumThreads(1)  # the stream has threads of its own
+from train.data.decode import JPEG_PARTS
 
 PURPOSE = "crop"
 DRAWS = 9  # area, stretch, place (2), mirror, brightness, contrast, saturation, hue
@@ -19,14 +18,6 @@ BRIGHTNESS = 32.0  # of 255, added
 CONTRAST = SATURATION = 0.5  # around 1
 HUE = 0.2  # of the circle
 EVERY = 8  # the mean of an image is that of every eighth row
-SIZES = (1, 2, 4, 8)  # a JPEG can be decoded at one of these parts of its size
-UPRIGHT_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-FLAGS = {
-    1: UPRIGHT_RGB,
-    2: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in decode.py
 TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
@@ -125,17 +116,9 @@ def _hue(angle: np.ndarray) -> np.ndarray:
     return TO_YIQ.T @ turn @ np.linalg.inv(TO_YIQ).T
 
 
-def decode_jpeg(data: bytes, part: int = 1) -> Any:
-    """A JPEG at 1/part of its size, uint8 [H, W, 3] in 0..255, not turned; None where it can't be decoded.
-
-    At its own size it is what Pillow makes of it, to the bit, in less time.
-    """
-    return cv2.imdecode(np.frombuffer(data, np.uint8), FLAGS[part])
-
-
 def part_of(box: np.ndarray, side: int) -> int:
     """How small the image may become before a crop of it (top, left, height, width) gets smaller than `side`."""
-    return max(part for part in SIZES if part == 1 or min(box[2], box[3]) >= side * part)
+    return max(part for part in JPEG_PARTS if part == 1 or min(box[2], box[3]) >= side * part)
 
 
 def cut(pixels: np.ndarray, box: np.ndarray, part: int) -> np.ndarray:

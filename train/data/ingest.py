@@ -15,8 +15,7 @@ import numpy as np
 from PIL import Image
 
 from train.data import verdicts
-from train.data.crop import decode_jpeg
-from train.data.decode import MAX_PIXELS, decode, is_upright, read_header
+from train.data.decode import MAX_PIXELS, decode, decode_jpeg, is_upright, read_header
 from train.data.parts import Listing
 from train.data.verdicts import Draft, Verdicts
 from train.runtime import cores, stderr_into

@@ -15,6 +15,7 @@ from train.data import crop, order
 from train.data.augment import Augmentation
 from train.data.crop import Crop
 from train.data.dataset import Split
+from train.data.decode import decode_jpeg
 from train.data.mix import Mix
 from train.data.paint import Paint
 from train.data.pixels import reader
@@ -147,7 +148,7 @@ def _cropper(split: Split, crop_: Crop, draw: _Draws) -> Callable[[np.ndarray], 
         colors = crop_.color_maps(own, channels)
         for number, (data, whole) in enumerate(zip(encoded, pixels, strict=True)):
             part = crop.part_of(boxes[number], side)
-            small = crop.decode_jpeg(data, part) if whole is None else crop.shrunk(whole, part)
+            small = decode_jpeg(data, part) if whole is None else crop.shrunk(whole, part)
             images[number] = crop_.finish(crop.cut(small, boxes[number], part), mirrored[number], colors[number], side)
         return images
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import math
 import os
+import platform
 import shutil
 import uuid
 import zlib
@@ -26,14 +27,13 @@ TINY_BYTES = 4096  # encoded
 DISK_SHARE = 0.5  # of the free space; somebody else may want some, too
 GIB = 2**30
 INCOMPLETE = "incomplete-"
-PLACES = ("auto", "memory", "disk", "none")
 
 
 def place(dataset: Dataset, cache: str, ram_budget: float, crops: bool) -> tuple[Dataset, str]:
     """Says where the pixels of every split are kept, and tells it in a sentence.
 
-    cache: one of PLACES. ram_budget: GiB for all splits together. crops: whether training cuts its crops out of the
-    encoded images, so that there are no pixels of its to keep.
+    cache: auto, memory, disk or none. ram_budget: GiB for all splits together. crops: whether training cuts its crops
+    out of the encoded images, so that there are no pixels of its to keep.
 
     Raises: ValueError where they can't be kept as the user wants.
     """
@@ -153,7 +153,7 @@ def kept(split: Split) -> Path:
 
 def _keep(split: Split, folder: Path) -> None:
     """Whole or not at all; of two processes that do it at once, the first one's stays."""
-    temporary = folder.with_name(f"{INCOMPLETE}{os.getpid()}-{uuid.uuid4().hex}")
+    temporary = folder.with_name(f"{_mine()}{os.getpid()}-{uuid.uuid4().hex}")
     _remove_leftovers(folder.parent)
     temporary.mkdir(parents=True)
     try:
@@ -179,11 +179,18 @@ def _onto_disk(file: BinaryIO) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What processes that were killed have left."""
-    for left in folder.glob(f"{INCOMPLETE}*"):
-        process = left.name.removeprefix(INCOMPLETE).partition("-")[0]
-        if not Path("/proc", process).exists():
+    """What processes of this machine that were killed have left; another one may be at work in the same folder."""
+    for left in folder.glob(f"{_mine()}*"):
+        try:
+            os.kill(int(left.name.removeprefix(_mine()).partition("-")[0]), 0)
+        except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # it is alive, and somebody else's
+            continue
+
+
+def _mine() -> str:
+    return f"{INCOMPLETE}{platform.node()}-"
 
 
 def _all_decoded(split: Split) -> Iterator[tuple[int, np.ndarray]]:
