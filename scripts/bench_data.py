@@ -2,6 +2,7 @@
 
     python scripts/bench_data.py --report data.json                    (about 20 minutes)
     python scripts/bench_data.py --torch PYTHON                        (an interpreter that has PyTorch and Pillow)
+    python scripts/bench_data.py --images FOLDER                       (images of your own, too: FOLDER/class/*)
     python scripts/bench_data.py --memory --report memory.json         (peak memory from 1,000 to 1,000,000 examples)
     python scripts/bench_data.py --odd FOLDER --report odd.json        (what becomes of a folder of odd files)
 
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 FALL = 1.6  # how fast the amplitude of light falls with its frequency
 SIDE, BATCH, CLASSES = 224, 32, 4
-SETS = {"320x240": (320, 240, 2048), "1024x768": (1024, 768, 384), "32x32": (32, 32, 20_000)}
+SETS = {"320x240": (320, 240, 4096), "1024x768": (1024, 768, 384), "32x32": (32, 32, 20_000)}
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 CACHED_BATCH = 256
 
@@ -143,12 +144,13 @@ def only(stream: Any, threads: int) -> Any:
 
 Contestant = Callable[[Path, int], Callable[[], Iterable]]
 CROP, COLOR = "crop 224, flip", "crop 224, flip, colours"
+PHOTOS = ("320x240", "1024x768", "own")
 CONTESTANTS: dict[str, tuple[Contestant, tuple[str, ...]]] = {
-    "bare decoding": (bare, ("320x240", "1024x768")),
-    CROP: (lambda folder, threads: ours(folder, threads, "inception", color=0.0), ("320x240", "1024x768")),
-    COLOR: (lambda folder, threads: ours(folder, threads, "inception"), ("320x240", "1024x768")),
-    "Keras: flip, rotation, zoom": (keras_layers, ("320x240", "1024x768")),
-    "PyTorch DataLoader: crop 224, flip": (torch_loader, ("320x240", "1024x768")),
+    "bare decoding": (bare, PHOTOS),
+    CROP: (lambda folder, threads: ours(folder, threads, "inception", color=0.0), PHOTOS),
+    COLOR: (lambda folder, threads: ours(folder, threads, "inception"), PHOTOS),
+    "Keras: flip, rotation, zoom": (keras_layers, PHOTOS),
+    "PyTorch DataLoader: crop 224, flip": (torch_loader, PHOTOS),
     "in memory, 32 px: flip, padded crop": (
         lambda folder, threads: ours(folder, threads, "flip_crop", side=32, batch=CACHED_BATCH),
         ("32x32",),
@@ -244,20 +246,24 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All contestants in turn, several times; a row for each and each set of images."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-data-") as place:
-        for images, (width, height, number) in SETS.items():
+        for images in (*SETS, "own") if arguments.images else SETS:
             folder = Path(place) / images
             names = [name for name, (_, sets) in CONTESTANTS.items() if images in sets]
             names = [name for name in names if name != TORCH or arguments.torch]
             if not any(arguments.only in name for name in names):
                 continue
-            make_images(folder, width, height, number)
+            if images == "own":
+                folder.symlink_to(arguments.images.resolve())
+            else:
+                make_images(folder, *SETS[images])
             found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
             for _ in range(arguments.rounds):
                 for name in names:
                     words = ["--one", name, "--folder", str(folder), "--threads", str(arguments.threads)]
                     python = arguments.torch if name == TORCH else sys.executable
                     found[name].append(child([*words, "--seconds", str(arguments.seconds)], python))
-            rows += [row_of(images, name, results) for name, results in found.items()]
+            told = arguments.images.name if images == "own" else images
+            rows += [row_of(told, name, results) for name, results in found.items()]
             tell(rows[-len(names) :])
     return rows
 
@@ -364,6 +370,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="how long each measurement takes")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", default="", help="sets of images that have a contestant of this name")
+    parser.add_argument("--images", type=Path, help="a folder of your own images, to be measured as well")
     parser.add_argument("--torch", help="an interpreter that has PyTorch and Pillow")
     parser.add_argument("--memory", action="store_true", help="measure memory by number of examples instead")
     parser.add_argument("--odd", type=Path, help="look at the files of this folder, listed in its index.json, instead")

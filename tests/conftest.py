@@ -59,6 +59,15 @@ def run_command(*words: str, env: dict[str, str] | None = None, timeout: float =
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def message(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The line that it refuses with."""
+    with pytest.raises(ValueError) as caught:
+        function(*arguments, **options)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
 @dataclass
 class Finished:
     """A finished run: what it printed, its folder, its MLflow store."""

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import message
 from PIL import Image
 
 from train.data import augment, crop, decode, mix, order, paint
@@ -36,14 +37,6 @@ def in_map(apply, *inputs):
     """The same, of the whole batch, inside Dataset.map."""
     found = next(iter(tf.data.Dataset.from_tensors(inputs).map(apply)))
     return [part.numpy() for part in found] if isinstance(found, tuple) else found.numpy()
-
-
-def message(function, *arguments, **options):
-    with pytest.raises(ValueError) as caught:
-        function(*arguments, **options)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
 
 
 # ------------------------------------------------------------------------------------------------------------ by name
@@ -496,7 +489,14 @@ def finish(pixels, draws, side=None, mirrored=False, **options):
     """`pixels` as a crop of its own size, or of another."""
     chosen = augment.inception(**options).crop
     [colors] = chosen.color_maps(draws, pixels.shape[-1])
-    return chosen.finish(pixels, mirrored, colors, side or len(pixels))
+    return filled(chosen, pixels, mirrored, colors, side or len(pixels))
+
+
+def filled(chosen, pixels, mirrored, colors, side):
+    """What `finish` puts into memory that held something else."""
+    image = np.full((side, side, pixels.shape[-1]), 77, np.uint8)
+    assert chosen.finish(pixels, mirrored, colors, image) is None
+    return image
 
 
 def far(found, expected):
@@ -601,7 +601,7 @@ def test_pixels_are_rounded_once_half_to_even(shape, channels):
         expected, twice = (
             np.clip(np.rint(distort(values.astype(float), row[None])), 0, 255) for values in (resized, np.rint(resized))
         )
-        found = CROP.finish(pixels, False, colors, 32)
+        found = filled(CROP, pixels, False, colors, 32)
         np.testing.assert_array_equal(found, expected)
         differ += (found != twice).sum()
     assert (differ > 0) == (shape != (32, 32))
@@ -789,7 +789,8 @@ def test_a_jpeg_of_its_own_size_is_what_pillow_makes_of_it(options):
     turned = Image.Exif()
     turned[decode.ORIENTATION] = 6
     assert decode.decode_jpeg(jpeg(photo(90, 120), exif=turned)).shape == (90, 120, 3)
-    assert decode.decode_jpeg(b"gone") is None
+    with pytest.raises(ValueError):
+        decode.decode_jpeg(b"gone")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

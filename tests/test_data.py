@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import message
 from PIL import Image
 
 import train.data
@@ -107,14 +108,6 @@ def looked(monkeypatch):
     seen, look = [], ingest.look
     monkeypatch.setattr(ingest, "look", lambda data, *others: seen.append(data) or look(data, *others))
     return seen
-
-
-def message(function, *arguments, **options):
-    with pytest.raises(ValueError) as caught:
-        function(*arguments, **options)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
 
 
 # ------------------------------------------------------------------------------------------- importing and checking

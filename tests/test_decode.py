@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import message
 from PIL import Image
 
 from train.data import decode
@@ -15,14 +16,6 @@ from train.data.decode import Header, View
 
 FORMATS = "no image of a known format (JPEG, PNG, GIF, BMP, WEBP)"
 BACKGROUND = (10, 200, 70)
-
-
-def message(function, *arguments, **options):
-    with pytest.raises(ValueError) as caught:
-        function(*arguments, **options)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
 
 
 def encode(image, kind="PNG", **options):

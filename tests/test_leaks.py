@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import message
 from PIL import Image
 
 import train.data
@@ -43,14 +44,6 @@ def share(root, one, *others):
 def load(root, on_leak="warn", **options):
     options = {"image_size": 4, "channels": 3} | options
     return train.data.load("folder", str(root.parent / "data"), root=str(root), on_leak=on_leak, **options)
-
-
-def message(function, *arguments, **options):
-    with pytest.raises(ValueError) as caught:
-        function(*arguments, **options)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
 
 
 def ids(split):

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import message
 from PIL import Image
 
 import train.data
@@ -19,14 +20,6 @@ def write_image(path, value=0, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(value).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
-
-
-def message(function, *arguments, **options):
-    with pytest.raises(ValueError) as caught:
-        function(*arguments, **options)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Where decoded pixels are kept: chosen by the room there is, made once, and checked whenever they are read."""
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -7,10 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import message
 from PIL import Image
 
 import train.data
-from train.data import augment, dataset, pipeline, pixels
+from train.data import augment, dataset, pipeline, pixels, threads
 from train.data.parts import FileStore
 
 COUNTS = {"train": 20, "validation": 6, "test": 10}
@@ -50,14 +53,6 @@ def decoded(monkeypatch):
     calls, decode_resized = [], dataset.decode_resized
     monkeypatch.setattr(dataset, "decode_resized", lambda *arguments: calls.append(1) or decode_resized(*arguments))
     return calls
-
-
-def message(function, *arguments, **options):
-    with pytest.raises(ValueError) as caught:
-        function(*arguments, **options)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
 
 
 def where(placed):
@@ -232,7 +227,7 @@ def test_the_three_ways_give_the_pixels_of_the_examples(opened):
 def test_more_examples_than_a_thread_takes_at_once_come_in_order(root, tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "CHUNK", 3)
     for limit in (0, 4096):  # many threads; one
-        monkeypatch.setattr(pixels, "TINY_BYTES", limit)
+        monkeypatch.setattr(threads, "TINY_BYTES", limit)
         opened = load(root, tmp_path / str(limit))
         np.testing.assert_array_equal(pixels.in_memory(opened.train), exact(opened.train))
 
@@ -366,6 +361,19 @@ def test_an_example_that_is_broken_is_named_and_nothing_is_kept(root, tmp_path):
     assert message(pixels.Kept, split) == said
     assert message(pixels.in_memory, split) == said
     assert left(tmp_path / "data") == []
+
+
+def test_what_a_killed_process_has_left_is_removed_and_nothing_else(opened, tmp_path):
+    place = tmp_path / "data/.pixels"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, elsewhere = platform.node(), f"{platform.node()}-2"
+    others = [f"incomplete-{here}-{os.getpid()}-aa", f"incomplete-{here}-1-bb", f"incomplete-{elsewhere}-{dead.pid}-cc"]
+    for name in (f"incomplete-{here}-{dead.pid}-dd", *others):
+        (place / name).mkdir(parents=True)
+        (place / name / "pixels.npy").write_bytes(b"half")
+    pixels.Kept(opened.test)
+    assert left(tmp_path / "data") == sorted([*others, pixels.kept(opened.test).name])
 
 
 # -------------------------------------------------------------------------------------- no room, no right, two at once

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
+from conftest import message
 from PIL import Image
 
 import train.data
@@ -117,14 +119,6 @@ def images_of(batches):
 
 def labels_of(batches):
     return np.concatenate([batch[1] for batch in batches])
-
-
-def message(function, *arguments, **options):
-    with pytest.raises(ValueError) as caught:
-        function(*arguments, **options)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
 
 
 class Counting:
@@ -409,6 +403,13 @@ def test_another_image_in_the_place_of_one_is_named(folder, tmp_path):
         assert f"{folder / split.id_of(5)} (changed since the data set was opened)" in broken(stream)
 
 
+def test_a_jpeg_that_only_another_decoder_could_read_is_named(photos, monkeypatch):
+    refusal = ValueError("no such marker")
+    monkeypatch.setattr(dataset, "decode_jpeg", Mock(side_effect=refusal))
+    said = broken(pipeline.train_batches(photos, augmentation=INCEPTION, batch_size=4, seed=0, epoch=0, num_classes=3))
+    assert said.endswith(".jpg (no such marker); use the data as it was")
+
+
 def test_an_image_above_the_usual_limit_is_read_where_the_user_allows_it(folder, tmp_path):
     Image.new("1", (7072, 7072), 1).save(folder / "train" / "cat" / "huge.png")
     loaded = load_folder(folder, tmp_path, max_pixels=60_000_000)
@@ -522,7 +523,9 @@ def test_a_crop_has_the_colours_of_its_own_draws(photos):
     for index in names:
         pixels = decode.decode(photos.read([index])[0], 3)
         cut = cut_by_hand(pixels, box_of(index, pixels.shape[:2]))
-        np.testing.assert_array_equal(found[index], INCEPTION.crop.finish(cut, turned[index], maps[index], 32))
+        expected = np.empty((32, 32, 3), np.uint8)
+        INCEPTION.crop.finish(cut, turned[index], maps[index], expected)
+        np.testing.assert_array_equal(found[index], expected)
 
 
 def test_a_turned_jpeg_would_be_another_picture_without_turning(photos):

@@ -1,16 +1,19 @@
 """Inception's random resized crop with distorted colours, at the size that is needed.
 
-Where the crop lies and the map of its colours are worked out for many examples at once, in NumPy. OpenCV decodes,
-resizes and colours, and holds Python's lock for none of it; with TensorFlow's operations the whole took twice as long.
+Where the crop lies and the map of its colours are worked out for many examples at once, in NumPy. OpenCV resizes and
+colours, and holds Python's lock for none of it; with TensorFlow's operations the whole took twice as long.
 """
 
 import math
+import threading
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from train.data.decode import JPEG_PARTS
+
+cv2.setNumThreads(1)  # whoever crops has threads of its own
 
 PURPOSE = "crop"
 DRAWS = 9  # area, stretch, place (2), mirror, brightness, contrast, saturation, hue
@@ -82,21 +85,38 @@ class Crop:
         rows = np.concatenate([turn * contrast, turn * (1 - contrast), offset], axis=1)
         return rows.swapaxes(1, 2).astype(np.float32)
 
-    def finish(self, pixels: np.ndarray, mirrored: bool, colors: np.ndarray, side: int) -> np.ndarray:
-        """A crop uint8 [h, w, C] in 0..255 as uint8 [side, side, C]; rounded once. colors: one of `color_maps`."""
-        channels = pixels.shape[2]
-        image = cv2.resize(pixels.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
-        image = image.reshape(side, side, channels)  # OpenCV drops a single channel
+    def finish(self, pixels: np.ndarray, mirrored: bool, colors: np.ndarray, image: np.ndarray) -> None:
+        """Fills `image` uint8 [side, side, C] from a crop uint8 [h, w, C] in 0..255; rounded once.
+
+        colors: one of `color_maps`.
+        """
+        side, _, channels = image.shape
+        exact = _scratch("exact", pixels.shape, np.float32)
+        np.copyto(exact, pixels)
+        sized = _scratch("sized", image.shape, np.float32)
+        cv2.resize(exact, (side, side), sized, interpolation=cv2.INTER_LINEAR)
         if self.color:
             affine = np.empty((channels, channels + 1), np.float32)
             affine[:, :-1] = colors[:, :channels]
-            affine[:, -1] = colors[:, channels:-1] @ cv2.mean(image[::EVERY])[:channels] + colors[:, -1]
-            image = cv2.transform(image, affine)
-            image = np.maximum(image, 0, out=image)  # what follows would take the amount of what is negative
-        image = cv2.convertScaleAbs(image)  # rounds, and ends at 255
+            affine[:, -1] = colors[:, channels:-1] @ cv2.mean(sized[::EVERY])[:channels] + colors[:, -1]
+            cv2.transform(sized, affine, sized)
+            cv2.threshold(sized, 0, 0, cv2.THRESH_TOZERO, sized)  # below 0 the amount would be taken
+        rounded = _scratch("rounded", image.shape, np.uint8) if mirrored else image
+        cv2.convertScaleAbs(sized, rounded)  # ends at 255
         if mirrored:
-            image = cv2.flip(image, 1)
-        return image.reshape(side, side, channels)
+            cv2.flip(rounded, 1, image)
+
+
+_kept = threading.local()
+
+
+def _scratch(name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """Memory of this thread, for something of that name; fresh one for every image took longer than the work in it."""
+    size = math.prod(shape)
+    held = vars(_kept).get(name)
+    if held is None or held.size < size:
+        held = vars(_kept)[name] = np.empty(size, kind)
+    return held[:size].reshape(shape)
 
 
 def _saturation(amount: np.ndarray) -> np.ndarray:

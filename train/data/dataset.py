@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.decode import View, decode, decode_resized
+from train.data.decode import View, decode, decode_jpeg, decode_resized
 from train.data.fingerprint import digest, fingerprint
 from train.data.folder import list_folder
 from train.data.ingest import Limits, ingest
@@ -95,7 +95,7 @@ class Split:
         return self.decode(index, self.read([index])[0])
 
     def is_plain(self, index: int) -> bool:
-        """Whether it is a JPEG that OpenCV decodes to the same RGB picture as `decode_whole`."""
+        """Whether `decode_plain` decodes it to the same picture as `decode_whole`."""
         return self.view.channels == 3 and bool(self.verdicts.numbers("plain")[self.rows[index]])
 
     def size_of(self, index: int) -> tuple[int, int]:
@@ -110,6 +110,10 @@ class Split:
     def decode_whole(self, index: int, data: bytes) -> np.ndarray:
         """Its bytes as uint8 [H, W, channels], in its own size. Raises: ValueError that names the example."""
         return self._named(index, lambda: decode(data, self.view.channels, self.view.background, max_pixels=None))
+
+    def decode_plain(self, index: int, data: bytes, part: int) -> np.ndarray:
+        """Its bytes, a plain JPEG's, as uint8 [H, W, 3] at 1/part of its size. Raises: ValueError that names it."""
+        return self._named(index, lambda: decode_jpeg(data, part))
 
     def _named(self, index: int, work: Callable[[], np.ndarray]) -> np.ndarray:
         try:

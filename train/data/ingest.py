@@ -1,27 +1,19 @@
 """Every example opened once, under limits; the verdicts are kept, and only what changed is looked at again."""
 
 import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import TextIO
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
-from train.data import verdicts
-from train.data.decode import MAX_PIXELS, decode, decode_jpeg, is_upright, read_header
+from train.data import threads, verdicts
+from train.data.decode import MAX_PIXELS, Header, decode, decode_jpeg, is_upright, read_header
 from train.data.parts import Listing
 from train.data.verdicts import Draft, Verdicts
-from train.runtime import cores, stderr_into
+from train.runtime import cores
 
 CHUNK = 64  # examples that a thread looks at before it reports
-TINY_BYTES = 4096  # encoded
 NAMED = 10  # how many broken examples an error names; it counts them all
 ALIKE_PIXELS = 64  # smaller pictures of different things look alike
 BITS = 8  # a difference hash with fewer bits set, or unset, is that of a flat picture
@@ -98,9 +90,16 @@ def look(data: bytes, label: int, limits: Limits) -> Look:
         pixels = decode(data, 3, max_pixels=limits.max_pixels)
     except ValueError as error:
         return Look(*known, problem=str(error))
-    plain = header.format == "JPEG" and header.mode in ("L", "RGB") and is_upright(data)
-    plain = plain and np.array_equal(pixels, decode_jpeg(data))
-    return Look(*known, plain, *likeness(pixels))
+    return Look(*known, _is_plain(header, data, pixels), *likeness(pixels))
+
+
+def _is_plain(header: Header, data: bytes, pixels: np.ndarray) -> bool:
+    if header.format != "JPEG" or header.mode not in ("L", "RGB") or not is_upright(data):
+        return False
+    try:
+        return np.array_equal(pixels, decode_jpeg(data))
+    except ValueError:
+        return False
 
 
 def likeness(pixels: np.ndarray) -> tuple[int, bytes]:
@@ -182,57 +181,30 @@ def _unchanged(listing: Listing, before: Verdicts | None) -> tuple[np.ndarray, n
 
 
 def _look(listing: Listing, rows: np.ndarray, limits: Limits, draft: Draft) -> None:
-    """In threads, with a bar on a terminal where it takes a while.
-
-    A JPEG over which OpenCV's decoder complains is left to Pillow: it would complain in every epoch, on the
-    terminal. Which one it was, it doesn't say; so where there was a complaint all are asked again, one by one.
-    """
-    with tempfile.TemporaryDirectory() as place, _aside(Path(place) / "said") as (said, terminal):
-        for row, found in _in_threads(listing, rows, limits, terminal):
-            draft.fill(row, **vars(found))
-        for row in rows[draft.numbers["plain"][rows]].tolist() if said() else ():
-            before = said()
-            decode_jpeg(listing.store.read([row])[0])
-            draft.fill(row, plain=said() == before)
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[tuple[Callable[[], int], TextIO]]:
-    """Standard error goes to a file: how much is in it, and the terminal that it was."""
-    with os.fdopen(os.dup(2), "w") as terminal, stderr_into(path):
-        yield lambda: path.stat().st_size, terminal
-
-
-def _in_threads(listing: Listing, rows: np.ndarray, limits: Limits, terminal: TextIO) -> Iterator[tuple[int, Look]]:
+    """In threads, with a bar on a terminal where it takes a while."""
     from rich.console import Console
     from rich.progress import Progress
 
-    chunks = (rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK))
-    workers = _workers(listing, rows)
-    with (
-        Progress(console=Console(file=terminal), transient=True, disable=not terminal.isatty()) as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    chunks = [rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK)]
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("looking at the data, once", total=len(rows))
-        waiting = [pool.submit(_look_at, listing, chunk, limits) for chunk in islice(chunks, 2 * workers)]
-        while waiting:
-            done = waiting.pop(0).result()
-            waiting += [pool.submit(_look_at, listing, chunk, limits) for chunk in islice(chunks, 1)]
-            bar.advance(task, len(done))
-            yield from done
+        for looks in threads.in_order(partial(_look_at, listing, limits), chunks, _workers(listing, rows)):
+            for row, found in looks:
+                draft.fill(row, **vars(found))
+            bar.advance(task, len(looks))
 
 
 def _workers(listing: Listing, rows: np.ndarray) -> int:
-    # Threads that decode tiny images only wait for the interpreter's lock: two took 1.5 times as long as one.
     if listing.stamps is not None:
-        return 1 if listing.stamps[rows[0], 0] < TINY_BYTES else cores()
+        return threads.decoders(listing.stamps[rows[0], 0])
     try:
-        return 1 if len(listing.store.read(rows[:1].tolist())[0]) < TINY_BYTES else cores()
+        return threads.decoders(len(listing.store.read(rows[:1].tolist())[0]))
     except OSError:
         return cores()
 
 
-def _look_at(listing: Listing, rows: list[int], limits: Limits) -> list[tuple[int, Look]]:
+def _look_at(listing: Listing, limits: Limits, rows: list[int]) -> list[tuple[int, Look]]:
     try:
         read = listing.store.read_labelled(rows) if not _any_large(listing, rows, limits) else None
     except OSError:

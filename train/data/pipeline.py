@@ -4,6 +4,7 @@ Where the pixels of a split are kept changes no bit: gathered from memory, read 
 crop out of the encoded image there is nothing to keep, and the crop is decoded each time.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +16,16 @@ from train.data import crop, order
 from train.data.augment import Augmentation
 from train.data.crop import Crop
 from train.data.dataset import Split
-from train.data.decode import decode_jpeg
 from train.data.mix import Mix
 from train.data.paint import Paint
 from train.data.pixels import reader
 from train.runtime import cores
 
 PREFETCH = 2  # batches; fixed, because an automatic depth takes memory as it likes
-CHUNK = 16  # examples read by one call
+ALIGNMENT = 64  # bytes
 
 Finish = Callable[[Any, Any], tuple]
+Images = Callable[[Any], Any]  # places int64 [B, 2] -> uint8 [B, S, S, C], of tensors
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
@@ -69,11 +70,11 @@ def train_batches(
     places = places[first_batch * batch_size : steps * batch_size]
     draw = _Draws(seed, epoch, len(split))
     cropper = _cropper(split, augmentation.crop, draw) if augmentation.crop else None
-    stream = _images(split, places, batch_size, threads, cropper)
+    images = _images(split, cropper)
     if augmentation.paint:
-        stream = _painted(stream, batch_size, augmentation.paint, draw, split.view.shape, threads)
+        images = _painted(images, augmentation.paint, draw, split.view.shape)
     finish = _finish(split, augmentation, draw, num_classes, class_weights)
-    return _with_options(stream.map(finish, num_parallel_calls=threads, deterministic=True), threads)
+    return _batches(places, batch_size, images, finish, threads)
 
 
 def eval_batches(split: Split, *, batch_size: int, num_classes: int, threads: int | None = None) -> Any:
@@ -83,8 +84,19 @@ def eval_batches(split: Split, *, batch_size: int, num_classes: int, threads: in
     threads = threads or cores()
     finish = _finish(split, Augmentation(), None, num_classes, class_weights=False)
     everything = np.arange(len(split))
-    stream = _images(split, np.stack([everything, everything], axis=1), batch_size, threads)
-    return _with_options(stream.map(finish, num_parallel_calls=threads, deterministic=True), threads)
+    return _batches(np.stack([everything, everything], axis=1), batch_size, _images(split), finish, threads)
+
+
+def _batches(places: np.ndarray, batch_size: int, images: Images, finish: Finish, threads: int) -> Any:
+    """Every thread makes a batch of its own: examples that are gathered from several are copied, and wait."""
+    stream = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(batch_size)
+    stream = stream.map(lambda place: finish(place, images(place)), threads, deterministic=True)
+    options = tf.data.Options()
+    options.deterministic = True
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    options.autotune.enabled = False
+    return stream.with_options(options).prefetch(PREFETCH)
 
 
 class _Draws:
@@ -103,31 +115,20 @@ class _Draws:
         return _constant(mix.draws(self._seed, self._epoch, self._examples))
 
 
-# ------------------------------------------------------------------------------------------ (place, images) of a split
+# ------------------------------------------------------------------------------------------------- images of a split
 # A place is int64 [2]: the index of an example, and the row of its draws.
 
 
-def _images(
-    split: Split, places: np.ndarray, batch_size: int, threads: int, cropper: Callable[..., np.ndarray] | None = None
-) -> Any:
-    """Batches of (place [B, 2], images uint8 [B, S, S, C]): cut out by the cropper, or brought to the split's view."""
+def _images(split: Split, cropper: Callable[[np.ndarray], np.ndarray] | None = None) -> Images:
+    """Images cut out by the cropper, or as the split's view wants them."""
     if split.pixels == "memory" and cropper is None:
         pixels = split.images
-        batches = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(batch_size)
-        return batches.map(lambda place: (place, tf.gather(pixels, place[:, 0])), threads, deterministic=True)
-    make, shape = cropper or _whole(split), split.view.shape
-    # Made in chunks, so that several threads work at one batch.
-    chunks = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(CHUNK)
-
-    def chunk(place: Any) -> tuple[Any, Any]:
-        # stateful=False: op determinism would otherwise run the calls one after the other.
-        return place, tf.ensure_shape(tf.numpy_function(make, [place], tf.uint8, stateful=False), (None, *shape))
-
-    return chunks.map(chunk, threads, deterministic=True).unbatch().batch(batch_size)
+        return lambda places: tf.gather(pixels, places[:, 0])
+    make = cropper or _whole(split)
+    return lambda places: _in_numpy(make, places, shape=split.view.shape)
 
 
 def _whole(split: Split) -> Callable[[np.ndarray], np.ndarray]:
-    """places int64 [N, 2] -> images as the view wants them, uint8 [N, S, S, C]."""
     read = reader(split)
     return lambda places: read(places[:, 0])
 
@@ -135,34 +136,45 @@ def _whole(split: Split) -> Callable[[np.ndarray], np.ndarray]:
 def _cropper(split: Split, crop_: Crop, draw: _Draws) -> Callable[[np.ndarray], np.ndarray]:
     """places int64 [N, 2] -> crops of the encoded images, uint8 [N, S, S, C]."""
     view, draws = split.view, draw.table(crop.PURPOSE, crop.DRAWS)
-    side, channels = view.image_size, view.channels
 
     def crops(places: np.ndarray) -> np.ndarray:
         indices, own = places[:, 0], draws[places[:, 1]]
-        images, pixels, sizes = np.empty((len(places), *view.shape), np.uint8), [], []
+        images, pixels, sizes = _aligned((len(places), *view.shape)), [], []
         encoded = split.read(indices)
         for index, data in zip(indices, encoded, strict=True):  # what is no plain JPEG is decoded at once
             pixels.append(None if split.is_plain(index) else split.decode_whole(index, data))
             sizes.append(split.size_of(index) if pixels[-1] is None else pixels[-1].shape[:2])
         boxes, mirrored = crop_.boxes(np.array(sizes), own), crop_.mirrored(own)
-        colors = crop_.color_maps(own, channels)
-        for number, (data, whole) in enumerate(zip(encoded, pixels, strict=True)):
-            part = crop.part_of(boxes[number], side)
-            small = decode_jpeg(data, part) if whole is None else crop.shrunk(whole, part)
-            images[number] = crop_.finish(crop.cut(small, boxes[number], part), mirrored[number], colors[number], side)
+        colors = crop_.color_maps(own, view.channels)
+        for number, (index, data, whole) in enumerate(zip(indices, encoded, pixels, strict=True)):
+            part = crop.part_of(boxes[number], view.image_size)
+            small = split.decode_plain(index, data, part) if whole is None else crop.shrunk(whole, part)
+            crop_.finish(crop.cut(small, boxes[number], part), mirrored[number], colors[number], images[number])
         return images
 
     return crops
 
 
-def _painted(stream: Any, batch_size: int, paint: Paint, draw: _Draws, shape: tuple[int, ...], threads: int) -> Any:
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 of any content. TensorFlow takes over an array whose memory begins at such a place, and copies others."""
+    size = math.prod(shape)
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].reshape(shape)
+
+
+def _painted(images: Images, paint: Paint, draw: _Draws, shape: tuple[int, ...]) -> Images:
     draws = draw.rows("paint", paint.columns)
 
-    def example(place: Any, image: Any) -> tuple[Any, Any]:
-        painted = tf.numpy_function(paint.apply, [image, draws[place[1]]], tf.uint8, stateful=False)
-        return place, tf.ensure_shape(painted, shape)
+    def apply(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        return np.stack([paint.apply(*pair) for pair in zip(images, draws, strict=True)])
 
-    return stream.unbatch().map(example, threads, deterministic=True).batch(batch_size)
+    return lambda places: _in_numpy(apply, images(places), tf.gather(draws, places[:, 1]), shape=shape)
+
+
+def _in_numpy(make: Callable[..., np.ndarray], *given: Any, shape: tuple[int, ...]) -> Any:
+    # stateful=False: op determinism would otherwise run the calls one after the other.
+    return tf.ensure_shape(tf.numpy_function(make, given, tf.uint8, stateful=False), (None, *shape))
 
 
 # --------------------------------------------------------------------------------------------------- what comes of it
@@ -200,15 +212,6 @@ def weights_of(labels: np.ndarray) -> np.ndarray:
 def _constant(values: np.ndarray) -> Any:
     with tf.device("CPU:0"):
         return tf.constant(values)
-
-
-def _with_options(stream: Any, threads: int) -> Any:
-    options = tf.data.Options()
-    options.deterministic = True
-    options.threading.private_threadpool_size = threads
-    options.threading.max_intra_op_parallelism = 1
-    options.autotune.enabled = False
-    return stream.with_options(options).prefetch(PREFETCH)
 
 
 def example_error(error: Exception) -> str | None:

@@ -9,21 +9,18 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from train.data import decode
+from train.data import decode, threads
 from train.data.dataset import Dataset, Split
-from train.runtime import cores
 
 CHUNK = 256  # examples that a thread decodes at once
-TINY_BYTES = 4096  # encoded
 DISK_SHARE = 0.5  # of the free space; somebody else may want some, too
 GIB = 2**30
 INCOMPLETE = "incomplete-"
@@ -195,19 +192,7 @@ def _mine() -> str:
 
 def _all_decoded(split: Split) -> Iterator[tuple[int, np.ndarray]]:
     """(first index, pixels) in order, decoded by threads."""
-    starts = iter(range(0, len(split), CHUNK))
-    with ThreadPoolExecutor(_threads(split)) as pool:
-
-        def ahead(start: int) -> Any:
-            return start, pool.submit(decoded, split, range(start, min(start + CHUNK, len(split))))
-
-        waiting = [ahead(start) for start in islice(starts, 2 * cores())]
-        while waiting:
-            start, result = waiting.pop(0)
-            waiting += [ahead(following) for following in islice(starts, 1)]
-            yield start, result.result()
-
-
-def _threads(split: Split) -> int:
-    # Threads that decode tiny images only wait for the interpreter's lock: two took 1.5 times as long as one.
-    return 1 if split.verdicts.numbers("size")[split.rows[0]] < TINY_BYTES else cores()
+    starts = range(0, len(split), CHUNK)
+    chunks = [range(start, min(start + CHUNK, len(split))) for start in starts]
+    workers = threads.decoders(split.verdicts.numbers("size")[split.rows[0]])
+    return zip(starts, threads.in_order(partial(decoded, split), chunks, workers), strict=True)

@@ -9,7 +9,7 @@ An Arrow file that `pandas.read_feather` and DuckDB open, one row per example, b
     sha256  64 hexadecimal digits, of the encoded bytes
     format  string   JPEG, PNG, GIF, BMP, WEBP
     width, height  int32  pixels as stored
-    plain   bool     an upright JPEG that OpenCV decodes to the same pixels as Pillow
+    plain   bool     an upright JPEG that simplejpeg decodes to the same pixels as Pillow
     likeness  uint64  difference hash of the picture; 0 where it is too small or too flat to be compared
     thumbnail  64 bytes  8x8 mean greys of the picture
     problem string   why it can't be used; empty: it can
@@ -27,7 +27,7 @@ import numpy as np
 
 from train.data import sealed
 
-VERSION = 4  # raised when what the table says, or how it is found out, changes
+VERSION = 5  # raised when what the table says, or how it is found out, changes
 IDENTITY = b"identity"
 
 

@@ -10,7 +10,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-COMPUTING = ("tensorflow", "keras", "numpy", "pillow", "opencv-python-headless")
+COMPUTING = ("tensorflow", "keras", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "hydra-core", "mlflow")
 
 
