@@ -106,7 +106,7 @@ test-all: $(STAMP) ## all tests, the long ones too
 torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
 	@$(BIN)/python scripts/torture.py $(ARGS)
 
-bench-data: $(STAMP) ## how fast images come, beside bare decoding, Keras and PyTorch (about 15 minutes)
+bench-data: $(STAMP) ## how fast images come, beside bare decoding, Keras and PyTorch (about 25 minutes)
 	@$(BIN)/python scripts/bench_data.py $(ARGS)
 
 bench: $(STAMP) ## what the safeguards cost, measured side by side (about 20 minutes on a quiet machine)

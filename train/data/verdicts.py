@@ -27,6 +27,9 @@ import numpy as np
 
 from train.data import sealed
 
+# Arrow's own allocator reserves 1 GiB of addresses, which a process under a limit may not have.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
 VERSION = 5  # raised when what the table says, or how it is found out, changes
 IDENTITY = b"identity"
 
