@@ -22,6 +22,7 @@ FROM_MAKE = {
     "MFLAGS",
     "ARGS",
 }  # its words are not ours
+SHARED = {"finished", "swept"}  # fixtures that take half a minute
 SECRET = "hunter2-in-the-address"
 
 
@@ -31,6 +32,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is made once for a session is made once for all workers: who needs it goes to the same one."""
+    for item in items:
+        for name in SHARED & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @dataclass

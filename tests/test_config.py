@@ -18,7 +18,7 @@ from hydra import initialize_config_dir
 from train import compose as composer
 from train import config as schema
 from train.compose import compose
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, Sweep
 from train.stored import Private, config_hash, flatten, to_dict, without_secrets
 
 DEFAULT = {
@@ -165,7 +165,9 @@ MISTAKES = {
 
 
 def test_the_default_config_is_this():
-    assert flatten(dataclasses.asdict(compose([]))) == DEFAULT
+    content = dataclasses.asdict(compose([]))
+    assert content.pop("sweep") == dataclasses.asdict(Sweep())
+    assert flatten(content) == DEFAULT
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
@@ -359,7 +361,7 @@ def test_a_sweep_leaves_no_words_behind(tmp_path: Path):
     done = run_train(
         "-m", "seed=0,1", "tracking.uri='http://me:hunter2@host:1'", "--check", env={"TMPDIR": str(tmp_path)}
     )
-    assert (done.code, done.out) == (0, "the config is valid\n")
+    assert (done.code, done.out) == (0, "1: seed=0\n2: seed=1\nthe config is valid\n")
     assert list(tmp_path.iterdir()) == []
     assert not (ROOT / "multirun").exists()
 

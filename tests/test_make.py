@@ -35,7 +35,7 @@ WORDS = [
 
 def handed_over(*words: str) -> list[str]:
     """The words that the shell would give to the program: make's own line, with the program's name for printf's."""
-    plan = subprocess.run(["make", "-n", "train", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    plan = run_command("make", "-n", "train", *words).out
     line = plan.strip().replace(".venv/bin/python -m train", "printf '%s\\0'", 1)
     return subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[
         :-1

@@ -395,7 +395,12 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("model", SMALL)
+LONG = ("vgg16_inception", "inception_v3", "inception_resnet_v2")  # half a minute each
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in SMALL]
+)
 def test_every_network_learns_digits(model: str, tmp_path: Path):
     """Chance is 0.1: a dead gradient, or moving statistics that lag behind, cannot hide below 0.5."""
     summary = in_process(tmp_path / "run", f"model={model}", "evaluate.test=false", *SMALL[model])

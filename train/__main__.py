@@ -7,81 +7,83 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from hydra_plugins.inception_laboratory import register
+from omegaconf import DictConfig, OmegaConf
 
 from train import command, compose
-from train.config import ROOT, ConfigError
+from train.config import ROOT
+from train.sweep import processes, trials
 from train.tracking.folder import open_folder
 
 CHECK = "--check"
 words: list[str] = []  # as they were typed
-codes: list[int] = []  # how each run ended; a sweep has several
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def compose_and_run(node: DictConfig) -> None:
-    """One run. Its faults end here, since Hydra would tell them in several lines and stop a sweep at the first."""
+    """One run, or a trial of a sweep; ends the process with its exit code. Hydra would tell faults in several lines."""
     try:
-        codes.append(run(node))
+        sys.exit(run(frozen(node) if node.sweep.trial else node))
     except ValueError as fault:
-        codes.append(command.tell(str(fault)))
-    if codes[-1] > 128:  # somebody wants to stop: a sweep, too
-        sys.exit(codes[-1])
+        sys.exit(command.tell(str(fault)))
+
+
+def frozen(node: DictConfig) -> DictConfig:
+    """The config of a trial, in the place of what conf/ says."""
+    processes.end_with_parent()
+    stored, folder = trials.frozen(node.sweep.trial)
+    found = compose.stored(stored, [])
+    found.run_dir, found.sweep = folder, node.sweep
+    for name in node.sweep.final:
+        OmegaConf.update(found, name, True)
+    return found
 
 
 def run(node: DictConfig) -> int:
     """Every check that needs no TensorFlow, then the run itself; its exit code."""
     private = compose.private(node)
-    try:
+    with compose.hiding(private):
         config = compose.to_config(node)
         from train import resume  # imported late: a mistake in what was typed is answered at once
         from train import run as story
 
         story.check_files(config)
-    except ValueError as fault:
-        raise ConfigError(private.hide(str(fault))) from None
     if CHECK in words:
+        print("the config is valid")
         return 0
     if config.run_dir and (Path(config.run_dir) / "run.json").exists():
         return resume.train_again(open_folder(Path(config.run_dir)), config, private)
-    return story.train(config, private, latest=HydraConfig.get().mode != RunMode.MULTIRUN)
+    return story.train(config, private, latest=config.sweep.trial is None)
 
 
 def main() -> None:
     """Exit codes: 0 finished, 1 failed, 2 what was typed can't be run, 130 and 143 interrupted."""
     words[:] = sys.argv[1:]
     sys.argv[1:] = [word for word in words if word != CHECK]
+    if {"-m", "--multirun"} & set(words):
+        sys.argv += of_a_sweep()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing several lines and leaving
     compose.register()
+    register()
     try:
-        with sweep_folder():
-            compose_and_run()
+        compose_and_run()
     except compose.FAULTS as fault:
-        codes.append(command.tell(compose.explain(fault, words)))
+        sys.exit(command.tell(compose.explain(fault, words)))
+    except ValueError as fault:
+        sys.exit(command.tell(str(fault)))
     except KeyboardInterrupt:  # before the run took the signals over
-        codes.append(130)
-    if CHECK in words and not any(codes):
-        print("the config is valid")
-    sys.exit(max(codes, default=0))
+        sys.exit(130)
 
 
-@contextmanager
-def sweep_folder() -> Iterator[None]:
-    """A place, for as long as a sweep goes on, where Hydra writes all its words, passwords too."""
-    if not {"-m", "--multirun"} & set(words):
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="sweep-") as place:
-        sys.argv.append(f"hydra.sweep.dir={place}")
-        yield
+def of_a_sweep() -> list[str]:
+    """What Hydra has to be told beside the words: who makes trials of them, and who runs these, unless it is typed."""
+    typed = {word.partition("=")[0] for word in words}
+    ours = {"hydra/sweeper": "trials", "hydra/launcher": "processes"}
+    found = [f"{name}={value}" for name, value in ours.items() if name not in typed]
+    return [*found, "sweep.dry_run=true"] if CHECK in words else found
 
 
 if __name__ == "__main__":

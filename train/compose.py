@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import yaml
@@ -135,6 +136,15 @@ def private(node: DictConfig) -> Private:
         secrets |= dict.fromkeys(passwords(address), "***")
     shown = {name: value if PLAIN_REFERENCE.fullmatch(value) else HIDDEN for name, value in stored.items()}
     return Private(shown, secrets)
+
+
+@contextmanager
+def hiding(private: Private) -> Iterator[None]:
+    """What is wrong with a config is told without what must not be shown. Raises: ConfigError."""
+    try:
+        yield
+    except ValueError as fault:
+        raise ConfigError(private.hide(str(fault))) from None
 
 
 # ---------------------------------------------------------------------------------------- Hydra's faults in one line

@@ -321,6 +321,30 @@ class Tracking:
 
 
 @dataclass
+class Sweep:
+    """How several runs are made of one command; changes no bit of any of them and is no part of them."""
+
+    search: str = key("grid", "which trials there are", choices=("grid", "random", "tpe", "asha"))
+    trials: int = key(20, "how many points a search tries (random, tpe, asha)", unit="points", least=1)
+    first_epochs: int = key(1, "when points are compared for the first time (asha)", unit="epochs", least=1)
+    reduction: int = key(3, "one of so many goes on, for so many times the epochs (asha)", least=2)
+    seeds: int = key(1, "how many seeds, from seed on, every point is run with", unit="seeds", least=1)
+    parallel: int | None = key(
+        None, "how many at a time; null: one for every two cores, or for every GPU", unit="trials", least=1
+    )
+    minutes: float | None = key(None, "how long one trial may take; null: as long as it likes", unit="minutes", above=0)
+    retries: int = key(1, "how often a trial that was killed goes on again", unit="times", least=0)
+    halve_batch: bool = key(False, "a trial that lacked memory is run again with half the batch, as another run")
+    fail_fast: bool = key(False, "stop the whole sweep at the first trial that fails")
+    dry_run: bool = key(False, "check all trials and list them, and run none")
+    fresh: bool = key(False, "begin anew instead of going on with the sweep of the same words")
+    most: int = key(200, "how many trials are meant at most", unit="trials", least=1)
+    trial: str | None = key(None, "file of a frozen trial, which is then run; a sweep tells its processes so")
+    until: int | None = key(None, "epoch after which that trial pauses", unit="epochs", least=1)
+    final: list[str] = key([], "keys that are true for that trial now: what only the best gets")
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -334,6 +358,7 @@ class Config:
     rollback: Rollback = field(default_factory=Rollback)
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
+    sweep: Sweep = field(default_factory=Sweep)
     seed: int = key(0, "start of all randomness", least=0, most=2**31 - 1)
     epochs: int = key(12, "passes over the training split", unit="epochs", least=1)
     steps_per_epoch: int | None = key(None, "cut every epoch after so many steps, to try things out", least=1)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from train import command, compose
-from train.config import ROOT, Config, ConfigError
+from train.config import ROOT, Config, ConfigError, Sweep
 from train.ground import FREE, changed, unaccepted
 from train.stored import Private, flatten, to_dict
 from train.tracking.folder import RunFolder, newest_unfinished, open_folder
@@ -32,19 +32,19 @@ def resume(words: list[str]) -> int:
     return go_on(folder, [word for word in words if split(word)[0] not in OWN], accepted)
 
 
-def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str]) -> int:
-    """One more life; the exit code."""
+def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: Sweep | None = None) -> int:
+    """One more life; the exit code. sweep: what a sweep wants of it."""
     stored = yaml.safe_load((folder.path / "config.yaml").read_text())
     node = compose.stored(stored, words)
     private = compose.private(node)
-    try:
+    with compose.hiding(private):
         config = compose.to_config(node)
+        config.sweep = sweep or config.sweep
         refuse_words(flatten(stored), flatten(to_dict(config, private)), accepted)
-    except ValueError as fault:
-        raise ConfigError(private.hide(str(fault))) from None
     if folder.alive():
         raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
-    if folder.status() == "finished" and config.epochs <= stored["epochs"]:
+    more = config.epochs > stored["epochs"] or config.evaluate.test and not stored["evaluate"]["test"]
+    if folder.status() == "finished" and not more:
         print(f"the run is finished: {folder.path}; to train longer: make resume run={folder.path} epochs=NUMBER")
         return 0
     from train import run as story
@@ -65,7 +65,7 @@ def train_again(folder: RunFolder, config: Config, private: Private) -> int:
             f"run_dir must be a folder without a run, or with one of the same config, got {folder.path}, where "
             f"{'; '.join(found)}; use another run_dir, or make resume run={folder.path}"
         )
-    return go_on(folder, free_words(config, private), frozenset())
+    return go_on(folder, free_words(config, private), frozenset(), config.sweep)
 
 
 def free_words(config: Config, private: Private) -> list[str]:

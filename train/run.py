@@ -25,6 +25,10 @@ MUCH_WAITING = 0.05
 STOPPED_WAIT_SECONDS = 4.0  # how long a stopped run waits for its record; whoever stopped it wants to go
 
 
+class PausedError(Exception):
+    """A trial has come to the epoch where its sweep compares it with others."""
+
+
 @dataclass
 class Life:
     """One process's share of a run. A run that is killed has several.
@@ -64,6 +68,9 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
         try:
             tell(life)
             life.summary["status"], code = "finished", 0
+        except PausedError as pause:
+            life.summary |= {"status": "interrupted", "failure": str(pause)}
+            code = 0
         except loop.Interrupted as stop:
             life.summary |= {"status": "interrupted", "failure": str(stop)}
             code, patience = 128 + stop.number, 0 if stop.at_once else min(patience, STOPPED_WAIT_SECONDS)
@@ -145,6 +152,8 @@ def tell(life: Life) -> None:
                 record.progress(summary, step, keeper, life.pulse, runtime.peak_memory_bytes())
 
             progress = keeper.progress
+            if progress.epoch < config.epochs and not progress.stopped_early:
+                raise PausedError(f"paused after epoch {progress.epoch} of {config.epochs}")
             if progress.stopped_early:
                 rule = config.early_stopping
                 say(f"stopped early: {rule.metric} has not improved for {rule.patience_epochs} epochs")
@@ -322,7 +331,7 @@ def fit(life: Life, dataset: Any, batches: Callable, steps: int, step: Any, keep
             training = loop.Loop(
                 step=step,
                 progress=keeper.progress,
-                epochs=config.epochs,
+                epochs=min(config.sweep.until or config.epochs, config.epochs),
                 steps=steps,
                 log_every=config.tracking.every_steps,
                 batches=batches,

@@ -51,6 +51,7 @@ def without_secrets(uri: str) -> str:
 def to_dict(config: Config, private: Private) -> dict[str, Any]:
     """The config as it may be stored: environment references as they were typed, addresses without secrets."""
     content = dataclasses.asdict(config)
+    del content["sweep"]  # no part of a run
     if config.tracking.uri is not None:
         content["tracking"]["uri"] = without_secrets(config.tracking.uri)
     for name, reference in private.stored.items():

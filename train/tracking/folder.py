@@ -96,6 +96,13 @@ class RunFolder:
         """run.json."""
         return json.loads((self.path / "run.json").read_text())
 
+    def sweep(self) -> str | None:
+        """The id of the sweep in whose folder it lies."""
+        try:
+            return json.loads((self.path.parent / "sweep.json").read_text())["sweep_id"]
+        except FileNotFoundError:
+            return None
+
     def life(self) -> int:
         """The number of the run's newest life."""
         return read_pulse(self.path / "heartbeat")[1]

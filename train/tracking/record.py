@@ -80,7 +80,8 @@ def identify(folder: RunFolder, config: Config, private: Private, changes: list[
     if (folder.path / "run.json").exists():
         settle(folder, config, private)
         identity = folder.identity()
-        folder.write_json("run.json", identity | {"changes": identity["changes"] + changes})
+        now = {"changes": identity["changes"] + changes, "log_model": config.tracking.log_model}
+        folder.write_json("run.json", identity | now)
         return
     (folder.path / "params.json").unlink(missing_ok=True)
     stored = to_dict(config, private)
@@ -96,6 +97,7 @@ def identify(folder: RunFolder, config: Config, private: Private, changes: list[
             "data": config.data.name,
             "seed": str(config.seed),
             "run_dir": stored["run_dir"] or str(folder.path),
+            **({"sweep": folder.sweep()} if folder.sweep() else {}),
         },
         "log_model": config.tracking.log_model,
         "requirements": facts.requirements(MODEL_PACKAGES),

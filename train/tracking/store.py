@@ -27,7 +27,11 @@ PARAMS = 100  # most parameters that one request may hold
 RUN_ID = "run_id"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts, not prompts
 HEARTBEAT = "heartbeat"
-SUMMARY_TAGS = ("config_hash", "data_fingerprint", "weights_sha256", "status", "lives", "rollbacks", "changes")
+PARENT = "mlflow.parentRunId"  # the UI shows a run with it below the other
+SUMMARY_TAGS = (
+    "config_hash", "data_fingerprint", "weights_sha256", "status", "lives", "rollbacks", "changes", "pruned",
+    "best_trial",
+)  # fmt: skip
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
@@ -62,6 +66,14 @@ class Store:
             experiment_id, start_time=int(identity["time"] * 1000), tags=tags, run_name=identity["name"]
         )
         return run.info.run_id
+
+    def link(self, sweep: str) -> bool:
+        """Makes the run a child of the sweep's; whether that is there already."""
+        run = self.client.get_run(self.mlflow_id)
+        found = self.client.search_runs([run.info.experiment_id], f"tags.{RUN_ID} = '{sweep}'", max_results=1)
+        if found and run.data.tags.get(PARENT) != found[0].info.run_id:
+            self.client.set_tag(self.mlflow_id, PARENT, found[0].info.run_id)
+        return bool(found)
 
     def log_params(self, params: dict[str, Any]) -> None:
         from mlflow.entities import Param

@@ -44,6 +44,12 @@ FILES = (
 __all__ = ["Record", "default_uri", "start", "wait"]
 
 
+def beside(uri: str | None, root: Path, name: str) -> str:
+    """The address of a SQLite file beside that of the store, or beside the Makefile where it is a server."""
+    path = store.database_path(uri or default_uri(root))
+    return f"sqlite:///{(path.parent if path else root) / name}"
+
+
 def start(folder: RunFolder, uri: str) -> subprocess.Popen | None:
     """Starts the uploader in a session of its own, out of reach of the terminal's Ctrl-C; None where that fails."""
     try:
@@ -87,13 +93,17 @@ class Record:
     def advance(self) -> store.Store:
         """Identity, parameters and data set, then the journal's new lines."""
         if self.store is None:
-            self.store = store.Store(self.uri, _read(self.folder.path / "run.json"))
+            self.identity = _read(self.folder.path / "run.json")
+            self.store = store.Store(self.uri, self.identity)
             if self.folder.alive():
                 self.store.beat()
                 self._next_beat = time.monotonic() + BEAT_SECONDS
         elif time.monotonic() > self._next_beat and self.folder.alive():
             self.store.beat()
             self._next_beat = time.monotonic() + BEAT_SECONDS
+        sweep = self.identity["tags"].get("sweep")
+        if sweep and "sweep" not in self.logged and self.store.link(sweep):
+            self.logged.add("sweep")
         for name, send in (("params.json", self.store.log_params), ("dataset.json", self.store.log_dataset)):
             if name not in self.logged and (self.folder.path / name).exists():
                 send(_read(self.folder.path / name))

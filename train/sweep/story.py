@@ -1,0 +1,319 @@
+"""The story of a sweep: words -> trials, frozen -> each run in a process of its own -> what came of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from train import compose
+from train import config as schema
+from train.checks import check
+from train.config import ROOT, Config, ConfigError
+from train.progress import say
+from train.runtime import cores
+from train.stored import config_hash, to_dict
+from train.sweep import search, space, trials
+from train.sweep.processes import STOPPED, Ended, Slots, Wish
+from train.sweep.record import SweepRecord
+from train.sweep.search import Plan
+from train.sweep.space import Axis
+from train.sweep.table import Table
+from train.sweep.trials import SweepFolder, Trial
+from train.tracking import uploader
+from train.tracking.record import short
+
+ADDRESS = "INCEPTION_SWEEP_ADDRESS"  # an address with a password goes from process to process, never into a file
+QUIET = {"evaluate.test": False, "tracking.log_model": False}  # what chooses must not see the test; the best gets both
+Compose = Callable[[list[str]], DictConfig]
+Launch = Callable[[list[list[str]], int], Any]
+
+
+@dataclass
+class Sweep:
+    """One launcher's share of a sweep. launch: Hydra's launcher, where trials are not processes of this machine."""
+
+    folder: SweepFolder
+    config: Config
+    launch: Launch | None
+    wish: Wish
+    plan: Plan = field(init=False)
+    failures: dict[int, tuple[Trial, str]] = field(default_factory=dict)
+    again: list[Trial] = field(default_factory=list)
+    tries: Counter = field(default_factory=Counter)
+
+
+def sweep(words: list[str], config: Config, loader: Any, composed: Compose, launch: Launch | None) -> int:
+    """The exit code: 0 where all trials have finished, 1 where one has failed, 130 and 143 stopped.
+
+    words: as typed. config: what they have in common.
+
+    Raises: ConfigError for whatever is wrong with any trial, before the first one begins.
+    """
+    check(config.sweep, "sweep.")
+    runs = ROOT / "runs" / config.tracking.experiment
+    folder = trials.find(runs, words, config.run_dir, fresh=config.sweep.fresh)
+    if folder is None or config.sweep.dry_run:
+        content, made = planned(words, config, loader, composed)
+        if config.sweep.dry_run:
+            say(*(f"{number}: {found['label']}" for number, found in enumerate(made, 1)), "the config is valid")
+            return 0
+        folder = trials.create(runs, words, config.run_dir, content, made)
+    else:
+        say(f"going on with a sweep as it was begun, whatever conf/ says now: {folder.path}")
+    with folder.held(), Wish().heard() as wish:
+        return tell(Sweep(folder, config, launch, wish))
+
+
+def tell(life: Sweep) -> int:
+    """Runs what is left, and says what came of it."""
+    folder, settings = life.folder, life.config.sweep
+    storage = uploader.beside(life.config.tracking.uri, ROOT, "optuna.db")
+    life.plan = search.plan(folder, settings, partial(make, folder.content, settings), storage)
+    slots = Slots(parallel(life.config), settings.minutes)
+    each = f"each on {len(slots.places[0].cores)} of {cores()} cores"
+    say(f"sweep: {life.plan.expected} trials, {len(slots.places)} at a time, {each}")
+    with SweepRecord(folder, life.config) as record, Table(folder, life.plan) as table:
+
+        def told(trial: Trial, ended: Ended) -> bool:
+            on = take(life, trial, ended)
+            record.note(folder.trials, len(life.failures))
+            table.tell(trial, ended, trial in life.again)
+            return on
+
+        def work(source: Callable[[], Trial | None]) -> None:
+            if life.launch is None:
+                slots.work(source, told, lambda: table.show(slots), life.wish)
+            else:
+                hand_over(life, life.launch, source, told)
+
+        work(lambda: following(life))
+        crowned = best(life)
+        prune(life)
+        test_best(life, crowned, work)
+        return close(life, record, crowned)
+
+
+def following(life: Sweep) -> Trial | None:
+    return life.again.pop(0) if life.again else life.plan.following()
+
+
+def take(life: Sweep, trial: Trial, ended: Ended) -> bool:
+    """What follows from the end of a trial; whether to go on with others."""
+    settings = life.config.sweep
+    if ended.code == 0:
+        life.plan.ended(trial)
+        return True
+    if ended.why == STOPPED:
+        return False
+    if ended.again and life.tries[trial.number] < settings.retries:
+        life.tries[trial.number] += 1
+        life.again.append(halved(life.folder, trial) if ended.memory and settings.halve_batch else trial)
+        return True
+    life.failures[trial.number] = trial, ended.why
+    life.plan.ended(trial)
+    return not settings.fail_fast
+
+
+def halved(folder: SweepFolder, trial: Trial) -> Trial:
+    """The trial with half the batch: another run, in a folder of its own."""
+    size = max(1, trial.config["batch_size"] // 2)
+    return folder.change(trial, config={**trial.config, "batch_size": size}, batch_halvings=trial.batch_halvings + 1)
+
+
+def best(life: Sweep) -> list[Trial]:
+    """The trials, one for every seed, of the point with the highest mean validation accuracy; the first of equals."""
+    points: dict[int, list[Trial]] = {}
+    for trial in life.folder.trials:
+        points.setdefault(trial.point, []).append(trial)
+    found = []
+    for point, of_it in points.items():
+        values = [value for trial in of_it if (value := trial.objective()) is not None]
+        if len(values) == len(of_it):
+            found.append((-fmean(values), point))
+    return points[min(found)[1]] if found else []
+
+
+def prune(life: Sweep) -> None:
+    """Says of trials that others have beaten that they won't go on."""
+    if life.wish.number:
+        return
+    for trial in life.plan.left():
+        run = trial.run()
+        if run and "pruned" not in (summary := trial.summary()):
+            why = f"pruned after epoch {trial.epochs_done()} of {trial.epochs()}: others did better"
+            run.write_json("summary.json", summary | {"pruned": True, "failure": why})
+            uploader.start(run, life.config.tracking.uri or uploader.default_uri(ROOT))
+
+
+def test_best(life: Sweep, crowned: list[Trial], work: Callable[[Callable[[], Trial | None]], None]) -> None:
+    """The best gets what the others went without, and the user has not decided on: its test, its model in MLflow."""
+    keys = [name for name in QUIET if not typed(name, life.folder.content["identity"])]
+    if not keys or life.wish.number:
+        return
+    word = f"sweep.final=[{','.join(keys)}]"
+    left = [replace(trial, words=(word,)) for trial in crowned if not crowned_before(trial, keys)]
+    if left:
+        say(f"the best: {crowned[0].label}")
+        work(lambda: left.pop(0) if left else None)
+
+
+def crowned_before(trial: Trial, keys: list[str]) -> bool:
+    run = trial.run()
+    return run is not None and all(
+        {"evaluate.test": "test" in trial.summary(), "tracking.log_model": run.identity()["log_model"]}[name]
+        for name in keys
+    )
+
+
+def hand_over(
+    life: Sweep, launch: Launch, source: Callable[[], Trial | None], told: Callable[[Trial, Ended], bool]
+) -> None:
+    """Gives trials to another launcher: all of a grid at once, of a search as many as are to run at a time."""
+    begun, on = 0, True
+    most = None if life.config.sweep.search == "grid" else parallel(life.config)
+    while on and (jobs := list(islice(iter(source, None), most))):
+        launch([[f"sweep.trial={trial.file}", *trial.words] for trial in jobs], begun)
+        begun += len(jobs)
+        for trial in jobs:
+            done = trial.state() == "finished" or trial.paused()
+            why = trial.summary().get("failure") or "it left no word; see what the launcher has kept of it"
+            on = told(trial, Ended(0) if done else Ended(1, why)) and on
+
+
+def close(life: Sweep, record: SweepRecord, crowned: list[Trial]) -> int:
+    """Says how it went. The exit code."""
+    states = Counter("pruned" if found.summary().get("pruned") else found.state() for found in life.folder.trials)
+    record.end("interrupted" if life.wish.number else "failed" if life.failures else "finished", crowned)
+    for failed, why in life.failures.values():
+        say(f"failed: {failed.label}: {why} ({short(failed.folder / 'output.txt')})")
+    for found in crowned:
+        test = found.summary().get("test")
+        told = f", test accuracy {test['accuracy']:.4f}" if test else ""
+        say(f"best: {found.label}  validation accuracy {found.objective():.4f}{told}  run={short(found.folder)}")
+    left = life.plan.expected - states["finished"] - states["pruned"] - len(life.failures)
+    counts = [f"{states['finished']} finished", f"{len(life.failures)} failed"]
+    counts += [f"{states['pruned']} pruned"] * bool(states["pruned"])
+    counts += [f"{left} to go (the same command again)"] * (left > 0)
+    say(f"sweep: {', '.join(counts)}  {short(life.folder.path)}")
+    return life.wish.code() or int(bool(life.failures))
+
+
+# ------------------------------------------------------------------------------------------------------- what to run
+
+
+def planned(
+    words: list[str], config: Config, loader: Any, composed: Compose
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a new sweep is made from, and the trials that are known beforehand.
+
+    Raises: ConfigError for a trial that can't be run, also for one that a search may come to.
+    """
+    settings = config.sweep
+    common, axes = space.parse(words, loader)
+    common += [word for word in (f"{name}={value}" for name, value in QUIET.items()) if not typed(word, words)]
+    if config.threads is None and not typed("threads", words):
+        common.append(f"threads={max(1, cores() // parallel(config))}")
+    content = {
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "axes": [vars(axis) for axis in axes],
+        "bases": [{"words": words, "config": base(composed, [*common, *words])} for words in space.choices(axes)],
+    }
+    refuse(axes, config)
+    if settings.search != "grid":
+        for point in space.corners(axes):
+            make(content, settings, point)
+        return content, []
+    made: dict[str, dict[str, Any]] = {}
+    for number, point in enumerate(space.points(axes)):
+        for trial in make(content, settings, point):
+            if trial["key"] in made:
+                say(f"given twice, run once: {trial['label']}")
+            made.setdefault(trial["key"], trial | {"point": number})
+    return content, list(made.values())
+
+
+def typed(name: str, words: Iterable[str]) -> bool:
+    """Whether the key of that name is among the words."""
+    return name.partition("=")[0] in {word.partition("=")[0].lstrip("+") for word in words}
+
+
+def base(composed: Compose, words: list[str]) -> dict[str, Any]:
+    """What conf/ and these words say, with references as they are: a point's values are put into it."""
+    try:
+        node = composed(words)
+    except compose.FAULTS as fault:
+        raise ConfigError(compose.explain(fault, words)) from None
+    content = OmegaConf.to_container(node)
+    assert isinstance(content, dict)
+    return {str(name): value for name, value in content.items() if name != "sweep"}
+
+
+def refuse(axes: list[Axis], config: Config) -> None:
+    """Raises: ConfigError for a sweep that can't be meant."""
+    settings = config.sweep
+    if not axes and settings.seeds == 1:
+        raise ConfigError("a sweep must have something to try, got one value for every key; use e.g. seed=0,1,2")
+    if settings.seeds > 1 and "seed" in {axis.key for axis in axes}:
+        raise ConfigError(f"sweep.seeds must be 1 where seed has several values, got {settings.seeds}; use one of them")
+    points = math.prod(max(1, len(axis.values)) for axis in axes) if settings.search == "grid" else settings.trials
+    if settings.search == "asha" and "epochs" in {axis.key for axis in axes}:
+        raise ConfigError("epochs must be one number with sweep.search=asha, got several; use e.g. epochs=27")
+    number = points * settings.seeds
+    if number > settings.most:
+        raise ConfigError(
+            f"a sweep must have at most sweep.most={settings.most} trials, got {number:,}; "
+            f"use sweep.most={number} if that is meant"
+        )
+
+
+def make(content: dict[str, Any], settings: schema.Sweep, point: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trials of a point, one for every seed, as they are frozen.
+
+    Raises: ConfigError naming what is wrong with them.
+    """
+    chosen = [f"{key}={value}" for key, value in point.items() if key in space.CHOOSES_FILES]
+    [start] = [found["config"] for found in content["bases"] if sorted(found["words"]) == sorted(chosen)]
+    values = {key: value for key, value in point.items() if key not in space.CHOOSES_FILES}
+    if settings.seeds == 1:
+        return [trial(start, point, values)]
+    seeds = ({"seed": content["seed"] + number} for number in range(settings.seeds))
+    return [trial(start, point | seed, values | seed) for seed in seeds]
+
+
+def trial(start: dict[str, Any], point: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A trial as it is frozen: `start` with these values. Raises: ConfigError."""
+    node = compose.stored(start, [])
+    try:
+        for name, value in values.items():
+            OmegaConf.update(node, name, value)
+    except compose.FAULTS as fault:
+        raise ConfigError(compose.explain(fault, [f"{name}={value}" for name, value in values.items()])) from None
+    private = compose.private(node)
+    with compose.hiding(private):
+        config = compose.to_config(node)
+    stored = to_dict(config, private)
+    if private.secrets and config.tracking.uri is not None and "oc.env" not in str(stored["tracking"]["uri"]):
+        os.environ[ADDRESS] = config.tracking.uri
+        stored["tracking"]["uri"] = f"${{oc.env:{ADDRESS}}}"
+    stored["run_dir"] = None
+    label = " ".join(f"{name}={shown(value)}" for name, value in point.items()) or "as it is"
+    return {"label": label, "key": config_hash(config, private), "values": point, "config": stored}
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else compose.as_typed(value)
+
+
+def parallel(config: Config) -> int:
+    """How many trials at a time: as many as was asked for, else one for every two cores."""
+    return config.sweep.parallel or max(1, cores() // 2)
