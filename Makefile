@@ -98,7 +98,7 @@ reap: $(STAMP) ## mark the runs in MLflow whose process is gone: make reap [uri=
 	@$(BIN)/python -m train.tracking.reap $(WORDS)
 
 test: $(STAMP) ## the default tests (under 6 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
 
 test-all: $(STAMP) ## all tests, the long ones too
 	@$(BIN)/python -m pytest $(ARGS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +24,6 @@ FROM_MAKE = {
     "MFLAGS",
     "ARGS",
 }  # its words are not ours
-SHARED = {"finished", "swept"}  # fixtures that take half a minute
 SECRET = "hunter2-in-the-address"
 
 
@@ -32,13 +33,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(THREADS)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is made once for a session is made once for all workers: who needs it goes to the same one."""
-    for item in items:
-        for name in SHARED & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @dataclass
@@ -93,10 +87,26 @@ class Finished:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
+    """What `make` makes in a folder of its own, once for all workers of a session: the others wait and read it."""
+    base = factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    place.mkdir(exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = place / "made.pickle"
+        if not made.exists():
+            made.write_bytes(pickle.dumps(make(place)))
+        return pickle.loads(made.read_bytes())
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """`make train` with a narrow network for two epochs; the store's address comes from the environment."""
-    place = tmp_path_factory.mktemp("run")
+    return once(tmp_path_factory, "finished", finish)
+
+
+def finish(place: Path) -> Finished:
     uri = f"sqlite:///{place / SECRET / 'mlflow.db'}"
     done = run_command(
         "make",

@@ -395,7 +395,7 @@ SMALL = {
 }
 
 
-LONG = ("vgg16_inception", "inception_v3", "inception_resnet_v2")  # half a minute each
+LONG = ("vgg16_inception", "inception_v1", "inception_v3", "inception_resnet_v2")  # up to a minute each
 
 
 @pytest.mark.parametrize(
@@ -408,6 +408,7 @@ def test_every_network_learns_digits(model: str, tmp_path: Path):
     assert summary["training_parameters"] > summary["parameters"]  # with the auxiliary heads
 
 
+@pytest.mark.slow
 def test_moving_statistics_that_lag_behind_are_what_the_default_avoids(finished: Finished, tmp_path: Path):
     """The negative control: with the momentum that Keras has by default the same run validates far worse."""
     words = ["evaluate.test=false", "model.width=0.125", "epochs=2", "model.batch_norm_momentum=0.99"]

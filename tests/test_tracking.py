@@ -319,6 +319,7 @@ def test_a_store_that_is_away_is_asked_again(tmp_path: Path):
     assert history(client, run, "train/loss") == [(1, 1.0)]
 
 
+@pytest.mark.slow
 def test_several_runs_may_start_at_once_on_a_store_that_is_not_there_yet(tmp_path: Path):
     folders = []
     for number in range(4):
@@ -409,6 +410,7 @@ def _page(port: int) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_the_ui_answers_on_loopback(finished: Finished):
     """A real server over the finished run's store; a taken port is one line."""
     with serving(finished.uri) as port:

@@ -215,6 +215,7 @@ def as_typed(value: Any) -> str:
 def _unknown_key(_: Exception, text: str) -> tuple | None:
     found = re.search(r"Could not override '([^']+)'", text)
     found = found or re.search(r"(?:Could not append|already at) '([^']+)'", text)
+    found = found or re.search(r"^Key '\w+' not in '\w+'\s+full_key: ([\w.]+)", text)
     return (found[1],) if found else None
 
 

@@ -43,8 +43,8 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
         refuse_words(flatten(stored), flatten(to_dict(config, private)), accepted)
     if folder.alive():
         raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
-    more = config.epochs > stored["epochs"] or config.evaluate.test and not stored["evaluate"]["test"]
-    if folder.status() == "finished" and not more:
+    untested = config.evaluate.test and not stored["evaluate"]["test"]
+    if folder.status() == "finished" and config.epochs <= stored["epochs"] and not untested:
         print(f"the run is finished: {folder.path}; to train longer: make resume run={folder.path} epochs=NUMBER")
         return 0
     from train import run as story

@@ -158,13 +158,13 @@ def tell(life: Life) -> None:
                 rule = config.early_stopping
                 say(f"stopped early: {rule.metric} has not improved for {rule.patience_epochs} epochs")
             say(waiting(progress.clock.data_wait_fraction()))
-            found = {"cost/peak_memory_bytes": summary["peak_memory_bytes"]}
+            keeper.record(progress.epoch - 1, progress.steps, {"cost/peak_memory_bytes": summary["peak_memory_bytes"]})
             if config.evaluate.test:
                 say("test: the best weights, on a split that chose nothing")
                 predict = load_predictor(folder.best / "model.keras", config)
                 summary["test"] = measure(config, dataset, dataset.test, predict, stops)
-                found |= {f"test/{name}": summary["test"][name] for name in ("accuracy", "top5_accuracy", "loss")}
-            keeper.record(progress.epoch - 1, progress.steps, found)
+                found = {f"test/{name}": summary["test"][name] for name in ("accuracy", "top5_accuracy", "loss")}
+                keeper.record(progress.epoch - 1, progress.steps, found)
 
 
 # -------------------------------------------------------------------------------------------------- the story's parts

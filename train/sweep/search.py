@@ -162,8 +162,8 @@ class Asha(Asked):
 
     def following(self) -> Trial | None:
         if not self._open and self._stale:
-            self._stale = False
             self._open += self._promoted() or self._one_more() or self._last()
+            self._stale = bool(self._open)
         if not self._open:
             return None
         trial = self._open.pop(0)

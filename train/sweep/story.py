@@ -19,6 +19,7 @@ from train import config as schema
 from train.checks import check
 from train.config import ROOT, Config, ConfigError
 from train.progress import say
+from train.run import check_files
 from train.runtime import cores
 from train.stored import config_hash, to_dict
 from train.sweep import search, space, trials
@@ -192,6 +193,7 @@ def hand_over(
 def close(life: Sweep, record: SweepRecord, crowned: list[Trial]) -> int:
     """Says how it went. The exit code."""
     states = Counter("pruned" if found.summary().get("pruned") else found.state() for found in life.folder.trials)
+    crowned = [found for found in crowned if found.objective() is not None]  # its test may have failed
     record.end("interrupted" if life.wish.number else "failed" if life.failures else "finished", crowned)
     for failed, why in life.failures.values():
         say(f"failed: {failed.label}: {why} ({short(failed.folder / 'output.txt')})")
@@ -301,6 +303,7 @@ def trial(start: dict[str, Any], point: dict[str, Any], values: dict[str, Any]) 
     private = compose.private(node)
     with compose.hiding(private):
         config = compose.to_config(node)
+        check_files(config)
     stored = to_dict(config, private)
     if private.secrets and config.tracking.uri is not None and "oc.env" not in str(stored["tracking"]["uri"]):
         os.environ[ADDRESS] = config.tracking.uri

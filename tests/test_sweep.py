@@ -1,0 +1,514 @@
+"""Sweeps: what the words mean, which trials there are and in which order, and one that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Done, message, once, run_command, run_train
+
+from train.config import Sweep
+from train.sweep import processes, search, space, trials
+from train.sweep.processes import Ended, Slots, Wish, judge
+from train.sweep.space import Axis
+from train.sweep.trials import SweepFolder, Trial
+
+# ------------------------------------------------------------------------------------------------------- the words
+
+
+def axes_of(*words: str) -> list[Axis]:
+    return space.parse(words, None)[1]
+
+
+def test_words_become_axes():
+    common, axes = space.parse(
+        [
+            "epochs=3", "model=vgg16,inception_v3", "seed=range(1,4)", "batch_size=choice(16,32)",
+            "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "model.width=interval(0.1,1)",
+            "model.blocks=[conv,conv],[conv_bn,conv_bn]", "optimizer.nesterov=true,false", "data.root='a b','c,d'",
+        ],
+        None,
+    )  # fmt: skip
+    assert common == ["epochs=3"]
+    assert {axis.key: axis.values for axis in axes if not axis.is_range} == {
+        "model": ("vgg16", "inception_v3"), "seed": (1, 2, 3), "batch_size": (16, 32),
+        "model.blocks": (["conv", "conv"], ["conv_bn", "conv_bn"]), "optimizer.nesterov": (True, False),
+        "data.root": ("a b", "c,d"),
+    }  # fmt: skip
+    assert {axis.key: (axis.low, axis.high, axis.log) for axis in axes if axis.is_range} == {
+        "optimizer.learning_rate": (1e-4, 0.1, True), "model.width": (0.1, 1.0, False),
+    }  # fmt: skip
+    assert [axis.key for axis in axes if axis.chooses_files] == ["model"]
+    assert space.choices(axes) == [["model=vgg16"], ["model=inception_v3"]]
+
+
+def test_the_last_axis_turns_fastest():
+    found = list(space.points(axes_of("model=vgg16,inception_v3", "seed=0,1")))
+    assert [(point["model"], point["seed"]) for point in found] == [
+        ("vgg16", 0), ("vgg16", 1), ("inception_v3", 0), ("inception_v3", 1),
+    ]  # fmt: skip
+
+
+def test_corners_have_every_value_and_both_ends():
+    axes = axes_of("model=vgg16,inception_v3", "batch_size=8,16,32", "model.width=interval(0.1,1)")
+    found = list(space.corners(axes))
+    assert len(found) == 6
+    for model in ("vgg16", "inception_v3"):
+        ours = [point for point in found if point["model"] == model]
+        assert {point["batch_size"] for point in ours} == {8, 16, 32}
+        assert {point["model.width"] for point in ours} == {0.1, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (
+            "model.width=interval(1,0.5)",
+            "model.width must be a range from low to high, got model.width=interval(1,0.5); use e.g. "
+            "model.width=interval(0.1,1)",
+        ),
+        (
+            "model.width=tag(log,interval(0,1))",
+            "model.width must be a range from low to high, above 0, got model.width=tag(log,interval(0,1)); use e.g. "
+            "model.width=interval(0.1,1)",
+        ),
+    ],
+)
+def test_a_range_that_is_none_is_refused(word: str, told: str):
+    assert message(axes_of, word) == told
+
+
+SMALL = ("model=vgg16", "model.width=0.1")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["epochz=1,2"], "epochz is no key; did you mean epochs?"),
+        (["epochs=1,0"], "epochs must be at least 1, got 0; use e.g. epochs=12"),
+        (["epochs=1,two"], "epochs must be a whole number, got two; use e.g. epochs=12"),
+        (["model=vgg16,vgg"], "model must be one of "),
+        (["model=vgg16,inception_v3", "data.image_size=32"], "data.image_size must be at least 75 for inception_v3"),
+        (["epochs=1"], "a sweep must have something to try, got one value for every key; use e.g. seed=0,1,2"),
+        (["seed=range(10000)"], "a sweep must have at most sweep.most=200 trials, got 10,000; use sweep.most=10000 if"),
+        (["seed=0,1", "sweep.seeds=2"], "sweep.seeds must be 1 where seed has several values, got 2; use one of them"),
+        (["model.width=interval(0.1,1)"], "model.width must be a list of values for sweep.search=grid, got a range;"),
+        (["model.width=interval(0.1,9)", "sweep.search=tpe"], "model.width must be above 0 and at most 4, got 9"),
+        (["batch_size=interval(1.5,8)", "sweep.search=random"], "batch_size must be a whole number, got 1.5"),
+        (["epochs=4,8", "sweep.search=asha"], "epochs must be one number with sweep.search=asha, got several"),
+        (["seed=0,1", "sweep.parallel=0"], "sweep.parallel must be at least 1, got 0"),
+        (["model.weights=null,/no/such.h5"], "model.weights must be a file, got /no/such.h5, which is none"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_all_trials_are_checked_before_the_first_one(words: list[str], told: str, tmp_path: Path):
+    done = run_train("-m", *words, f"run_dir={tmp_path / 'sweep'}")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {told}")
+    assert done.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_trial_twice_is_run_once():
+    done = run_train("-m", *SMALL, "seed=0,1,0", "sweep.dry_run=true")
+    assert done.out == "given twice, run once: seed=0\n1: seed=0\n2: seed=1\nthe config is valid\n"
+
+
+# ------------------------------------------------------------------------------------------------------- the folder
+
+
+def frozen(number: int, **content: Any) -> dict[str, Any]:
+    config = {"epochs": 9, "batch_size": 32} | content
+    return {"label": f"n={number}", "key": str(number), "values": {"n": number}, "config": config, "point": number}
+
+
+def made(place: Path, number: int, words: tuple[str, ...] = ("seed=0,1",), **content: Any) -> SweepFolder:
+    return trials.create(place, list(words), str(place / "sweep"), content, [frozen(found) for found in range(number)])
+
+
+def test_another_order_and_another_way_of_running_is_the_same_sweep(tmp_path: Path):
+    first = trials.create(tmp_path, ["seed=0,1", "epochs=2", "sweep.parallel=2"], None, {}, [frozen(0)])
+    found = trials.find(tmp_path, ["epochs=2", "seed=0,1", "tracking.uri=x", "sweep.minutes=1"], None, fresh=False)
+    assert found is not None
+    assert found.path == first.path
+    assert trials.find(tmp_path, ["epochs=2", "seed=0,1"], None, fresh=True) is None
+    assert trials.find(tmp_path, ["epochs=2", "seed=0,2"], None, fresh=False) is None
+
+
+def test_the_folder_of_another_sweep_is_refused(tmp_path: Path):
+    made(tmp_path, 1)
+    place = str(tmp_path / "sweep")
+    assert message(trials.find, tmp_path, ["seed=5,6"], place, fresh=False) == (
+        f"run_dir must be a folder without a sweep, got {place}, of seed=0,1; use another run_dir"
+    )
+    assert message(trials.find, tmp_path, ["seed=0,1"], place, fresh=True) == (
+        f"run_dir must be a folder without a sweep, got {place}, which is there; use another run_dir"
+    )
+
+
+def test_a_sweep_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path):
+    (tmp_path / "sweep/trials").mkdir(parents=True)
+    (tmp_path / "sweep/trials/001.json").write_text("{}")
+    assert [trial.number for trial in made(tmp_path, 1).trials] == [0]
+
+
+def test_what_is_no_trial_is_refused(tmp_path: Path):
+    (tmp_path / "x.json").write_text("{}")
+    for path in (tmp_path / "x.json", tmp_path / "none.json"):
+        done = run_train(f"sweep.trial={path}")
+        assert (done.code, done.out) == (2, "")
+        assert done.err == f"error: sweep.trial must be a trial's file, got {path}; use e.g. SWEEP/trials/000.json\n"
+
+
+def test_two_launchers_of_one_sweep_are_one_too_many(tmp_path: Path):
+    folder = made(tmp_path, 1)
+    told = f"a sweep must not be run twice at once, got {folder.path}, where one is alive"
+    with folder.held():
+        assert message(lambda: folder.held().__enter__()) == told
+
+
+# -------------------------------------------------------------------------------------------------------- the plans
+
+
+def trained(trial: Trial, epochs: int, accuracy: float, status: str | None = None) -> None:
+    """What a run of that trial leaves when it has come so far."""
+    trial.folder.mkdir(exist_ok=True)
+    (trial.folder / "run.json").write_text(json.dumps({"run_id": str(trial.number), "log_model": False}))
+    lines = [
+        {"epoch": epoch, "step": epoch + 1, "time": 0.0, "values": {"validation/main_accuracy": accuracy}}
+        for epoch in range(epochs)
+    ]
+    (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status = status or ("finished" if epochs == trial.epochs() else "interrupted")
+    summary = {"status": status, "best": {"validation_main_accuracy": accuracy}}
+    (trial.folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_grid_keeps_what_has_finished_and_tries_again_what_has_failed(tmp_path: Path):
+    folder = made(tmp_path, 4)
+    trained(folder.trials[0], 9, 0.5)
+    trained(folder.trials[1], 3, 0.5)
+    trained(folder.trials[2], 3, 0.5, "failed")
+    plan = search.Grid(folder)
+    assert [trial.number for trial in iter(plan.following, None)] == [1, 2, 3]
+    assert plan.expected == 4
+
+
+def point_of(values: dict[str, Any]) -> list[dict[str, Any]]:
+    number = values["n"]
+    content = frozen(number)
+    del content["point"]
+    return [content | {"label": f"n={number:.3f}", "key": repr(number), "values": values}]
+
+
+def searched(tmp_path: Path, axis: Axis, **settings: Any) -> tuple[SweepFolder, Any]:
+    """A sweep's folder, and how to make its plan, as a launcher does that is started again."""
+    folder = made(tmp_path, 0, axes=[vars(axis)], seed=0, epochs=9)
+    return folder, partial(search.plan, folder, Sweep(**settings), point_of, f"sqlite:///{tmp_path / 'optuna.db'}")
+
+
+def worth(trial: Trial) -> float:
+    return 1 - abs(trial.values["n"] - 0.7)
+
+
+LINE = Axis("n", low=0.0, high=1.0)
+
+
+def drive(plan: search.Plan, turns: int = 1000) -> list[tuple[int, int]]:
+    """Does what a launcher does, one trial at a time: (trial, until which epoch)."""
+    done = []
+    while len(done) < turns and (trial := plan.following()):
+        until = int(trial.words[0].partition("=")[2]) if trial.words else trial.epochs()
+        trained(trial, until, worth(trial))
+        done.append((trial.number, until))
+        plan.ended(trial)
+    return done
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe"])
+def test_a_search_goes_on_where_it_was(kind: str, tmp_path: Path):
+    folder, plan = searched(tmp_path, LINE, search=kind, trials=12)
+    assert len(drive(plan(), turns=5)) == 5
+    abandoned = plan().following()  # frozen, and its launcher dies
+    assert abandoned is not None
+    assert abandoned.number == 5
+    assert [number for number, _ in drive(plan())] == [5, 6, 7, 8, 9, 10, 11]
+    assert drive(plan()) == []
+    assert len({trial.values["n"] for trial in folder.trials}) == 12
+
+    import optuna
+
+    study = optuna.load_study(study_name=folder.content["sweep_id"], storage=f"sqlite:///{tmp_path / 'optuna.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 12
+    assert study.best_value == max(map(worth, folder.trials))
+
+
+def test_tpe_looks_where_good_ones_have_been(tmp_path: Path):
+    folder, plan = searched(tmp_path, LINE, search="tpe", trials=30)
+    drive(plan())
+    late = [worth(trial) for trial in folder.trials[15:]]
+    assert sum(late) / len(late) > 0.85  # at random: 0.71
+
+
+def test_a_launcher_that_died_between_asking_and_freezing_leaves_no_hole(tmp_path: Path):
+    folder, plan = searched(tmp_path, LINE, search="random", trials=3)
+    first = plan()
+    first._study.ask({"n": search.distribution(LINE)})
+    assert len(drive(plan())) == 3
+    assert [trial.number for trial in folder.trials] == [0, 1, 2]
+
+
+def test_a_space_that_is_used_up_ends_the_search(tmp_path: Path, capsys: pytest.CaptureFixture):
+    axis = Axis("n", values=(0.1, 0.2, 0.7), words=("0.1", "0.2", "0.7"))
+    _, plan = searched(tmp_path, axis, search="random", trials=50)
+    assert len(drive(plan())) == 3
+    assert capsys.readouterr().out == "no more than 3 points are found that differ, of the 50 wanted\n"
+
+
+def test_a_failed_point_has_no_value(tmp_path: Path):
+    _, plan = searched(tmp_path, LINE, search="tpe", trials=4)
+    now = plan()
+    trial = now.following()
+    trained(trial, 2, 0.9, "failed")
+    now.ended(trial)
+    drive(now)
+    assert [found.state.name for found in now._study.trials] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+
+
+def test_epochs_of_the_comparisons():
+    assert search.ladder(Sweep(), 27) == [1, 3, 9, 27]
+    assert search.ladder(Sweep(), 20) == [1, 3, 9, 20]
+    assert search.ladder(Sweep(first_epochs=2, reduction=2), 12) == [2, 4, 8, 12]
+    assert search.ladder(Sweep(first_epochs=5), 3) == [3]
+
+
+def test_asha_goes_on_with_the_best_third(tmp_path: Path):
+    folder, plan = searched(tmp_path, LINE, search="asha", trials=9)
+    done = drive(plan())
+    come = dict(done)
+    assert [number for number, until in done if until == 1] == list(range(9))
+    by_worth = sorted(folder.trials, key=worth, reverse=True)
+    assert max(come.values()) == 9  # one is finished, and it is the best
+    assert [number for number, until in come.items() if until == 9] == [by_worth[0].number]
+    assert {number for number, until in come.items() if until >= 3} >= {trial.number for trial in by_worth[:3]}
+    for number in come:  # no comparison is left out, none is done twice
+        untils = [until for found, until in done if found == number]
+        assert untils == [1, 3, 9][: len(untils)]
+    left = plan().left()
+    assert sorted(trial.number for trial in left) == sorted(number for number, until in come.items() if until < 9)
+
+
+def test_asha_goes_on_after_a_death(tmp_path: Path):
+    _, plan = searched(tmp_path / "a", LINE, search="asha", trials=9)
+    _, other = searched(tmp_path / "b", LINE, search="asha", trials=9)
+    whole = drive(plan())
+    pieces = []
+    while found := drive(other(), turns=2):
+        pieces += found
+    assert pieces == whole
+
+
+def test_asha_waits_for_what_it_compares(tmp_path: Path):
+    _, plan = searched(tmp_path, LINE, search="asha", trials=3)
+    now = plan()
+    first, second, third = (now.following() for _ in range(3))
+    assert now.following() is None
+    for trial in (first, second):
+        trained(trial, 1, worth(trial))
+        now.ended(trial)
+        assert now.following() is None
+    trained(third, 1, worth(third))
+    now.ended(third)
+    best = max((first, second, third), key=worth)
+    following = now.following()
+    assert (following.number, following.words) == (best.number, ("sweep.until=3",))
+
+
+def test_a_trial_between_two_comparisons_comes_first(tmp_path: Path):
+    folder, plan = searched(tmp_path, LINE, search="asha", trials=9)
+    drive(plan(), turns=4)
+    trial = folder.trials[2]
+    trained(trial, 2, worth(trial))
+    following = plan().following()
+    assert (following.number, following.words) == (2, ("sweep.until=3",))
+
+
+# --------------------------------------------------------------------------------------------------- the processes
+
+
+def test_what_exit_codes_mean(tmp_path: Path):
+    trial = made(tmp_path, 1).trials[0]
+    trial.folder.mkdir()
+    output = trial.folder / "output.txt"
+    output.write_text("a line\nerror: seed must be 0\nanother\n")
+    assert judge(0, "", trial) == Ended(0)
+    assert judge(2, "", trial) == Ended(2, "seed must be 0")
+    assert judge(-9, "", trial) == Ended(-9, "ended by SIGKILL", again=True, memory=True)
+    assert judge(-11, "", trial) == Ended(-11, "ended by SIGSEGV", again=True)
+    assert judge(143, "", trial) == Ended(143, "stopped by somebody else", again=True)
+    assert judge(143, processes.TOO_LONG, trial) == Ended(143, processes.TOO_LONG)
+    output.write_text("error: ResourceExhaustedError; the whole story is in train.log\n")
+    assert judge(1, "", trial) == Ended(
+        1, "ResourceExhaustedError; the whole story is in train.log", again=True, memory=True
+    )
+    output.write_text("")
+    assert judge(1, "", trial).why == "exit code 1"
+
+
+def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
+    assert [slot.cores for slot in Slots(2).places] == [(0, 1), (2, 3)]
+    assert [slot.cores for slot in Slots(1).places] == [(0, 1, 2, 3, 6)]
+    assert [slot.cores for slot in Slots(6).places] == [(0,), (1,), (2,), (3,), (6,), (0,)]
+
+
+# --------------------------------------------------------------------------------------- one that is killed and goes on
+
+WORDS = [
+    "model=vgg16", "model.width=0.1", "epochs=3", "steps_per_epoch=4", "batch_size=8", "checkpoint.every_steps=2",
+    "gradient_accumulation=1,2,13", "precision=float32", "sweep.parallel=2",
+]  # fmt: skip
+
+
+@dataclass
+class Swept:
+    """A sweep whose launcher was killed once. left: its trials that lived on, after a while. done: the second start."""
+
+    path: Path
+    uri: str
+    left: list[str]
+    done: Done
+
+
+def alive(folder: Path) -> list[str]:
+    """Trials whose process lives."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        found += [word for word in words if word.startswith(f"sweep.trial={folder}/")]
+    return found
+
+
+def eventually(reached: Any, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return bool(reached())
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    return once(tmp_path_factory, "swept", sweep_twice)
+
+
+def sweep_twice(place: Path) -> Swept:
+    path, uri = place / "sweep", f"sqlite:///{place / 'mlflow.db'}"
+    words = [*WORDS, f"run_dir={path}", f"tracking.uri={uri}"]
+    with (place / "output.txt").open("w") as output:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "train", "-m", *words], cwd=ROOT, stdout=output, stderr=output
+        )
+    assert eventually(lambda: list(path.glob("*/checkpoints/*")), 60), (place / "output.txt").read_text()
+    launcher.kill()
+    launcher.wait()
+    eventually(lambda: not alive(path), 20)
+    left = alive(path)
+    return Swept(path, uri, left, run_command("make", "sweep", *words))
+
+
+def test_trials_do_not_outlive_their_launcher(swept: Swept):
+    assert swept.left == []
+
+
+def test_the_second_start_tells_what_came_of_it(swept: Swept):
+    assert swept.done.code != 0
+    lines = swept.done.out.splitlines()
+    assert lines[0] == f"going on with a sweep as it was begun, whatever conf/ says now: {swept.path}"
+    assert lines[1].startswith("sweep: 3 trials, 2 at a time, each on ")
+    failed = [line for line in lines if line.startswith("failed: ")]
+    assert failed == [
+        "failed: gradient_accumulation=13: gradient_accumulation must be at most the run's 12 steps, got 13; use e.g. "
+        f"gradient_accumulation=1 ({swept.path}/002/output.txt)"
+    ]
+    [best] = [line for line in lines if line.startswith("best: ")]
+    assert " test accuracy 0." in best
+    assert lines[-1] == f"sweep: 2 finished, 1 failed  {swept.path}"
+
+
+def test_trials_are_the_runs_that_one_starts_by_hand(swept: Swept, tmp_path: Path):
+    summaries = {name: json.loads((swept.path / name / "summary.json").read_text()) for name in ("000", "001")}
+    assert max(summary["lives"] for summary in summaries.values()) >= 2  # the kill came in the middle
+    share = json.loads((swept.path / "trials/000.json").read_text())["config"]["threads"]
+    words = [word for word in WORDS if not word.startswith(("gradient", "sweep"))]
+    done = run_train(
+        *words, "gradient_accumulation=2", f"threads={share}", "evaluate.test=false", "tracking.log_model=false",
+        f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    by_hand = json.loads((tmp_path / "run/summary.json").read_text())
+    assert by_hand["weights_sha256"] == summaries["001"]["weights_sha256"] != summaries["000"]["weights_sha256"]
+
+
+def test_mlflow_has_every_run_once_below_the_sweep(swept: Swept):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(swept.uri)
+    runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    [parent] = [run for run in runs if run.data.tags.get("kind") == "sweep"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(runs) == 4
+    assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED", "FINISHED"]
+    assert (parent.info.status, parent.info.run_name) == ("FAILED", "sweep of gradient_accumulation")
+    assert parent.data.metrics["sweep/finished"] == 2
+    assert parent.data.metrics["sweep/failed"] == 1
+    best = parent.data.metrics["sweep/best_validation_accuracy"]
+    tested = [run for run in children if "test/accuracy" in run.data.metrics]
+    assert len(tested) == 1  # what chooses does not see the test
+    assert tested[0].data.tags["run_dir"] in parent.data.tags["best_trial"]
+    assert "model_logged" in tested[0].data.tags
+    values = [json.loads((swept.path / name / "summary.json").read_text())["best"] for name in ("000", "001")]
+    assert best == max(value["validation_main_accuracy"] for value in values)
+
+
+def test_a_trial_that_hangs_is_ended(tmp_path: Path, swept: Swept, monkeypatch: pytest.MonkeyPatch):
+    """Stopped in its tracks, it can't heed the request to end."""
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
+    content = json.loads((swept.path / "trials/000.json").read_text())
+    del content["number"]
+    folder = trials.create(tmp_path, ["x"], str(tmp_path / "sweep"), {}, [content])
+    ends: list[Ended] = []
+    todo = folder.trials
+    slots = Slots(1, minutes=0.02)
+
+    def watch() -> None:
+        for slot in slots.busy:
+            assert slot.process
+            slot.process.send_signal(signal.SIGSTOP)
+
+    slots.work(lambda: todo.pop() if todo else None, lambda _, ended: bool(ends.append(ended)) or True, watch, Wish())
+    assert ends == [Ended(-9, processes.TOO_LONG)]
+
+
+@pytest.mark.slow
+def test_the_torture_of_a_sweep(tmp_path: Path):
+    """The short version of `scripts/torture_sweep.py`."""
+    report = tmp_path / "report.json"
+    done = run_command(
+        sys.executable, "scripts/torture_sweep.py", "--trials", "5", "--kills", "3", "--report", str(report),
+        timeout=1800,
+    )  # fmt: skip
+    assert done.code == 0, done.out + done.err
+    found = json.loads(report.read_text())
+    assert (found["identical"], len(found["told"]), found["runs_in_mlflow"]) == (5, 3, 6)
