@@ -512,3 +512,65 @@ def test_the_torture_of_a_sweep(tmp_path: Path):
     assert done.code == 0, done.out + done.err
     found = json.loads(report.read_text())
     assert (found["identical"], len(found["told"]), found["runs_in_mlflow"]) == (5, 3, 6)
+
+
+# -------------------------------------------------------------------------------------------------- other launchers
+
+TINY = [
+    "model=vgg16", "model.width=0.1", "epochs=2", "steps_per_epoch=4", "batch_size=8", "gradient_accumulation=1,2,13",
+    "precision=float32",
+]  # fmt: skip
+
+SBATCH = """#!/bin/sh
+cp "$1" "$SCRIPTS/$$.sh"
+echo "Submitted batch job $$"
+"""
+
+
+def test_a_launcher_that_cannot_begin_is_told(tmp_path: Path):
+    done = run_train("-m", *TINY, "hydra/launcher=submitit_slurm", f"run_dir={tmp_path / 'sweep'}")
+    told = 'error: hydra/launcher must be able to begin, got submitit_slurm: Could not detect "srun", are you indeed on'
+    assert (done.code, done.err.startswith(told), done.err.count("\n")) == (2, True, 1)
+
+
+@pytest.mark.slow
+def test_another_launcher_runs_the_trials(tmp_path: Path):
+    """As jobs of submitit's own executor for this machine, in which each is a process that knows nothing of us."""
+    path = tmp_path / "sweep"
+    done = run_train(
+        "-m", *TINY, "hydra/launcher=submitit_local", f"run_dir={path}", f"tracking.uri=sqlite:///{tmp_path / 'm.db'}"
+    )
+    assert done.code == 1, done.err
+    lines = done.out.splitlines()
+    assert lines[0] == "sweep: 3 trials, handed over to submitit_local"
+    assert lines[-1] == f"sweep: 2 finished, 1 failed  {path}"
+    assert [line for line in lines if line.startswith("failed: gradient_accumulation=13: ConfigError: ")]
+    assert " test accuracy 0." in next(line for line in lines if line.startswith("best: "))
+    assert len(list((path / "jobs/.submitit").glob("*/*_result.pkl"))) == 4  # the best one once more
+
+
+def test_slurm_gets_a_script_for_the_trials(tmp_path: Path):
+    """A `sbatch` that only keeps what it is given: what is in the script is what a cluster would run."""
+    programs, scripts, path = tmp_path / "bin", tmp_path / "scripts", tmp_path / "sweep"
+    programs.mkdir()
+    scripts.mkdir()
+    for name in ("sbatch", "srun", "squeue", "sacct"):
+        (programs / name).write_text(SBATCH if name == "sbatch" else "#!/bin/sh\n")
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SCRIPTS": str(scripts)}
+    words = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=7", "hydra.launcher.gpus_per_node=1"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "train", "-m", *TINY, *words, f"run_dir={path}"],
+        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert eventually(lambda: list(scripts.glob("*.sh")), 30)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    [script] = [file.read_text() for file in scripts.glob("*.sh")]
+    assert "#SBATCH --array=0-2%" in script
+    assert "#SBATCH --time=7" in script
+    assert "#SBATCH --gpus-per-node=1" in script
+    assert str(path / "jobs/.submitit") in script
+    assert f"{sys.executable} -u -m submitit.core._submit" in script

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra_plugins.inception_laboratory import register
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,11 +26,13 @@ words: list[str] = []  # as they were typed
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def compose_and_run(node: DictConfig) -> None:
-    """One run, or a trial of a sweep; ends the process with its exit code. Hydra would tell faults in several lines."""
+    """One run, or a trial of a sweep. Its faults end here, since Hydra would tell them in several lines."""
     try:
-        sys.exit(run(frozen(node) if node.sweep.trial else node))
+        code = run(frozen(node) if node.sweep.trial else node)
     except ValueError as fault:
-        sys.exit(command.tell(str(fault)))
+        code = command.tell(str(fault))
+    if HydraConfig.get().mode != RunMode.MULTIRUN:  # in a cluster's job: the sweep reads in the folder how it ended
+        sys.exit(code)
 
 
 def frozen(node: DictConfig) -> DictConfig:

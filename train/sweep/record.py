@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from train.config import ROOT, Config
+from train.progress import say
+from train.sweep import pictures
 from train.sweep.trials import SweepFolder, Trial
 from train.tracking import facts, uploader
 from train.tracking.folder import Pulse, RunFolder
@@ -65,6 +67,10 @@ class SweepRecord:
 
     def end(self, status: str, crowned: list[Trial]) -> None:
         """The last thing that is written; the uploader takes it from there."""
+        try:
+            pictures.draw(self.folder, self.run.path)
+        except Exception as fault:  # of libraries that draw; the sweep has ended all the same
+            say(f"warning: no pictures of the sweep: {type(fault).__name__}: {fault}")
         summary = {"status": status, "time": time.time(), "run_id": self.run.run_id}
         if crowned:
             told = (f"{trial.label}: {trial.objective():.4f} ({trial.folder})" for trial in crowned)

@@ -32,19 +32,27 @@ from train.sweep.trials import SweepFolder, Trial
 from train.tracking import uploader
 from train.tracking.record import short
 
+JOBS = "jobs"  # where another launcher keeps what it has to keep
 ADDRESS = "INCEPTION_SWEEP_ADDRESS"  # an address with a password goes from process to process, never into a file
 QUIET = {"evaluate.test": False, "tracking.log_model": False}  # what chooses must not see the test; the best gets both
 Compose = Callable[[list[str]], DictConfig]
-Launch = Callable[[list[list[str]], int], Any]
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Another launcher of Hydra's. launch: words of every job, number of the first one, a folder for what it keeps."""
+
+    name: str
+    launch: Callable[[list[list[str]], int, str], Any]
 
 
 @dataclass
 class Sweep:
-    """One launcher's share of a sweep. launch: Hydra's launcher, where trials are not processes of this machine."""
+    """One launcher's share of a sweep. elsewhere: who runs the trials, where they are not processes of this machine."""
 
     folder: SweepFolder
     config: Config
-    launch: Launch | None
+    elsewhere: Elsewhere | None
     wish: Wish
     plan: Plan = field(init=False)
     failures: dict[int, tuple[Trial, str]] = field(default_factory=dict)
@@ -52,7 +60,7 @@ class Sweep:
     tries: Counter = field(default_factory=Counter)
 
 
-def sweep(words: list[str], config: Config, loader: Any, composed: Compose, launch: Launch | None) -> int:
+def sweep(words: list[str], config: Config, loader: Any, composed: Compose, elsewhere: Elsewhere | None) -> int:
     """The exit code: 0 where all trials have finished, 1 where one has failed, 130 and 143 stopped.
 
     words: as typed. config: what they have in common.
@@ -63,7 +71,7 @@ def sweep(words: list[str], config: Config, loader: Any, composed: Compose, laun
     runs = ROOT / "runs" / config.tracking.experiment
     folder = trials.find(runs, words, config.run_dir, fresh=config.sweep.fresh)
     if folder is None or config.sweep.dry_run:
-        content, made = planned(words, config, loader, composed)
+        content, made = planned(words, config, loader, composed, local=elsewhere is None)
         if config.sweep.dry_run:
             say(*(f"{number}: {found['label']}" for number, found in enumerate(made, 1)), "the config is valid")
             return 0
@@ -71,7 +79,7 @@ def sweep(words: list[str], config: Config, loader: Any, composed: Compose, laun
     else:
         say(f"going on with a sweep as it was begun, whatever conf/ says now: {folder.path}")
     with folder.held(), Wish().heard() as wish:
-        return tell(Sweep(folder, config, launch, wish))
+        return tell(Sweep(folder, config, elsewhere, wish))
 
 
 def tell(life: Sweep) -> int:
@@ -80,8 +88,9 @@ def tell(life: Sweep) -> int:
     storage = uploader.beside(life.config.tracking.uri, ROOT, "optuna.db")
     life.plan = search.plan(folder, settings, partial(make, folder.content, settings), storage)
     slots = Slots(parallel(life.config), settings.minutes)
-    each = f"each on {len(slots.places[0].cores)} of {cores()} cores"
-    say(f"sweep: {life.plan.expected} trials, {len(slots.places)} at a time, {each}")
+    here = f"{len(slots.places)} at a time, each on {len(slots.places[0].cores)} of {cores()} cores"
+    where = f"handed over to {life.elsewhere.name}" if life.elsewhere else here
+    say(f"sweep: {life.plan.expected} trials, {where}")
     with SweepRecord(folder, life.config) as record, Table(folder, life.plan) as table:
 
         def told(trial: Trial, ended: Ended) -> bool:
@@ -91,10 +100,10 @@ def tell(life: Sweep) -> int:
             return on
 
         def work(source: Callable[[], Trial | None]) -> None:
-            if life.launch is None:
+            if life.elsewhere is None:
                 slots.work(source, told, lambda: table.show(slots), life.wish)
             else:
-                hand_over(life, life.launch, source, told)
+                hand_over(life, life.elsewhere, source, told)
 
         work(lambda: following(life))
         crowned = best(life)
@@ -176,18 +185,34 @@ def crowned_before(trial: Trial, keys: list[str]) -> bool:
 
 
 def hand_over(
-    life: Sweep, launch: Launch, source: Callable[[], Trial | None], told: Callable[[Trial, Ended], bool]
+    life: Sweep, elsewhere: Elsewhere, source: Callable[[], Trial | None], told: Callable[[Trial, Ended], bool]
 ) -> None:
     """Gives trials to another launcher: all of a grid at once, of a search as many as are to run at a time."""
     begun, on = 0, True
     most = None if life.config.sweep.search == "grid" else parallel(life.config)
     while on and (jobs := list(islice(iter(source, None), most))):
-        launch([[f"sweep.trial={trial.file}", *trial.words] for trial in jobs], begun)
+        try:
+            elsewhere.launch(
+                [[f"sweep.trial={trial.file}", *trial.words] for trial in jobs], begun, str(life.folder.path / JOBS)
+            )
+        except Exception as fault:  # of one job, in the launcher's own words; what became of each is in its folder
+            why = " ".join(str(fault).split())[:500]
+            if all(trial.state() == "waiting" for trial in jobs):
+                raise ConfigError(f"hydra/launcher must be able to begin, got {elsewhere.name}: {why}") from None
+            say(f"warning: {why}")
         begun += len(jobs)
         for trial in jobs:
-            done = trial.state() == "finished" or trial.paused()
-            why = trial.summary().get("failure") or "it left no word; see what the launcher has kept of it"
-            on = told(trial, Ended(0) if done else Ended(1, why)) and on
+            on = told(trial, ended_elsewhere(trial)) and on
+
+
+def ended_elsewhere(trial: Trial) -> Ended:
+    """How a trial has ended that was no process of ours."""
+    state = trial.state()
+    if state == "finished" or trial.paused():
+        return Ended(0)
+    if state == "failed":
+        return Ended(1, trial.summary()["failure"])
+    return Ended(1, f"its job has left no word in {trial.folder}", again=state == "interrupted")
 
 
 def close(life: Sweep, record: SweepRecord, crowned: list[Trial]) -> int:
@@ -196,7 +221,7 @@ def close(life: Sweep, record: SweepRecord, crowned: list[Trial]) -> int:
     crowned = [found for found in crowned if found.objective() is not None]  # its test may have failed
     record.end("interrupted" if life.wish.number else "failed" if life.failures else "finished", crowned)
     for failed, why in life.failures.values():
-        say(f"failed: {failed.label}: {why} ({short(failed.folder / 'output.txt')})")
+        say(f"failed: {failed.label}: {why} ({short(failed.said())})")
     for found in crowned:
         test = found.summary().get("test")
         told = f", test accuracy {test['accuracy']:.4f}" if test else ""
@@ -213,7 +238,7 @@ def close(life: Sweep, record: SweepRecord, crowned: list[Trial]) -> int:
 
 
 def planned(
-    words: list[str], config: Config, loader: Any, composed: Compose
+    words: list[str], config: Config, loader: Any, composed: Compose, *, local: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a new sweep is made from, and the trials that are known beforehand.
 
@@ -222,7 +247,7 @@ def planned(
     settings = config.sweep
     common, axes = space.parse(words, loader)
     common += [word for word in (f"{name}={value}" for name, value in QUIET.items()) if not typed(word, words)]
-    if config.threads is None and not typed("threads", words):
+    if local and config.threads is None and not typed("threads", words):
         common.append(f"threads={max(1, cores() // parallel(config))}")
     content = {
         "seed": config.seed,

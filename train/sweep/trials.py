@@ -69,6 +69,11 @@ class Trial:
             return "running"
         return run.status() or "interrupted"
 
+    def said(self) -> Path:
+        """Where there is more to be read about it."""
+        output = self.folder / "output.txt"
+        return output if output.exists() else self.folder.parent
+
     def paused(self) -> bool:
         """Whether it has come to where it was to wait."""
         return self.summary().get("failure", "").startswith("paused")

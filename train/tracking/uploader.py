@@ -38,6 +38,9 @@ FILES = (
     "metrics.jsonl",
     "dataset.json",
     "augmented.png",
+    "parallel_coordinates.png",
+    "importances.png",
+    "accuracy_and_cost.png",
 )
 
 

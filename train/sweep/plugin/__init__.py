@@ -36,9 +36,7 @@ class Trials(sweeper.Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._loader, self._node = hydra_context.config_loader, config
-        self._launcher = Plugins.instance().instantiate_launcher(
-            config=config, hydra_context=hydra_context, task_function=task_function
-        )
+        self._context, self._task = hydra_context, task_function
 
     def sweep(self, arguments: list[str]) -> Any:
         """Ends the process with the sweep's exit code."""
@@ -47,14 +45,21 @@ class Trials(sweeper.Sweeper):
         common = self._without_hydra(self._node)
         config = OmegaConf.to_object(common)
         assert isinstance(config, Config)
-        foreign = None if isinstance(self._launcher, Processes) else self._launch
-        sys.exit(story.sweep(arguments, config, self._loader, self._composed, foreign))
+        name = self._node.hydra.runtime.choices["hydra/launcher"]
+        elsewhere = None if name == "processes" else story.Elsewhere(name, self._launch)
+        sys.exit(story.sweep(arguments, config, self._loader, self._composed, elsewhere))
 
     def _composed(self, words: list[str]) -> DictConfig:
         return self._without_hydra(self._loader.load_sweep_config(self._node, words))
 
-    def _launch(self, jobs: list[list[str]], first: int) -> Any:
-        return self._launcher.launch(jobs, initial_job_idx=first)
+    def _launch(self, jobs: list[list[str]], first: int, folder: str) -> Any:
+        """By the launcher that the user has chosen, which keeps what it has to keep in the folder."""
+        with read_write(self._node):
+            self._node.hydra.sweep.dir, self._node.hydra.sweep.subdir = folder, "."
+        launcher = Plugins.instance().instantiate_launcher(
+            config=self._node, hydra_context=self._context, task_function=self._task
+        )
+        return launcher.launch(jobs, initial_job_idx=first)
 
     @staticmethod
     def _without_hydra(node: DictConfig) -> DictConfig:
