@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -574,3 +575,22 @@ def test_slurm_gets_a_script_for_the_trials(tmp_path: Path):
     assert "#SBATCH --gpus-per-node=1" in script
     assert str(path / "jobs/.submitit") in script
     assert f"{sys.executable} -u -m submitit.core._submit" in script
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (the extra `ray`)")
+def test_ray_runs_the_trials(tmp_path: Path):
+    path = tmp_path / "sweep"
+    done = run_train("-m", *TINY, "sweep.engine=ray", f"run_dir={path}", f"tracking.uri=sqlite:///{tmp_path / 'm.db'}")
+    assert done.code == 1, done.err
+    lines = done.out.splitlines()
+    assert lines[0] == "sweep: 3 trials, handed over to ray"
+    assert lines[-1] == f"sweep: 2 finished, 1 failed  {path}"
+    assert "gradient_accumulation must be at most" in (path / "jobs/2.txt").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_it_is_said(tmp_path: Path):
+    done = run_train("-m", *TINY, "sweep.engine=ray", f"run_dir={tmp_path / 'sweep'}")
+    told = "error: sweep.engine=ray must have Ray, got none; use pip install ray in the environment (.venv)\n"
+    assert (done.code, done.out, done.err) == (2, "", told)

@@ -332,6 +332,7 @@ class Sweep:
     parallel: int | None = key(
         None, "how many at a time; null: one for every two cores, or for every GPU", unit="trials", least=1
     )
+    engine: str = key("processes", "what runs the trials; ray: a Ray cluster", choices=("processes", "ray"))
     minutes: float | None = key(None, "how long one trial may take; null: as long as it likes", unit="minutes", above=0)
     retries: int = key(1, "how often a trial that was killed goes on again", unit="times", least=0)
     halve_batch: bool = key(False, "a trial that lacked memory is run again with half the batch, as another run")

@@ -22,7 +22,7 @@ from train.progress import say
 from train.run import check_files
 from train.runtime import cores
 from train.stored import config_hash, to_dict
-from train.sweep import search, space, trials
+from train.sweep import on_ray, search, space, trials
 from train.sweep.processes import STOPPED, Ended, Slots, Wish
 from train.sweep.record import SweepRecord
 from train.sweep.search import Plan
@@ -68,6 +68,10 @@ def sweep(words: list[str], config: Config, loader: Any, composed: Compose, else
     Raises: ConfigError for whatever is wrong with any trial, before the first one begins.
     """
     check(config.sweep, "sweep.")
+    if config.sweep.engine == "ray":
+        on_ray.check()
+        share = max(1, cores() // parallel(config))
+        elsewhere = Elsewhere("ray", partial(on_ray.launch, cores=config.threads or share))
     runs = ROOT / "runs" / config.tracking.experiment
     folder = trials.find(runs, words, config.run_dir, fresh=config.sweep.fresh)
     if folder is None or config.sweep.dry_run:
