@@ -163,9 +163,35 @@ def odd_table() -> str:
     return "\n".join([*lines, "| **all** | {files} | {decoded} | {named} |".format(**sums)])
 
 
+def sweep_table() -> str:
+    """What `scripts/torture_sweep.py --report scripts/figures/torture_sweep.json` found."""
+    found = json.loads((FIGURES / "torture_sweep.json").read_text())
+    lines = ["| trials | kills of the launcher | identical trials | runs in MLflow, the sweep's own included |"]
+    lines += ["|---:|---:|---:|---:|", "| {trials} | {kills} | {identical} | {runs_in_mlflow} |".format(**found)]
+    return "\n".join([*lines, "", "Told of the three:", "", *(f"- `{line}`" for line in found["told"])])
+
+
+def search_table() -> str:
+    """What `scripts/torture_sweep.py --search --report scripts/figures/search.json` found."""
+    lines = ["| search | epochs spent | best on validation | the same on the test |", "|---|---:|---:|---:|"]
+    for row in json.loads((FIGURES / "search.json").read_text()):
+        lines.append("| `{search}` | {epochs} | {validation:.4f} | {test:.4f} |".format(**row))
+    return "\n".join(lines)
+
+
+def overhead_table() -> str:
+    """What `scripts/bench_sweep.py --report scripts/figures/bench_sweep.json` found."""
+    found = json.loads((FIGURES / "bench_sweep.json").read_text())
+    ratio = found["sweep_seconds"] / found["by_hand_seconds"]
+    lines = ["| runs | by hand, one after the other | as a sweep | ratio |", "|---:|---:|---:|---:|"]
+    seconds = "{by_hand_seconds:.0f} s | {sweep_seconds:.0f} s".format(**found)
+    return "\n".join([*lines, f"| {found['trials']} | {seconds} | {ratio:.3f} |"])
+
+
 TABLES = {
     "config": config_table, "models": models_table, "torture": torture_table, "bench": bench_table,
-    "data": data_table, "memory": memory_table, "odd": odd_table,
+    "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
+    "overhead": overhead_table,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,6 +169,17 @@ def test_what_is_no_trial_is_refused(tmp_path: Path):
         done = run_train(f"sweep.trial={path}")
         assert (done.code, done.out) == (2, "")
         assert done.err == f"error: sweep.trial must be a trial's file, got {path}; use e.g. SWEEP/trials/000.json\n"
+
+
+def test_a_password_in_the_address_is_nowhere(tmp_path: Path):
+    """It goes to the trials all the same: they would not get that far without an address that is one."""
+    path = tmp_path / "sweep"
+    words = [*SMALL, "epochs=1", "steps_per_epoch=1", "seed=0,1", "sweep.parallel=2", "tracking.wait_seconds=0"]
+    done = run_train("-m", *words, "tracking.uri='http://me:hunter2@127.0.0.1:9'", f"run_dir={path}")
+    assert done.code == 0, done.err
+    for file in path.rglob("*"):
+        assert not file.is_file() or b"hunter2" not in file.read_bytes(), file
+    assert "http://127.0.0.1:9" in (path / "000/config.yaml").read_text()
 
 
 def test_two_launchers_of_one_sweep_are_one_too_many(tmp_path: Path):
@@ -445,7 +457,14 @@ def test_the_second_start_tells_what_came_of_it(swept: Swept):
     ]
     [best] = [line for line in lines if line.startswith("best: ")]
     assert " test accuracy 0." in best
-    assert lines[-1] == f"sweep: 2 finished, 1 failed  {swept.path}"
+    assert re.fullmatch(rf"sweep: 2 finished, 1 failed, \d+ MiB  {swept.path}", lines[-1])
+
+
+def test_of_the_checkpoints_those_of_the_best_are_kept(swept: Swept):
+    values = [json.loads((swept.path / name / "summary.json").read_text())["best"] for name in ("000", "001")]
+    accuracies = [value["validation_main_accuracy"] for value in values]
+    kept = [bool(list((swept.path / name).glob("checkpoints/*"))) for name in ("000", "001")]
+    assert kept == [accuracies[0] >= accuracies[1], accuracies[1] > accuracies[0]]
 
 
 def test_trials_are_the_runs_that_one_starts_by_hand(swept: Swept, tmp_path: Path):
@@ -544,7 +563,7 @@ def test_another_launcher_runs_the_trials(tmp_path: Path):
     assert done.code == 1, done.err
     lines = done.out.splitlines()
     assert lines[0] == "sweep: 3 trials, handed over to submitit_local"
-    assert lines[-1] == f"sweep: 2 finished, 1 failed  {path}"
+    assert lines[-1].startswith("sweep: 2 finished, 1 failed, ")
     assert [line for line in lines if line.startswith("failed: gradient_accumulation=13: ConfigError: ")]
     assert " test accuracy 0." in next(line for line in lines if line.startswith("best: "))
     assert len(list((path / "jobs/.submitit").glob("*/*_result.pkl"))) == 4  # the best one once more
@@ -585,7 +604,7 @@ def test_ray_runs_the_trials(tmp_path: Path):
     assert done.code == 1, done.err
     lines = done.out.splitlines()
     assert lines[0] == "sweep: 3 trials, handed over to ray"
-    assert lines[-1] == f"sweep: 2 finished, 1 failed  {path}"
+    assert lines[-1].startswith("sweep: 2 finished, 1 failed, ")
     assert "gradient_accumulation must be at most" in (path / "jobs/2.txt").read_text()
 
 

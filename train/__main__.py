@@ -41,6 +41,9 @@ def frozen(node: DictConfig) -> DictConfig:
     stored, folder = trials.frozen(node.sweep.trial)
     found = compose.stored(stored, [])
     found.run_dir, found.sweep = folder, node.sweep
+    address = os.environ.get(processes.ADDRESS)
+    if address is not None and not OmegaConf.is_interpolation(found.tracking, "uri"):
+        found.tracking.uri = address
     for name in node.sweep.final:
         OmegaConf.update(found, name, True)
     return found

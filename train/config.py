@@ -336,6 +336,7 @@ class Sweep:
     minutes: float | None = key(None, "how long one trial may take; null: as long as it likes", unit="minutes", above=0)
     retries: int = key(1, "how often a trial that was killed goes on again", unit="times", least=0)
     halve_batch: bool = key(False, "a trial that lacked memory is run again with half the batch, as another run")
+    keep_checkpoints: bool = key(False, "keep those of trials that are over, to train them longer")
     fail_fast: bool = key(False, "stop the whole sweep at the first trial that fails")
     dry_run: bool = key(False, "check all trials and list them, and run none")
     fresh: bool = key(False, "begin anew instead of going on with the sweep of the same words")

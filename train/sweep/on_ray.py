@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from train.config import ROOT, ConfigError
+from train.sweep.processes import ADDRESS
 
 
 def check() -> None:
@@ -31,15 +32,14 @@ def launch(jobs: list[list[str]], first: int, folder: str, *, cores: int) -> Non
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         task = ray.remote(run).options(num_cpus=cores, num_gpus=gpus, max_retries=0)
         outputs = [str(Path(folder) / f"{first + number}.txt") for number in range(len(jobs))]
-        ray.get([task.remote(words, output) for words, output in zip(jobs, outputs, strict=True)])
+        known = {name: os.environ[name] for name in (ADDRESS,) if name in os.environ}
+        ray.get([task.remote(words, output, known) for words, output in zip(jobs, outputs, strict=True)])
     finally:
         ray.shutdown()
 
 
-def run(words: list[str], output: str) -> int:
+def run(words: list[str], output: str, variables: dict[str, str]) -> int:
     """One trial, in a process of its own: Ray's own one stays what it is. Its exit code."""
-    with open(output, "ab") as file:  # noqa: PTH123 - Ray takes this function elsewhere, with few of its surroundings
-        command = [sys.executable, "-m", "train", *words]
-        return subprocess.run(
-            command, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL, check=False
-        ).returncode
+    command, environment = [sys.executable, "-m", "train", *words], {**os.environ, **variables}
+    with Path(output).open("ab") as file:
+        return subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False).returncode

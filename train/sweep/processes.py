@@ -16,6 +16,7 @@ from pathlib import Path
 from train.sweep.trials import Trial
 
 PARENT = "INCEPTION_SWEEP_PROCESS"
+ADDRESS = "INCEPTION_SWEEP_ADDRESS"  # of the store, which may hold a password: it is in no trial's file
 PR_SET_PDEATHSIG = 1
 TOO_LONG = "it took longer than sweep.minutes allows"
 STOPPED = "the sweep was stopped"

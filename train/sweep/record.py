@@ -79,7 +79,7 @@ class SweepRecord:
 
     def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
         if not (self.run.path / "summary.json").exists():
-            self.end("failed", [])
+            self.end("interrupted" if kind is KeyboardInterrupt else "failed", [])
         self._pulse.close()
         uploader.wait(self._uploader, self.run, self._uri, self._config.tracking.wait_seconds)
         self._held.close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -23,7 +25,7 @@ from train.run import check_files
 from train.runtime import cores
 from train.stored import config_hash, to_dict
 from train.sweep import on_ray, search, space, trials
-from train.sweep.processes import STOPPED, Ended, Slots, Wish
+from train.sweep.processes import ADDRESS, STOPPED, Ended, Slots, Wish
 from train.sweep.record import SweepRecord
 from train.sweep.search import Plan
 from train.sweep.space import Axis
@@ -33,7 +35,6 @@ from train.tracking import uploader
 from train.tracking.record import short
 
 JOBS = "jobs"  # where another launcher keeps what it has to keep
-ADDRESS = "INCEPTION_SWEEP_ADDRESS"  # an address with a password goes from process to process, never into a file
 QUIET = {"evaluate.test": False, "tracking.log_model": False}  # what chooses must not see the test; the best gets both
 Compose = Callable[[list[str]], DictConfig]
 
@@ -72,6 +73,8 @@ def sweep(words: list[str], config: Config, loader: Any, composed: Compose, else
         on_ray.check()
         share = max(1, cores() // parallel(config))
         elsewhere = Elsewhere("ray", partial(on_ray.launch, cores=config.threads or share))
+    if config.tracking.uri is not None:
+        os.environ[ADDRESS] = config.tracking.uri
     runs = ROOT / "runs" / config.tracking.experiment
     folder = trials.find(runs, words, config.run_dir, fresh=config.sweep.fresh)
     if folder is None or config.sweep.dry_run:
@@ -82,7 +85,8 @@ def sweep(words: list[str], config: Config, loader: Any, composed: Compose, else
         folder = trials.create(runs, words, config.run_dir, content, made)
     else:
         say(f"going on with a sweep as it was begun, whatever conf/ says now: {folder.path}")
-    with folder.held(), Wish().heard() as wish:
+    wish = Wish()
+    with folder.held(), nullcontext() if elsewhere else wish.heard():
         return tell(Sweep(folder, config, elsewhere, wish))
 
 
@@ -99,6 +103,7 @@ def tell(life: Sweep) -> int:
 
         def told(trial: Trial, ended: Ended) -> bool:
             on = take(life, trial, ended)
+            tidy(life)
             record.note(folder.trials, len(life.failures))
             table.tell(trial, ended, trial in life.again)
             return on
@@ -112,7 +117,8 @@ def tell(life: Sweep) -> int:
         work(lambda: following(life))
         crowned = best(life)
         prune(life)
-        test_best(life, crowned, work)
+        crown(life, crowned, work)
+        tidy(life)
         return close(life, record, crowned)
 
 
@@ -168,7 +174,18 @@ def prune(life: Sweep) -> None:
             uploader.start(run, life.config.tracking.uri or uploader.default_uri(ROOT))
 
 
-def test_best(life: Sweep, crowned: list[Trial], work: Callable[[Callable[[], Trial | None]], None]) -> None:
+def tidy(life: Sweep) -> None:
+    """Keeps of the checkpoints those that somebody may go on from: of what is not over, and of the best."""
+    if life.config.sweep.keep_checkpoints:
+        return
+    needed = {trial.number for trial in best(life)}
+    for trial in life.folder.trials:
+        over = trial.state() == "finished" or "pruned" in trial.summary()
+        if over and trial.number not in needed:
+            shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
+
+
+def crown(life: Sweep, crowned: list[Trial], work: Callable[[Callable[[], Trial | None]], None]) -> None:
     """The best gets what the others went without, and the user has not decided on: its test, its model in MLflow."""
     keys = [name for name in QUIET if not typed(name, life.folder.content["identity"])]
     if not keys or life.wish.number:
@@ -234,7 +251,8 @@ def close(life: Sweep, record: SweepRecord, crowned: list[Trial]) -> int:
     counts = [f"{states['finished']} finished", f"{len(life.failures)} failed"]
     counts += [f"{states['pruned']} pruned"] * bool(states["pruned"])
     counts += [f"{left} to go (the same command again)"] * (left > 0)
-    say(f"sweep: {', '.join(counts)}  {short(life.folder.path)}")
+    size = sum(path.stat().st_size for path in life.folder.path.rglob("*") if path.is_file())
+    say(f"sweep: {', '.join(counts)}, {size / 2**20:,.0f} MiB  {short(life.folder.path)}")
     return life.wish.code() or int(bool(life.failures))
 
 
@@ -334,9 +352,6 @@ def trial(start: dict[str, Any], point: dict[str, Any], values: dict[str, Any]) 
         config = compose.to_config(node)
         check_files(config)
     stored = to_dict(config, private)
-    if private.secrets and config.tracking.uri is not None and "oc.env" not in str(stored["tracking"]["uri"]):
-        os.environ[ADDRESS] = config.tracking.uri
-        stored["tracking"]["uri"] = f"${{oc.env:{ADDRESS}}}"
     stored["run_dir"] = None
     label = " ".join(f"{name}={shown(value)}" for name, value in point.items()) or "as it is"
     return {"label": label, "key": config_hash(config, private), "values": point, "config": stored}

@@ -34,7 +34,7 @@ METRIC = "validation/main_accuracy"
 # Words that say how a sweep is run and not what it is: another one's may differ and it is the same sweep.
 FREE = (
     "sweep.parallel", "sweep.engine", "sweep.minutes", "sweep.retries", "sweep.fail_fast", "sweep.fresh", "sweep.most",
-    "sweep.dry_run", "tracking.uri", "tracking.wait_seconds", "run_dir",
+    "sweep.dry_run", "sweep.keep_checkpoints", "tracking.uri", "tracking.wait_seconds", "run_dir",
 )  # fmt: skip
 
 
