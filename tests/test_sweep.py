@@ -171,10 +171,12 @@ def test_what_is_no_trial_is_refused(tmp_path: Path):
         assert done.err == f"error: sweep.trial must be a trial's file, got {path}; use e.g. SWEEP/trials/000.json\n"
 
 
+@pytest.mark.slow
 def test_a_password_in_the_address_is_nowhere(tmp_path: Path):
     """It goes to the trials all the same: they would not get that far without an address that is one."""
     path = tmp_path / "sweep"
-    words = [*SMALL, "epochs=1", "steps_per_epoch=1", "seed=0,1", "sweep.parallel=2", "tracking.wait_seconds=0"]
+    words = [*SMALL, "epochs=1", "steps_per_epoch=1", "seed=0,1", "sweep.parallel=2", "tracking.wait_seconds=0",
+             "evaluate.test=false", "tracking.log_model=false"]  # fmt: skip
     done = run_train("-m", *words, "tracking.uri='http://me:hunter2@127.0.0.1:9'", f"run_dir={path}")
     assert done.code == 0, done.err
     for file in path.rglob("*"):

@@ -231,7 +231,7 @@ def sampler(search: str, seed: int) -> Any:
 
     if search in ("random", "asha"):
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
 def distribution(axis: Axis) -> Any:

@@ -23,7 +23,7 @@ from train.config import ROOT, Config, ConfigError
 from train.progress import say
 from train.run import check_files
 from train.runtime import cores
-from train.stored import config_hash, to_dict
+from train.stored import config_hash, to_dict, without_secrets
 from train.sweep import on_ray, search, space, trials
 from train.sweep.processes import ADDRESS, STOPPED, Ended, Slots, Wish
 from train.sweep.record import SweepRecord
@@ -304,6 +304,9 @@ def base(composed: Compose, words: list[str]) -> dict[str, Any]:
         raise ConfigError(compose.explain(fault, words)) from None
     content = OmegaConf.to_container(node)
     assert isinstance(content, dict)
+    address = content["tracking"]["uri"]
+    if address is not None and "${" not in address:
+        content["tracking"]["uri"] = without_secrets(address)
     return {str(name): value for name, value in content.items() if name != "sweep"}
 
 
