@@ -498,3 +498,26 @@ def test_ten_runs_at_once_are_all_recorded_in_one_database(tmp_path: Path):
     for run in client.search_runs([experiment]):
         assert run.info.status == "FINISHED"
         assert [step for step, _ in history(client, run, "train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_a_sweep_finds_the_runs_that_were_recorded_before_it(tmp_path: Path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    common = {"experiment": "x", "time": time.time(), "log_model": False, "requirements": []}
+    tags = {"kind": "sweep", "run_dir": str(tmp_path)}
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep_id": "s"}))
+    identities = {
+        "000": {"run_id": "a", "name": "trial", "tags": {"sweep": "s"}},
+        "elsewhere": {"run_id": "b", "name": "another's", "tags": {"sweep": "t"}},
+        "record": {"run_id": "s", "name": "sweep", "tags": tags},
+    }
+    for name, identity in identities.items():
+        folder = RunFolder(tmp_path / name, identity["run_id"])
+        folder.path.mkdir()
+        folder.write_json("run.json", common | identity)
+        folder.write_json("summary.json", {"status": "finished", "time": time.time()})
+        uploader.Record(folder, uri).finish()
+    client = MlflowClient(uri)
+    [experiment] = [found for found in client.search_experiments() if found.name == "x"]
+    runs = {run.data.tags["run_id"]: run for run in client.search_runs([experiment.experiment_id])}
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
+    assert parents == {"a": runs["s"].info.run_id, "b": None, "s": None}

@@ -75,6 +75,13 @@ class Store:
             self.client.set_tag(self.mlflow_id, PARENT, found[0].info.run_id)
         return bool(found)
 
+    def adopt(self, sweep: str) -> None:
+        """Makes all runs of the sweep children of this one; some may have come before it."""
+        experiment = self.client.get_run(self.mlflow_id).info.experiment_id
+        for run in _pages(self.client.search_runs, [experiment], f"tags.sweep = '{sweep}'"):
+            if run.data.tags.get(PARENT) != self.mlflow_id:
+                self.client.set_tag(run.info.run_id, PARENT, self.mlflow_id)
+
     def log_params(self, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 

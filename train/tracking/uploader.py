@@ -125,6 +125,8 @@ class Record:
             for path in [self.folder.path / name for name in FILES]:
                 if path.exists():
                     place.log_file(path)
+            if identity["tags"].get("kind") == "sweep":
+                place.adopt(identity["run_id"])
             if identity["log_model"] and status == "finished":  # others may go on to a better one
                 place.log_model(self.folder.best / "model.keras", identity["requirements"])
         finally:  # the run's end is told even where its files can't be kept
