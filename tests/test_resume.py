@@ -415,7 +415,7 @@ def test_a_rollback_lowers_the_learning_rate_and_is_recorded(tmp_path: Path, dyi
     [told] = [line for line in lines if "rollback/number" in line["values"]]
     assert told["values"] == {"rollback/number": 1.0, "rollback/learning_rate_factor": 1e-27, "rollback/to_step": 0.0}
     assert (told["step"], told["branch"]) == (2, [0, 1])
-    assert lines[-2]["values"]["learning_rate"] == pytest.approx(0.01)
+    assert lines[-3]["values"]["learning_rate"] == pytest.approx(0.01)
     dying("step", 9)
     with pytest.raises(Dead):
         begin(tmp_path / "killed", *words)

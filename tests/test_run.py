@@ -96,7 +96,7 @@ def test_the_journal_has_a_line_per_logged_step(finished: Finished):
     lines = finished.journal
     assert [(line["epoch"], line["step"]) for line in lines] == [
         (0, 0), *((0, step) for step in range(7, 40, 7)), (0, 40),
-        *((1, step) for step in range(42, 80, 7)), (1, 80), (1, 80),
+        *((1, step) for step in range(42, 80, 7)), (1, 80), (1, 80), (1, 80),  # the epoch, its cost, the test
     ]  # fmt: skip
     assert lines[0]["values"] == {"cost/parameters": 134_652, "cost/macs": 3_636_992}
     assert "test/accuracy" in lines[-1]["values"]
