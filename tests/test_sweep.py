@@ -125,6 +125,24 @@ def test_the_same_trial_twice_is_run_once():
     assert done.out == "given twice, run once: seed=0\n1: seed=0\n2: seed=1\nthe config is valid\n"
 
 
+def test_a_space_from_a_file_and_what_is_typed_before_it():
+    done = run_train("-m", "sweep=rates", "sweep.search=random", "epochs=3", "sweep.dry_run=true")
+    assert (done.code, done.out) == (0, "the config is valid\n")  # a search has no trials beforehand
+    done = run_train(
+        "-m", "sweep=rates", "optimizer.learning_rate=0.1,0.01", "label_smoothing=0.1", "sweep.dry_run=true"
+    )
+    assert done.out.splitlines() == [
+        f"{number}: optimizer.learning_rate={rate} schedule.warmup_epochs={epochs}"
+        for number, (rate, epochs) in enumerate(((r, e) for r in (0.1, 0.01) for e in (0, 1, 2)), 1)
+    ] + ["the config is valid"]
+
+
+def test_the_spaces_of_conf_can_be_run():
+    done = run_train("-m", "sweep=blocks", "sweep.dry_run=true")
+    assert done.out.count("\n") == 16
+    assert "15: model.blocks=[conv_bn,conv_bn,inception_v3,conv_bn,inception_v3] seed=2\n" in done.out
+
+
 # ------------------------------------------------------------------------------------------------------- the folder
 
 
@@ -384,6 +402,19 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch):
     assert [slot.cores for slot in Slots(2).places] == [(0, 1), (2, 3)]
     assert [slot.cores for slot in Slots(1).places] == [(0, 1, 2, 3, 6)]
     assert [slot.cores for slot in Slots(6).places] == [(0,), (1,), (2,), (3,), (6,), (0,)]
+
+
+def test_every_trial_has_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(processes, "DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert processes.visible_gpus() == ("0", "1")
+    for named, found in (("3,5", ("3", "5")), ("-1", ()), ("", ()), ("GPU-8a", ("GPU-8a",))):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert processes.visible_gpus() == found
+    assert [slot.gpu for slot in Slots(3, gpus=("3", "5")).places] == ["3", "5", "3"]
+    assert [slot.gpu for slot in Slots(2).places] == [None, None]
 
 
 # --------------------------------------------------------------------------------------- one that is killed and goes on

@@ -70,8 +70,8 @@ def key(
     """A dataclass field that knows its range: `least <= v <= most`, `above < v < below`, or one of `choices`."""
     limits = {"least": least, "above": above, "most": most, "below": below}
     metadata = {"text": text, "unit": unit, "choices": choices, "limits": limits}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -325,6 +325,7 @@ class Sweep:
     """How several runs are made of one command; changes no bit of any of them and is no part of them."""
 
     search: str = key("grid", "which trials there are", choices=("grid", "random", "tpe", "asha"))
+    space: dict[str, str] = key({}, "what differs, by key, as on the command line; from conf/sweep/ by sweep=NAME")
     trials: int = key(20, "how many points a search tries (random, tpe, asha)", unit="points", least=1)
     first_epochs: int = key(1, "when points are compared for the first time (asha)", unit="epochs", least=1)
     reduction: int = key(3, "one of so many goes on, for so many times the epochs (asha)", least=2)

@@ -18,6 +18,7 @@ from train.sweep.trials import Trial
 PARENT = "INCEPTION_SWEEP_PROCESS"
 ADDRESS = "INCEPTION_SWEEP_ADDRESS"  # of the store, which may hold a password: it is in no trial's file
 PR_SET_PDEATHSIG = 1
+DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each
 TOO_LONG = "it took longer than sweep.minutes allows"
 STOPPED = "the sweep was stopped"
 GRACE_SECONDS = 30.0  # from asking a trial to stop, which it does at its next batch, to ending it
@@ -204,6 +205,14 @@ class Wish:
 
     def code(self) -> int:
         return 128 + self.number if self.number else 0
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """NVIDIA's, as CUDA_VISIBLE_DEVICES names them; found without loading what would take them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(name for name in named.split(",") if name not in ("", "-1"))
+    return tuple(str(number) for number, _ in enumerate(sorted(DRIVER.glob("*"))))
 
 
 def end_with_parent() -> None:

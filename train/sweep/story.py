@@ -25,7 +25,7 @@ from train.run import check_files
 from train.runtime import cores
 from train.stored import config_hash, to_dict, without_secrets
 from train.sweep import on_ray, search, space, trials
-from train.sweep.processes import ADDRESS, STOPPED, Ended, Slots, Wish
+from train.sweep.processes import ADDRESS, STOPPED, Ended, Slots, Wish, visible_gpus
 from train.sweep.record import SweepRecord
 from train.sweep.search import Plan
 from train.sweep.space import Axis
@@ -95,7 +95,7 @@ def tell(life: Sweep) -> int:
     folder, settings = life.folder, life.config.sweep
     storage = uploader.beside(life.config.tracking.uri, ROOT, "optuna.db")
     life.plan = search.plan(folder, settings, partial(make, folder.content, settings), storage)
-    slots = Slots(parallel(life.config), settings.minutes)
+    slots = Slots(parallel(life.config), settings.minutes, gpus(life.config))
     here = f"{len(slots.places)} at a time, each on {len(slots.places[0].cores)} of {cores()} cores"
     where = f"handed over to {life.elsewhere.name}" if life.elsewhere else here
     say(f"sweep: {life.plan.expected} trials, {where}")
@@ -267,6 +267,7 @@ def planned(
     Raises: ConfigError for a trial that can't be run, also for one that a search may come to.
     """
     settings = config.sweep
+    words = [*words, *(f"{name}={value}" for name, value in settings.space.items() if not typed(name, words))]
     common, axes = space.parse(words, loader)
     common += [word for word in (f"{name}={value}" for name, value in QUIET.items()) if not typed(word, words)]
     if local and config.threads is None and not typed("threads", words):
@@ -365,5 +366,10 @@ def shown(value: Any) -> str:
 
 
 def parallel(config: Config) -> int:
-    """How many trials at a time: as many as was asked for, else one for every two cores."""
-    return config.sweep.parallel or max(1, cores() // 2)
+    """How many trials at a time: as many as was asked for, else one for every GPU, else one for every two cores."""
+    return config.sweep.parallel or len(gpus(config)) or max(1, cores() // 2)
+
+
+def gpus(config: Config) -> tuple[str, ...]:
+    """Which GPUs the trials share, each trial on one of them."""
+    return () if config.device == "cpu" else visible_gpus()
