@@ -50,7 +50,8 @@ def config_table() -> str:
         else:
             node = type(getattr(schema.Config(), item.name))
             lines += [
-                _row(f"{item.name}.{f.name}", f, defaults[f"{item.name}.{f.name}"]) for f in dataclasses.fields(node)
+                _row(f"{item.name}.{f.name}", f, defaults.get(f"{item.name}.{f.name}", {}))
+                for f in dataclasses.fields(node)
             ]
     return "\n".join(lines)
 
