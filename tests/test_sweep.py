@@ -383,18 +383,22 @@ def test_what_exit_codes_mean(tmp_path: Path):
     trial.folder.mkdir()
     output = trial.folder / "output.txt"
     output.write_text("a line\nerror: seed must be 0\nanother\n")
-    assert judge(0, "", trial) == Ended(0)
-    assert judge(2, "", trial) == Ended(2, "seed must be 0")
-    assert judge(-9, "", trial) == Ended(-9, "ended by SIGKILL", again=True, memory=True)
-    assert judge(-11, "", trial) == Ended(-11, "ended by SIGSEGV", again=True)
-    assert judge(143, "", trial) == Ended(143, "stopped by somebody else", again=True)
-    assert judge(143, processes.TOO_LONG, trial) == Ended(143, processes.TOO_LONG)
+    assert judge(0, "", trial, 5.0) == Ended(0)
+    assert judge(2, "", trial, 5.0) == Ended(2, "seed must be 0")
+    assert judge(-9, "", trial, 5.0) == Ended(-9, "ended by SIGKILL", again=True, memory=True)
+    assert judge(-11, "", trial, 5.0) == Ended(-11, "ended by SIGSEGV", again=True)
+    assert judge(143, "", trial, 5.0) == Ended(143, "stopped by somebody else", again=True)
+    assert judge(143, processes.TOO_LONG, trial, 5.0) == Ended(143, processes.TOO_LONG)
     output.write_text("error: ResourceExhaustedError; the whole story is in train.log\n")
-    assert judge(1, "", trial) == Ended(
+    assert judge(1, "", trial, 5.0) == Ended(
         1, "ResourceExhaustedError; the whole story is in train.log", again=True, memory=True
     )
     output.write_text("")
-    assert judge(1, "", trial).why == "exit code 1"
+    assert judge(1, "", trial, 5.0).why == "exit code 1"
+    for time_, found in ((4.0, Ended(143, processes.TOO_LONG)), (6.0, Ended(0))):  # of this start, or of one before
+        (trial.folder / "run.json").write_text(json.dumps({"run_id": "x"}))
+        (trial.folder / "summary.json").write_text(json.dumps({"status": "finished", "time": time_}))
+        assert judge(143, processes.TOO_LONG, trial, 5.0) == found
 
 
 def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch):

@@ -50,6 +50,7 @@ class Slot:
     gpu: str | None = None
     trial: Trial | None = None
     process: subprocess.Popen | None = None
+    begun: float = 0.0
     until: float = float("inf")
     asked: float | None = None  # when it was asked to stop
     why: str = ""
@@ -60,6 +61,7 @@ class Slot:
         One that lives already, because the launcher that began it died, is not begun again but waited for.
         """
         self.trial, self.process, self.asked, self.why = trial, None, None, ""
+        self.begun = time.time()
         self.until = time.monotonic() + 60 * minutes if minutes else float("inf")
         if trial.state() == "running":
             return
@@ -98,12 +100,16 @@ class Slot:
         if self.process is None:
             return ADOPTED.get(self.trial.state(), Ended(1, "the process is gone", again=True))
         code = self.process.poll()
-        return None if code is None else judge(code, self.why, self.trial)
+        return None if code is None else judge(code, self.why, self.trial, self.begun)
 
 
-def judge(code: int, asked: str, trial: Trial) -> Ended:
-    """What an exit code means. asked: why we asked it to stop, if we did."""
-    if code == 0:
+def judge(code: int, asked: str, trial: Trial, begun: float) -> Ended:
+    """What an exit code means. asked: why we asked it to stop, if we did; begun: when it was started, in seconds.
+
+    A trial that has finished may still have waited for its record, which is completed without it.
+    """
+    summary = trial.summary()
+    if code == 0 or (summary.get("status") == "finished" and summary["time"] > begun):
         return Ended(0)
     if asked:
         return Ended(code, asked)
