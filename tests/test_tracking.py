@@ -158,6 +158,7 @@ def test_a_run_whose_process_is_killed_is_marked(tmp_path: Path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder.path], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     Journal(folder.journal).append(0, 5, {"train/loss": 2.0})
+    MlflowClient(uri).search_experiments()  # makes the tables, which must not be done by two at once
     recorder = uploader.start(folder, uri)
     assert recorder is not None
     deadline = time.monotonic() + 60
