@@ -69,7 +69,7 @@ def processes_of(folder: Path) -> list[int]:
             words = (place / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if any(word.startswith(f"sweep.trial={folder}/trials/") for word in words):
+        if any(word.startswith(f"sweep.trial='{folder}/trials/") for word in words):
             found.append(int(place.name))
     return found
 

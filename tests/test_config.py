@@ -83,6 +83,7 @@ DEFAULT = {
     "precision": "auto",
     "backend": "tensorflow",
     "device": "auto",
+    "gpu_memory": None,
     "jit": "auto",
     "threads": None,
     "deterministic": True,

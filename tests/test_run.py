@@ -375,7 +375,7 @@ def test_our_warnings_are_seen_on_the_terminal(tmp_path: Path, capsys: pytest.Ca
 def test_two_runs_of_a_process_stand_on_the_same_ground(tmp_path: Path):
     log = tmp_path / "log"
     runtime.prepare(compose([f"threads={THREADS}"]), log)
-    with pytest.raises(ConfigError, match=f"threads must be the same for all runs of a sweep, got 1 after {THREADS}"):
+    with pytest.raises(ConfigError, match=f"threads must be the same for all runs of a process, got 1 after {THREADS}"):
         runtime.prepare(compose(["threads=1"]), log)
 
 

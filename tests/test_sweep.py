@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Done, message, once, run_command, run_train
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from train.compose import quoted
 from train.config import Sweep
-from train.sweep import processes, search, space, trials
+from train.sweep import processes, search, space, story, trials
 from train.sweep.processes import Ended, Slots, Wish, judge
 from train.sweep.space import Axis
 from train.sweep.trials import SweepFolder, Trial
@@ -164,6 +166,23 @@ def test_another_order_and_another_way_of_running_is_the_same_sweep(tmp_path: Pa
     assert trials.find(tmp_path, ["epochs=2", "seed=0,2"], None, fresh=False) is None
 
 
+def test_trials_come_by_number_however_many_there_are(tmp_path: Path):
+    folder = made(tmp_path, 2)
+    folder.add(1000, **frozen(1000))
+    folder.add(999, **frozen(999))
+    assert [trial.number for trial in folder.trials] == [0, 1, 999, 1000]
+
+
+def test_half_the_batch_is_another_run_of_the_trial(tmp_path: Path):
+    folder = made(tmp_path, 1)
+    [trial] = folder.trials
+    half = story.halved(folder, trial)
+    quarter = story.halved(folder, half)
+    assert [found.config["batch_size"] for found in (trial, half, quarter)] == [32, 16, 8]
+    assert [found.folder.name for found in (trial, half, quarter)] == ["000", "000-batch16", "000-batch8"]
+    assert folder.trials == [quarter]
+
+
 def test_the_folder_of_another_sweep_is_refused(tmp_path: Path):
     made(tmp_path, 1)
     place = str(tmp_path / "sweep")
@@ -179,6 +198,11 @@ def test_a_sweep_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path):
     (tmp_path / "sweep/trials").mkdir(parents=True)
     (tmp_path / "sweep/trials/001.json").write_text("{}")
     assert [trial.number for trial in made(tmp_path, 1).trials] == [0]
+
+
+@pytest.mark.parametrize("text", ["/a b/c,d={x}$y", "it's", "back\\slash", "tail\\'q", "[a"])
+def test_any_path_can_be_told_to_a_trial(text: str):
+    assert OverridesParser.create().parse_override(f"sweep.trial={quoted(text)}").value() == text
 
 
 def test_what_is_no_trial_is_refused(tmp_path: Path):
@@ -421,6 +445,17 @@ def test_every_trial_has_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert [slot.gpu for slot in Slots(2).places] == [None, None]
 
 
+def test_a_gpu_is_shared_by_a_stated_limit_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    words = ["-m", "seed=0,1,2", "sweep.parallel=3", "sweep.dry_run=true"]
+    assert run_train(*words).err == (
+        "error: sweep.parallel must be at most the number of GPUs, 2, got 3; "
+        "use gpu_memory=MIB to let several trials share one\n"
+    )
+    for fine in ("gpu_memory=20000", "device=cpu", "sweep.parallel=2"):
+        assert run_train(*words, fine).code == 0
+
+
 # --------------------------------------------------------------------------------------- one that is killed and goes on
 
 WORDS = [
@@ -447,7 +482,7 @@ def alive(folder: Path) -> list[str]:
             words = (place / "cmdline").read_text().split("\0")
         except OSError:
             continue
-        found += [word for word in words if word.startswith(f"sweep.trial={folder}/")]
+        found += [word for word in words if word.startswith(f"sweep.trial='{folder}/")]
     return found
 
 
@@ -539,14 +574,27 @@ def test_mlflow_has_every_run_once_below_the_sweep(swept: Swept):
     assert best == max(value["validation_main_accuracy"] for value in values)
 
 
-def test_a_trial_that_hangs_is_ended(tmp_path: Path, swept: Swept, monkeypatch: pytest.MonkeyPatch):
-    """Stopped in its tracks, it can't heed the request to end."""
+@pytest.fixture
+def trial(tmp_path: Path, swept: Swept, monkeypatch: pytest.MonkeyPatch) -> Trial:
+    """One that has not begun."""
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
     content = json.loads((swept.path / "trials/000.json").read_text())
     del content["number"]
-    folder = trials.create(tmp_path, ["x"], str(tmp_path / "sweep"), {}, [content])
-    ends: list[Ended] = []
-    todo = folder.trials
+    [found] = trials.create(tmp_path, ["x"], str(tmp_path / "sweep"), {}, [content]).trials
+    return found
+
+
+def work(slots: Slots, trial: Trial, watch: Any) -> list[Ended]:
+    """How it ended."""
+    todo, ends = [trial], []
+    slots.work(
+        lambda: todo.pop() if todo else None, lambda _, ended: bool(ends.append(ended)) or True, watch, Wish()
+    )  # fmt: skip
+    return ends
+
+
+def test_a_trial_that_hangs_is_ended(trial: Trial):
+    """Stopped in its tracks, it can't heed the request to end."""
     slots = Slots(1, minutes=0.02)
 
     def watch() -> None:
@@ -554,8 +602,19 @@ def test_a_trial_that_hangs_is_ended(tmp_path: Path, swept: Swept, monkeypatch: 
             assert slot.process
             slot.process.send_signal(signal.SIGSTOP)
 
-    slots.work(lambda: todo.pop() if todo else None, lambda _, ended: bool(ends.append(ended)) or True, watch, Wish())
-    assert ends == [Ended(-9, processes.TOO_LONG)]
+    assert work(slots, trial, watch) == [Ended(-9, processes.TOO_LONG)]
+
+
+def test_a_trial_that_hangs_and_has_lost_its_launcher_is_ended(trial: Trial):
+    [slot] = Slots(1).places
+    slot.start(trial, None)
+    assert slot.process
+    assert eventually(lambda: trial.state() == "running", 60)
+    assert processes.process_of(trial) == slot.process.pid
+    slot.process.send_signal(signal.SIGSTOP)
+    assert work(Slots(1, minutes=0.01), trial, slot.process.poll) == [Ended(1, processes.TOO_LONG)]
+    assert slot.process.wait(10) == -signal.SIGKILL
+    assert processes.process_of(trial) is None
 
 
 @pytest.mark.slow
@@ -604,6 +663,7 @@ def test_another_launcher_runs_the_trials(tmp_path: Path):
     assert [line for line in lines if line.startswith("failed: gradient_accumulation=13: ConfigError: ")]
     assert " test accuracy 0." in next(line for line in lines if line.startswith("best: "))
     assert len(list((path / "jobs/.submitit").glob("*/*_result.pkl"))) == 4  # the best one once more
+    assert not (ROOT / "multirun").exists()
 
 
 def test_slurm_gets_a_script_for_the_trials(tmp_path: Path):

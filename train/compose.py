@@ -212,6 +212,11 @@ def as_typed(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
+def quoted(text: str) -> str:
+    """A text as one would type it where it may hold what Hydra's grammar has a use for."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
+
+
 def _unknown_key(_: Exception, text: str) -> tuple | None:
     found = re.search(r"Could not override '([^']+)'", text)
     found = found or re.search(r"(?:Could not append|already at) '([^']+)'", text)

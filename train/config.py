@@ -373,6 +373,9 @@ class Config:
     )
     backend: str = key("tensorflow", "what Keras computes with", choices=("tensorflow",))
     device: str = key("auto", "where to compute; auto: the GPU where there is one", choices=("auto", "cpu", "gpu"))
+    gpu_memory: int | None = key(
+        None, "how much of the GPU's memory it may take; null: as much as it comes to need", unit="MiB", least=1
+    )
     jit: str = key("auto", "XLA compilation; auto: by device", choices=("auto", "on", "off"))
     threads: int | None = key(None, "compute threads; null: one per core", least=1, most=1024)
     deterministic: bool = key(True, "the same bits for the same config, data and machine")

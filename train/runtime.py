@@ -52,7 +52,11 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
     _refuse_other_ground(config)
     if device == "gpu":
         gpu = tf.config.list_physical_devices("GPU")[0]
-        tf.config.experimental.set_memory_growth(gpu, True)
+        if config.gpu_memory is None:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        else:
+            limit = tf.config.LogicalDeviceConfiguration(memory_limit=config.gpu_memory)
+            tf.config.set_logical_device_configuration(gpu, [limit])
         tf.config.set_visible_devices([gpu], "GPU")
     else:
         tf.config.set_visible_devices([], "GPU")
@@ -125,7 +129,7 @@ def _refuse_other_ground(config: Config) -> None:
         value = getattr(config, name)
         if _ground.setdefault(name, value) != value:
             raise ConfigError(
-                f"{name} must be the same for all runs of a sweep, got {value} after {_ground[name]}; use two sweeps"
+                f"{name} must be the same for all runs of a process, got {value} after {_ground[name]}; use another one"
             )
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class Slot:
     gpu: str | None = None
     trial: Trial | None = None
     process: subprocess.Popen | None = None
+    adopted: int | None = None  # the process of a trial whose launcher died, where it is one of this machine
     begun: float = 0.0
     until: float = float("inf")
     asked: float | None = None  # when it was asked to stop
@@ -60,10 +61,11 @@ class Slot:
 
         One that lives already, because the launcher that began it died, is not begun again but waited for.
         """
-        self.trial, self.process, self.asked, self.why = trial, None, None, ""
+        self.trial, self.process, self.adopted, self.asked, self.why = trial, None, None, None, ""
         self.begun = time.time()
         self.until = time.monotonic() + 60 * minutes if minutes else float("inf")
         if trial.state() == "running":
+            self.adopted = process_of(trial)
             return
         trial.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
@@ -71,7 +73,7 @@ class Slot:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         with (trial.folder / "output.txt").open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "train", f"sweep.trial={trial.file}", *trial.words],
+                [sys.executable, "-m", "train", trial.word, *trial.words],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -82,13 +84,17 @@ class Slot:
 
     def stop(self, why: str, *, at_once: bool = False) -> None:
         """Asks for a checkpoint and the end; who does not obey in time is ended."""
-        if self.process is None:  # another launcher's: let it be
-            return
         if self.asked is None:
             self.asked, self.why = time.monotonic(), why
-            self.process.terminate()
+            self._send(signal.SIGTERM)
         if at_once or time.monotonic() > self.asked + GRACE_SECONDS:
-            self.process.kill()
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)
+        elif self.trial and self.adopted is not None and self.adopted == process_of(self.trial):  # still the same one
+            os.kill(self.adopted, number)
 
     def ended(self) -> Ended | None:
         """How the trial has ended; None as long as it lives."""
@@ -98,9 +104,19 @@ class Slot:
         elif self.asked is not None:
             self.stop(self.why)
         if self.process is None:
-            return ADOPTED.get(self.trial.state(), Ended(1, "the process is gone", again=True))
+            gone = Ended(1, self.why) if self.why else Ended(1, "the process is gone", again=True)
+            return ADOPTED.get(self.trial.state(), gone)
         code = self.process.poll()
         return None if code is None else judge(code, self.why, self.trial, self.begun)
+
+
+def process_of(trial: Trial) -> int | None:
+    """The process on this machine that runs a trial."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if trial.word.encode() in (place / "cmdline").read_bytes().split(b"\0"):
+                return int(place.name)
+    return None
 
 
 def judge(code: int, asked: str, trial: Trial, begun: float) -> Ended:

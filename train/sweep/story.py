@@ -35,6 +35,7 @@ from train.tracking import uploader
 from train.tracking.record import short
 
 JOBS = "jobs"  # where another launcher keeps what it has to keep
+FROZEN = ("search", "trials", "seeds", "first_epochs", "reduction")  # settings that say which trials there are
 QUIET = {"evaluate.test": False, "tracking.log_model": False}  # what chooses must not see the test; the best gets both
 Compose = Callable[[list[str]], DictConfig]
 
@@ -60,6 +61,11 @@ class Sweep:
     again: list[Trial] = field(default_factory=list)
     tries: Counter = field(default_factory=Counter)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it ends before its end."""
+        return bool(self.wish.number) or (self.config.sweep.fail_fast and bool(self.failures))
+
 
 def sweep(words: list[str], config: Config, loader: Any, composed: Compose, elsewhere: Elsewhere | None) -> int:
     """The exit code: 0 where all trials have finished, 1 where one has failed, 130 and 143 stopped.
@@ -73,6 +79,8 @@ def sweep(words: list[str], config: Config, loader: Any, composed: Compose, else
         on_ray.check()
         share = max(1, cores() // parallel(config))
         elsewhere = Elsewhere("ray", partial(on_ray.launch, cores=config.threads or share))
+    if elsewhere is None:
+        share_gpus(config)
     if config.tracking.uri is not None:
         os.environ[ADDRESS] = config.tracking.uri
     runs = ROOT / "runs" / config.tracking.experiment
@@ -85,6 +93,7 @@ def sweep(words: list[str], config: Config, loader: Any, composed: Compose, else
         folder = trials.create(runs, words, config.run_dir, content, made)
     else:
         say(f"going on with a sweep as it was begun, whatever conf/ says now: {folder.path}")
+    config = replace(config, sweep=replace(config.sweep, **folder.content["settings"]))
     wish = Wish()
     with folder.held(), nullcontext() if elsewhere else wish.heard():
         return tell(Sweep(folder, config, elsewhere, wish))
@@ -140,7 +149,7 @@ def take(life: Sweep, trial: Trial, ended: Ended) -> bool:
         return True
     life.failures[trial.number] = trial, ended.why
     life.plan.ended(trial)
-    return not settings.fail_fast
+    return not life.stopped
 
 
 def halved(folder: SweepFolder, trial: Trial) -> Trial:
@@ -164,7 +173,7 @@ def best(life: Sweep) -> list[Trial]:
 
 def prune(life: Sweep) -> None:
     """Says of trials that others have beaten that they won't go on."""
-    if life.wish.number:
+    if life.stopped:
         return
     for trial in life.plan.left():
         run = trial.run()
@@ -188,13 +197,14 @@ def tidy(life: Sweep) -> None:
 def crown(life: Sweep, crowned: list[Trial], work: Callable[[Callable[[], Trial | None]], None]) -> None:
     """The best gets what the others went without, and the user has not decided on: its test, its model in MLflow."""
     keys = [name for name in QUIET if not typed(name, life.folder.content["identity"])]
-    if not keys or life.wish.number:
+    if not keys or life.stopped:
         return
     word = f"sweep.final=[{','.join(keys)}]"
     left = [replace(trial, words=(word,)) for trial in crowned if not crowned_before(trial, keys)]
     if left:
         say(f"the best: {crowned[0].label}")
-        work(lambda: left.pop(0) if left else None)
+        life.again += left
+        work(lambda: life.again.pop(0) if life.again else None)
 
 
 def crowned_before(trial: Trial, keys: list[str]) -> bool:
@@ -213,9 +223,7 @@ def hand_over(
     most = None if life.config.sweep.search == "grid" else parallel(life.config)
     while on and (jobs := list(islice(iter(source, None), most))):
         try:
-            elsewhere.launch(
-                [[f"sweep.trial={trial.file}", *trial.words] for trial in jobs], begun, str(life.folder.path / JOBS)
-            )
+            elsewhere.launch([[trial.word, *trial.words] for trial in jobs], begun, str(life.folder.path / JOBS))
         except Exception as fault:  # of one job, in the launcher's own words; what became of each is in its folder
             why = " ".join(str(fault).split())[:500]
             if all(trial.state() == "waiting" for trial in jobs):
@@ -273,6 +281,7 @@ def planned(
     if local and config.threads is None and not typed("threads", words):
         common.append(f"threads={max(1, cores() // parallel(config))}")
     content = {
+        "settings": {name: getattr(settings, name) for name in FROZEN},
         "seed": config.seed,
         "epochs": config.epochs,
         "axes": [vars(axis) for axis in axes],
@@ -368,6 +377,16 @@ def shown(value: Any) -> str:
 def parallel(config: Config) -> int:
     """How many trials at a time: as many as was asked for, else one for every GPU, else one for every two cores."""
     return config.sweep.parallel or len(gpus(config)) or max(1, cores() // 2)
+
+
+def share_gpus(config: Config) -> None:
+    """Raises: ConfigError where several trials would have one GPU and nothing says how much of it each may take."""
+    there = len(gpus(config))
+    if there and parallel(config) > there and config.gpu_memory is None:
+        raise ConfigError(
+            f"sweep.parallel must be at most the number of GPUs, {there}, got {parallel(config)}; "
+            "use gpu_memory=MIB to let several trials share one"
+        )
 
 
 def gpus(config: Config) -> tuple[str, ...]:

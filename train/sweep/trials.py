@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.compose import quoted
 from train.config import ConfigError
 from train.disk import write_atomically
 from train.tracking.folder import RunFolder, open_folder
@@ -55,6 +56,11 @@ class Trial:
     point: int
     batch_halvings: int = 0
     words: tuple[str, ...] = ()
+
+    @property
+    def word(self) -> str:
+        """What tells its process which one it is."""
+        return f"sweep.trial={quoted(str(self.file))}"
 
     def run(self) -> RunFolder | None:
         """Its run; None as long as it has not begun."""
@@ -113,7 +119,8 @@ class SweepFolder:
     @property
     def trials(self) -> list[Trial]:
         """All that have been made so far, by number."""
-        return [self._read(file) for file in sorted((self.path / "trials").glob("*.json"))]
+        files = sorted((self.path / "trials").glob("*.json"), key=lambda file: int(file.stem))
+        return [self._read(file) for file in files]
 
     def add(self, number: int, **content: Any) -> Trial:
         """Freezes a trial; what is there already stays."""

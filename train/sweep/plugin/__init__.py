@@ -17,6 +17,7 @@ from hydra.plugins import launcher, sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from train import compose
 from train.config import Config, ConfigError
 
 
@@ -59,7 +60,8 @@ class Trials(sweeper.Sweeper):
         launcher = Plugins.instance().instantiate_launcher(
             config=self._node, hydra_context=self._context, task_function=self._task
         )
-        return launcher.launch(jobs, initial_job_idx=first)
+        here = [f"hydra.sweep.dir={compose.quoted(folder)}", "hydra.sweep.subdir=."]  # each job composes anew
+        return launcher.launch([[*words, *here] for words in jobs], initial_job_idx=first)
 
     @staticmethod
     def _without_hydra(node: DictConfig) -> DictConfig:
