@@ -140,13 +140,13 @@ def torture(place: Path, trials: int, kills: int, seed: int) -> dict[str, Any]:
     require((runs, children) == (trials + 1, trials), f"{runs} runs in MLflow, {children} of them below the sweep's")
     return {
         "trials": trials, "kills": kills, "found_alive": survivors, "identical": same, "runs_in_mlflow": runs,
-        "told": [cut(line) for line in told], "untouched_seconds": usual,
+        "told": [cut(line, place) for line in told], "untouched_seconds": usual,
     }  # fmt: skip
 
 
-def cut(line: str) -> str:
+def cut(line: str, place: Path) -> str:
     """Without the paths of this machine."""
-    return re.sub(r" \(\S+\)$", "", line)
+    return re.sub(r" \(\S+\)$", "", line).replace(f"{place}/", "")
 
 
 def result(run: Path) -> Any:

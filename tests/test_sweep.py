@@ -20,7 +20,7 @@ from conftest import ROOT, Done, message, once, run_command, run_train
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from train.compose import quoted
-from train.config import Sweep
+from train.config import Config, Sweep
 from train.sweep import processes, search, space, story, trials
 from train.sweep.processes import Ended, Slots, Wish, judge
 from train.sweep.space import Axis
@@ -425,6 +425,82 @@ def test_what_exit_codes_mean(tmp_path: Path):
         assert judge(143, processes.TOO_LONG, trial, 5.0) == found
 
 
+def alone(folder: SweepFolder, **settings: Any) -> story.Sweep:
+    """A sweep as its launcher has it in hand."""
+    life = story.Sweep(folder, Config(sweep=Sweep(**settings)), None, Wish())
+    life.plan = search.Grid(folder)
+    return life
+
+
+KILLED = Ended(-9, "ended by SIGKILL", again=True, memory=True)
+WRONG = Ended(1, "no such file")
+
+
+def test_what_was_killed_goes_on_again_and_what_is_wrong_does_not(tmp_path: Path):
+    folder = made(tmp_path, 2)
+    first, second = folder.trials
+    life = alone(folder, retries=2)
+    for _ in range(2):
+        assert story.take(life, first, KILLED)
+        assert story.following(life) == first  # before what has not begun
+    assert story.take(life, first, KILLED)
+    assert story.take(life, second, WRONG)
+    assert life.again == []
+    assert [(trial.number, why) for trial, why in life.failures.values()] == [(0, KILLED.why), (1, WRONG.why)]
+
+
+def test_half_the_batch_only_where_that_was_asked_for(tmp_path: Path):
+    folder = made(tmp_path, 1)
+    for asked, size in ((False, 32), (True, 16)):
+        life = alone(folder, halve_batch=asked)
+        story.take(life, folder.trials[0], KILLED)
+        [again] = life.again
+        assert again.config["batch_size"] == size
+
+
+def test_the_first_failure_stops_a_sweep_that_wants_it(tmp_path: Path):
+    folder = made(tmp_path, 2)
+    assert story.take(alone(folder), folder.trials[0], WRONG)
+    life = alone(folder, fail_fast=True)
+    assert not story.take(life, folder.trials[0], WRONG)
+    trained(folder.trials[1], 9, 0.5)
+    story.crown(life, story.best(life), pytest.fail)  # nothing more is begun
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={"INCEPTION_SWEEP_PROCESS": str(os.getpid())})
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def runs(process: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())  # empty of one that has ended and waits to be noted
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_it_is_the_signal_that_ends_trials_with_their_launcher(heeds: bool):
+    """Without asking for it a process lives on."""
+    code = "from train.sweep.processes import end_with_parent as ask; import time; "
+    code += f"{'ask()' if heeds else 'ask'}; print('asked', flush=True); time.sleep(60)"
+    launcher = subprocess.Popen([sys.executable, "-c", ORPHAN, code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout
+    child = int(launcher.stdout.readline())
+    assert launcher.stdout.readline() == "asked\n"
+    launcher.kill()
+    launcher.wait()
+    try:
+        assert eventually(lambda: not runs(child), 5 if heeds else 1) == heeds
+    finally:
+        launcher.stdout.close()
+        if not heeds:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
     assert [slot.cores for slot in Slots(2).places] == [(0, 1), (2, 3)]
@@ -605,16 +681,47 @@ def test_a_trial_that_hangs_is_ended(trial: Trial):
     assert work(slots, trial, watch) == [Ended(-9, processes.TOO_LONG)]
 
 
-def test_a_trial_that_hangs_and_has_lost_its_launcher_is_ended(trial: Trial):
+@pytest.mark.parametrize("so_far", ["waiting", "running"])
+def test_a_trial_that_hangs_and_has_lost_its_launcher_is_ended(so_far: str, trial: Trial):
     [slot] = Slots(1).places
     slot.start(trial, None)
     assert slot.process
-    assert eventually(lambda: trial.state() == "running", 60)
-    assert processes.process_of(trial) == slot.process.pid
+    assert eventually(lambda: trial.state() == so_far, 60)
+    assert eventually(lambda: processes.process_of(trial), 5)
     slot.process.send_signal(signal.SIGSTOP)
     assert work(Slots(1, minutes=0.01), trial, slot.process.poll) == [Ended(1, processes.TOO_LONG)]
     assert slot.process.wait(10) == -signal.SIGKILL
     assert processes.process_of(trial) is None
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_says_what_is_left_and_goes_on(tmp_path: Path):
+    path, uri = tmp_path / "sweep", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    words = [*WORDS[:-1], "sweep.parallel=1", f"run_dir={path}", f"tracking.uri={uri}"]
+    words[words.index("gradient_accumulation=1,2,13")] = "seed=0,1"
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "train", "-m", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert eventually(lambda: list(path.glob("000/checkpoints/*")), 60)
+    launcher.send_signal(signal.SIGINT)
+    said, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert re.search(r"sweep: 0 finished, 0 failed, 2 to go \(the same command again\), ", said)
+    assert alive(path) == []
+    assert list(path.glob("000/checkpoints/*-stop"))
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    assert {run.data.tags.get("kind", "train"): run.info.status for run in runs} == {
+        "sweep": "KILLED",
+        "train": "KILLED",
+    }
+    done = run_train("-m", *words)
+    assert done.code == 0, done.err
+    assert "sweep: 2 finished, 0 failed, " in done.out
+    assert json.loads((path / "000/summary.json").read_text())["lives"] == 2
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +64,8 @@ class Slot:
         self.trial, self.process, self.adopted, self.asked, self.why = trial, None, None, None, ""
         self.begun = time.time()
         self.until = time.monotonic() + 60 * minutes if minutes else float("inf")
-        if trial.state() == "running":
-            self.adopted = process_of(trial)
+        self.adopted = process_of(trial)
+        if self.adopted or trial.state() == "running":
             return
         trial.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
@@ -93,8 +93,12 @@ class Slot:
     def _send(self, number: int) -> None:
         if self.process is not None:
             self.process.send_signal(number)
-        elif self.trial and self.adopted is not None and self.adopted == process_of(self.trial):  # still the same one
+        elif self._adopted_lives():
+            assert self.adopted
             os.kill(self.adopted, number)
+
+    def _adopted_lives(self) -> bool:
+        return bool(self.adopted and self.trial and is_process_of(self.adopted, self.trial))
 
     def ended(self) -> Ended | None:
         """How the trial has ended; None as long as it lives."""
@@ -104,6 +108,8 @@ class Slot:
         elif self.asked is not None:
             self.stop(self.why)
         if self.process is None:
+            if self._adopted_lives():
+                return None
             gone = Ended(1, self.why) if self.why else Ended(1, "the process is gone", again=True)
             return ADOPTED.get(self.trial.state(), gone)
         code = self.process.poll()
@@ -111,12 +117,16 @@ class Slot:
 
 
 def process_of(trial: Trial) -> int | None:
-    """The process on this machine that runs a trial."""
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if trial.word.encode() in (place / "cmdline").read_bytes().split(b"\0"):
-                return int(place.name)
-    return None
+    """The process on this machine that runs a trial, also where it has not come so far as to hold its lock."""
+    numbers = (int(place.name) for place in Path("/proc").glob("[0-9]*"))
+    return next((number for number in numbers if is_process_of(number, trial)), None)
+
+
+def is_process_of(number: int, trial: Trial) -> bool:
+    try:
+        return trial.word.encode() in Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def judge(code: int, asked: str, trial: Trial, begun: float) -> Ended:
