@@ -18,7 +18,7 @@ LOCKS := requirements.lock requirements-dev.lock
 
 KNOBS := PYTHON ARGS
 WORDED := train resume sweep cost sync reap ui
-PLAIN := setup lock test test-all torture bench bench-data lint format readme readme-check help
+PLAIN := setup lock test test-all torture bench bench-data bench-guard bench-safeguards lint format readme readme-check help
 
 override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 override TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))
@@ -109,8 +109,14 @@ torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (ab
 bench-data: $(STAMP) ## how fast images come, beside bare decoding, Keras and PyTorch (about 25 minutes)
 	@$(BIN)/python scripts/bench_data.py $(ARGS)
 
-bench: $(STAMP) ## what the safeguards cost, measured side by side (about 20 minutes on a quiet machine)
+bench: $(STAMP) ## how fast training is, beside Keras's fit, PyTorch and JAX (about 40 minutes on a quiet machine)
 	@$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-guard: $(STAMP) ## whether training is still as fast beside Keras's fit as the kept figures say (about 5 minutes)
+	@$(BIN)/python scripts/bench.py --guard $(ARGS)
+
+bench-safeguards: $(STAMP) ## what the safeguards cost, measured side by side (about 20 minutes on a quiet machine)
+	@$(BIN)/python scripts/bench_safeguards.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

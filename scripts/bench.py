@@ -1,164 +1,303 @@
-"""What the safeguards cost: whole runs with and without, one after the other in turn, compared by medians.
+"""How fast training is: ours as people run it, Keras's `fit`, PyTorch, Keras on JAX; the same networks, side by side.
 
-    python scripts/bench.py --pairs 5 --report bench.json
+    python scripts/bench.py --report scripts/figures/speed.json
+    python scripts/bench.py --torch PYTHON --jax PYTHON               (interpreters that have them)
+    python scripts/bench.py --models vgg16_inception --rounds 1
+    python scripts/bench.py --guard                                  (one ratio, against the kept figures)
 
-Every run is the default network on the default data for a few epochs, through the command line. `images/s` is that of
-the training steps; `stall` is the share of the run's time in which training waited for a checkpoint. Machines are
-noisy: beside the ratio of the medians stands the range of the ratios of single pairs, and what two runs of the very
-same settings, one after the other, differ by.
+Every measurement is a process of its own; they take turns, round by round, and medians are compared, with the range of
+the rounds beside them. Ours is `make train` with everything on: tracking, checkpoints, validation, exact stream; the
+others get random images in memory. Before anything is timed every peer asserts that it has the same network: as many
+parameters, and for the same values the same logits. A peer that is not installed is named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMON = ["evaluate.test=false", "tracking.log_model=false", "tracking.wait_seconds=0", "tracking.every_steps=1"]
+PEERS = ROOT / "scripts" / "peers"
+FIGURES = ROOT / "scripts" / "figures" / "speed.json"
+FLOAT32, BFLOAT16 = "float32", "mixed_bfloat16"
+QUIET = ["evaluate.test=false", "tracking.log_model=false", "tracking.wait_seconds=0", "checkpoint.keep=1"]
 
 
-@dataclass
-class Comparison:
-    """Two settings of the same run; the second is the one without the safeguard or the luck."""
+@dataclass(frozen=True)
+class Task:
+    """A network, how it is fed, and how long: steps of a peer, three epochs of as many in ours."""
 
-    name: str
-    first: list[str]
-    second: list[str]
+    model: str
+    side: int
+    channels: int
+    batch: int
+    steps: int
+    data: tuple[str, ...]
 
 
-COMPARISONS = [
-    Comparison("tracker: alive, dead", ["tracking.uri={alive}"], ["tracking.uri={dead}"]),
-    Comparison("determinism: on, off", ["deterministic=true"], ["deterministic=false"]),
-    Comparison("checkpoints: every epoch, at the end", ["checkpoint.every_epochs=1"], ["checkpoint.every_epochs=1000"]),
+CPU_TASKS = [
+    Task("vgg16", 32, 1, 64, 19, ("data=digits",)),
+    Task("vgg16_inception", 32, 1, 64, 19, ("data=digits",)),
+    Task("inception_v3", 75, 1, 64, 19, ("data=digits", "data.image_size=75")),
+]
+GPU_TASKS = [
+    Task("vgg16", 224, 1, 128, 9, ("data=digits", "data.image_size=224")),
+    Task("inception_v3", 299, 1, 128, 9, ("data=digits", "data.image_size=299")),
 ]
 
 
-@contextmanager
-def server(place: Path) -> Iterator[str]:
-    """A real MLflow server over SQLite on 127.0.0.1; its address."""
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train.tracking.ui", f"port={port}", f"uri=sqlite:///{place / 'server/mlflow.db'}"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+@dataclass(frozen=True)
+class Place:
+    """Where a round of a task is measured. given: the network as the peers get it."""
+
+    task: Task
+    given: Path
+    root: Path
+    interpreters: dict[str, str]
+
+
+Contestant = Callable[[Place], dict[str, Any]]
+
+
+def ours(precision: str) -> Contestant:
+    """`make train` as it is typed; its steady state as it reports it itself."""
+
+    def measure(place: Place) -> dict[str, Any]:
+        task, folder = place.task, Path(tempfile.mkdtemp(dir=place.root))
+        words = [
+            f"model={task.model}", *task.data, f"batch_size={task.batch}", "epochs=3", f"steps_per_epoch={task.steps}",
+            f"precision={precision}", *QUIET, f"run_dir={folder}", f"tracking.uri=sqlite:///{place.root / 'mlflow.db'}",
+        ]  # fmt: skip
+        begun = time.time()
+        subprocess.run([sys.executable, "-m", "train", *words, "tracking.every_steps=1"], **QUIETLY)
+        summary = json.loads((folder / "summary.json").read_text())
+        with (folder / "metrics.jsonl").open() as journal:
+            first = next(line for line in map(json.loads, journal) if "train/loss" in line["values"])
+        return {
+            "images_per_second": summary["train_images_per_second"],
+            "first_step_seconds": first["time"] - begun,
+            "peak_memory_bytes": summary["peak_memory_bytes"],
+            "data_wait_fraction": summary["data_wait_fraction"],
+        }
+
+    return measure
+
+
+def peer(name: str, script: str, arguments: Callable[[Task], list[str]], **environment: str) -> Contestant:
+    """A program that prints one line of JSON."""
+
+    def measure(place: Place) -> dict[str, Any]:
+        command = [place.interpreters[name], str(PEERS / script), str(place.given), *arguments(place.task)]
+        begun = {"BENCH_BEGUN": str(time.time())}
+        done = subprocess.run(command, **QUIETLY | {"env": {**os.environ, **environment, **begun}})
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return measure
+
+
+def keras(backend: str, precision: str) -> Contestant:
+    name = "jax" if backend == "jax" else "keras"
+    return peer(
+        name, "keras_fit.py", lambda task: [task.model, str(task.batch), precision, str(2 * task.steps)],
+        KERAS_BACKEND=backend,
     )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while not answers(f"{address}/health"):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the MLflow server at {address} does not answer")
-            time.sleep(0.5)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
 
 
-def answers(address: str) -> bool:
-    try:
-        urllib.request.urlopen(address, timeout=2).close()
-    except OSError:
-        return False
-    return True
+def torch(precision: str, way: str) -> Contestant:
+    return peer("torch", "torch_steps.py", lambda task: [str(task.batch), precision, way, str(2 * task.steps)])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+CONTESTANTS: dict[str, tuple[str, Contestant]] = {
+    "make train": (BFLOAT16, ours("auto")),
+    "make train, float32": (FLOAT32, ours(FLOAT32)),
+    "Keras fit, float32": (FLOAT32, keras("tensorflow", FLOAT32)),
+    "Keras fit, mixed_bfloat16": (BFLOAT16, keras("tensorflow", BFLOAT16)),
+    "PyTorch eager, float32": (FLOAT32, torch(FLOAT32, "eager")),
+    "PyTorch eager, bfloat16": (BFLOAT16, torch("bfloat16", "eager")),
+    "PyTorch compiled, float32": (FLOAT32, torch(FLOAT32, "compiled")),
+    "PyTorch compiled, bfloat16": (BFLOAT16, torch("bfloat16", "compiled")),
+    "Keras on JAX, float32": (FLOAT32, keras("jax", FLOAT32)),
+    "Keras on JAX, mixed_bfloat16": (BFLOAT16, keras("jax", BFLOAT16)),
+}
+STARTS: dict[str, Contestant] = {  # from typing the command to the end of the first step, of the same network and batch
+    "make train": ours("auto"),
+    "Keras fit": peer("keras", "keras_fit.py", lambda task: [task.model, str(task.batch), BFLOAT16, "2", "start"]),
+}
+RATIOS = {  # what is compared with what: the best of the second list, round by round
+    "Keras fit, float32": ["Keras fit, float32"],
+    "Keras fit, same precision": ["Keras fit, mixed_bfloat16"],
+    "PyTorch eager, its best": ["PyTorch eager, float32", "PyTorch eager, bfloat16"],
+    "PyTorch, its best": [name for name in CONTESTANTS if name.startswith("PyTorch")],
+    "Keras on JAX, its best": [name for name in CONTESTANTS if name.startswith("Keras on JAX")],
+}
+GUARDED = ("vgg16_inception", "Keras fit, float32")
+SLACK = 0.9  # of the kept ratio, for noise
+QUIETLY: dict[str, Any] = {"cwd": ROOT, "check": True, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
 
 
-def measure(words: list[str], folder: Path) -> dict[str, float]:
-    """One run: images per second of its steps, and the share of its time that went into waiting for checkpoints."""
-    begun = time.perf_counter()
-    command = [sys.executable, "-m", "train", *COMMON, *words, f"run_dir={folder}"]
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    seconds = time.perf_counter() - begun
-    summary = json.loads((folder / "summary.json").read_text())
-    subprocess.run(["pkill", "-f", f"train.tracking.uploader {folder}"], check=False)  # ours, of this run
-    return {
-        "images_per_second": summary["train_images_per_second"],
-        "stall": summary["checkpoint_stall_seconds"] / seconds,
-        "seconds": seconds,
-    }
+# ---------------------------------------------------------------------------------------------------- measurements
 
 
-def compare(comparison: Comparison, pairs: int, words: list[str], places: dict[str, str], root: Path) -> dict[str, Any]:
-    """Pairs in turn, which of the two goes first changing from pair to pair."""
-    found: dict[str, list[dict[str, float]]] = {"first": [], "second": []}
-    for pair in range(pairs):
-        for side in ("first", "second") if pair % 2 == 0 else ("second", "first"):
-            folder = root / f"{comparison.name.partition(':')[0]}-{pair}-{side}"
-            typed = [word.format(**places) for word in getattr(comparison, side)]
-            if not any(word.startswith("tracking.uri=") for word in typed):
-                typed.append(f"tracking.uri={places['file']}")
-            found[side].append(measure([*words, *typed], folder))
-    speeds = {side: [run["images_per_second"] for run in runs] for side, runs in found.items()}
-    single = [one / two for one, two in zip(speeds["first"], speeds["second"], strict=True)]
-    seconds = {side: statistics.median(run["seconds"] for run in runs) for side, runs in found.items()}
-    same = [two / one for runs in speeds.values() for one, two in itertools.pairwise(runs)]
-    return {
-        "name": comparison.name,
-        "pairs": pairs,
-        "median_images_per_second": [statistics.median(speeds["first"]), statistics.median(speeds["second"])],
-        "ratio": statistics.median(speeds["first"]) / statistics.median(speeds["second"]),
-        "ratios_of_pairs": [min(single), max(single)],
-        "ratios_of_equals": [min(same), max(same)],
-        "ratio_of_run_times": seconds["first"] / seconds["second"],
-        "stall": statistics.median(run["stall"] for run in found["first"]),
-        "runs": found,
-    }
+def rounds_of(place: Place, names: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Every contestant once per round, in an order that turns around from round to round."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            measured = CONTESTANTS[name][1](place)
+            found[name].append(measured)
+            print(f"{place.task.model:16} {name:28} {measured['images_per_second']:8.1f} images/s", flush=True)
+    return found
 
 
-def tell(row: dict[str, Any]) -> None:
-    one, two = row["median_images_per_second"]
-    print(
-        f"{row['name']:38} {one:6.1f} / {two:6.1f} images/s = {row['ratio']:.3f}   "
-        f"pairs {row['ratios_of_pairs'][0]:.3f} to {row['ratios_of_pairs'][1]:.3f}   "
-        f"equals {row['ratios_of_equals'][0]:.3f} to {row['ratios_of_equals'][1]:.3f}   "
-        f"run time {row['ratio_of_run_times']:.3f}   stall {row['stall']:.2%}",
-        flush=True,
-    )
+def starts_of(place: Place, rounds: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in STARTS}
+    for _ in range(rounds):
+        for name, contestant in STARTS.items():
+            found[name].append(contestant(place)["first_step_seconds"])
+            print(f"{place.task.model:16} {name:28} {found[name][-1]:8.1f} s to the first step", flush=True)
+    return found
+
+
+def measure(task: Task, place: Place, names: list[str], rounds: int, rate: dict[str, float]) -> dict[str, Any]:
+    """Medians, ranges and ratios of one network."""
+    macs = json.loads((place.given / "network.json").read_text())["macs"]
+    found = rounds_of(place, names, rounds)
+    rows = []
+    for name, measured in found.items():
+        speeds = [one["images_per_second"] for one in measured]
+        # An update takes the forward pass and about two more, for the gradients of what comes in and of the weights.
+        share = 3 * macs * statistics.median(speeds) / rate[CONTESTANTS[name][0].removeprefix("mixed_")]
+        rows.append(
+            {
+                "name": name,
+                "images_per_second": spread(speeds),
+                "step_seconds": task.batch / statistics.median(speeds),
+                "peak_memory_bytes": statistics.median(one["peak_memory_bytes"] for one in measured),
+                "share_of_rate": share,
+                "data_wait_fraction": measured[0].get("data_wait_fraction"),
+            }
+        )
+    speeds_of = {name: [one["images_per_second"] for one in measured] for name, measured in found.items()}
+    ratios = {}
+    for name, others in RATIOS.items():
+        there = [speeds_of[other] for other in others if other in speeds_of]
+        if there and "make train" in speeds_of:
+            ratios[name] = spread(
+                [own / max(theirs) for own, *theirs in zip(speeds_of["make train"], *there, strict=True)]
+            )
+    return {"model": task.model, "side": task.side, "batch": task.batch, "rows": rows, "ratios": ratios}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+# ------------------------------------------------------------------------------------------------------------ peers
+
+
+def interpreters(torch: str | None, jax: str | None) -> dict[str, str]:
+    """By peer, those that are there; what is missing is said."""
+    wanted = {"keras": ("keras", sys.executable), "torch": ("torch", torch), "jax": ("jax", jax)}
+    found = {}
+    for name, (module, interpreter) in wanted.items():
+        python = interpreter or sys.executable
+        if subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0:
+            found[name] = python
+        else:
+            print(f"left out: {name} is not installed for {python}; use --{name} PYTHON", flush=True)
+    return found
+
+
+def there(names: list[str], found: dict[str, str]) -> list[str]:
+    """The contestants whose peer is installed."""
+    needs = {"PyTorch": "torch", "Keras on": "jax"}
+    return [name for name in names if all(peer in found for start, peer in needs.items() if name.startswith(start))]
+
+
+def machine() -> dict[str, Any]:
+    from train import runtime
+
+    gpu = Path("/proc/driver/nvidia/version").exists()
+    return {"processor": runtime.processor("cpu"), "cores": runtime.cores(), "gpu": gpu}
+
+
+# ------------------------------------------------------------------------------------------------------------- told
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = []
+    for network in found["networks"]:
+        lines.append(f"\n{network['model']} at {network['side']} px, batch {network['batch']}")
+        for row in network["rows"]:
+            speed = row["images_per_second"]
+            lines.append(
+                f"  {row['name']:28} {speed['median']:7.1f} images/s ({speed['least']:.1f} to {speed['most']:.1f})  "
+                f"{row['step_seconds'] * 1000:6.0f} ms/step  {row['peak_memory_bytes'] / 2**20:6,.0f} MiB  "
+                f"{row['share_of_rate']:.0%} of the matrix rate"
+            )
+        for name, ratio in (network["ratios"] | network.get("starts", {})).items():
+            lines.append(f"  / {name:26} {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})")
+    return "\n".join(lines)
+
+
+def guard(found: dict[str, Any]) -> int:
+    """Whether the guarded ratio is still what it was, within the noise."""
+    model, name = GUARDED
+    kept = json.loads(FIGURES.read_text())
+    [before] = [network["ratios"][name]["median"] for network in kept["networks"] if network["model"] == model]
+    [now] = [network["ratios"][name]["median"] for network in found["networks"] if network["model"] == model]
+    fine = now >= SLACK * before
+    print(f"{model} / {name}: {now:.2f}, kept {before:.2f}: {'fine' if fine else f'below {SLACK:g} of it'}")
+    return int(not fine)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--only", default="", help="start of the comparison's name")
+    parser.add_argument("--models", help="of the networks, separated by commas")
+    parser.add_argument("--only", default="", help="contestants whose name starts so, and ours")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--torch", help="an interpreter that has PyTorch and NumPy")
+    parser.add_argument("--jax", help="an interpreter that has JAX, Keras and what this project needs")
+    parser.add_argument("--guard", action="store_true", help="compare one ratio with the kept figures")
     parser.add_argument("--report", type=Path, help="where the figures go, as JSON")
     options = parser.parse_args()
-    if options.pairs < 2:
-        parser.error(f"--pairs must be at least 2, got {options.pairs}")
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as root, server(Path(root)) as alive:
-        places = {
-            "alive": alive,
-            "dead": f"http://127.0.0.1:{free_port()}",
-            "file": f"sqlite:///{Path(root) / 'mlflow.db'}",
-        }
-        for comparison in COMPARISONS:
-            if comparison.name.startswith(options.only):
-                rows.append(compare(comparison, options.pairs, [f"epochs={options.epochs}"], places, Path(root)))
-                tell(rows[-1])
-                if options.report:
-                    options.report.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    found: dict[str, Any] = {"machine": machine(), "networks": []}
+    tasks = GPU_TASKS if found["machine"]["gpu"] else CPU_TASKS
+    names = [name for name in CONTESTANTS if name == "make train" or name.startswith(options.only)]
+    if options.guard:
+        tasks, names = [task for task in tasks if task.model == GUARDED[0]], ["make train", GUARDED[1]]
+    if options.models:
+        tasks = [task for task in tasks if task.model in options.models.split(",")]
+    if not tasks:
+        parser.error(f"--models must name some of vgg16, vgg16_inception, inception_v3, got {options.models}")
+    peers = {"keras": sys.executable} if options.guard else interpreters(options.torch, options.jax)
+    rate = json.loads(subprocess.run([sys.executable, str(PEERS / "rate.py")], **QUIETLY).stdout)
+    with tempfile.TemporaryDirectory(prefix="bench-") as root:
+        for task in tasks:
+            place = Place(task, Path(root) / task.model, Path(root), peers)
+            given = [task.model, str(task.side), str(task.channels), str(place.given)]
+            subprocess.run([sys.executable, str(PEERS / "given.py"), *given], **QUIETLY)
+            network = measure(task, place, there(names, peers), options.rounds, rate)
+            if not options.guard and not options.only:
+                starts = starts_of(place, options.rounds)
+                network["start_seconds"] = {name: spread(seconds) for name, seconds in starts.items()}
+                pairs = zip(starts["make train"], starts["Keras fit"], strict=True)
+                network["starts"] = {"Keras fit, first step": spread([own / other for own, other in pairs])}
+            found["networks"].append(network)
+            if options.report:
+                options.report.write_text(json.dumps(found | {"rate": rate}, indent=1) + "\n")
+    print(table(found))
+    return guard(found) if options.guard else 0
 
 
 if __name__ == "__main__":

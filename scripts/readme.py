@@ -114,13 +114,13 @@ def torture_table() -> str:
     return "\n".join([*lines, "", f"Between the kills: {between.format(**found)}."])
 
 
-def bench_table() -> str:
-    """What `make bench ARGS="--report scripts/figures/bench.json"` found."""
+def safeguards_table() -> str:
+    """What `make bench-safeguards ARGS="--report scripts/figures/safeguards.json"` found."""
     lines = [
         "| compared | images/s | ratio of medians | single pairs | equal runs | run times | waited for checkpoints |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in json.loads((FIGURES / "bench.json").read_text()):
+    for row in json.loads((FIGURES / "safeguards.json").read_text()):
         one, two = row["median_images_per_second"]
         pairs, equals = ("{:.3f} to {:.3f}".format(*row[name]) for name in ("ratios_of_pairs", "ratios_of_equals"))
         figures = f"{one:.1f}, {two:.1f} | {row['ratio']:.3f} | {pairs} | {equals} | {row['ratio_of_run_times']:.3f}"
@@ -190,7 +190,7 @@ def overhead_table() -> str:
 
 
 TABLES = {
-    "config": config_table, "models": models_table, "torture": torture_table, "bench": bench_table,
+    "config": config_table, "models": models_table, "torture": torture_table, "safeguards": safeguards_table,
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
     "overhead": overhead_table,
 }  # fmt: skip

@@ -637,7 +637,11 @@ def test_mlflow_has_every_run_once_below_the_sweep(swept: Swept):
     [parent] = [run for run in runs if run.data.tags.get("kind") == "sweep"]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(runs) == 4
-    assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED", "FINISHED"]
+    assert sorted((run.info.run_name, run.info.status) for run in children) == [
+        ("vgg16 gradient_accumulation=1", "FINISHED"),
+        ("vgg16 gradient_accumulation=13", "FAILED"),
+        ("vgg16 gradient_accumulation=2", "FINISHED"),
+    ]
     assert (parent.info.status, parent.info.run_name) == ("FAILED", "sweep of gradient_accumulation")
     assert parent.data.metrics["sweep/finished"] == 2
     assert parent.data.metrics["sweep/failed"] == 1

@@ -32,6 +32,7 @@ def read(words: list[str]) -> tuple[Any, tuple[int, int, int], int]:
     config = compose.compose(others)
     names = {word.partition("=")[0] for word in others}
     classes = command.parse(Cost, own).classes
+    runtime.load("tensorflow", Path(os.devnull))  # only now: a mistake is answered at once
     from train.models import NATIVE_SIZE
 
     side = resolve_image_size(config) if "data.image_size" in names else NATIVE_SIZE[config.model.name]
@@ -48,9 +49,7 @@ class Cost:
 
 def show(words: list[str]) -> None:
     """Prints the tables."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with runtime.stderr_into(Path(os.devnull)):
-        model_keys, shape, classes = read(words)
+    model_keys, shape, classes = read(words)
     from train import models
     from train.models import cost, weights
 

@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from train.step.fused import fused
+
 
 def predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray]:
     """Images uint8 [N, H, W, C] -> the single output of `model` as an array."""
@@ -56,7 +58,8 @@ class Step:
         self._make_metrics(labels)
         # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
         step = tf.function(self._watched_step, jit_compile=jit, autograph=False)
-        self._train = step.get_concrete_function(images, labels, *weights)
+        with fused(model):
+            self._train = step.get_concrete_function(images, labels, *weights)
         moved = [*model.trainable_variables, *self._optimizer.variables]
         watched = [v for v in moved if keras.backend.is_float_dtype(v.dtype)]
         self._whole = tf.function(lambda: _all_finite([v.value for v in watched]), autograph=False)

@@ -103,6 +103,13 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
+    def label(self) -> str | None:
+        """What makes it differ from the other trials of its sweep."""
+        if self.sweep() is None:
+            return None
+        number = self.path.name.partition("-")[0]
+        return json.loads((self.path.parent / "trials" / f"{number}.json").read_text())["label"]
+
     def life(self) -> int:
         """The number of the run's newest life."""
         return read_pulse(self.path / "heartbeat")[1]

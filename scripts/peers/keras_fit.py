@@ -1,0 +1,92 @@
+"""Keras's own `fit` on arrays in memory, as its documentation shows it. Prints one line of JSON.
+
+    KERAS_BACKEND=tensorflow python scripts/peers/keras_fit.py FOLDER vgg16_inception 64 mixed_bfloat16 40
+
+FOLDER is what given.py wrote; then the model, the batch, the precision and the steps. A last word `start` leaves out
+what a person's own script would not do, so that the time to the first step is that of such a script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+ROOT = Path(__file__).resolve().parent.parent.parent
+AUX_WEIGHT, LEARNING_RATE, MOMENTUM = 0.3, 0.01, 0.9
+TOLERANCE = 1e-3  # of logits of about 1, after a hundred layers in another order of summation
+
+
+def parity(model: Any, folder: Path) -> float:
+    """The largest difference in the logits. Raises: AssertionError where this is not the network that was given."""
+    import numpy as np
+
+    given, values = json.loads((folder / "network.json").read_text()), np.load(folder / "values.npz")
+    assert model.count_params() == given["parameters"], f"{model.count_params()} parameters"
+    for variable in model.variables:
+        variable.assign(values["/".join(variable.path.split("/")[-2:])])
+    asked = np.load(folder / "asked.npz")
+    found = model(asked["images"], training=False)
+    return max(float(np.abs(np.asarray(found[name], "float32") - asked[name]).max()) for name in found)
+
+
+def main() -> None:
+    folder, name, batch, precision, steps = Path(sys.argv[1]), sys.argv[2], *sys.argv[3:6]
+    sys.path.insert(0, str(ROOT))
+    import keras
+    import numpy as np
+
+    from train import models
+
+    given = np.load(folder / "asked.npz")
+    shape, classes = given["images"].shape[1:], given["main"].shape[-1]
+    worst = None
+    if "start" not in sys.argv:  # it would count as part of the start
+        worst = parity(models.build(name, shape, classes), folder)
+        assert worst < TOLERANCE, f"logits differ by {worst}"
+    keras.utils.clear_session()
+    keras.config.set_dtype_policy(precision)
+    model = models.build(name, shape, classes)
+    outputs = tuple(model.output)
+    model.compile(
+        keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM, nesterov=True),
+        dict.fromkeys(outputs, keras.losses.CategoricalCrossentropy(from_logits=True)),
+        loss_weights={output: 1.0 if output == "main" else AUX_WEIGHT for output in outputs},
+        metrics={output: ["accuracy"] for output in outputs},
+    )
+    count = int(batch) * int(steps)
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (count, *shape), dtype=np.uint8)
+    labels = np.eye(classes, dtype=np.float32)[draw.integers(0, classes, count)]
+
+    ends: list[float] = []
+
+    class Ends(keras.callbacks.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            ends.append(time.time())
+
+    begun = float(os.environ.get("BENCH_BEGUN", time.time()))
+    model.fit(images, dict.fromkeys(outputs, labels), batch_size=int(batch), verbose=0, callbacks=[Ends()])
+    print(
+        json.dumps(
+            {
+                "images_per_second": int(batch) * (len(ends) - 2) / max(ends[-1] - ends[1], 1e-9),  # two are warm-up
+                "first_step_seconds": ends[0] - begun,
+                "peak_memory_bytes": peak_memory(),
+                "worst_difference": worst,
+            }
+        )
+    )
+
+
+def peak_memory() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    main()
