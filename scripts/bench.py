@@ -3,6 +3,7 @@
     python scripts/bench.py --report scripts/figures/speed.json
     python scripts/bench.py --torch PYTHON --jax PYTHON               (interpreters that have them)
     python scripts/bench.py --models vgg16_inception --rounds 1
+    python scripts/bench.py --settings                               (what `auto` means here: train/fastest.json)
     python scripts/bench.py --guard                                  (one ratio, against the kept figures)
 
 Every measurement is a process of its own; they take turns, round by round, and medians are compared, with the range of
@@ -69,17 +70,17 @@ class Place:
 Contestant = Callable[[Place], dict[str, Any]]
 
 
-def ours(precision: str) -> Contestant:
-    """`make train` as it is typed; its steady state as it reports it itself."""
+def ours(*settings: str) -> Contestant:
+    """`make train` as it is typed, with these words; its steady state as it reports it itself."""
 
     def measure(place: Place) -> dict[str, Any]:
         task, folder = place.task, Path(tempfile.mkdtemp(dir=place.root))
         words = [
             f"model={task.model}", *task.data, f"batch_size={task.batch}", "epochs=3", f"steps_per_epoch={task.steps}",
-            f"precision={precision}", *QUIET, f"run_dir={folder}", f"tracking.uri=sqlite:///{place.root / 'mlflow.db'}",
+            *settings, *QUIET, f"run_dir={folder}", f"tracking.uri=sqlite:///{place.root / 'mlflow.db'}",
         ]  # fmt: skip
         begun = time.time()
-        subprocess.run([sys.executable, "-m", "train", *words, "tracking.every_steps=1"], **QUIETLY)
+        subprocess.run([sys.executable, "-m", "train", *words, "tracking.every_steps=1"], timeout=LIMIT, **QUIETLY)
         summary = json.loads((folder / "summary.json").read_text())
         with (folder / "metrics.jsonl").open() as journal:
             first = next(line for line in map(json.loads, journal) if "train/loss" in line["values"])
@@ -118,8 +119,8 @@ def torch(precision: str, way: str) -> Contestant:
 
 
 CONTESTANTS: dict[str, tuple[str, Contestant]] = {
-    "make train": (BFLOAT16, ours("auto")),
-    "make train, float32": (FLOAT32, ours(FLOAT32)),
+    "make train": (BFLOAT16, ours()),
+    "make train, float32": (FLOAT32, ours(f"precision={FLOAT32}")),
     "Keras fit, float32": (FLOAT32, keras("tensorflow", FLOAT32)),
     "Keras fit, mixed_bfloat16": (BFLOAT16, keras("tensorflow", BFLOAT16)),
     "PyTorch eager, float32": (FLOAT32, torch(FLOAT32, "eager")),
@@ -130,7 +131,7 @@ CONTESTANTS: dict[str, tuple[str, Contestant]] = {
     "Keras on JAX, mixed_bfloat16": (BFLOAT16, keras("jax", BFLOAT16)),
 }
 STARTS: dict[str, Contestant] = {  # from typing the command to the end of the first step, of the same network and batch
-    "make train": ours("auto"),
+    "make train": ours(),
     "Keras fit": peer("keras", "keras_fit.py", lambda task: [task.model, str(task.batch), BFLOAT16, "2", "start"]),
 }
 RATIOS = {  # what is compared with what: the best of the second list, round by round
@@ -142,6 +143,7 @@ RATIOS = {  # what is compared with what: the best of the second list, round by 
 }
 GUARDED = ("vgg16_inception", "Keras fit, float32")
 SLACK = 0.9  # of the kept ratio, for noise
+LIMIT = 600  # seconds, of one run of ours
 QUIETLY: dict[str, Any] = {"cwd": ROOT, "check": True, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
 
 
@@ -200,6 +202,56 @@ def measure(task: Task, place: Place, names: list[str], rounds: int, rate: dict[
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+# --------------------------------------------------------------------------------------------------- what `auto` means
+
+PLAIN = (FLOAT32, "off", 1.0)  # what the others are compared with
+CANDIDATES = [PLAIN, (BFLOAT16, "off", 1.0), (FLOAT32, "on", 1.0), (BFLOAT16, "on", 1.0), (BFLOAT16, "off", 0.5)]
+GPU_CANDIDATES = [("mixed_float16", "off", 1.0), ("mixed_float16", "on", 1.0)]  # very slow on processors
+NETWORKS = ("vgg16", "vgg16_inception", "inception_v1", "inception_v3", "inception_resnet_v2")
+
+
+def settings(root: Path, models: list[str], rounds: int) -> None:
+    """Writes train/fastest.json anew for this kind of device: precision, XLA, and the share of the cores."""
+    from train import runtime
+
+    here = machine()
+    device = "gpu" if here["gpu"] else "cpu"
+    kind, tasks = runtime.device_kind(device), {task.model: task for task in GPU_TASKS if here["gpu"]}
+    for model in models:
+        side = smallest_side(model)
+        task = tasks.get(model, Task(model, side, 1, 64, 9, ("data=digits", f"data.image_size={side}")))
+        speeds: dict[tuple, list[float]] = {}
+        for _ in range(rounds):
+            for candidate in CANDIDATES + (GPU_CANDIDATES if here["gpu"] else []):
+                speeds.setdefault(candidate, []).append(speed_of(candidate, Place(task, root, root, {}), here["cores"]))
+                print(f"{model:20} {candidate!s:34} {speeds[candidate][-1]:8.1f} images/s", flush=True)
+        medians = {candidate: statistics.median(found) for candidate, found in speeds.items()}
+        best = max(medians, key=lambda candidate: medians[candidate])
+        row = dict(zip(("precision", "jit", "cores"), best, strict=True))
+        times = medians[best] / medians[PLAIN]
+        row["why"] = f"{times:.2f} times as fast as float32 without XLA on {here['processor']}, {here['cores']} cores"
+        table = json.loads(runtime.FASTEST.read_text()) if runtime.FASTEST.exists() else {}
+        table.setdefault(kind, {})[model] = row
+        runtime.FASTEST.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+def smallest_side(model: str) -> int:
+    """The side of an image in pixels for a processor: the smallest one."""
+    from train.config import SMALLEST_IMAGE
+
+    return SMALLEST_IMAGE[model]
+
+
+def speed_of(candidate: tuple[str, str, float], place: Place, cores: int) -> float:
+    """Images per second; 0 where it can't be had in ten minutes."""
+    precision, jit, share = candidate
+    words = [f"precision={precision}", f"jit={jit}", f"threads={max(1, round(share * cores))}"]
+    try:
+        return ours(*words)(place)["images_per_second"]
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------ peers
@@ -268,9 +320,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--torch", help="an interpreter that has PyTorch and NumPy")
     parser.add_argument("--jax", help="an interpreter that has JAX, Keras and what this project needs")
+    parser.add_argument("--settings", action="store_true", help="measure what `auto` is to mean on such a machine")
     parser.add_argument("--guard", action="store_true", help="compare one ratio with the kept figures")
     parser.add_argument("--report", type=Path, help="where the figures go, as JSON")
     options = parser.parse_args()
+    if options.settings:
+        with tempfile.TemporaryDirectory(prefix="bench-") as root:
+            settings(Path(root), options.models.split(",") if options.models else list(NETWORKS), options.rounds)
+        return 0
     found: dict[str, Any] = {"machine": machine(), "networks": []}
     tasks = GPU_TASKS if found["machine"]["gpu"] else CPU_TASKS
     names = [name for name in CONTESTANTS if name == "make train" or name.startswith(options.only)]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import platform
@@ -17,19 +18,18 @@ from pathlib import Path
 
 from train.config import Config, ConfigError
 
-# Kind of device -> precision. Processors with bfloat16 instructions compute these networks faster in mixed_bfloat16
-# than in float32, and much slower in mixed_float16. GPUs have bfloat16 units from compute capability 8.0 and float16
-# ones from 7.0.
-PRECISION = {
+# What `auto` means, by kind of device and model, and why: written by `scripts/bench.py --settings`.
+FASTEST = Path(__file__).with_name("fastest.json")
+
+# What it means where nothing has been measured: processors with bfloat16 instructions and GPUs of compute capability
+# 8.0 have units for mixed_bfloat16, GPUs from 7.0 on for mixed_float16, which processors compute very slowly.
+USUAL = {
     "cpu": "float32",
     "cpu_bfloat16": "mixed_bfloat16",
     "gpu": "float32",
     "gpu_float16": "mixed_float16",
     "gpu_bfloat16": "mixed_bfloat16",
 }
-
-# Kind of device -> XLA compilation. On processors XLA was slower than without.
-JIT = {"cpu": "off", "cpu_bfloat16": "off", "gpu": "off", "gpu_float16": "off", "gpu_bfloat16": "off"}
 
 
 def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
@@ -44,7 +44,7 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
     import tensorflow as tf
 
     device, notes = _choose_device(config.device)
-    config = dataclasses.replace(config, device=device, threads=config.threads or cores())
+    config, why = settle(dataclasses.replace(config, device=device))
     _refuse_other_ground(config)
     if device == "gpu":
         gpu = tf.config.list_physical_devices("GPU")[0]
@@ -56,24 +56,29 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
         tf.config.set_visible_devices([gpu], "GPU")
     else:
         tf.config.set_visible_devices([], "GPU")
-    kind = device_kind(config.device)
-    config = dataclasses.replace(
-        config,
-        precision=PRECISION[kind] if config.precision == "auto" else config.precision,
-        jit=JIT[kind] if config.jit == "auto" else config.jit,
-    )
     tf.config.threading.set_intra_op_parallelism_threads(config.threads)
     keras.utils.clear_session()  # also resets the precision policy, so it stands before it
     keras.config.set_dtype_policy(config.precision)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     _forget_peak_memory()
-    return config, [*notes, f"on: {device}, {config.threads} threads, {config.precision}, jit {config.jit}"]
+    return config, [*notes, f"on: {device}, {config.threads} threads, {config.precision}, jit {config.jit}{why}"]
 
 
-# Keras imports these where they are installed, for wrappers, pictures and data frames that nothing here uses. Together
-# they are a third of the time that it takes.
-UNUSED = ("sklearn", "matplotlib", "pandas")
+def settle(config: Config) -> tuple[Config, str]:
+    """The config with every `auto` filled in for its device, and in brackets why; nothing where nothing was open."""
+    kind = device_kind(config.device)
+    measured = json.loads(FASTEST.read_text()).get(kind, {}).get(config.model.name)
+    found = measured or {"precision": USUAL[kind], "jit": "off", "cores": 1.0, "why": f"usual for {kind}, not measured"}
+    found["threads"] = max(1, round(found["cores"] * cores()))
+    open_ = {"precision": "auto", "jit": "auto", "threads": None}
+    chosen = {name: found[name] for name, value in open_.items() if getattr(config, name) == value}
+    return dataclasses.replace(config, **chosen), f" (auto: {found['why']})" if chosen else ""
+
+
+# Keras and TensorFlow import these where they are installed, for wrappers, pictures and data frames that nothing here
+# uses. Together they are a third of the time that it takes.
+UNUSED = ("sklearn", "matplotlib", "pandas", "scipy")
 
 
 def load(backend: str, chatter: Path) -> None:
@@ -164,7 +169,7 @@ def device_kind(device: str) -> str:
         return "cpu_bfloat16" if {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "cpu"
     import tensorflow as tf
 
-    details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[0])
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
     capability = details.get("compute_capability", (0, 0))
     return "gpu_bfloat16" if capability >= (8, 0) else "gpu_float16" if capability >= (7, 0) else "gpu"
 

@@ -39,7 +39,7 @@ class Verdicts:
     """identity: of what was looked at; another identity means that it has to be looked at again."""
 
     identity: str
-    table: Any
+    table: Any  # read out of its buffers: Arrow's own conversions load pandas, which takes longer than all the rest
     _arrays: dict[str, np.ndarray] = field(default_factory=dict)  # views of columns, which take a while to make
 
     def __len__(self) -> int:
@@ -48,7 +48,13 @@ class Verdicts:
     def numbers(self, name: str) -> np.ndarray:
         """A column of numbers, [N]; not copied, except that of truths."""
         if name not in self._arrays:
-            self._arrays[name] = self.table[name].chunk(0).to_numpy(zero_copy_only=NUMBERS[name] is not np.bool_)
+            data = self.table[name].chunk(0).buffers()[1]
+            if NUMBERS[name] is np.bool_:
+                self._arrays[name] = (
+                    np.unpackbits(np.frombuffer(data, np.uint8), count=len(self), bitorder="little") > 0
+                )
+            else:
+                self._arrays[name] = np.frombuffer(data, NUMBERS[name])[: len(self)]
         return self._arrays[name]
 
     @property
@@ -72,23 +78,28 @@ class Verdicts:
         """The entry of a column of texts."""
         return self.table[name][int(row)].as_py()
 
+    def equals(self, name: str, text: str) -> np.ndarray:
+        """bool [N]: where a column of texts has this one."""
+        chunk, wanted = self.table[name].chunk(0), np.frombuffer(text.encode(), np.uint8)
+        ends = np.frombuffer(chunk.buffers()[1], np.int64)[: len(self) + 1]
+        found = np.diff(ends) == len(wanted)
+        if len(wanted) and found.any():
+            rows = np.flatnonzero(found)
+            texts = np.frombuffer(chunk.buffers()[2], np.uint8)[ends[rows, None] + np.arange(len(wanted))]
+            found[rows] = (texts == wanted).all(1)
+        return found
+
     def sound(self) -> np.ndarray:
         """bool [N]: without a problem."""
-        import pyarrow.compute as pc
-
-        return pc.equal(self.table["problem"], "").to_numpy()
+        return self.equals("problem", "")
 
     def rows_of(self, split: str) -> np.ndarray:
         """int64: rows of a split without a problem, in order."""
-        import pyarrow.compute as pc
-
-        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy() & self.sound())
+        return np.flatnonzero(self.equals("split", split) & self.sound())
 
     def has(self, split: str) -> bool:
         """Whether any example is of this split, broken ones too."""
-        import pyarrow.compute as pc
-
-        return pc.any(pc.equal(self.table["split"], split)).as_py()
+        return bool(self.equals("split", split).any())
 
     def problems(self) -> list[tuple[int, str]]:
         """(row, reason) of every example that can't be used."""

@@ -1,0 +1,93 @@
+"""train/runtime.py: what `auto` means, and what is loaded for it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_command
+
+from train import runtime
+from train.compose import compose
+
+MEASURED = {"cpu": {"vgg16": {"precision": "mixed_bfloat16", "jit": "on", "cores": 0.5, "why": "7.00 times as fast"}}}
+LARGE = {
+    "tensorflow", "keras", "tensorflow_datasets", "mlflow", "sklearn", "scipy", "pandas", "matplotlib", "optuna",
+    "sqlalchemy", "ray", "submitit",
+}  # fmt: skip
+
+
+@pytest.fixture
+def a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without bfloat16, of eight cores, with a table of its own."""
+    monkeypatch.setattr(runtime, "FASTEST", tmp_path / "fastest.json")
+    monkeypatch.setattr(runtime, "_cpu_flags", set)
+    monkeypatch.setattr(runtime, "cores", lambda: 8)
+    (tmp_path / "fastest.json").write_text(json.dumps(MEASURED))
+
+
+def settled(*words: str) -> tuple[str, str, int | None, str]:
+    config, why = runtime.settle(compose(["device=cpu", *words]))
+    return config.precision, config.jit, config.threads, why
+
+
+@pytest.mark.usefixtures("a_processor")
+def test_auto_is_what_the_table_says():
+    assert settled("model=vgg16") == ("mixed_bfloat16", "on", 4, " (auto: 7.00 times as fast)")
+    assert settled("model=vgg16", "jit=off", "threads=3") == ("mixed_bfloat16", "off", 3, " (auto: 7.00 times as fast)")
+    assert settled("model=vgg16", "precision=float32", "jit=off", "threads=3") == ("float32", "off", 3, "")
+
+
+@pytest.mark.usefixtures("a_processor")
+def test_where_nothing_was_measured_that_is_said():
+    assert settled("model=inception_v1") == ("float32", "off", 8, " (auto: usual for cpu, not measured)")
+
+
+def test_the_table_has_only_what_can_be_typed():
+    for rows in json.loads(runtime.FASTEST.read_text()).values():
+        for model, row in rows.items():
+            compose([f"model={model}", f"precision={row['precision']}", f"jit={row['jit']}"])
+            assert 0 < row["cores"] <= 1
+            assert row["why"]
+
+
+def test_what_is_absent_comes_back():
+    script = (
+        "import sys; from train.runtime import absent; import numpy\n"
+        "with absent('numpy', 'sklearn'):\n"
+        "    import numpy.linalg\n"
+        "    try: import sklearn\n"
+        "    except ImportError as fault: print(fault)\n"
+        "import sklearn.base; print('there')"
+    )
+    assert run_command(sys.executable, "-c", script).out.splitlines()[1:] == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "may"),
+    [
+        ("train", ["--check"], set()),
+        ("train", ["-m", "seed=0,1", "sweep.dry_run=true"], set()),
+        ("train.cost", ["model=vgg16"], {"tensorflow", "keras"}),
+        (
+            "train",
+            ["model=vgg16", "model.width=0.05", "epochs=1", "steps_per_epoch=1"],
+            {"tensorflow", "keras", "tensorflow_datasets"},
+        ),
+    ],
+    ids=["check", "sweep", "cost", "train"],
+)
+def test_what_a_command_loads(module: str, words: list[str], may: set[str], tmp_path: Path):
+    """Seconds that everybody waits who types it."""
+    if "epochs=1" in words:
+        words = [*words, f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+    script = tmp_path / "loaded.py"
+    script.write_text(
+        f"import atexit, runpy, sys\nsys.argv[1:] = {words!r}\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"atexit.register(lambda: print('loaded:', *sorted({LARGE!r} & set(sys.modules)), flush=True))\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[1:] == sorted(may)
