@@ -1,4 +1,4 @@
-"""train/step/fused.py: the same numbers as Keras's own batch normalisation, in fewer passes."""
+"""train/step/faster.py: the same numbers as Keras's own batch normalisation, in fewer passes."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from train import models
-from train.step.fused import fused
+from train.step.kernels import faster
 
 SHAPE = (5, 6, 7, 8)
 
@@ -61,7 +61,7 @@ def images(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 @pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}], ids=str)
 def test_one_kernel_gives_the_numbers_of_keras(options: dict, precision: str):
-    ours, theirs = (trained(layer_of(**options), by, images()) for by in (fused, plain))
+    ours, theirs = (trained(layer_of(**options), by, images()) for by in (faster, plain))
     assert ours.keys() == theirs.keys()
     rounding = 3e-5 if precision == "float32" else 0.03
     for name, value in theirs.items():
@@ -75,7 +75,7 @@ def test_the_variance_kept_is_that_of_the_batch():
     two = images((2, 1, 1, 8))
     model = layer_of()
     before = model.get_layer("bn").moving_variance.numpy()
-    trained(model, fused, two)
+    trained(model, faster, two)
     expected = before * 0.7 + two.var((0, 1, 2)) * 0.3
     np.testing.assert_allclose(model.get_layer("bn").moving_variance.numpy(), expected, rtol=1e-5)
     assert not np.allclose(expected, before * 0.7 + two.var((0, 1, 2), ddof=1) * 0.3, rtol=0.01)
@@ -84,7 +84,7 @@ def test_the_variance_kept_is_that_of_the_batch():
 def test_a_frozen_layer_and_one_that_is_asked_normalise_by_what_they_know():
     model, x = layer_of(), images()
     expected = model(x, training=False).numpy()
-    with fused(model):
+    with faster(model):
         np.testing.assert_array_equal(model(x, training=False).numpy(), expected)
         model.get_layer("bn").trainable = False
         np.testing.assert_array_equal(model(x, training=True).numpy(), expected)
@@ -93,7 +93,7 @@ def test_a_frozen_layer_and_one_that_is_asked_normalise_by_what_they_know():
 def test_afterwards_the_layers_are_keras_s_own(tmp_path: Any):
     model = models.build("vgg16_inception", (32, 32, 1), 3, width=0.05)
     kernels = {"FusedBatchNormV3"}
-    for by, found in ((fused, kernels), (plain, set())):
+    for by, found in ((faster, kernels), (plain, set())):
         with by(model):
             graph = tf.function(lambda x: model(x, training=True), autograph=False).get_concrete_function(
                 tf.TensorSpec((2, 32, 32, 1))
@@ -112,5 +112,5 @@ def test_other_normalisations_are_left_alone():
         x = layer(x)
     flat = keras.layers.BatchNormalization()
     outputs = flat(keras.layers.Flatten()(x))
-    with fused(keras.Model(inputs, outputs)):
+    with faster(keras.Model(inputs, outputs)):
         assert all("call" not in vars(layer) for layer in [*kept, flat])
