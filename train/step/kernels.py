@@ -16,24 +16,26 @@ import tensorflow as tf
 
 
 @contextmanager
-def faster(model: keras.Model) -> Iterator[None]:
+def faster(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
     """While it lasts, a training step of `model` is traced with these kernels. Batches have to have a known size.
 
-    Results are those of Keras's layers within rounding: of float32, or of the 16 bits that a policy computes in.
+    Results are those of Keras within rounding: of float32, or of the 16 bits that a policy computes in.
     """
-    ours: list[tuple[keras.Layer, str, Any]] = []
+    ours: list[tuple[Any, str, Any]] = []
+    if update := UPDATES.get(type(optimizer)):
+        ours.append((optimizer, "update_step", partial(update, optimizer)))
     for layer in model._flatten_layers():
         if normalises_channels(layer):
             ours.append((layer, "call", partial(normalise, layer)))
         elif type(layer) is keras.layers.Conv2D and is_plain(layer) and not tf.config.get_visible_devices("GPU"):
-            ours.append((layer, "convolution_op", partial(convolve, layer)))
-    for layer, name, function in ours:
-        setattr(layer, name, function)
+            ours.append((layer, "call", partial(convolve, layer)))
+    for owner, name, function in ours:
+        setattr(owner, name, function)
     try:
         yield
     finally:
-        for layer, name, _ in ours:
-            delattr(layer, name)
+        for owner, name, _ in ours:
+            delattr(owner, name)
 
 
 # --------------------------------------------------------------------------------------------- batch normalisation
@@ -69,9 +71,17 @@ def normalise(layer: keras.layers.BatchNormalization, inputs: tf.Tensor, trainin
 # ----------------------------------------------------------------------------------------------------- convolution
 
 # On processors oneDNN's kernel for the gradient of the filters spends most of its time on the filters themselves where
-# there are few positions to sum over. There a matrix product is faster, by up to seven times: of all patches of the
-# images with the gradients of the outputs. Up to so many positions for each filter it was, by scripts/bench_kernels.py.
+# there are few positions to sum over. There a matrix product is faster, by up to ten times: of all patches of the
+# images with the gradients of the outputs. Up to so many positions for each filter it was, by scripts/bench_kernels.py;
+# in bfloat16 it always was for kernels of one position, where the patches are the images.
 POSITIONS_PER_FILTER = {"bfloat16": 16, "float32": 2}
+
+
+def is_faster_as_product(precision: str, kernel: tuple[int, int], positions: int, filters: int) -> bool:
+    """Whether the gradient of the filters is. positions: of all images of a batch, in the outputs."""
+    if (precision, kernel) == ("bfloat16", (1, 1)):
+        return True
+    return positions <= POSITIONS_PER_FILTER.get(precision, 0) * filters
 
 
 def is_plain(layer: keras.layers.Conv2D) -> bool:
@@ -79,22 +89,25 @@ def is_plain(layer: keras.layers.Conv2D) -> bool:
     return (layer.strides, layer.dilation_rate, layer.groups) == ((1, 1), (1, 1), 1)
 
 
-def convolve(layer: keras.layers.Conv2D, inputs: tf.Tensor, kernel: Any) -> tf.Tensor:
-    """What the layer's own `convolution_op` does. inputs: [N, H, W, C]; kernel: [height, width, C, filters]."""
-    padding = layer.padding.upper()
-    outputs = layer.compute_output_shape(inputs.shape)
-    if math.prod(outputs[:-1]) > POSITIONS_PER_FILTER.get(inputs.dtype.name, 0) * layer.filters:
-        return type(layer).convolution_op(layer, inputs, kernel)
+def convolve(layer: keras.layers.Conv2D, inputs: tf.Tensor) -> tf.Tensor:
+    """What the layer's own `call` does. inputs: [N, H, W, C]."""
+    padding, positions = layer.padding.upper(), math.prod(layer.compute_output_shape(inputs.shape)[:-1])
+    if not is_faster_as_product(inputs.dtype.name, layer.kernel_size, positions, layer.filters):
+        return type(layer).call(layer, inputs)
 
     @tf.custom_gradient
-    def convolution(images: tf.Tensor, filters: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def convolution(images: tf.Tensor, filters: tf.Tensor, *bias: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
             towards = tf.nn.conv2d_transpose(upstream, filters, images.shape, 1, padding)
-            return towards, filter_gradient(images, upstream, filters.shape, padding)
+            # TensorFlow's own gradient of a bias adds up 16 bits in 16 bits and was wrong by a tenth.
+            sums = [tf.reduce_sum(upstream, (0, 1, 2)) for _ in bias]
+            return towards, filter_gradient(images, upstream, filters.shape, padding), *sums
 
-        return tf.nn.conv2d(images, filters, 1, padding), gradients
+        outputs = tf.nn.conv2d(images, filters, 1, padding)
+        return (tf.nn.bias_add(outputs, *bias) if bias else outputs), gradients
 
-    return convolution(inputs, tf.convert_to_tensor(kernel))
+    weights = [layer.kernel, layer.bias] if layer.use_bias else [layer.kernel]
+    return layer.activation(convolution(inputs, *map(tf.convert_to_tensor, weights)))
 
 
 def filter_gradient(images: tf.Tensor, upstream: tf.Tensor, shape: Any, padding: str) -> tf.Tensor:
@@ -110,3 +123,74 @@ def filter_gradient(images: tf.Tensor, upstream: tf.Tensor, shape: Any, padding:
     patches = tf.reshape(tf.concat(shifted, -1), (-1, height * width * channels))
     product = tf.matmul(patches, tf.reshape(upstream, (-1, filters)), transpose_a=True)
     return tf.reshape(product, shape)
+
+
+# --------------------------------------------------------------------------------------------------------- updates
+#
+# A weight's update in one kernel, which reads and writes everything once, where Keras's operations do so several times.
+
+
+def momentum_step(optimizer: keras.optimizers.SGD, gradient: tf.Tensor, variable: Any, rate: Any) -> None:
+    """What the optimizer's own `update_step` does. Source: Sutskever et al. 2013, section 2."""
+    if not optimizer.momentum:
+        return type(optimizer).update_step(optimizer, gradient, variable, rate)
+    tf.raw_ops.ResourceApplyKerasMomentum(
+        var=handle(variable),
+        accum=handle(optimizer.momentums[optimizer._get_variable_index(variable)]),
+        lr=tf.cast(rate, variable.dtype),
+        grad=gradient,
+        momentum=tf.cast(optimizer.momentum, variable.dtype),
+        use_nesterov=optimizer.nesterov,
+    )
+    return None
+
+
+def adam_step(optimizer: keras.optimizers.AdamW, gradient: tf.Tensor, variable: Any, rate: Any) -> None:
+    """What the optimizer's own `update_step` does. Source: Kingma & Ba 2015, algorithm 1."""
+    if optimizer.amsgrad:
+        return type(optimizer).update_step(optimizer, gradient, variable, rate)
+    index, step = optimizer._get_variable_index(variable), tf.cast(optimizer.iterations + 1, variable.dtype)
+    beta_1, beta_2 = (tf.cast(beta, variable.dtype) for beta in (optimizer.beta_1, optimizer.beta_2))
+    tf.raw_ops.ResourceApplyAdam(
+        var=handle(variable),
+        m=handle(optimizer._momentums[index]),
+        v=handle(optimizer._velocities[index]),
+        beta1_power=beta_1**step,
+        beta2_power=beta_2**step,
+        lr=tf.cast(rate, variable.dtype),
+        beta1=beta_1,
+        beta2=beta_2,
+        epsilon=tf.cast(optimizer.epsilon, variable.dtype),
+        grad=gradient,
+    )
+    return None
+
+
+def rmsprop_step(optimizer: keras.optimizers.RMSprop, gradient: tf.Tensor, variable: Any, rate: Any) -> None:
+    """What the optimizer's own `update_step` does. Source: Szegedy et al. 2016, section 8."""
+    if optimizer.centered or not optimizer.momentum:
+        return type(optimizer).update_step(optimizer, gradient, variable, rate)
+    index = optimizer._get_variable_index(variable)
+    tf.raw_ops.ResourceApplyRMSProp(
+        var=handle(variable),
+        ms=handle(optimizer._velocities[index]),
+        mom=handle(optimizer._momentums[index]),
+        lr=tf.cast(rate, variable.dtype),
+        rho=tf.cast(optimizer.rho, variable.dtype),
+        momentum=tf.cast(optimizer.momentum, variable.dtype),
+        epsilon=tf.cast(optimizer.epsilon, variable.dtype),
+        grad=gradient,
+    )
+    return None
+
+
+UPDATES: dict[type, Any] = {
+    keras.optimizers.SGD: momentum_step,
+    keras.optimizers.AdamW: adam_step,
+    keras.optimizers.RMSprop: rmsprop_step,
+}
+
+
+def handle(variable: Any) -> tf.Tensor:
+    """What a kernel is given for a variable of Keras or TensorFlow."""
+    return (variable.value if isinstance(variable, keras.Variable) else variable).handle

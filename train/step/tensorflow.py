@@ -58,7 +58,7 @@ class Step:
         self._make_metrics(labels)
         # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
         step = tf.function(self._watched_step, jit_compile=jit, autograph=False)
-        with faster(model):
+        with faster(model, self._optimizer):
             self._train = step.get_concrete_function(images, labels, *weights)
         moved = [*model.trainable_variables, *self._optimizer.variables]
         watched = [v for v in moved if keras.backend.is_float_dtype(v.dtype)]
