@@ -66,7 +66,7 @@ def main() -> None:
     ends: list[float] = []
 
     class Ends(keras.callbacks.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.time())
 
     begun = float(os.environ.get("BENCH_BEGUN", time.time()))
