@@ -42,6 +42,11 @@ class Comparison:
 
 
 COMPARISONS = [
+    Comparison(
+        "everything: on, off",
+        ["tracking.uri={alive}", "checkpoint.every_epochs=1"],
+        ["tracking.uri={dead}", "checkpoint.every_epochs=1000"],
+    ),
     Comparison("tracker: alive, dead", ["tracking.uri={alive}"], ["tracking.uri={dead}"]),
     Comparison("determinism: on, off", ["deterministic=true"], ["deterministic=false"]),
     Comparison("checkpoints: every epoch, at the end", ["checkpoint.every_epochs=1"], ["checkpoint.every_epochs=1000"]),

@@ -189,10 +189,32 @@ def overhead_table() -> str:
     return "\n".join([*lines, f"| {found['trials']} | {seconds} | {ratio:.3f} |"])
 
 
+def speed_table() -> str:
+    """What `make bench ARGS="--report scripts/figures/speed.json"` found."""
+    found = json.loads((FIGURES / "speed.json").read_text())
+    lines = [f"{found['machine']['processor']}, {found['machine']['cores']} cores:"]
+    for network in found["networks"]:
+        title = f"{network['model']} at {network['side']} px, batch {network['batch']}"
+        lines += ["", f"| {title} | images/s | a step | peak memory | of the matrix rate |"]
+        lines.append("|---|---:|---:|---:|---:|")
+        for row in network["rows"]:
+            speed = "{median:.0f} ({least:.0f} to {most:.0f})".format(**row["images_per_second"])
+            rest = f"{row['step_seconds'] * 1000:.0f} ms | {row['peak_memory_bytes'] / 2**20:,.0f} MiB"
+            lines.append(f"| {row['name']} | {speed} | {rest} | {row['share_of_rate']:.0%} |")
+    ratios = [network["ratios"] | network["starts"] for network in found["networks"]]
+    names = dict.fromkeys(name for of_one in ratios for name in of_one)
+    lines += ["", f"| `make train` / | {' | '.join(network['model'] for network in found['networks'])} |"]
+    lines.append("|---|" + "---:|" * len(found["networks"]))
+    for name in names:
+        told = ("{median:.2f} ({least:.2f} to {most:.2f})".format(**of_one[name]) for of_one in ratios)
+        lines.append(f"| {name} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "config": config_table, "models": models_table, "torture": torture_table, "safeguards": safeguards_table,
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
-    "overhead": overhead_table,
+    "overhead": overhead_table, "speed": speed_table,
 }  # fmt: skip
 
 

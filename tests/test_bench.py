@@ -1,0 +1,74 @@
+"""scripts/bench.py and its peers: what can be held without PyTorch, JAX and a quiet machine."""
+
+import ast
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+from train import models
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / "scripts" / name)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def kinds_of_torch() -> set[str]:
+    """The layers that the peer in PyTorch can build, read without PyTorch."""
+    tree = ast.parse((ROOT / "scripts/peers/torch_steps.py").read_text())
+    [found] = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "KINDS"]
+    return {ast.literal_eval(key) for key in found.keys}
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_inception", "inception_v3"])
+def test_the_peer_knows_every_layer_of_the_networks(name: str):
+    side = models.SMALLEST[name]
+    model = models.build(name, (side, side, 1), 10, width=0.05)
+    found = json.loads(json.dumps(script("peers/given.py").description(model)))
+    assert {layer["kind"] for layer in found["layers"]} - {"InputLayer"} <= kinds_of_torch()
+    names = [layer["name"] for layer in found["layers"]]
+    for number, layer in enumerate(found["layers"]):
+        assert set(layer["inputs"]) <= set(names[:number])
+    assert set(found["outputs"]) == {"main", "aux"}
+    assert set(found["outputs"].values()) <= set(names)
+
+
+@pytest.mark.parametrize(("now", "code"), [(2.0, 0), (1.81, 0), (1.79, 1)])
+def test_the_guard_lets_noise_through_and_nothing_more(
+    now: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    bench = script("bench.py")
+
+    def figures(ratio: float) -> dict:
+        model, name = bench.GUARDED
+        return {"networks": [{"model": model, "ratios": {name: {"median": ratio}}}]}
+
+    monkeypatch.setattr(bench, "FIGURES", tmp_path / "speed.json")
+    (tmp_path / "speed.json").write_text(json.dumps(figures(2.0)))
+    assert bench.guard(figures(now)) == code
+    assert capsys.readouterr().out.startswith(f"vgg16_inception / Keras fit, float32: {now:.2f}, kept 2.00: ")
+
+
+def test_a_peer_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    bench = script("bench.py")
+    none = tmp_path / "python"
+    none.write_text("#!/bin/sh\nexit 1\n")
+    none.chmod(0o755)
+    found = bench.interpreters(str(none), str(none))
+    assert set(found) == {"keras"}
+    assert capsys.readouterr().out.splitlines() == [
+        f"left out: {name} is not installed for {none}; use --{name} PYTHON" for name in ("torch", "jax")
+    ]
+    left = bench.there(list(bench.CONTESTANTS), found)
+    assert [name for name in left if name.startswith(("PyTorch", "Keras on"))] == []
+    assert len(left) == 4
