@@ -155,6 +155,7 @@ MISTAKES = {
     "use data.background=[255,255,255]",
     "data.background=[0,0,256]": "data.background must be at least 0 and at most 255, got 256; "
     "use e.g. data.background=[255,255,255]",
+    "jit=on": "jit=on must go with deterministic=false, got true; use both words, or jit=off",
     "data.balanced=true data.class_weights=true": "data.balanced and data.class_weights exclude each other, got both; "
     "use one of them",
     "data.on_leak=ignore": "data.on_leak must be one of warn, drop, raise, got ignore",

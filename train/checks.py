@@ -87,6 +87,7 @@ def _check_together(config: Config) -> None:
     if milestones != sorted(set(milestones)):
         raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
     _check_interval(config.checkpoint)
+    _check_jit(config)
     _check_rollback(config)
     _check_tracking(config.tracking)
 
@@ -111,6 +112,12 @@ def _check_interval(checkpoint: Checkpoint) -> None:
             f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(given)}; "
             "use exactly one, or none for every epoch"
         )
+
+
+def _check_jit(config: Config) -> None:
+    """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here pools so."""
+    if config.jit == "on" and config.deterministic:
+        raise ConfigError("jit=on must go with deterministic=false, got true; use both words, or jit=off")
 
 
 def _check_rollback(config: Config) -> None:
