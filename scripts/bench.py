@@ -227,12 +227,13 @@ NETWORKS = ("vgg16", "vgg16_inception", "inception_v1", "inception_v3", "incepti
 def settings(root: Path, models: list[str], rounds: int) -> None:
     """Writes train/fastest.json anew for this kind of device: precision, XLA, and the share of the cores."""
     from train import runtime
+    from train.config import SMALLEST_IMAGE
 
     here = machine()
     device = "gpu" if here["gpu"] else "cpu"
     kind, tasks = runtime.device_kind(device), {task.model: task for task in GPU_TASKS if here["gpu"]}
     for model in models:
-        side = smallest_side(model)
+        side = SMALLEST_IMAGE[model]
         task = tasks.get(model, Task(model, side, 1, 64, 9, ("data=digits", f"data.image_size={side}")))
         speeds: dict[tuple, list[float]] = {}
         for _ in range(rounds):
@@ -249,21 +250,11 @@ def settings(root: Path, models: list[str], rounds: int) -> None:
         runtime.FASTEST.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
-def smallest_side(model: str) -> int:
-    """The side of an image in pixels for a processor: the smallest one."""
-    from train.config import SMALLEST_IMAGE
-
-    return SMALLEST_IMAGE[model]
-
-
 def speed_of(candidate: tuple[str, str, float], place: Place, cores: int) -> float:
-    """Images per second; 0 where it can't be had in ten minutes."""
+    """Images per second."""
     precision, jit, share = candidate
     words = [f"precision={precision}", f"jit={jit}", f"threads={max(1, round(share * cores))}"]
-    try:
-        return ours(*words)(place)["images_per_second"]
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        return 0.0
+    return ours(*words)(place)["images_per_second"]
 
 
 # ------------------------------------------------------------------------------------------------------------ peers

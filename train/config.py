@@ -376,7 +376,9 @@ class Config:
     gpu_memory: int | None = key(
         None, "how much of the GPU's memory it may take; null: as much as it comes to need", unit="MiB", least=1
     )
-    jit: str = key("auto", "XLA compilation; auto: by device", choices=("auto", "on", "off"))
+    jit: str = key(
+        "auto", "XLA compilation, which needs deterministic=false; auto: by device", choices=("auto", "on", "off")
+    )
     threads: int | None = key(None, "compute threads; null: one per core", least=1, most=1024)
     deterministic: bool = key(True, "the same bits for the same config, data and machine")
     label_smoothing: float = key(0.0, "share of a label spread over all classes", least=0, below=1)

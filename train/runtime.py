@@ -56,6 +56,8 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
         tf.config.set_visible_devices([gpu], "GPU")
     else:
         tf.config.set_visible_devices([], "GPU")
+        if config.gpu_memory is not None:
+            notes.append("warning: gpu_memory has no effect, since this computes on the CPU")
     tf.config.threading.set_intra_op_parallelism_threads(config.threads)
     keras.utils.clear_session()  # also resets the precision policy, so it stands before it
     keras.config.set_dtype_policy(config.precision)

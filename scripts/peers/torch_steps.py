@@ -162,7 +162,6 @@ def parity(network: Network, folder: Path) -> float:
 
 def main() -> None:
     folder, batch, precision, way, steps = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
-    begun = float(os.environ.get("BENCH_BEGUN", time.time()))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = read(folder)
@@ -198,7 +197,6 @@ def main() -> None:
         json.dumps(
             {
                 "images_per_second": batch * (steps - 2) / (ends[-1] - ends[1]),  # the first two are warm-up
-                "first_step_seconds": ends[0] - begun,
                 "peak_memory_bytes": memory,
                 "worst_difference": worst,
             }
