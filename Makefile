@@ -3,10 +3,12 @@
 # Lower-case words (`model=vgg16 seed=0,1`) are handed to the program as they were typed; UPPER-CASE ones are knobs of
 # this file:
 #   PYTHON   the interpreter that .venv is made with (3.11 to 3.13)
+#   QUICK    claims only: QUICK=1 tries everything with tiny runs, in minutes
 #   ARGS     flags and words that make can't carry, handed on as typed, e.g. ARGS=--check or ARGS="~augment"
 
 PYTHON := python3
 ARGS :=
+QUICK :=
 SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
 
@@ -16,9 +18,10 @@ LOCKS := requirements.lock requirements-dev.lock
 
 # ---------------------------------------------------------------------------------------------- words of the user
 
-KNOBS := PYTHON ARGS
-WORDED := train resume sweep cost sync reap ui
-PLAIN := setup lock test test-all torture bench bench-data bench-guard bench-safeguards lint format readme readme-check help
+KNOBS := PYTHON ARGS QUICK
+WORDED := train resume sweep evaluate compare report cost sync reap ui
+PLAIN := setup lock test test-all torture claims bench bench-data bench-guard bench-safeguards lint format readme \
+    readme-check help
 
 override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 override TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))
@@ -85,6 +88,15 @@ resume: $(STAMP) ## go on with an unfinished run, to the same bits: make resume 
 sweep: $(STAMP) ## every combination of comma-separated values: make sweep model=vgg16,vgg16_inception seed=0,1,2
 	@$(BIN)/python -m train --multirun $(WORDS)
 
+evaluate: $(STAMP) ## a run's best weights on a whole split or other data: make evaluate run=runs/latest [data=folder data.root=...]
+	@$(BIN)/python -m train.evaluate $(WORDS)
+
+compare: $(STAMP) ## mean and spread over seeds, costs, best buys: make compare experiment=inception [baseline=model=vgg16]
+	@$(BIN)/python -m train.compare $(WORDS)
+
+report: $(STAMP) ## a run on one page, written anew: make report [run=runs/latest]
+	@$(BIN)/python -m train.report $(WORDS)
+
 cost: $(STAMP) ## layers, parameters, multiply-accumulates, activations: make cost model=inception_v3 [model.width=0.5]
 	@$(BIN)/python -m train.cost $(WORDS)
 
@@ -105,6 +117,9 @@ test-all: $(STAMP) ## all tests, the long ones too
 
 torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
 	@$(BIN)/python scripts/torture.py $(ARGS)
+
+claims: $(STAMP) ## ten claims of the Inception papers, run and judged; goes on where it was (hours; QUICK=1: minutes)
+	@$(BIN)/python scripts/claims.py $(if $(QUICK),--quick) $(ARGS)
 
 bench-data: $(STAMP) ## how fast images come, beside bare decoding, Keras and PyTorch (about 25 minutes)
 	@$(BIN)/python scripts/bench_data.py $(ARGS)

@@ -27,11 +27,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "scripts" / "peers"
 FIGURES = ROOT / "scripts" / "figures" / "speed.json"
 FLOAT32, BFLOAT16 = "float32", "mixed_bfloat16"
-QUIET = ["evaluate.test=false", "tracking.log_model=false", "tracking.wait_seconds=0", "checkpoint.keep=1"]
+QUIET = [
+    "evaluate.test=false",
+    "evaluate.report=false",
+    "tracking.log_model=false",
+    "tracking.wait_seconds=0",
+    "checkpoint.keep=1",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ def ours(*settings: str) -> Contestant:
         folder = trained(place, "epochs=3", *settings)
         summary = json.loads((folder / "summary.json").read_text())
         return {
+            "precision": yaml.safe_load((folder / "config.yaml").read_text())["precision"],
             "images_per_second": summary["train_images_per_second"],
             "peak_memory_bytes": summary["peak_memory_bytes"],
             "data_wait_fraction": summary["data_wait_fraction"],
@@ -105,49 +114,57 @@ def trained(place: Place, *settings: str) -> Path:
     return folder
 
 
-def peer(name: str, script: str, arguments: Callable[[Task], list[str]], **environment: str) -> Contestant:
+def peer(
+    name: str, script: str, precision: str, arguments: Callable[[Task], list[str]], **environment: str
+) -> Contestant:
     """A program that prints one line of JSON."""
 
     def measure(place: Place) -> dict[str, Any]:
         command = [place.interpreters[name], str(PEERS / script), str(place.given), *arguments(place.task)]
         begun = {"BENCH_BEGUN": str(time.time())}
         done = subprocess.run(command, **QUIETLY | {"env": {**os.environ, **environment, **begun}})
-        return json.loads(done.stdout.splitlines()[-1])
+        return {"precision": precision, **json.loads(done.stdout.splitlines()[-1])}
 
     return measure
 
 
-def keras(backend: str, precision: str) -> Contestant:
+def keras(backend: str, precision: str, *start: str) -> Contestant:
+    """`start`: that word, for the time to the first step."""
+
+    def arguments(task: Task) -> list[str]:
+        return [task.model, str(task.batch), precision, "2" if start else str(2 * task.steps), *start]
+
     name = "jax" if backend == "jax" else "keras"
-    return peer(
-        name, "keras_fit.py", lambda task: [task.model, str(task.batch), precision, str(2 * task.steps)],
-        KERAS_BACKEND=backend,
-    )  # fmt: skip
+    return peer(name, "keras_fit.py", precision, arguments, KERAS_BACKEND=backend)
 
 
 def torch(precision: str, way: str) -> Contestant:
-    return peer("torch", "torch_steps.py", lambda task: [str(task.batch), precision, way, str(2 * task.steps)])
+    return peer(
+        "torch", "torch_steps.py", precision,
+        lambda task: [str(task.batch), precision.removeprefix("mixed_"), way, str(2 * task.steps)],
+    )  # fmt: skip
 
 
-CONTESTANTS: dict[str, tuple[str, Contestant]] = {
-    "make train": (BFLOAT16, ours()),
-    "make train, float32": (FLOAT32, ours(f"precision={FLOAT32}")),
-    "Keras fit, float32": (FLOAT32, keras("tensorflow", FLOAT32)),
-    "Keras fit, mixed_bfloat16": (BFLOAT16, keras("tensorflow", BFLOAT16)),
-    "PyTorch eager, float32": (FLOAT32, torch(FLOAT32, "eager")),
-    "PyTorch eager, bfloat16": (BFLOAT16, torch("bfloat16", "eager")),
-    "PyTorch compiled, float32": (FLOAT32, torch(FLOAT32, "compiled")),
-    "PyTorch compiled, bfloat16": (BFLOAT16, torch("bfloat16", "compiled")),
-    "Keras on JAX, float32": (FLOAT32, keras("jax", FLOAT32)),
-    "Keras on JAX, mixed_bfloat16": (BFLOAT16, keras("jax", BFLOAT16)),
+CONTESTANTS: dict[str, Contestant] = {
+    "make train": ours(),
+    "make train, float32": ours(f"precision={FLOAT32}"),
+    "Keras fit, float32": keras("tensorflow", FLOAT32),
+    "Keras fit, mixed_bfloat16": keras("tensorflow", BFLOAT16),
+    "PyTorch eager, float32": torch(FLOAT32, "eager"),
+    "PyTorch eager, bfloat16": torch(BFLOAT16, "eager"),
+    "PyTorch compiled, float32": torch(FLOAT32, "compiled"),
+    "PyTorch compiled, bfloat16": torch(BFLOAT16, "compiled"),
+    "Keras on JAX, float32": keras("jax", FLOAT32),
+    "Keras on JAX, mixed_bfloat16": keras("jax", BFLOAT16),
 }
 STARTS: dict[str, Contestant] = {  # from typing the command to the end of the first step, of the same network and batch
     "make train": our_start,
-    "Keras fit": peer("keras", "keras_fit.py", lambda task: [task.model, str(task.batch), BFLOAT16, "2", "start"]),
+    "Keras fit": keras("tensorflow", BFLOAT16, "start"),
 }
+SAME = "Keras fit, same precision"
 RATIOS = {  # what is compared with what: the best of the second list, round by round
     "Keras fit, float32": ["Keras fit, float32"],
-    "Keras fit, same precision": ["Keras fit, mixed_bfloat16"],
+    SAME: ["Keras fit, float32", "Keras fit, mixed_bfloat16"],
     "PyTorch eager, its best": ["PyTorch eager, float32", "PyTorch eager, bfloat16"],
     "PyTorch, its best": [name for name in CONTESTANTS if name.startswith("PyTorch")],
     "Keras on JAX, its best": [name for name in CONTESTANTS if name.startswith("Keras on JAX")],
@@ -185,30 +202,42 @@ def measure(task: Task, place: Place, names: list[str], rounds: int, rate: dict[
     """Medians, ranges and ratios of one network."""
     macs = json.loads((place.given / "network.json").read_text())["macs"]
     found = rounds_of(place, names, rounds)
-    rows = []
-    for name, measured in found.items():
-        speeds = [one["images_per_second"] for one in measured]
-        # An update takes the forward pass and about two more, for the gradients of what comes in and of the weights.
-        share = 3 * macs * statistics.median(speeds) / rate[CONTESTANTS[name][0].removeprefix("mixed_")]
-        rows.append(
-            {
-                "name": name,
-                "images_per_second": spread(speeds),
-                "step_seconds": task.batch / statistics.median(speeds),
-                "peak_memory_bytes": statistics.median(one["peak_memory_bytes"] for one in measured),
-                "share_of_rate": share,
-                "data_wait_fraction": measured[0].get("data_wait_fraction"),
-            }
-        )
-    speeds_of = {name: [one["images_per_second"] for one in measured] for name, measured in found.items()}
-    ratios = {}
+    return {
+        "model": task.model,
+        "side": task.side,
+        "batch": task.batch,
+        "rows": [row(name, measured, task, macs, rate) for name, measured in found.items()],
+        "ratios": ratios(found),
+    }
+
+
+def row(name: str, measured: list[dict[str, Any]], task: Task, macs: int, rate: dict[str, float]) -> dict[str, Any]:
+    """What one contestant did. An update takes the forward pass and about two more, for the gradients."""
+    speeds = [one["images_per_second"] for one in measured]
+    best = rate.get(measured[0]["precision"].removeprefix("mixed_"))
+    return {
+        "name": name,
+        "precision": measured[0]["precision"],
+        "images_per_second": spread(speeds),
+        "step_seconds": task.batch / statistics.median(speeds),
+        "peak_memory_bytes": statistics.median(one["peak_memory_bytes"] for one in measured),
+        "share_of_rate": 3 * macs * statistics.median(speeds) / best if best else None,
+        "data_wait_fraction": measured[0].get("data_wait_fraction"),
+    }
+
+
+def ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Ours over the best of each list of others, round by round; a list of which nobody was there is left out."""
+    told = {}
     for name, others in RATIOS.items():
-        there = [speeds_of[other] for other in others if other in speeds_of]
-        if there and "make train" in speeds_of:
-            ratios[name] = spread(
-                [own / max(theirs) for own, *theirs in zip(speeds_of["make train"], *there, strict=True)]
-            )
-    return {"model": task.model, "side": task.side, "batch": task.batch, "rows": rows, "ratios": ratios}
+        there = [found[other] for other in others if other in found]
+        if name == SAME:
+            there = [other for other in there if other[0]["precision"] == found["make train"][0]["precision"]]
+        if there:
+            rounds = zip(found["make train"], *there, strict=True)
+            speeds = [[one["images_per_second"] for one in together] for together in rounds]
+            told[name] = spread([own / max(theirs) for own, *theirs in speeds])
+    return told
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -295,10 +324,12 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"\n{network['model']} at {network['side']} px, batch {network['batch']}")
         for row in network["rows"]:
             speed = row["images_per_second"]
+            share, waited = row["share_of_rate"], row["data_wait_fraction"]
             lines.append(
                 f"  {row['name']:28} {speed['median']:7.1f} images/s ({speed['least']:.1f} to {speed['most']:.1f})  "
-                f"{row['step_seconds'] * 1000:6.0f} ms/step  {row['peak_memory_bytes'] / 2**20:6,.0f} MiB  "
-                f"{row['share_of_rate']:.0%} of the matrix rate"
+                f"{row['step_seconds'] * 1000:6.0f} ms/step  {row['peak_memory_bytes'] / 2**20:6,.0f} MiB"
+                + (f"  {share:.0%} of the matrix rate" if share else "")
+                + (f"  {waited:.1%} waiting for data" if waited is not None else "")
             )
         for name, ratio in (network["ratios"] | network.get("starts", {})).items():
             lines.append(f"  / {name:26} {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})")
@@ -333,6 +364,8 @@ def main() -> int:
         return 0
     found: dict[str, Any] = {"machine": machine(), "networks": []}
     tasks = GPU_TASKS if found["machine"]["gpu"] else CPU_TASKS
+    if options.guard and found["machine"]["gpu"]:
+        parser.error("--guard compares with figures of a processor, got a machine with a GPU; use --report and compare")
     names = [name for name in CONTESTANTS if name == "make train" or name.startswith(options.only)]
     if options.guard:
         tasks, names = [task for task in tasks if task.model == GUARDED[0]], ["make train", GUARDED[1]]

@@ -18,7 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model=vgg16_inception", "model.width=0.1", "epochs=2"]
-ALIKE = ["evaluate.test=false", "tracking.log_model=false"]  # so that the sweep's best is no run of its own
+ALIKE = [
+    "evaluate.test=false",
+    "evaluate.report=false",
+    "tracking.log_model=false",
+]  # so that the sweep's best is no run of its own
 
 
 def took(words: list[str]) -> float:

@@ -200,7 +200,8 @@ def speed_table() -> str:
         for row in network["rows"]:
             speed = "{median:.0f} ({least:.0f} to {most:.0f})".format(**row["images_per_second"])
             rest = f"{row['step_seconds'] * 1000:.0f} ms | {row['peak_memory_bytes'] / 2**20:,.0f} MiB"
-            lines.append(f"| {row['name']} | {speed} | {rest} | {row['share_of_rate']:.0%} |")
+            share = f"{row['share_of_rate']:.0%}" if row["share_of_rate"] else ""
+            lines.append(f"| {row['name']} | {speed} | {rest} | {share} |")
     ratios = [network["ratios"] | network["starts"] for network in found["networks"]]
     names = dict.fromkeys(name for of_one in ratios for name in of_one)
     lines += ["", f"| `make train` / | {' | '.join(network['model'] for network in found['networks'])} |"]

@@ -49,7 +49,7 @@ STEPS, EPOCHS, INTERVAL = 15, 3, 6
 SMALL = {"model.width": 0.1, "batch_size": 16, "steps_per_epoch": STEPS, "epochs": EPOCHS, "threads": 1}
 KEPT = {
     "checkpoint.every_steps": INTERVAL, "tracking.every_steps": 4, "tracking.log_model": "false",
-    "tracking.wait_seconds": 600,
+    "evaluate.report": "false", "tracking.wait_seconds": 600,
 }  # fmt: skip
 KILLS_PER_RUN = 8
 WRITING = INTERVAL  # steps that training may do while a checkpoint is being written: then it waits for the next one

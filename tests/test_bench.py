@@ -72,3 +72,22 @@ def test_a_peer_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
     left = bench.there(list(bench.CONTESTANTS), found)
     assert [name for name in left if name.startswith(("PyTorch", "Keras on"))] == []
     assert len(left) == 4
+
+
+def test_the_same_precision_is_that_of_the_run():
+    bench = script("bench.py")
+
+    def rounds(precision: str, *speeds: float) -> list[dict]:
+        return [{"precision": precision, "images_per_second": speed} for speed in speeds]
+
+    peers = {
+        "Keras fit, float32": rounds("float32", 100.0, 100.0),
+        "Keras fit, mixed_bfloat16": rounds("mixed_bfloat16", 200.0, 160.0),
+    }
+    found = bench.ratios({"make train": rounds("mixed_bfloat16", 400.0, 240.0), **peers})
+    assert found[bench.SAME] == {"median": 1.75, "least": 1.5, "most": 2.0}
+    assert found["Keras fit, float32"] == {"median": 3.2, "least": 2.4, "most": 4.0}
+    found = bench.ratios({"make train": rounds("float32", 150.0, 150.0), **peers})
+    assert found[bench.SAME] == {"median": 1.5, "least": 1.5, "most": 1.5}
+    assert set(found) == {bench.SAME, "Keras fit, float32"}
+    assert bench.SAME not in bench.ratios({"make train": rounds("mixed_float16", 150.0, 150.0), **peers})

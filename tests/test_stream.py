@@ -335,6 +335,24 @@ def test_deterministic_mode_leaves_the_bits_alone(train_split, photos):
     assert said == [mixed, mixed, digest(epoch_of(photos, augmentation=augment.inception()))]
 
 
+def test_batches_are_on_the_device_that_wants_them_and_the_same(train_split):
+    code = (
+        "import sys, tensorflow as tf, train.data as d; from train.data import augment, pipeline;"
+        "[cpu] = tf.config.list_physical_devices('CPU');"
+        "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2);"
+        "split = d.load('folder', sys.argv[2], image_size=8, channels=3, root=sys.argv[1]).train;"
+        "there = pipeline.train_batches(split, augmentation=augment.crop(), batch_size=16, seed=1, epoch=0,"
+        " num_classes=3).take(2);"
+        "pairs = list(zip(pipeline.on_device(there, 'CPU:1'), there, strict=True));"
+        "print(len(pairs), {t.device[-5:] for pair in pairs for t in pair[0]},"
+        " {t.device[-5:] for pair in pairs for t in pair[1]},"
+        " all((a.numpy() == b.numpy()).all() for one, two in pairs for a, b in zip(one, two)))"
+    )
+    command = [sys.executable, "-c", code, str(train_split.origin), str(train_split.folder.parent)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd()).stdout
+    assert said == "2 {'CPU:1'} {'CPU:0'} True\n"
+
+
 def digest(batches):
     return hashlib.sha256(b"".join(part.tobytes() for batch in batches for part in batch)).hexdigest()
 

@@ -26,8 +26,8 @@ from rich.console import Console
 
 from train import losses, models, optim, progress
 from train.checkpoint import Interval
-from train.evaluate import cross_entropy, evaluate, rank_of_truth
 from train.loop import DivergedError, Interrupted, Loop, Progress, Stopper, Stops
+from train.scores import cross_entropy, evaluate, rank_of_truth
 from train.step.tensorflow import LEAST_LOSS_SCALE, Step
 
 CLASSES = 3
@@ -306,6 +306,33 @@ def test_the_step_measures_what_keras_would():
     assert first["loss"] == pytest.approx(first["main_loss"] + 0.3 * first["aux_loss"], rel=1e-6)
     step.reset_metrics()
     assert step.metrics()["loss"] == 0.0
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_norms_of_gradients_are_those_of_the_last_step_and_change_no_bit(policy: str):
+    images, labels = batch()
+
+    def trained(*, gradients: bool) -> Step:
+        begin_anew(policy)
+        step = step_of(compiled(dense_model(aux=True), sgd(momentum=0.9)), gradients=gradients)
+        step(images, labels)
+        return step
+
+    begin_anew(policy)
+    model = compiled(dense_model(aux=True))
+    with tf.GradientTape() as tape:
+        outputs = model(images, training=True)
+        each = {k: keras.losses.categorical_crossentropy(labels, v, from_logits=True) for k, v in outputs.items()}
+        loss = tf.reduce_mean(each["main"]) + 0.3 * tf.reduce_mean(each["aux"])
+    kernels = [v for v in model.trainable_variables if v.path.endswith("kernel")]
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    first = gradients[[v.path for v in model.trainable_variables].index(kernels[0].path)]
+    measured, plain_ = trained(gradients=True), trained(gradients=False)
+    found = measured.metrics()
+    assert found["gradient_norm/all"] == pytest.approx(float(tf.linalg.global_norm(gradients)), rel=1e-3)
+    assert found["gradient_norm/first_layer"] == pytest.approx(float(tf.norm(first)), rel=1e-3)
+    assert measured.weights_sha256() == plain_.weights_sha256()
+    assert set(found) - set(plain_.metrics()) == {"gradient_norm/all", "gradient_norm/first_layer"}
 
 
 def test_a_weight_of_an_example_multiplies_its_losses_and_leaves_the_accuracy():

@@ -6,12 +6,15 @@ import dataclasses
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -84,10 +87,22 @@ def compose(overrides: list[str]) -> Config:
 
     register()
     try:
-        with initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+        with apart(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
             return to_config(hydra_compose("config", overrides=overrides))
     except FAULTS as fault:
         raise ConfigError(explain(fault, overrides)) from None
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Hydra has one state for a process; where a command of its own is at work, it finds that as it was."""
+    holder = GlobalHydra.instance()
+    before = holder.hydra
+    holder.clear()
+    try:
+        yield
+    finally:
+        holder.hydra = before
 
 
 def stored(content: dict[str, Any], words: list[str]) -> DictConfig:
@@ -117,6 +132,30 @@ def stored(content: dict[str, Any], words: list[str]) -> DictConfig:
 
 REFERENCE = re.compile(r"oc\.env\s*:\s*(\w+)")
 PLAIN_REFERENCE = re.compile(r"\$\{\s*[\w.]+\s*(:\s*\w+\s*)?\}")
+
+
+# Where a run lies and who hears of it is nobody else's business.
+ELSEWHERE = ("run_dir", "tracking.uri", "tracking.wait_seconds", "data.directory", "data.fingerprint")
+
+
+def command_of(typed: dict[str, Any]) -> str:
+    """The shortest `make train ...` that makes a run of this config, flat and as it was typed, of what conf/ says."""
+    chosen = {group: typed[f"{group}.name"] for group in schema.GROUPS}
+    usual = _usual(*(f"{group}={name}" for group, name in chosen.items()))
+    words = [
+        f"{group}={name}" for group, name in chosen.items() if group in ("model", "data") or name != _chosen()[group]
+    ]
+    for name, value in typed.items():
+        if name in usual and value not in (usual[name], HIDDEN) and name not in ELSEWHERE:
+            plain = not isinstance(value, str) or re.fullmatch(r"[\w./:-]+", value) or PLAIN_REFERENCE.fullmatch(value)
+            words.append(f"{name}={as_typed(value) if plain else quoted(value)}")
+    return " ".join(["make train", *map(shlex.quote, words)])
+
+
+@cache
+def _usual(*groups: str) -> dict[str, Any]:
+    """What conf/ says where nothing but these options is typed."""
+    return flatten(dataclasses.asdict(compose(list(groups))))
 
 
 def private(node: DictConfig) -> Private:
@@ -263,15 +302,19 @@ def _say_not_a_word(given: str, _: list[str]) -> str:
 
 def _keys(overrides: list[str]) -> list[str]:
     """All keys of the options that these words choose."""
-    defaults = yaml.safe_load((schema.ROOT / "conf/config.yaml").read_text())["defaults"]
-    chosen = {group: name for item in defaults if isinstance(item, dict) for group, name in item.items()}
-    chosen |= dict(word.split("=", 1) for word in overrides if "=" in word)
+    chosen = _chosen() | dict(word.split("=", 1) for word in overrides if "=" in word)
     keys = [item.name for item in dataclasses.fields(Config)] + ["experiment"]
     for name, part in vars(Config()).items():
         node = schema.GROUPS[name].get(chosen[name]) if name in schema.GROUPS else type(part)
         if node is not None and dataclasses.is_dataclass(node):
             keys += [f"{name}.{item.name}" for item in dataclasses.fields(node)]
     return sorted(keys)
+
+
+def _chosen() -> dict[str, str]:
+    """The option of every group that is taken where none is typed."""
+    defaults = yaml.safe_load((schema.ROOT / "conf/config.yaml").read_text())["defaults"]
+    return {group: name for item in defaults if isinstance(item, dict) for group, name in item.items()}
 
 
 def _defaults() -> dict[str, Any]:

@@ -307,6 +307,12 @@ class Rollback:
 @dataclass
 class Evaluate:
     test: bool = key(True, "measure the best weights on the test split at the end; sweeps that choose leave it off")
+    views: str = key(
+        "one",
+        "views of an image whose answers are averaged in that (test-time augmentation)",
+        choices=("one", "mirror", "ten_crop"),
+    )
+    report: bool = key(True, "draw pictures and write report.html at the end; without a test, of the validation split")
 
 
 @dataclass
@@ -317,6 +323,7 @@ class Tracking:
     every_steps: int = key(
         50, "how often training metrics, means since the epoch's start, are written", unit="steps", least=1
     )
+    gradients: bool = key(False, "write the norm of the gradient, of all and of the first layer, with them")
     wait_seconds: float = key(60.0, "how long the end of a run waits for its MLflow record", unit="seconds", least=0)
 
 
@@ -348,6 +355,31 @@ class Sweep:
 
 
 @dataclass
+class Expectation:
+    """What a claim says of two variants: of `variant` minus `against`, paired over seeds, or of their ratio."""
+
+    variant: str = key("", "the one that the claim is about")
+    against: str = key("", "the one that it is compared with")
+    metric: str = key("test_accuracy", "which figure of a run")
+    expect: str = key("higher", "what is claimed", choices=("higher", "lower", "not lower", "ratio"))
+    margin: float = key(0.0, "difference that would matter", least=0)
+    least: float = key(0.0, "lowest ratio that agrees with the claim", least=0)
+    most: float = key(0.0, "highest ratio that agrees with the claim", least=0)
+
+
+@dataclass
+class Claim:
+    """What an experiment asks, written down before it is run; `make claims` answers. No part of any run."""
+
+    hypothesis: str = key("", "the claim in one sentence")
+    source: str = key("", "who claims it, and where")
+    variants: dict[str, list[str]] = key({}, "what differs: words on top of the experiment, by name")
+    settings: dict[str, list[str]] = key({}, "where it is tried: words on top of those, by name")
+    seeds: int = key(6, "how many seeds, from seed on, every variant is run with", unit="seeds", least=2)
+    expectations: list[Expectation] = key([], "what has to be so in every setting for the claim to be supported")
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -362,6 +394,7 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     tracking: Tracking = field(default_factory=Tracking)
     sweep: Sweep = field(default_factory=Sweep)
+    claim: Claim = field(default_factory=Claim)
     seed: int = key(0, "start of all randomness", least=0, most=2**31 - 1)
     epochs: int = key(12, "passes over the training split", unit="epochs", least=1)
     steps_per_epoch: int | None = key(None, "cut every epoch after so many steps, to try things out", least=1)

@@ -1,49 +1,138 @@
-"""Evaluation on a whole split: every example exactly once, and the count is checked."""
+"""`make evaluate run=<run folder>`: the best weights of a run on a whole split, or on other data.
+
+    make evaluate run=runs/latest                                        (the test split of its own data)
+    make evaluate run=runs/latest split=validation evaluate.views=mirror
+    make evaluate run=runs/latest data=folder data.root=photos split=all
+
+What comes of it stands in the run's folder under evaluation/, on its page, and in MLflow.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from train import assess, command, compose, loop, report, run, runtime
+from train.config import Config, Data
+from train.progress import say
+from train.scores import Outcome
+from train.tracking import sync, uploader
+from train.tracking.folder import RunFolder, open_folder
+
+SPLITS = ("train", "validation", "test", "all")
 
 
-def evaluate(predict: Callable[..., np.ndarray], batches: Iterable[tuple], expected: int) -> dict[str, float]:
-    """`loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `top5_accuracy`, `examples`.
+@dataclass
+class Evaluate:
+    """`run`: the folder of a run. `split`: train, validation, test, or all three together."""
 
-    predict: images -> logits float32 [N, classes] of the main output; batches: (images, one-hot labels [N, classes]).
-    With fewer than six classes `top5_accuracy` is 1.
+    run: str = "runs/latest"
+    split: str = "test"
 
-    Raises: ValueError if the batches do not hold `expected` examples.
+
+def evaluate(words: list[str]) -> None:
+    """All other words are keys of the run's config: its data, `evaluate.views`, `device`, ...
+
+    Raises: ValueError where the run has no weights yet, or the data has classes that it does not know.
     """
-    losses, ranks = [], []
-    for images, labels in batches:
-        logits, truth = predict(images).astype(np.float64), np.argmax(labels, axis=1)
-        losses.append(cross_entropy(logits, truth))
-        ranks.append(rank_of_truth(logits, truth))
-    loss, rank = np.concatenate(losses), np.concatenate(ranks)
-    if len(rank) != expected:
-        raise ValueError(f"evaluation must see every example once, got {len(rank)} of {expected}; the data set changed")
-    return {
-        "loss": float(loss.mean()),
-        "accuracy": float((rank < 1).mean()),
-        "top5_accuracy": float((rank < 5).mean()),
-        "examples": len(rank),
-    }
+    own = [word for word in words if word.partition("=")[0] in Evaluate.__dataclass_fields__]
+    keys = command.parse(Evaluate, own)
+    if keys.split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {keys.split}")
+    folder = open_folder(Path(keys.run))
+    card = folder.card()
+    if not card:
+        raise ValueError(f"run must have kept weights, got {keys.run}, which has none yet; go on with it: make resume")
+    others = [word for word in words if word not in own]
+    config, elsewhere = config_of(folder, card, others)
+    run.check_files(config)
+    config, notes = runtime.prepare(config, folder.path / "train.log")
+    say(*notes)
+    dataset, _ = run.load_data(config, crops=False)
+    run.check_fingerprint(config, dataset)
+    split = whole(dataset) if keys.split == "all" else dataset.splits[keys.split]
+    place = folder.path / "evaluation" / name_of(config, keys.split, elsewhere)
+    say(*dataset.notes, f"{place.name}: {len(split):,} examples of {dataset.name}")
+    model, predict = run.load_best(folder, config)
+    numbers = numbers_of(dataset.classes, card["classes"])
+    with run.naming_broken_examples():
+        logits, truth = run.answers(config, split, len(dataset.classes), predict, loop.Stops())
+        outcome = Outcome(logits, numbers[truth], card["classes"])
+        found = assess.assess(place, split, outcome)
+        assess.draw(place, split, outcome, found, model)
+    show(found)
+    report.write(folder, folder.read_json("summary.json", {}))
+    uri = sync.stored_uri(folder)
+    uploader.wait(uploader.start(folder, uri), folder, uri, config.tracking.wait_seconds)
+    print(place)
 
 
-def cross_entropy(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """float64 [N] in nats, of logits [N, classes] and class indices [N]."""
-    top = logits.max(axis=1)
-    log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-    return log_sum - logits[np.arange(len(truth)), truth]
+def config_of(folder: RunFolder, card: dict[str, Any], words: list[str]) -> tuple[Config, bool]:
+    """The run's config with these words in it, images as its network wants them; and whether it is about other data."""
+    stored = yaml.safe_load((folder.path / "config.yaml").read_text())
+    chosen = [word for word in words if word.startswith("data=")]
+    about = [word for word in words if word.startswith(("data=", "data."))]
+    elsewhere = bool(chosen) or any(word.startswith(("data.root=", "data.file=")) for word in words)
+    if chosen:
+        data: Data = compose.compose([f"model={stored['model']['name']}", *about]).data
+        stored["data"] = vars(data)
+        words = [word for word in words if word not in about]
+    config = compose.to_config(compose.stored(stored, words))
+    side, _, channels = card["input"]["shape"]
+    fingerprint = None if elsewhere else card["data_fingerprint"]
+    config.data = replace(config.data, image_size=side, channels=channels, fingerprint=fingerprint)
+    return config, elsewhere
 
 
-def rank_of_truth(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """int [N]: how many classes stand before the true one; among equal logits the lower index stands first.
+def name_of(config: Config, split: str, elsewhere: bool) -> str:
+    """Of an evaluation: the split, which data if not the run's own, how many views if not one."""
+    place = getattr(config.data, "root", None) or getattr(config.data, "file", None)
+    other = Path(place).resolve().name if place else config.data.name
+    views = config.evaluate.views
+    return "-".join([*([other] if elsewhere else []), split, *([views] if views != "one" else [])])
 
-    Logits that are not finite put the true class last, so that a broken network does not look like a good one.
+
+def whole(dataset: Any) -> Any:
+    """All splits as one."""
+    rows, labels = (
+        np.concatenate([getattr(split, name) for split in dataset.splits.values()]) for name in ("rows", "labels")
+    )
+    return replace(dataset.test, name="all", rows=rows, labels=labels, pixels="none")
+
+
+def numbers_of(classes: tuple[str, ...], known: list[str]) -> np.ndarray:
+    """For each class of the data its number in the network's answers.
+
+    Raises: ValueError for a class that the network was not trained on.
     """
-    own = logits[np.arange(len(truth)), truth][:, None]
-    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < truth[:, None]))
-    ranks = before.sum(axis=1)
-    return np.where(np.isfinite(logits).all(axis=1), ranks, logits.shape[1])
+    unknown = [name for name in classes if name not in known]
+    if unknown:
+        raise ValueError(
+            f"the data must have classes of the run, {', '.join(known[:20])}, got {', '.join(unknown[:5])}; "
+            "name the folders like these"
+        )
+    return np.array([known.index(name) for name in classes])
+
+
+def show(found: dict[str, Any]) -> None:
+    """The numbers in the terminal."""
+    table = Table(box=None, header_style="dim", pad_edge=False, show_header=False)
+    low, high = found["accuracy_interval"]
+    table.add_row("accuracy", f"{found['accuracy']:.4f}", f"95 % interval {low:.4f} to {high:.4f}")
+    for name in report.HEADLINES[1:]:
+        value = found[name]
+        table.add_row(name.replace("_", " "), "-" if value is None else f"{value:.4f}", "")
+    missing = [row["name"] for row in found["classes"] if not row["examples"]]
+    Console(highlight=False).print(table)
+    if missing:
+        say(f"classes without an example, left out of the means: {', '.join(missing[:10])}")
+
+
+if __name__ == "__main__":
+    command.run(evaluate)

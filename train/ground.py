@@ -14,7 +14,7 @@ from train.config import ConfigError
 FREE = (
     "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
     "data.root", "data.file", "data.manual_dir", "data.directory", "data.cache", "data.ram_budget",
-    "data.fingerprint", "evaluate.test", "gpu_memory",
+    "data.fingerprint", "evaluate.test", "evaluate.report", "gpu_memory",
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 log = logging.getLogger(__name__)
 
+REFRESH_PER_SECOND = 2  # drawing takes time from training
+
 
 def say(*sentences: str) -> None:
     """Plain lines for the reader of the terminal and of train.log."""
@@ -41,6 +43,7 @@ class Terminal:
                 TextColumn("{task.fields[accuracies]}"),
                 console=self._console,
                 transient=True,
+                refresh_per_second=REFRESH_PER_SECOND,
             )
             self._task = self._bar.add_task(
                 "train", total=epochs * steps, epoch=f"1/{epochs}", rate="", accuracies="compiling"

@@ -18,6 +18,7 @@ from train.stored import Private, flatten, to_dict
 from train.tracking.folder import RunFolder, newest_unfinished, open_folder
 
 OWN = ("run", "accept")
+LATER = ("evaluate.test", "evaluate.report", "tracking.log_model")  # what a finished run may still be asked for
 
 
 def resume(words: list[str]) -> int:
@@ -43,8 +44,9 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
         refuse_words(flatten(stored), flatten(to_dict(config, private)), accepted)
     if folder.alive():
         raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
-    untested = config.evaluate.test and not stored["evaluate"]["test"]
-    if folder.status() == "finished" and config.epochs <= stored["epochs"] and not untested:
+    before, now = flatten(stored), flatten(to_dict(config, private))
+    wanting = any(now[name] and not before.get(name) for name in LATER)
+    if folder.status() == "finished" and config.epochs <= stored["epochs"] and not wanting:
         print(f"the run is finished: {folder.path}; to train longer: make resume run={folder.path} epochs=NUMBER")
         return 0
     from train import run as story

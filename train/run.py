@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -13,12 +14,14 @@ from typing import Any
 from train import config as schema
 from train import data, faults, loop, runtime
 from train.config import ROOT, Config, ConfigError, options
-from train.evaluate import evaluate
 from train.keeper import Keeper
 from train.progress import Terminal, say
+from train.scores import evaluate
 from train.stored import Private, to_dict
 from train.tracking import record, uploader
 from train.tracking.folder import Pulse, RunFolder, create
+
+log = logging.getLogger(__name__)
 
 STREAM = ("balanced", "class_weights")  # keys of `data` that say what is made of the examples, not which there are
 MUCH_WAITING = 0.05
@@ -130,7 +133,7 @@ def tell(life: Life) -> None:
         keeper.begin(ground, life.pulse)
         record.describe(
             folder, summary, config, life.private, dataset, data_source(config, life.private),
-            model, inference, macs(model, inference),
+            model, inference, cost_of(model, inference),
         )  # fmt: skip
         batches = functools.partial(train_batches, config, dataset, augmentation, steps)
         if fresh:
@@ -161,10 +164,14 @@ def tell(life: Life) -> None:
             keeper.record(progress.epoch - 1, progress.steps, {"cost/peak_memory_bytes": summary["peak_memory_bytes"]})
             if config.evaluate.test:
                 say("test: the best weights, on a split that chose nothing")
-                predict = load_predictor(folder.best / "model.keras", config)
-                summary["test"] = measure(config, dataset, dataset.test, predict, stops)
+                summary["test"] = judge(life, dataset, dataset.test)
                 found = {f"test/{name}": summary["test"][name] for name in ("accuracy", "top5_accuracy", "loss")}
                 keeper.record(progress.epoch - 1, progress.steps, found)
+            if config.evaluate.report:
+                say("report: what there is to see, in report.html")
+                if not config.evaluate.test:
+                    judge(life, dataset, dataset.validation)
+                write_report(life)
 
 
 # -------------------------------------------------------------------------------------------------- the story's parts
@@ -297,6 +304,7 @@ def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
         jit=config.jit == "on",
         mixed=bool(config.augment.mixup or config.augment.cutmix),
         weighted=config.data.class_weights,
+        gradients=config.tracking.gradients,
     )
 
 
@@ -314,7 +322,14 @@ def train_batches(config: Config, dataset: Any, augmentation: Any, steps: int, e
         num_classes=len(dataset.classes),
         **{name: getattr(config.data, name) for name in STREAM},
     )
-    return stream.take(steps - first)
+    return placed(config, stream.take(steps - first))
+
+
+def placed(config: Config, stream: Any) -> Any:
+    """The batches where the step will want them."""
+    from train.data import pipeline
+
+    return pipeline.on_device(stream, "GPU:0") if config.device == "gpu" else stream
 
 
 def fit(life: Life, dataset: Any, batches: Callable, steps: int, step: Any, keeper: Keeper) -> None:
@@ -360,20 +375,66 @@ def waiting(fraction: float) -> str:
     )
 
 
-def load_predictor(path: Path, config: Config) -> Callable:
-    """The stored best model, so that what is measured is what was kept."""
+def judge(life: Life, dataset: Any, split: Any) -> dict[str, Any]:
+    """The best weights on a split, measured and written down; what of it belongs into a summary."""
+    from train import assess
+
+    place = life.folder.path / "evaluation" / split.name
+    model, predict = load_best(life.folder, life.config)
+    outcome = assess.Outcome(*answers(life.config, split, len(dataset.classes), predict, life.stops), dataset.classes)
+    found = assess.assess(place, split, outcome)
+    if life.config.evaluate.report:
+        with going_on_without(life, "pictures"):
+            assess.draw(place, split, outcome, found, model)
+            assess.draw_filters(life.folder.path, model)
+    return {name: found[name] for name in assess.SUMMARY}
+
+
+def load_best(folder: RunFolder, config: Config) -> tuple[Any, Callable]:
+    """The network that was kept, so that this is what is measured, and what answers with its logits."""
     import keras
 
+    from train import views
     from train.step.tensorflow import predictor
 
-    return predictor(keras.models.load_model(path), jit=config.jit == "on")
+    model = keras.models.load_model(folder.best / "model.keras")
+    return model, views.averaged(predictor(model, jit=config.jit == "on"), config.evaluate.views)
 
 
-def macs(model: Any, inference: Any) -> dict[str, int]:
-    """Multiply-accumulates per example of the network in use and of the one in training."""
-    from train.models.cost import totals
+def answers(config: Config, split: Any, classes: int, predict: Callable, stops: loop.Stops) -> tuple[Any, Any]:
+    """Logits and true classes of a split, every example once, in its order. classes: how many the data has."""
+    from train import scores
+    from train.data import pipeline
 
-    return {"inference": totals(inference).macs, "training": totals(model).macs}
+    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=classes)
+    return scores.answers(predict, stops.heed(placed(config, batches)), len(split))
+
+
+def write_report(life: Life) -> None:
+    """The run on one page."""
+    from train import report
+
+    with going_on_without(life, "report"):
+        report.write(life.folder, life.summary | {"status": "finished"})
+
+
+@contextmanager
+def going_on_without(life: Life, what: str) -> Iterator[None]:
+    """A run that has its numbers does not fail for want of pictures; that they are missing is told."""
+    try:
+        yield
+    except Exception as fault:
+        log.exception("no %s", what)
+        path = record.short(life.folder.path)
+        say(f"warning: the {what} could not be made ({type(fault).__name__}: {fault}); later: make report run={path}")
+
+
+def cost_of(model: Any, inference: Any) -> dict[str, Any]:
+    """What an image costs the network in use, by block and layer, and the multiply-accumulates of that in training."""
+    from train.models.cost import cost, layer_macs, totals
+
+    layers = {layer.name: macs for layer in inference.layers if (macs := layer_macs(layer))}
+    return {"blocks": [vars(row) for row in cost(inference)], "layers": layers, "training_macs": totals(model).macs}
 
 
 def measure(config: Config, dataset: Any, split: Any, predict: Callable, stops: loop.Stops) -> dict[str, float]:
@@ -381,4 +442,4 @@ def measure(config: Config, dataset: Any, split: Any, predict: Callable, stops: 
     from train.data import pipeline
 
     batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=len(dataset.classes))
-    return evaluate(predict, stops.heed(batches), len(split))
+    return evaluate(predict, stops.heed(placed(config, batches)), len(split))

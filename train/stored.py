@@ -51,7 +51,7 @@ def without_secrets(uri: str) -> str:
 def to_dict(config: Config, private: Private) -> dict[str, Any]:
     """The config as it may be stored: environment references as they were typed, addresses without secrets."""
     content = dataclasses.asdict(config)
-    del content["sweep"]  # no part of a run
+    del content["sweep"], content["claim"]  # no part of a run
     if config.tracking.uri is not None:
         content["tracking"]["uri"] = without_secrets(config.tracking.uri)
     for name, reference in private.stored.items():
@@ -77,3 +77,16 @@ def config_hash(config: Config, private: Private) -> str:
     flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
     flat.pop("data.fingerprint")
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+SEED = "seed"
+
+
+def group_of(flat: dict[str, Any]) -> str:
+    """Twelve characters that runs have in common which differ in nothing but their seed, and where they lie."""
+    ours = {
+        name: value
+        for name, value in flat.items()
+        if name not in (SEED, "run_dir", "data.fingerprint") and not name.startswith(("tracking.", "evaluate.report"))
+    }
+    return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:12]

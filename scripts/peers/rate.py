@@ -13,9 +13,10 @@ SECONDS = 4.0  # for each precision
 def main() -> None:
     import tensorflow as tf
 
-    side = 8192 if tf.config.list_physical_devices("GPU") else 2048
+    gpu = bool(tf.config.list_physical_devices("GPU"))
+    side = 8192 if gpu else 2048
     found = {}
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "bfloat16", *(["float16"] if gpu else [])):  # processors are very slow in the last
         x = tf.cast(tf.random.normal((side, side)), precision)
         product = tf.function(lambda x=x: tf.reduce_sum(tf.linalg.matmul(x, x)))
         product().numpy()

@@ -87,6 +87,14 @@ def eval_batches(split: Split, *, batch_size: int, num_classes: int, threads: in
     return _batches(np.stack([everything, everything], axis=1), batch_size, _images(split), finish, threads)
 
 
+def on_device(stream: Any, device: str) -> Any:
+    """The same batches, already in the memory of `device` (as TensorFlow names it) while the one before is used.
+
+    To be the last that is done to a stream.
+    """
+    return stream.apply(tf.data.experimental.prefetch_to_device(device, PREFETCH))
+
+
 def _batches(places: np.ndarray, batch_size: int, images: Images, finish: Finish, threads: int) -> Any:
     """Every thread makes a batch of its own: examples that are gathered from several are copied, and wait."""
     stream = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(batch_size)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import keras
 from keras import layers
 
+from train.models.graph import Graph, own_layers
+
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +57,7 @@ def cost(model: keras.Model) -> list[Row]:
     """
     rows: dict[str, Row] = {}
     names = _blocks(model)
-    for layer in _layers(model):
+    for layer in own_layers(model):
         block = names[layer.name]
         before = rows.get(block, Row(block, (), 0, 0, 0))
         macs = layer_macs(layer)
@@ -117,11 +119,6 @@ BLOCK_NAMES = (
 HEAD_NAMES = frozenset({"flatten", "fc1", "fc2", "avg_pool", "max_pool", "dropout", "predictions"})
 
 
-def _layers(model: keras.Model) -> list[keras.Layer]:
-    """The layers that belong to the network: not the input, not the normalisation of the images."""
-    return [layer for layer in model.layers if not isinstance(layer, layers.InputLayer) and layer.name != "normalize"]
-
-
 def _blocks(model: keras.Model) -> dict[str, str]:
     """Maps each layer's name to its block's."""
     aux = {name for name in model.output if name != "main"} if isinstance(model.output, dict) else set()
@@ -129,7 +126,7 @@ def _blocks(model: keras.Model) -> dict[str, str]:
     for block, members in regions(model).items():
         names.update(dict.fromkeys((layer.name for layer in members), block))
     inside = False
-    for layer in _layers(model):
+    for layer in own_layers(model):
         inside = inside or layer.name in names
         names.setdefault(layer.name, _name_of(layer.name, aux, "stem" if not inside else "head"))
     return names
@@ -152,7 +149,7 @@ def regions(model: keras.Model) -> dict[str, list[keras.Layer]]:
     part and the one where they join again, blocks within blocks not counted apart. Its name is that of its last
     concatenation.
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     found: dict[str, list[keras.Layer]] = {}
     taken: set[str] = set()
     for join in reversed(graph.order):  # from the end, so that an outer block is met before those within it
@@ -164,48 +161,6 @@ def regions(model: keras.Model) -> dict[str, list[keras.Layer]]:
         if concatenations:
             found[re.sub(r"_(Concatenated|mixed)$", "", concatenations[-1].name)] = members
     return dict(reversed(found.items()))
-
-
-class _Graph:
-    """Which layer feeds which, and the layer that every path to a layer goes through."""
-
-    def __init__(self, model: keras.Model) -> None:
-        self.order = _layers(model)
-        by_tensor = {id(layer.output): layer.name for layer in self.order}
-        self.inputs = {
-            layer.name: [by_tensor[id(t)] for t in keras.tree.flatten(layer.input) if id(t) in by_tensor]
-            for layer in self.order
-        }
-        self.consumers: dict[str, list[str]] = {layer.name: [] for layer in self.order}
-        for name, sources in self.inputs.items():
-            for source in sources:
-                self.consumers[source].append(name)
-        self.place = {layer.name: position for position, layer in enumerate(self.order)}
-        self.dominator: dict[str, str] = {}
-        for layer in self.order:
-            self.dominator[layer.name] = self._common(self.inputs[layer.name])
-
-    def _common(self, sources: list[str]) -> str:
-        """The last layer that all paths to all `sources` share; empty at the beginning of the network."""
-        common = sources[0] if sources else ""
-        for other in sources[1:]:
-            while common != other:
-                # The later one of the two cannot be shared, as the order is that of the data.
-                if self.place.get(common, -1) > self.place.get(other, -1):
-                    common = self.dominator[common]
-                else:
-                    other = self.dominator[other]
-        return common
-
-    def between(self, start: str, end: str) -> list[keras.Layer]:
-        """The layers on the paths from `start`, not included, to `end`, included."""
-        members, waiting = {end}, [end]
-        while waiting:
-            for source in self.inputs[waiting.pop()]:
-                if source != start and source not in members:
-                    members.add(source)
-                    waiting.append(source)
-        return [layer for layer in self.order if layer.name in members]
 
 
 # --- alternatives ----------------------------------------------------------------------------------------------------
@@ -233,7 +188,7 @@ class Alternative:
 
 def alternatives(model: keras.Model) -> list[Alternative]:
     """Returns an alternative for each multi-branch block of the model, in the order of the data."""
-    graph = _Graph(model)
+    graph = Graph(model)
     return [_alternative(block, _convolutions(graph, members)) for block, members in regions(model).items()]
 
 
@@ -347,12 +302,12 @@ def _joint_kernel(first: _Convolution, second: _Convolution) -> tuple[int, int] 
     return (5, 5) if first.kernel == second.kernel == (3, 3) else None
 
 
-def _convolutions(graph: _Graph, members: list[keras.Layer]) -> Block:
+def _convolutions(graph: Graph, members: list[keras.Layer]) -> Block:
     by_name = {layer.name: layer for layer in members}
     return [_convolution(graph, by_name, layer) for layer in members if isinstance(layer, layers.Conv2D)]
 
 
-def _convolution(graph: _Graph, members: dict[str, keras.Layer], layer: keras.Layer) -> _Convolution:
+def _convolution(graph: Graph, members: dict[str, keras.Layer], layer: keras.Layer) -> _Convolution:
     behind = _pointwise(graph, members, layer)
     extras = layer.count_params() - math.prod(layer.kernel.shape) + sum(follower.count_params() for follower in behind)
     return _Convolution(
@@ -371,7 +326,7 @@ def _convolution(graph: _Graph, members: dict[str, keras.Layer], layer: keras.La
 POINTWISE = (layers.BatchNormalization, layers.Activation)
 
 
-def _pointwise(graph: _Graph, members: dict[str, keras.Layer], layer: keras.Layer) -> list[keras.Layer]:
+def _pointwise(graph: Graph, members: dict[str, keras.Layer], layer: keras.Layer) -> list[keras.Layer]:
     """The normalisation and activation that follow a convolution."""
     behind: list[keras.Layer] = []
     while len(following := graph.consumers[(behind[-1] if behind else layer).name]) == 1:
@@ -382,7 +337,7 @@ def _pointwise(graph: _Graph, members: dict[str, keras.Layer], layer: keras.Laye
     return behind
 
 
-def _source(graph: _Graph, members: dict[str, keras.Layer], layer: keras.Layer) -> str:
+def _source(graph: Graph, members: dict[str, keras.Layer], layer: keras.Layer) -> str:
     """The layer whose output `layer` takes, normalisation and activation of the same block left out."""
     name = "".join(graph.inputs[layer.name])  # one, or none at the beginning of the network
     while isinstance(members.get(name), POINTWISE):

@@ -25,6 +25,7 @@ def predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray
 
 
 WATCHED = ("the loss", "the gradients", "the statistics of batch normalisation")
+NORMS = ("all", "first_layer")  # of gradients, where they are measured
 LEAST_LOSS_SCALE = 1.0  # mixed_float16 starts at 32,768 and halves at every skipped step
 
 
@@ -37,11 +38,11 @@ class Step:
 
     def __init__(
         self, model: keras.Model, inference: keras.Model, rate: Any, batch_size: int, jit: bool,
-        *, mixed: bool = False, weighted: bool = False,
+        *, mixed: bool = False, weighted: bool = False, gradients: bool = False,
     ):  # fmt: skip
         """`rate`: the learning rate schedule (optim.Warmup); batches have `batch_size` examples.
 
-        mixed: images come as float32. weighted: a weight per example comes with them.
+        mixed: images come as float32. weighted: a weight per example comes with them. gradients: measure them, too.
         """
         self.model, self.rate = model, rate
         self._outputs = tuple(model.output)
@@ -51,6 +52,7 @@ class Step:
         model.optimizer.build(model.trainable_variables)
         self._count = tf.Variable(0, dtype=tf.int64, trainable=False)  # steps of the run, skipped ones too
         self._first_bad = tf.Variable([0] * len(WATCHED), dtype=tf.int64, trainable=False)  # 0: none
+        self._norms = tf.Variable([0.0] * len(NORMS), trainable=False) if gradients else None  # of the last step
         self._moving = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
         labels = tf.TensorSpec((batch_size, model.output["main"].shape[-1]), tf.float32)
         images = tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.float32 if mixed else tf.uint8)
@@ -82,9 +84,12 @@ class Step:
     def _watched_step(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
         """Keras's own step, and beside it, on the device, which step was the first with something not finite."""
         self._count.assign_add(1)
-        with _gradients_of(self._optimizer) as gradients:
+        scale = self.model.optimizer.dynamic_scale.value if self._scaling else 1.0
+        with _gradients_of(self.model.optimizer) as gradients:
             outputs = [dict.fromkeys(self._outputs, values) for values in (labels, *weights)]
             found = self.model.train_step((images, *outputs))
+        if self._norms is not None:
+            self._norms.assign(_norms(gradients, self.model.trainable_variables) / scale)
         finite = [
             _all_finite([found["loss"]]),  # the mean so far: one bad loss makes it bad
             # Of scaled gradients some are infinite by design: the step is skipped and the scale halved.
@@ -142,7 +147,10 @@ class Step:
         return found | {"count": self._count, "learning_rate_factor": self.rate.factor}
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last `reset_metrics`: `loss`, `main_loss`, `main_accuracy`, `aux_loss`, ..."""
+        """Means since the last `reset_metrics`: `loss`, `main_loss`, `main_accuracy`, `aux_loss`, ...
+
+        Where gradients are measured also their norms in the last step, `gradient_norm/...`.
+        """
         found = {name: float(value) for name, value in self.model.get_metrics_result().items()}
         if len(self._outputs) == 1:  # Keras leaves the output's name away where there is only one
             found = {"main_accuracy": found["accuracy"], "main_loss": found["loss"], "loss": found["loss"]}
@@ -150,6 +158,8 @@ class Step:
             found["loss_scale"] = float(self.model.optimizer.dynamic_scale)
             # The public counter is divided by the steps that are accumulated.
             found["skipped_steps"] = float(int(self._count) - int(self._optimizer._iterations))
+        if self._norms is not None:
+            found |= {f"gradient_norm/{name}": float(norm) for name, norm in zip(NORMS, self._norms, strict=True)}
         return found
 
     def reset_metrics(self) -> None:
@@ -213,6 +223,13 @@ def _gradients_of(optimizer: keras.optimizers.Optimizer) -> Iterator[list[tf.Ten
 def _all_finite(tensors: list[tf.Tensor]) -> tf.Tensor:
     """A sum is finite only if all its parts are; summing reads a tensor once and writes nothing."""
     return tf.reduce_all([tf.math.is_finite(tf.reduce_sum(tensor)) for tensor in tensors if tensor is not None])
+
+
+def _norms(gradients: list[Any], variables: list[Any]) -> tf.Tensor:
+    """float32 [2], Euclidean: of all gradients together, and of the first kernel's."""
+    squares = [tf.reduce_sum(tf.square(tf.cast(gradient, tf.float32))) for gradient in gradients]
+    first = next(number for number, variable in enumerate(variables) if variable.path.endswith("kernel"))
+    return tf.sqrt(tf.stack([tf.add_n(squares), squares[first]]))
 
 
 def _form(value: Any) -> str:

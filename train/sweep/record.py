@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import ExitStack
 from types import TracebackType
@@ -41,6 +42,7 @@ class SweepRecord:
         """run.json and params.json."""
         content = self.folder.content
         keys = sorted({axis["key"] for axis in content["axes"]})
+        again = shlex.join(["make", "sweep", *content["identity"]])
         self.run.write_json(
             "run.json",
             {
@@ -48,7 +50,12 @@ class SweepRecord:
                 "experiment": self._config.tracking.experiment,
                 "name": f"sweep of {', '.join(keys) or 'seeds'}",
                 "time": content["time"],
-                "tags": {**facts.tags(ROOT), "kind": "sweep", "run_dir": str(self.run.path)},
+                "tags": {
+                    **facts.tags(ROOT),
+                    "kind": "sweep",
+                    "run_dir": str(self.run.path),
+                    "mlflow.note.content": f"```sh\n{again}\n```",
+                },
                 "log_model": False,
                 "requirements": [],
                 "changes": [],

@@ -21,6 +21,7 @@ from train import config as schema
 from train.checks import check
 from train.config import ROOT, Config, ConfigError
 from train.progress import say
+from train.report import PAGE
 from train.run import check_files
 from train.runtime import cores
 from train.stored import config_hash, to_dict, without_secrets
@@ -36,7 +37,8 @@ from train.tracking.record import short
 
 JOBS = "jobs"  # where another launcher keeps what it has to keep
 FROZEN = ("search", "trials", "seeds", "first_epochs", "reduction")  # settings that say which trials there are
-QUIET = {"evaluate.test": False, "tracking.log_model": False}  # what chooses must not see the test; the best gets both
+# What chooses must not see the test, nor are pictures drawn of it; the best gets all of it.
+QUIET = {"evaluate.test": False, "evaluate.report": False, "tracking.log_model": False}
 Compose = Callable[[list[str]], DictConfig]
 
 
@@ -195,7 +197,7 @@ def tidy(life: Sweep) -> None:
 
 
 def crown(life: Sweep, crowned: list[Trial], work: Callable[[Callable[[], Trial | None]], None]) -> None:
-    """The best gets what the others went without, and the user has not decided on: its test, its model in MLflow."""
+    """The best gets what the others went without, and the user has not decided on: test, report, model in MLflow."""
     keys = [name for name in QUIET if not typed(name, life.folder.content["identity"])]
     if not keys or life.stopped:
         return
@@ -210,7 +212,11 @@ def crown(life: Sweep, crowned: list[Trial], work: Callable[[Callable[[], Trial 
 def crowned_before(trial: Trial, keys: list[str]) -> bool:
     run = trial.run()
     return run is not None and all(
-        {"evaluate.test": "test" in trial.summary(), "tracking.log_model": run.identity()["log_model"]}[name]
+        {
+            "evaluate.test": "test" in trial.summary(),
+            "evaluate.report": (run.path / PAGE).exists(),
+            "tracking.log_model": run.identity()["log_model"],
+        }[name]
         for name in keys
     )
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from train import command
+from train import command, compose
 from train.config import ROOT, Config
 from train.disk import write_atomically
-from train.stored import Private, config_hash, flatten, to_dict
+from train.stored import Private, config_hash, flatten, group_of, to_dict
 from train.tracking import facts
 from train.tracking.folder import Pulse, RunFolder
 
@@ -86,6 +86,8 @@ def identify(folder: RunFolder, config: Config, private: Private, changes: list[
     (folder.path / "params.json").unlink(missing_ok=True)
     stored = to_dict(config, private)
     folder.write_yaml("config.yaml", stored)
+    typed = flatten(stored)
+    again = compose.command_of(typed)
     identity = {
         "run_id": folder.run_id,
         "experiment": config.tracking.experiment,
@@ -96,12 +98,15 @@ def identify(folder: RunFolder, config: Config, private: Private, changes: list[
             "model": config.model.name,
             "data": config.data.name,
             "seed": str(config.seed),
+            "group": group_of(typed),
+            "mlflow.note.content": f"```sh\n{again}\n```",
             "run_dir": stored["run_dir"] or str(folder.path),
             **({"sweep": folder.sweep()} if folder.sweep() else {}),
         },
         "log_model": config.tracking.log_model,
         "requirements": facts.requirements(MODEL_PACKAGES),
-        "typed": flatten(stored),
+        "typed": typed,
+        "command": again,
         "changes": [],
     }
     folder.write_json("run.json", identity)
@@ -143,17 +148,21 @@ def describe(
     source: str,
     model: Any,
     inference: Any,
-    macs: dict[str, int],
+    cost: dict[str, Any],
 ) -> None:
-    """The data set's digest, the network's size, its summary as text, and one example of its input."""
+    """The data set's digest, the network's size, its summary as text, what it costs, and an example of its input.
+
+    cost: `blocks`, rows of train.models.cost, and `training_macs`.
+    """
     summary |= {
         "config_hash": config_hash(config, private),
         "data_fingerprint": dataset.fingerprint,
         "parameters": inference.count_params(),
-        "macs": macs["inference"],
+        "macs": sum(row["macs"] for row in cost["blocks"]),
         "training_parameters": model.count_params(),
-        "training_macs": macs["training"],
+        "training_macs": cost["training_macs"],
     }
+    folder.write_json("cost.json", cost)
     stored = to_dict(config, private)
     stored["data"]["fingerprint"] = dataset.fingerprint
     folder.write_yaml("config.yaml", stored)

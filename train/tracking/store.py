@@ -101,6 +101,12 @@ class Store:
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(self.mlflow_id, metrics=metrics[start : start + BATCH])
 
+    def log_once(self, values: dict[str, float], *, time: float, step: int) -> None:
+        """Metrics, without those that have this value already."""
+        known = self.client.get_run(self.mlflow_id).data.metrics
+        fresh = {name: value for name, value in values.items() if known.get(name) != value}
+        self.log_lines([{"values": fresh, "time": time, "step": step}])
+
     def log_dataset(self, dataset: dict[str, Any]) -> None:
         """The data set with our own digest; MLflow's would walk the whole of it."""
         import json

@@ -28,6 +28,7 @@ URI = "INCEPTION_TRACKING_URI"
 POLL_SECONDS = 0.5
 FLUSH_SECONDS = 5.0  # the journal's new lines go in one request: it and the server may share the trainer's cores
 BEAT_SECONDS = 30.0
+NICENESS = 10  # training comes first: loading MLflow alone takes seconds of a core; at 19 it would take minutes
 PATIENCE_SECONDS = 600.0  # how long a store may stay away after the run's end, before `make sync` has to do it
 FILES = (
     "config.yaml",
@@ -38,10 +39,17 @@ FILES = (
     "metrics.jsonl",
     "dataset.json",
     "augmented.png",
+    "cost.json",
+    "report.html",
+    "curves.png",
+    "filters.png",
     "parallel_coordinates.png",
     "importances.png",
     "accuracy_and_cost.png",
 )
+CHOSEN_BY = "validation/main_accuracy"
+BEST = {"accuracy": "best/validation_main_accuracy", "epoch": "best/epoch"}  # the runs' table shows last values
+SCORES = ("accuracy", "top5_accuracy", "loss", "macro_f1", "macro_precision", "macro_recall", "roc_auc", "ece")
 
 
 __all__ = ["Record", "default_uri", "start", "wait"]
@@ -90,6 +98,7 @@ class Record:
         self.store: store.Store | None = None
         self.offset = 0
         self.logged: set[str] = set()
+        self.best = -1.0
         self._next_beat = 0.0
         self.life = folder.life()
 
@@ -113,9 +122,17 @@ class Record:
                 self.logged.add(name)
         lines = list(read_journal(self.folder.journal, self.offset))
         if lines:
-            self.store.log_lines([line for line, _ in lines])
+            self.store.log_lines([self._with_best(line) for line, _ in lines])
             self.offset = lines[-1][1]
         return self.store
+
+    def _with_best(self, line: dict[str, Any]) -> dict[str, Any]:
+        """The line, and the best there is by now where it is a new one."""
+        now = line["values"].get(CHOSEN_BY, -1.0)
+        if now <= self.best:
+            return line
+        self.best = now
+        return {**line, "values": {**line["values"], BEST["accuracy"]: now, BEST["epoch"]: line["epoch"]}}
 
     def finish(self) -> None:
         """All that a run has at its end, and how it ended: as its summary says, or without a word."""
@@ -125,6 +142,8 @@ class Record:
             for path in [self.folder.path / name for name in FILES]:
                 if path.exists():
                     place.log_file(path)
+            for scores in sorted(self.folder.path.glob("evaluation/*/scores.json")):
+                self._evaluation(place, scores)
             if identity["tags"].get("kind") == "sweep":
                 place.adopt(identity["run_id"])
             if identity["log_model"] and status == "finished":  # others may go on to a better one
@@ -134,6 +153,17 @@ class Record:
                 place.finish(_read(self.folder.path / "summary.json"))
             elif not self.folder.alive():
                 store.mark_gone(place.client, place.mlflow_id)
+
+    def _evaluation(self, place: store.Store, scores: Path) -> None:
+        """Numbers and files of one evaluation."""
+        name, found = scores.parent.name, _read(scores)
+        values = {score: found[score] for score in SCORES}
+        values |= dict(zip(("accuracy_low", "accuracy_high"), found["accuracy_interval"], strict=True))
+        known = {f"{name}/{score}": value for score, value in values.items() if value is not None}
+        step = _read(self.folder.path / "summary.json")["steps"] if self.folder.status() else 0
+        place.log_once(known, time=scores.stat().st_mtime, step=step)
+        for path in sorted(scores.parent.glob("[!.]*")):
+            place.log_file(path, f"evaluation/{name}")
 
 
 def follow(record: Record) -> int:
@@ -180,6 +210,7 @@ class Scrubbed(io.TextIOBase):
 
 
 def main() -> None:
+    os.nice(NICENESS)
     folder, uri = open_folder(Path(sys.argv[1])), os.environ.pop(URI)
     sys.stdout = sys.stderr = Scrubbed(folder.path / "uploader.log", uri)
     with folder.recording(wait=True):  # that of the life before may still be at work

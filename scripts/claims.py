@@ -1,0 +1,330 @@
+"""Ten claims of the Inception papers, each answered by an experiment that was written down before it was run.
+
+    python scripts/claims.py                          (all; what the table has already is not run again)
+    python scripts/claims.py bottleneck auxiliary     (those)
+    python scripts/claims.py --report                 (runs nothing: what the table says so far)
+    python scripts/claims.py --quick                  (two seeds and epochs: tries everything, answers nothing)
+
+A claim is an experiment under conf/experiment/claims/, with its variants, settings, seeds and what is expected. Every
+run is a line of scripts/figures/claims.csv, under the hash of its config, so that claims share what they have in
+common. Several runs follow each other in a process, which changes none of their bits (tests/test_claims.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from train.compose import command_of, compose
+from train.config import Claim, Config, Expectation
+from train.statistics import Difference, paired
+from train.stored import Private, config_hash, flatten, to_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ROOT / "conf/experiment/claims"
+TABLE = ROOT / "scripts/figures/claims.csv"
+RUNS = ROOT / "runs/claims"
+QUICK = ["epochs=2", "steps_per_epoch=5", "model.width=0.05"]
+PER_PROCESS = 16  # runs, so that what TensorFlow keeps of each does not add up
+MEASURES = (
+    "test_accuracy", "test_loss", "mean_validation_accuracy", "gradient_norm", "parameters", "macs",
+    "branch_5x5_macs", "images_per_second",
+)  # fmt: skip
+COLUMNS = ("key", "command", "seed", *MEASURES, "weights_sha256", "machine", "code")
+FIRST_LAYER = "train/gradient_norm/first_layer"
+BRANCH_5X5 = "_Branch_2"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that a claim needs. key: the hash of its config."""
+
+    claim: str
+    setting: str
+    variant: str
+    seed: int
+    words: tuple[str, ...]
+    key: str
+    command: str
+
+
+# ----------------------------------------------------------------------------------------------------- what there is
+
+
+def claims(names: list[str]) -> dict[str, Claim]:
+    """By name, in the order of the names; all where none is given. Raises: SystemExit for a name that nobody knows."""
+    known = sorted(path.stem for path in EXPERIMENTS.glob("[!_]*.yaml"))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"error: claims must be some of {', '.join(known)}, got {unknown[0]}")
+    configs = {name: compose([f"experiment=claims/{name}"]) for name in names or known}
+    return {name: config.claim for name, config in configs.items()}
+
+
+def trials_of(name: str, claim: Claim, *, quick: bool) -> list[Trial]:
+    """Seed by seed, so that whatever stops the work leaves whole comparisons behind."""
+    places = [(setting, variant) for setting in claim.settings for variant in claim.variants]
+    common = [f"experiment=claims/{name}", *(QUICK if quick else ())]
+    words = {place: [*common, *claim.settings[place[0]], *claim.variants[place[1]]] for place in places}
+    configs = {place: compose(words[place]) for place in places}
+    return [
+        trial_of(name, *place, words[place], replace(configs[place], seed=configs[place].seed + number))
+        for number in range(2 if quick else claim.seeds)
+        for place in places
+    ]
+
+
+def trial_of(name: str, setting: str, variant: str, words: list[str], config: Config) -> Trial:
+    key, typed = config_hash(config, Private())[:16], flatten(to_dict(config, Private()))
+    return Trial(name, setting, variant, config.seed, (*words, f"seed={config.seed}"), key, command_of(typed))
+
+
+def read(table: Path) -> dict[str, dict[str, str]]:
+    """Lines by key."""
+    if not table.exists():
+        return {}
+    with table.open(newline="") as file:
+        return {row["key"]: row for row in csv.DictReader(file)}
+
+
+# ------------------------------------------------------------------------------------------------------ running them
+
+
+def run(trial: Trial) -> dict[str, Any]:
+    """In a process of the pool: one run after another. Raises: RuntimeError naming where to read why it failed."""
+    from train import run as story
+
+    folder = RUNS / trial.key
+    folder.mkdir(parents=True, exist_ok=True)
+    with talking_to(folder / "output.txt"):
+        if not finished(folder):
+            code = story_of(story, [*trial.words, f"run_dir={folder}"])
+            if code:
+                raise RuntimeError(f"{trial.claim}/{trial.variant} seed {trial.seed} ended with {code}: see {folder}")
+    return {"key": trial.key, "command": trial.command, "seed": trial.seed, **measured(folder)}
+
+
+def story_of(story: Any, words: list[str]) -> int:
+    """What `make train` does with these words; a run that was interrupted goes on."""
+    from train import resume
+    from train.tracking.folder import open_folder
+
+    config: Config = compose(words)
+    folder = Path(str(config.run_dir))
+    if (folder / "run.json").exists():
+        return resume.train_again(open_folder(folder), config, Private())
+    return story.train(config, Private(), latest=False)
+
+
+def finished(folder: Path) -> bool:
+    path = folder / "summary.json"
+    return path.exists() and json.loads(path.read_text())["status"] == "finished"
+
+
+@contextmanager
+def talking_to(path: Path) -> Iterator[None]:
+    """What this process and its libraries print goes into a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in enumerate(kept, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """The figures of a finished run, from what it has left."""
+    summary = json.loads((folder / "summary.json").read_text())
+    ground, cost = (json.loads((folder / name).read_text()) for name in ("ground.json", "cost.json"))
+    lines = [json.loads(line)["values"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    norms = [
+        values["train/gradient_norm/first_layer"] for values in lines if "train/gradient_norm/first_layer" in values
+    ]
+    return {
+        "test_accuracy": summary["test"]["accuracy"],
+        "test_loss": summary["test"]["loss"],
+        "mean_validation_accuracy": statistics.fmean(
+            values["validation/main_accuracy"] for values in lines if "validation/main_accuracy" in values
+        ),
+        "gradient_norm": statistics.fmean(norms),
+        "parameters": summary["parameters"],
+        "macs": summary["macs"],
+        "branch_5x5_macs": sum(macs for name, macs in cost["layers"].items() if BRANCH_5X5 in name),
+        "images_per_second": round(summary["train_images_per_second"], 1),
+        "weights_sha256": summary["weights_sha256"][:16],
+        "machine": ground["processor"],
+        "code": ground["code"],
+    }
+
+
+def run_all(pending: list[Trial], table: Path, parallel: int) -> int:
+    """Runs them, and writes a line for each as soon as it is over; how many failed."""
+    failed, begun = 0, time.time()
+    table.parent.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(parallel, get_context("spawn"), max_tasks_per_child=PER_PROCESS)
+    try:
+        waiting: dict[Future, Trial] = {pool.submit(run, trial): trial for trial in pending}
+        for done, future in enumerate(as_completed(waiting), start=1):
+            trial = waiting[future]
+            try:
+                row = future.result()
+            except RuntimeError as fault:
+                failed += 1
+                print(f"error: {fault}", file=sys.stderr, flush=True)
+                continue
+            append(table, row)
+            left = (time.time() - begun) / done * (len(pending) - done) / 60
+            print(
+                f"{done}/{len(pending)}  {trial.claim} {trial.setting} {trial.variant} seed {trial.seed}  "
+                f"{row['test_accuracy']:.4f}  {left:.0f} minutes left",
+                flush=True,
+            )
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def append(table: Path, row: dict[str, Any]) -> None:
+    """One line, on disk before anything else is begun."""
+    fresh = not table.exists()
+    with table.open("a", newline="") as file:
+        lines = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            lines.writeheader()
+        lines.writerow(row)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ------------------------------------------------------------------------------------------------------ the verdicts
+
+SUPPORTED, REFUTED, OPEN = "supported", "not supported", "undecided at this size"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the table says of one expectation in one setting; without difference and ratio where runs are missing."""
+
+    setting: str
+    expectation: Expectation
+    verdict: str
+    difference: Difference | None = None
+    ratio: float | None = None
+
+
+def answer(expectation: Expectation, setting: str, one: dict[int, float], other: dict[int, float]) -> Answer:
+    """one, other: the metric by seed.
+
+    A difference is held against 0, or against the margin that does not matter: `higher` is supported where the whole
+    95 % interval lies above 0 and not supported where all of it lies below the margin; `not lower` where it lies above
+    or below minus the margin. What the interval leaves open is undecided.
+    """
+    if expectation.expect == "ratio":
+        if not one or not other:
+            return Answer(setting, expectation, OPEN)
+        ratio = statistics.fmean(one.values()) / statistics.fmean(other.values())
+        inside = expectation.least <= ratio <= expectation.most
+        return Answer(setting, expectation, SUPPORTED if inside else REFUTED, ratio=ratio)
+    found = paired(one, other)
+    if found is None or found.n == 1:
+        return Answer(setting, expectation, OPEN, found)
+    low, high = (-found.high, -found.low) if expectation.expect == "lower" else (found.low, found.high)
+    if expectation.expect == "not lower":
+        verdict = SUPPORTED if low > -expectation.margin else REFUTED if high < -expectation.margin else OPEN
+    else:
+        verdict = SUPPORTED if low > 0 else REFUTED if high < expectation.margin or high < 0 else OPEN
+    return Answer(setting, expectation, verdict, found)
+
+
+def answers(name: str, claim: Claim, rows: dict[str, dict[str, str]], *, quick: bool) -> list[Answer]:
+    """Of every expectation in every setting."""
+    trials = trials_of(name, claim, quick=quick)
+
+    def values(setting: str, variant: str, metric: str) -> dict[int, float]:
+        return {
+            trial.seed: float(rows[trial.key][metric])
+            for trial in trials
+            if (trial.setting, trial.variant) == (setting, variant) and trial.key in rows
+        }
+
+    return [
+        answer(
+            expected,
+            setting,
+            values(setting, expected.variant, expected.metric),
+            values(setting, expected.against, expected.metric),
+        )
+        for setting in claim.settings
+        for expected in claim.expectations
+    ]
+
+
+def verdict(found: list[Answer]) -> str:
+    """Of a claim: supported where every expectation is, in every setting; not where one is not."""
+    verdicts = {one.verdict for one in found}
+    return REFUTED if REFUTED in verdicts else OPEN if OPEN in verdicts else SUPPORTED
+
+
+def tell(name: str, claim: Claim, found: list[Answer]) -> None:
+    print(f"\n{name}: {claim.hypothesis}\n  {verdict(found)}")
+    for one in found:
+        print(f"    {one.setting:8} {sentence(one)}: {one.verdict}")
+
+
+def sentence(one: Answer) -> str:
+    """`test_accuracy of naive minus bottleneck: +0.0012 (-0.0031 to +0.0055), 6 seeds; ...`."""
+    expected = one.expectation
+    if one.ratio is not None:
+        allowed = f"{expected.least:g} to {expected.most:g}"
+        return f"{expected.metric} of {expected.variant} / {expected.against} = {one.ratio:.3g}, claimed {allowed}"
+    what = f"{expected.metric} of {expected.variant} minus {expected.against}"
+    if one.difference is None:
+        return f"{what}: not run"
+    d = one.difference
+    margin = f" by {expected.margin:g}" if expected.margin else ""
+    return f"{what} = {d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}), {d.n} seeds, claimed {expected.expect}{margin}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="claims; all where none is named")
+    parser.add_argument("--quick", action="store_true", help="tiny runs into a table of their own")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one core")
+    options = parser.parse_args()
+    table = RUNS / "quick.csv" if options.quick else TABLE
+    chosen = claims(options.names)
+    failed = 0
+    if not options.report:
+        wanted = {t.key: t for name, claim in chosen.items() for t in trials_of(name, claim, quick=options.quick)}
+        pending = sorted((t for key, t in wanted.items() if key not in read(table)), key=lambda trial: trial.seed)
+        print(f"{len(wanted)} runs, {len(wanted) - len(pending)} of them in {table.relative_to(ROOT)} already")
+        failed = run_all(pending, table, options.parallel)
+    rows = read(table)
+    for name, claim in chosen.items():
+        tell(name, claim, answers(name, claim, rows, quick=options.quick))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""`make compare`: rows over seeds out of a real MLflow store."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Done, message, once, run_command
+
+from train.compare import best_buys, compare, labels
+
+COMMON = {"data.name": "digits", "epochs": "12", "schedule.name": "cosine", "tracking.uri": "x", "run_dir": "None"}
+NASTY = "<script>alert(1)</script>"
+
+
+def add(
+    client: Any, experiment: str, number: int, params: dict[str, Any], metrics: dict[str, float], **more: Any
+) -> str:
+    from mlflow.entities import Metric, Param
+
+    tags = {"run_id": f"run{number}", "data_fingerprint": "f" * 64, **more.get("tags", {})}
+    run = client.create_run(experiment, start_time=1000 * number, tags=tags, run_name=more.get("name", f"run {number}"))
+    full = {**COMMON, **params, "run_dir": f"runs/{number}", "data.fingerprint": "f"}
+    client.log_batch(
+        run.info.run_id,
+        [Metric(name, value, 0, 0) for name, value in metrics.items()],
+        [Param(name, str(value)) for name, value in full.items()],
+    )
+    client.set_terminated(run.info.run_id, more.get("status", "FINISHED"))
+    return run.info.run_id
+
+
+def costs(macs: float) -> dict[str, float]:
+    return {
+        "cost/parameters": macs / 10,
+        "cost/macs": macs,
+        "images_per_second": 1e9 / macs,
+        "cost/peak_memory_bytes": 2**30,
+    }
+
+
+def fill(place: Path) -> str:
+    """vgg16 at two widths and vgg16_inception, four seeds each; and what must not be among them."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{place / 'mlflow.db'}"
+    client, number = MlflowClient(uri), 0
+    lab, mixed = client.create_experiment("lab"), client.create_experiment("mixed")
+    client.create_experiment("empty")
+    for model, width, accuracies, macs in (
+        ("vgg16", "1.0", (0.95, 0.96, 0.94, 0.95), 3e8),
+        ("vgg16", "0.5", (0.93, 0.92, 0.94, 0.93), 1e8),
+        ("vgg16_inception", "1.0", (0.97, 0.98, 0.97, 0.98), 2e8),
+    ):
+        for seed, accuracy in enumerate(accuracies):
+            number += 1
+            params = {"model.name": model, "model.width": width, "seed": seed}
+            add(client, lab, number, params, {"test/accuracy": accuracy, "train/loss": 0.1, **costs(macs)})
+    other = {"model.name": "vgg16", "model.width": "1.0", "seed": 9}
+    add(client, lab, 100, other, {"test/accuracy": 0.5}, status="FAILED", name="broke")
+    add(client, lab, 101, other, {"train/loss": 0.5}, name=NASTY)
+    add(client, lab, 102, other, {"test/accuracy": float("nan")}, name="nan")
+    add(client, lab, 103, {}, {"sweep/best": 1.0}, tags={"kind": "sweep"}, name="a sweep")
+    client.delete_run(add(client, lab, 104, other, {"test/accuracy": 0.1}))
+    for fingerprint, accuracy in (("a" * 64, 0.5), ("b" * 64, 0.9)):
+        number += 1
+        params = {"model.name": "vgg16", "seed": 0, "data.name": NASTY}
+        add(client, mixed, number, params, {"test/accuracy": accuracy}, tags={"data_fingerprint": fingerprint})
+    return uri
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return once(tmp_path_factory, "compared", fill)
+
+
+def compared(store: str, out: Path, *words: str) -> Done:
+    return run_command(sys.executable, "-m", "train.compare", f"uri={store}", f"out={out}", *words)
+
+
+def lines_of(out: Path) -> list[dict[str, str]]:
+    with (out / "compare.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def lab(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+    def make(place: Path) -> tuple[Done, Path]:
+        return compared(store, place, "experiment=lab", "baseline=model=vgg16,model.width=1.0"), place
+
+    return once(tmp_path_factory, "lab", make)
+
+
+def test_runs_that_differ_in_their_seed_are_a_row(lab: tuple[Done, Path]):
+    done, out = lab
+    assert done.code == 0, done.err
+    rows = lines_of(out)
+    assert [(row["row"], row["n"], float(row["mean"])) for row in rows] == [
+        ("vgg16_inception model.width=1.0", "4", 0.975),
+        ("vgg16 model.width=1.0", "4", 0.95),
+        ("vgg16 model.width=0.5", "4", 0.93),
+    ]
+    assert rows[0]["seeds"] == "0:0.97 1:0.98 2:0.97 3:0.98"
+    assert (rows[0]["macs"], rows[0]["parameters"], rows[0]["memory"]) == ("200000000", "20000000", "1073741824")
+
+
+def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[Done, Path]):
+    inception, baseline, narrow = lines_of(lab[1])
+    assert float(inception["difference"]) == pytest.approx(0.025)
+    assert float(inception["difference_low"]) == pytest.approx(0.0158, abs=1e-4)
+    assert float(inception["p"]) == pytest.approx(0.0030, abs=5e-4)
+    assert baseline["difference"] == ""
+    assert float(narrow["difference"]) == pytest.approx(-0.02)
+
+
+def test_the_front_is_what_nothing_beats_at_its_cost(lab: tuple[Done, Path]):
+    assert [row["best_buy"] for row in lines_of(lab[1])] == ["1", "0", "1"]
+    assert best_buys([(1, 0.5), (1, 0.5), (2, 0.5), (3, 0.9), (3, 0.8)]) == [True, True, False, True, False]
+
+
+def test_what_is_left_out_is_told(lab: tuple[Done, Path]):
+    assert "left out: 1 runs not finished (failed): broke" in lab[0].out
+    assert f"left out: 1 runs without test/accuracy: {NASTY}" in lab[0].out
+    assert "left out: 1 runs whose test/accuracy is no number: nan" in lab[0].out
+    assert "a sweep" not in lab[0].out
+
+
+def test_nothing_from_outside_is_html(lab: tuple[Done, Path], store: str, tmp_path: Path):
+    compare([f"uri={store}", f"out={tmp_path}", "experiment=mixed"])
+    for page in (lab[1] / "compare.html", tmp_path / "compare.html"):
+        text = page.read_text()
+        assert "<script" not in text
+        assert "&lt;script&gt;" in text
+        assert not re.search(r'(src|href)="(?!data:)', text)  # one file, no network
+
+
+def test_other_data_is_compared_apart(store: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    compare([f"uri={store}", f"out={tmp_path}", "experiment=mixed"])
+    assert "there are 2 data sets: their runs are compared apart" in capsys.readouterr().out
+    assert [(row["data_fingerprint"][0], row["mean"], row["n"]) for row in lines_of(tmp_path)] == [
+        ("a", "0.5", "1"), ("b", "0.9", "1"),
+    ]  # fmt: skip
+
+
+def test_words_choose_and_sort(store: str, tmp_path: Path):
+    compare([f"uri={store}", f"out={tmp_path}", "experiment=lab", "model=vgg16", "sort=macs"])
+    assert [row["row"] for row in lines_of(tmp_path)] == ["model.width=0.5", "model.width=1.0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment=nothing"], "experiment must be one of empty, lab, mixed, got nothing"),
+        (["experiment=empty"], "experiment must have runs, got empty without any"),
+        (["experiment=lab", "metric=train/loss"], "metric must be auto, test or validation, got train/loss"),
+        (["experiment=lab", "metric=validation"], "have best/validation_main_accuracy, got none"),
+        (["experiment=lab", "epochs=99"], "words must choose some of the 15 runs, got epochs=99, which none has"),
+        (
+            ["experiment=lab", "baseline=model=vgg16"],
+            "baseline must be words that one row has, got model=vgg16, which 2 have: vgg16 model.width=",
+        ),
+        (
+            ["experiment=lab", "baseline=model=resnet"],
+            "got model=resnet, which none has: vgg16_inception model.width=1.0",
+        ),
+        (["experiment=lab", "sort=beauty"], "sort must be one of accuracy, name, parameters"),
+        (["lab"], "words must be key=value, got lab"),
+    ],
+)
+def test_what_can_not_be_compared(words: list[str], said: str, store: str, tmp_path: Path):
+    assert said in message(compare, [f"uri={store}", f"out={tmp_path / 'out'}", *words])
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_tell_what_differs_and_nothing_else():
+    one = {"model.name": "vgg16", "epochs": "12", "optimizer.name": "sgd", "optimizer.momentum": "0.9"}
+    other = one | {"model.name": "vgg16_inception", "model.blocks": "['conv']"}
+    third = {**one, "optimizer.name": "adamw", "optimizer.beta_1": "0.9"}
+    del third["optimizer.momentum"]
+    assert labels([one, other, third]) == [
+        "vgg16 optimizer=sgd",
+        "vgg16_inception optimizer=sgd",
+        "vgg16 optimizer=adamw",
+    ]
+    assert labels([one]) == ["vgg16"]
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_take_seconds(tmp_path: Path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("many")
+    usual = {f"key{number}": "value" for number in range(70)}
+    others = {f"metric{number}": 0.5 for number in range(30)}
+    for number in range(1000):
+        params = usual | {"model.name": "vgg16", "model.width": number // 5, "seed": number % 5}
+        add(client, experiment, number, params, others | {"test/accuracy": number / 1000, **costs(1e6 + number)})
+    begun = time.monotonic()
+    done = compared(uri, tmp_path / "out", "experiment=many")
+    assert done.code == 0, done.err
+    assert time.monotonic() - begun < 15
+    assert len(lines_of(tmp_path / "out")) == 200

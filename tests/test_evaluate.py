@@ -1,0 +1,155 @@
+"""`make evaluate` and `make report` on a real run: numbers, files, messages."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Done, Finished, once, run_command
+from PIL import Image
+
+from train.report import big
+
+PICTURES = {"confusion.png", "reliability.png", "classes.png", "mistakes.png", "attention.png"}
+
+
+def evaluated(path: Path, *words: str) -> Done:
+    return run_command(sys.executable, "-m", "train.evaluate", f"run={path}", "tracking.wait_seconds=0", *words)
+
+
+def rows_of(place: Path) -> list[dict[str, str]]:
+    with (place / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def copied(finished: Finished, place: Path) -> Path:
+    """A run of one's own: its record goes nowhere."""
+    shutil.copytree(finished.path, place / "run", symlinks=True)
+    config = place / "run" / "config.yaml"
+    config.write_text(re.sub(r"uri: .*", f"uri: sqlite:///{place / 'mlflow.db'}", config.read_text()))
+    return place / "run"
+
+
+def test_a_run_leaves_numbers_answers_and_pictures(finished: Finished):
+    place = finished.path / "evaluation/test"
+    found, summary = json.loads((place / "scores.json").read_text()), finished.summary["test"]
+    assert {name: found[name] for name in summary} == summary
+    low, high = summary["accuracy_interval"]
+    assert low < summary["accuracy"] < high
+    rows = rows_of(place)
+    assert len(rows) == summary["examples"] == sum(map(sum, found["confusion"]))
+    right = [row["class"] == row["predicted"] for row in rows]
+    assert np.mean(right) == pytest.approx(summary["accuracy"])
+    assert -np.log([float(row["probability_of_class"]) for row in rows]).mean() == pytest.approx(
+        summary["loss"], abs=1e-3
+    )
+    assert {path.name for path in place.glob("*.png")} == PICTURES
+    assert (finished.path / "curves.png").exists()
+    assert (finished.path / "filters.png").exists()
+
+
+def test_the_page_is_one_file_with_everything(finished: Finished):
+    text, summary = (finished.path / "report.html").read_text(), finished.summary
+    assert text.count("data:image/png;base64,") == len(PICTURES) + 3
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert f"{summary['test']['accuracy']:.4f}" in text
+    assert big(summary["macs"]) in text
+    assert "make train model=vgg16_inception data=digits" in text
+    assert "model.width=0.125" in text
+    assert "Block_3_1" in text
+    assert "hunter2" not in text
+
+
+def test_the_command_of_the_page_makes_the_same_run_again(finished: Finished):
+    command = json.loads((finished.path / "run.json").read_text())["command"]
+    assert command == "make train model=vgg16_inception data=digits model.width=0.125 tracking.every_steps=7 epochs=2"
+
+
+def test_the_same_weights_give_the_same_numbers_again(finished: Finished, tmp_path: Path):
+    path = copied(finished, tmp_path)
+    before = (path / "evaluation/test/scores.json").read_text()
+    shutil.rmtree(path / "evaluation")
+    done = evaluated(path)
+    assert done.code == 0, done.err
+    assert done.last_line == str(path / "evaluation/test")
+    assert (path / "evaluation/test/scores.json").read_text() == before
+    assert f"{finished.summary['test']['accuracy']:.4f}" in done.out
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of three of the ten digits, in folders."""
+
+    def draw(place: Path) -> Path:
+        noise = np.random.default_rng(0)
+        for name in ("0", "3", "7"):
+            (place / "photos" / name).mkdir(parents=True)
+            for number in range(8):
+                image = Image.fromarray(noise.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+                image.save(place / "photos" / name / f"{number}.png")
+        return place / "photos"
+
+    return once(tmp_path_factory, "photos", draw)
+
+
+def test_other_data_with_some_of_the_classes(finished: Finished, photos: Path, tmp_path: Path):
+    path = copied(finished, tmp_path)
+    done = evaluated(path, "data=folder", f"data.root={photos}", "split=all", "evaluate.views=mirror")
+    assert done.code == 0, done.err
+    place = path / "evaluation/photos-all-mirror"
+    found = json.loads((place / "scores.json").read_text())
+    assert found["examples"] == 24
+    assert [row["examples"] for row in found["classes"]] == [8, 0, 0, 8, 0, 0, 0, 8, 0, 0]
+    assert {row["class"] for row in rows_of(place)} == {"0", "3", "7"}
+    assert "classes without an example, left out of the means: 1, 2, 4, 5, 6, 8, 9" in done.out
+    assert "photos-all-mirror: 24 examples" in (path / "report.html").read_text()
+
+
+def test_what_can_not_be_evaluated(finished: Finished, photos: Path, tmp_path: Path):
+    path = copied(finished, tmp_path)
+    strange = tmp_path / "strange"
+    shutil.copytree(photos, strange)
+    (strange / "0").rename(strange / "zebra")
+    done = evaluated(path, "data=folder", f"data.root={strange}")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "must have classes of the run, 0, 1, 2" in done.err
+    assert "got zebra" in done.err
+    for words, said in (
+        (("split=half",), "split must be one of train, validation, test, all, got half"),
+        (("optimizer.beauty=1",), "optimizer.beauty is no key of this run"),
+        (("evaluate.views=five",), "evaluate.views must be one of one, mirror, ten_crop, got five"),
+    ):
+        done = evaluated(path, *words)
+        assert (done.code, len(done.err.splitlines())) == (2, 1)
+        assert said in done.err
+    (path / "best").unlink()
+    assert "run must have kept weights" in evaluated(path).err
+    assert "run must be the folder of a run" in evaluated(tmp_path / "nowhere").err
+
+
+def test_a_page_can_be_written_anew_also_of_a_run_without_test(finished: Finished, tmp_path: Path):
+    path = copied(finished, tmp_path)
+    shutil.rmtree(path / "evaluation")
+    (path / "report.html").unlink()
+    summary = json.loads((path / "summary.json").read_text())
+    summary.pop("test")
+    (path / "summary.json").write_text(json.dumps(summary | {"status": "failed", "failure": "<b>boom</b>"}))
+    done = run_command(sys.executable, "-m", "train.report", f"run={path}")
+    assert (done.code, done.last_line) == (0, str(path / "report.html"))
+    text = (path / "report.html").read_text()
+    assert "Not measured on a test split" in text
+    assert "failed: &lt;b&gt;boom&lt;/b&gt;" in text
+    (path / "metrics.jsonl").write_text("")
+    done = run_command(sys.executable, "-m", "train.report", f"run={path}")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "run must have trained for an epoch" in done.err
+
+
+def test_sizes_are_readable():
+    assert [big(n) for n in (14714688, 1.5e9, 999, 2e12, 1234)] == ["14.7 M", "1.5 G", "999", "2 T", "1.23 k"]

@@ -1,0 +1,175 @@
+"""train/pictures/: from two classes to a thousand, and what is in a picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from train import models
+from train.models.cam import first_filters, grad_cam, last_map
+from train.pictures import curves, gallery, outcome, rows, style
+from train.scores import Outcome, scores
+
+
+def pixels(figure: Any) -> np.ndarray:
+    """uint8 [H, W, 4]."""
+    return np.asarray(Image.open(io.BytesIO(style.png(figure))))
+
+
+def said(classes: int, examples: int = 400) -> tuple[Outcome, dict[str, Any]]:
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, classes, examples)
+    logits = draw.normal(size=(examples, classes)) + 2 * np.eye(classes)[truth]
+    found = Outcome(logits, truth, [f"class $x_{number}$ with a long name <b>" for number in range(classes)])
+    return found, scores(found)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 30, 200, 1000])
+def test_outcomes_of_any_number_of_classes_fit_on_a_page(classes: int):
+    found, numbers = said(classes)
+    for figure in (
+        outcome.confusion(numbers["confusion"], list(found.classes)),
+        outcome.reliability(numbers["calibration"], numbers["ece"]),
+        outcome.per_class(numbers["classes"]),
+    ):
+        height, width = pixels(figure).shape[:2]
+        assert 180 < height < 1800
+        assert 300 < width < 1800
+
+
+def test_the_numbers_of_the_matrix_are_in_it():
+    figure = outcome.confusion([[5, 0], [2, 731]], ["a", "b"])
+    assert {text.get_text() for text in figure.axes[0].texts} == {"5", "2", "731"}
+    matrix, names = np.diag(range(50)), [f"c{n}" for n in range(50)]
+    matrix[49, 48:] = 7, 3
+    large = outcome.confusion(matrix.tolist(), names)
+    assert [label.get_text() for label in large.axes[1].get_yticklabels()] == ["c49 → c48"]
+
+
+def test_a_class_without_examples_has_no_bar():
+    _, numbers = said(3)
+    numbers["classes"][1] |= {"f1": None}
+    figure = outcome.per_class(numbers["classes"])
+    assert len(figure.axes[0].patches) == 2
+
+
+def line(epoch: int, step: int, **values: float) -> dict[str, Any]:
+    return {"epoch": epoch, "step": step, "values": {name.replace("__", "/"): value for name, value in values.items()}}
+
+
+def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epochs():
+    lines = [
+        line(0, 5, train__loss=3.0, learning_rate=0.1),
+        line(0, 10, train__loss=2.9, train__main_loss=2.0, train__aux_loss=3.0, validation__loss=1.5,
+             validation__main_accuracy=0.5, train__main_accuracy=0.4, learning_rate=0.2),
+        line(1, 20, train__loss=1.9, train__main_loss=1.0, train__aux_loss=2.0, validation__loss=0.5,
+             validation__main_accuracy=0.7, train__main_accuracy=0.8, learning_rate=0.0),
+    ]  # fmt: skip
+    loss, accuracy, rate = curves.learning_curves(lines, 1).axes
+    drawn = {one.get_label(): one.get_xydata().tolist() for one in loss.lines}
+    assert drawn["train, main"] == [[1, 2.0], [2, 1.0]]
+    assert drawn["validation"] == [[1, 1.5], [2, 0.5]]
+    assert drawn["train/aux"] == [[1, 3.0], [2, 2.0]]
+    assert "train" not in drawn
+    assert {"train", "validation"} <= {one.get_label() for one in accuracy.lines}
+    assert rate.lines[0].get_xydata().tolist() == [[0.5, 0.1], [1, 0.2], [2, 0.0]]
+    assert [text.get_text() for text in accuracy.texts] == ["best: 2"]
+
+
+def test_without_a_mistake_that_is_said():
+    figure = gallery.mistakes(np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
+    assert "no mistakes" in figure.axes[0].texts[0].get_text()
+
+
+def test_mistakes_and_filters_of_any_channels():
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
+    figure = gallery.mistakes(images, ["a"] * 7, [("b", 0.9)] * 7, ["name"] * 7)
+    assert sum(bool(axes.images) for axes in figure.axes) == 7
+    for channels in (1, 3, 5):
+        kernel = np.random.default_rng(0).normal(size=(3, 3, channels, 70))
+        assert sum(bool(axes.images) for axes in gallery.filters(kernel, "conv").axes) == gallery.FILTERS
+
+
+# --------------------------------------------------------------------------------------------------------- Grad-CAM
+
+
+def corner_network() -> keras.Model:
+    """Class 0 is lit above on the left, class 1 below on the right, by construction."""
+    inputs = keras.Input((16, 16, 1))
+    x = keras.layers.Conv2D(2, 1, use_bias=False, name="maps")(inputs)
+    x = keras.layers.AveragePooling2D(4, name="coarse")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="logits")(keras.layers.Flatten()(x)))
+    weights = np.zeros((4, 4, 2, 2), np.float32)
+    weights[:2, :2, :, 0] = weights[2:, 2:, :, 1] = 1.0
+    model.get_layer("maps").set_weights([np.ones((1, 1, 1, 2), np.float32)])
+    model.get_layer("logits").set_weights([weights.reshape(32, 2), np.zeros(2, np.float32)])
+    return model
+
+
+def test_heat_lies_where_the_evidence_is():
+    images = np.zeros((2, 16, 16, 1), np.uint8)
+    images[0, 2:6, 2:6], images[1, 10:14, 10:14] = 200, 200
+    maps, layer = grad_cam(corner_network(), images, np.array([0, 1]))
+    assert layer == "coarse"
+    assert (maps.shape, maps.dtype, maps.max()) == ((2, 16, 16), np.float32, 1.0)
+    assert maps[0, :8, :8].mean() > 10 * maps[0, 8:, 8:].mean()
+    assert maps[1, 8:, 8:].mean() > 10 * maps[1, :8, :8].mean()
+
+
+def test_where_nothing_speaks_for_a_class_there_is_no_heat():
+    maps, _ = grad_cam(corner_network(), np.zeros((1, 16, 16, 1), np.uint8), np.array([0]))
+    assert maps.max() == 0
+
+
+@pytest.mark.parametrize(("name", "side"), [("vgg16", 64), ("vgg16_inception", 64), ("inception_v3", 139)])
+def test_the_map_is_one_that_everything_goes_through(name: str, side: int):
+    model = models.inference(models.build(name, (side, side, 1), 3, width=0.05))
+    layer = last_map(model)
+    assert min(layer.output.shape[1:3]) >= 4
+    # Without that layer's output nothing of the images reaches the logits.
+    behind = keras.Model(layer.output, model.outputs[0])
+    image = np.random.default_rng(0).integers(0, 256, (1, side, side, 1)).astype(np.float32)
+    before = keras.Model(model.inputs, layer.output)(image)
+    np.testing.assert_allclose(behind(before), model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_filters_are_those_of_the_first_convolution():
+    model = models.inference(models.build("vgg16", (32, 32, 1), 3, width=0.05))
+    kernel, name = first_filters(model)
+    assert (name, kernel.shape) == ("block1_conv1", (3, 3, 1, 3))
+
+
+# ------------------------------------------------------------------------------------------------------- comparisons
+
+
+def test_rows_and_the_front_are_drawn_for_one_seed_and_for_many():
+    from train.compare import Row
+    from train.statistics import mean_of
+
+    def row(label: str, values: list[float], macs: float, *, best: bool) -> Row:
+        figures = {"parameters": 1.0, "macs": macs, "images_per_second": 1.0, "memory": 1.0}
+        return Row(label, {}, dict(enumerate(values)), figures, mean_of(values), best_buy=best)
+
+    shown = [
+        row("a", [0.9, 0.95, 0.92], 1e8, best=True),
+        row("b", [0.99], 9e8, best=True),
+        row("c", [0.5], 2e8, best=False),
+    ]
+    axes = rows.front(shown, "test/accuracy").axes[0]
+    assert axes.get_xscale() == "log"
+    assert {text.get_text() for text in axes.texts} == {"a", "b", "c"}
+    many = rows.seeds(shown * 40, "test/accuracy")
+    assert "the first 60 of 120" in many.axes[0].get_title(loc="left")
+    unknown = [row("a", [0.9], float("nan"), best=False)]
+    assert "no run has its multiply-accumulates" in rows.front(unknown, "x").axes[0].texts[0].get_text()
+
+
+def test_nothing_needs_a_screen(tmp_path: Path):
+    (tmp_path / "picture.png").write_bytes(style.png(gallery.filters(np.ones((3, 3, 1, 2)), "conv")))
+    assert Image.open(tmp_path / "picture.png").format == "PNG"

@@ -1,0 +1,340 @@
+"""`make compare experiment=NAME`: what differs between the runs of an experiment, and what it bought, over seeds.
+
+Runs that differ in nothing but their seed are one row. Rows are compared on the same data only, by the accuracy of the
+main output on a whole split: never by a loss, which may have auxiliary terms in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train import command
+from train.config import GROUPS, ROOT
+from train.disk import write_atomically
+from train.report import big, embedded_bytes, page
+from train.statistics import Difference, Mean, mean_of, paired
+from train.tracking.reading import Recorded, runs_of
+from train.tracking.uploader import default_uri
+
+TEST, VALIDATION = "test/accuracy", "best/validation_main_accuracy"
+# Figures of a row by the word that sorts by them: name in MLflow, and how several runs become one.
+FIGURES: dict[str, str] = {
+    "parameters": "cost/parameters",
+    "macs": "cost/macs",
+    "images_per_second": "images_per_second",
+    "memory": "cost/peak_memory_bytes",
+}
+# What does not make another row: where a run lies, who hears of it, and its seed.
+SAME = ("seed", "run_dir", "data.fingerprint", "data.root", "data.file", "data.manual_dir", "data.directory",
+        "evaluate.report", "evaluate.test", "gpu_memory")  # fmt: skip
+SHOWN = 3  # runs that are named where some are left out
+
+
+@dataclass
+class Compare:
+    """`experiment`: whose runs. `metric`: test or validation (auto: test, where there is any).
+
+    `baseline`: words, separated by commas, that one row has; the others are told by their difference to it. `sort`:
+    accuracy, name or one of FIGURES. `uri`: the MLflow store. `out`: where compare.html and compare.csv are written.
+    All other words choose runs: model=vgg16 epochs=12.
+    """
+
+    experiment: str = "inception"
+    metric: str = "auto"
+    baseline: str = ""
+    sort: str = "accuracy"
+    uri: str = ""
+    out: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone. values: the metric by seed. figures: medians by name; nan: not known."""
+
+    label: str
+    params: dict[str, str]
+    values: dict[int, float]
+    figures: dict[str, float]
+    accuracy: Mean
+    difference: Difference | None = None
+    best_buy: bool = False  # nothing is more accurate for the same cost or less
+
+
+@dataclass(frozen=True)
+class Field:
+    """Rows on the same data."""
+
+    data: str
+    fingerprint: str
+    rows: list[Row]
+    baseline: Row | None
+
+
+def compare(words: list[str]) -> None:
+    """Prints the tables, and where the page and the CSV are. Raises: ValueError for what can't be compared."""
+    keys, chosen = read(words)
+    uri = keys.uri or default_uri(ROOT)
+    runs = [run for run in runs_of(uri, keys.experiment) if run.tags.get("kind") != "sweep"]
+    if not runs:
+        raise ValueError(
+            f"experiment must have runs, got {keys.experiment} without any; use make train, or another one"
+        )
+    there = [run for run in runs if agrees(run, chosen)]
+    if not there:
+        told = " ".join(f"{name}={value}" for name, value in chosen.items())
+        raise ValueError(f"words must choose some of the {len(runs)} runs, got {told}, which none has")
+    metric = metric_of(keys.metric, there)
+    usable, notes = sift(there, metric)
+    fields = [field_of(of_one, metric, keys) for of_one in by(usable, lambda run: run.tags.get("data_fingerprint", ""))]
+    if keys.baseline and not any(field.baseline for field in fields):
+        told = "; ".join(row.label for field in fields for row in field.rows[:10])
+        raise ValueError(f"baseline must be words that one row has, got {keys.baseline}, which none has: {told}")
+    if len(fields) > 1:
+        notes.append(f"there are {len(fields)} data sets: their runs are compared apart")
+    out = Path(keys.out) if keys.out else ROOT / "runs" / keys.experiment
+    show(fields, metric, notes)
+    for path in write(out, keys.experiment, fields, metric, notes):
+        print(path)
+
+
+def read(words: list[str]) -> tuple[Compare, dict[str, str]]:
+    """This command's own words, and those that choose runs, by key."""
+    own = [word for word in words if word.partition("=")[0] in Compare.__dataclass_fields__]
+    keys, chosen = command.parse(Compare, own), {}
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"words must be key=value, got {word}; use e.g. experiment=inception model=vgg16")
+        if word not in own:
+            name, value = key_and_value(word)
+            chosen[name] = value
+    if keys.metric not in ("auto", "test", "validation"):
+        raise ValueError(f"metric must be auto, test or validation, got {keys.metric}; losses have auxiliary terms")
+    if keys.sort not in ("accuracy", "name", *FIGURES):
+        raise ValueError(f"sort must be one of accuracy, name, {', '.join(FIGURES)}, got {keys.sort}")
+    return keys, chosen
+
+
+def agrees(run: Recorded, chosen: dict[str, str]) -> bool:
+    return all(run.params.get(name) == value for name, value in chosen.items())
+
+
+def metric_of(wanted: str, runs: list[Recorded]) -> str:
+    if wanted == "auto":
+        wanted = "test" if any(TEST in run.metrics for run in runs) else "validation"
+    return {"test": TEST, "validation": VALIDATION}[wanted]
+
+
+def sift(runs: list[Recorded], metric: str) -> tuple[list[Recorded], list[str]]:
+    """The runs that can be compared, and what is to be said of the others.
+
+    Raises: ValueError where there is none.
+    """
+    notes, usable = [], []
+    reasons: dict[str, list[str]] = {}
+    for run in runs:
+        value = run.metrics.get(metric)
+        if run.status != "FINISHED":
+            reasons.setdefault(f"not finished ({run.status.lower()})", []).append(run.name)
+        elif value is None:
+            reasons.setdefault(f"without {metric}", []).append(run.name)
+        elif not math.isfinite(value):
+            reasons.setdefault(f"whose {metric} is no number", []).append(run.name)
+        elif "seed" not in run.params:
+            reasons.setdefault("without parameters in MLflow", []).append(run.name)
+        else:
+            usable.append(run)
+    for reason, names in reasons.items():
+        named = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        notes.append(f"left out: {len(names)} runs {reason}: {named}")
+    if not usable:
+        raise ValueError(f"runs must be finished and have {metric}, got none: {'; '.join(notes)}")
+    return usable, notes
+
+
+def by(runs: Iterable[Recorded], key: Callable[[Recorded], Any]) -> list[list[Recorded]]:
+    """Runs of the same key, in the order in which keys come."""
+    found: dict[Any, list[Recorded]] = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return list(found.values())
+
+
+def differing(run: Recorded) -> dict[str, str]:
+    """What makes a row."""
+    return {name: v for name, v in run.params.items() if name not in SAME and not name.startswith("tracking.")}
+
+
+def field_of(runs: list[Recorded], metric: str, keys: Compare) -> Field:
+    """The rows of one data set.
+
+    Raises: ValueError for a baseline that is several of them.
+    """
+    groups = by(runs, lambda run: tuple(sorted(differing(run).items())))
+    names = labels([differing(group[0]) for group in groups])
+    rows = [row_of(name, group, metric) for name, group in zip(names, groups, strict=True)]
+    baseline = baseline_of(rows, keys.baseline)
+    front = best_buys([(row.figures["macs"], row.accuracy.mean) for row in rows])
+    rows = [
+        replace(row, best_buy=best, difference=difference(row, baseline)) for row, best in zip(rows, front, strict=True)
+    ]
+    order = {"accuracy": lambda row: -row.accuracy.mean, "name": lambda row: row.label}
+    rows.sort(key=order.get(keys.sort, lambda row: row.figures[keys.sort]))
+    return Field(runs[0].params.get("data.name", "?"), runs[0].tags.get("data_fingerprint", ""), rows, baseline)
+
+
+def difference(row: Row, baseline: Row | None) -> Difference | None:
+    return paired(row.values, baseline.values) if baseline and row is not baseline else None
+
+
+def row_of(label: str, runs: list[Recorded], metric: str) -> Row:
+    """Of the same seed the last run counts."""
+    last = {int(run.params["seed"]): run for run in runs}
+    known = {name: [run.metrics[key] for run in last.values() if key in run.metrics] for name, key in FIGURES.items()}
+    figures = {name: statistics.median(found) if found else math.nan for name, found in known.items()}
+    values = {seed: run.metrics[metric] for seed, run in last.items()}
+    return Row(label, differing(runs[0]), values, figures, mean_of(list(values.values())))
+
+
+def labels(params: list[dict[str, str]]) -> list[str]:
+    """For each row the words that it does not have in common with all the others; the model's name without its key."""
+    names = sorted({name for one in params for name in one})
+    telling = [name for name in names if len({one.get(name) for one in params}) > 1]
+    # A model's or optimizer's own keys tell nothing beside rows that do not have them.
+    telling = [
+        name for name in telling if name.endswith(".name") or len({one[name] for one in params if name in one}) > 1
+    ]
+    found = []
+    for one in params:
+        words = [(name.removesuffix(".name"), one[name]) for name in telling if name in one]
+        words = words or [("model", one.get("model.name", "?"))]
+        found.append(" ".join(value if name == "model" else f"{name}={value}" for name, value in words))
+    return found
+
+
+def baseline_of(rows: list[Row], words: str) -> Row | None:
+    """The row with all these words; none where there are no words, or no row on this data has them.
+
+    Raises: ValueError where several have.
+    """
+    wanted = dict(key_and_value(word) for word in words.split(",")) if words else {}
+    found = [row for row in rows if wanted and all(row.params.get(name) == value for name, value in wanted.items())]
+    if len(found) > 1:
+        told = "; ".join(row.label for row in found[:10])
+        raise ValueError(f"baseline must be words that one row has, got {words}, which {len(found)} have: {told}")
+    return found[0] if found else None
+
+
+def key_and_value(word: str) -> tuple[str, str]:
+    """Of `model=vgg16` the parameter `model.name` and its value."""
+    name, _, value = word.partition("=")
+    return f"{name}.name" if name in GROUPS else name, value
+
+
+def best_buys(points: list[tuple[float, float]]) -> list[bool]:
+    """For each (cost, accuracy) whether it is on the Pareto front: nothing is better in one, no worse in the other."""
+    return [
+        not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in points)
+        for cost, accuracy in points
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- shown
+
+
+def show(fields: list[Field], metric: str, notes: list[str]) -> None:
+    """In the terminal."""
+    console = Console(highlight=False)
+    for field in fields:
+        title = f"{field.data} {field.fingerprint[:8]}: {metric}, mean over seeds"
+        table = Table("", title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
+        for name in ("n", "accuracy", "95 % interval", "to baseline", "p", "parameters", "MACs", "images/s", "memory"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in field.rows:
+            table.add_row(*cells(row, field))
+        console.print(table)
+    console.print("* nothing here is more accurate for as few multiply-accumulates", style="dim")
+    for note in notes:
+        console.print(note)
+
+
+def cells(row: Row, field: Field) -> list[str]:
+    """A row as texts."""
+    mean, difference = row.accuracy, row.difference
+    several = mean.n > 1
+    told = "baseline" if row.label == (field.baseline.label if field.baseline else None) else ""
+    if difference:
+        told = f"{difference.mean:+.4f}" + (f" ± {difference.half:.4f}" if difference.n > 1 else "")
+    figures = row.figures
+    return [
+        row.label + (" *" if row.best_buy else ""),
+        str(mean.n),
+        f"{mean.mean:.4f}" + (f" ± {mean.deviation:.4f}" if several else ""),
+        f"{mean.low:.4f} to {min(mean.high, 1):.4f}" if several else "one seed",
+        told,
+        f"{difference.p:.3f}" if difference and difference.n > 1 else "",
+        known(figures["parameters"], big),
+        known(figures["macs"], big),
+        known(figures["images_per_second"], lambda value: f"{value:.0f}"),
+        known(figures["memory"], lambda value: f"{value / 2**30:.2f} GiB"),
+    ]
+
+
+def known(value: float, say: Callable[[float], str]) -> str:
+    return "" if math.isnan(value) else say(value)
+
+
+COLUMNS = (
+    "data", "data_fingerprint", "row", "n", "mean", "deviation", "low", "high", "difference", "difference_low",
+    "difference_high", "p", *FIGURES, "best_buy", "seeds",
+)  # fmt: skip
+
+
+def as_csv(fields: list[Field]) -> str:
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(COLUMNS)
+    for field in fields:
+        for row in field.rows:
+            mean, d = row.accuracy, row.difference
+            numbers = [mean.mean, mean.deviation, mean.low, mean.high]
+            numbers += [d.mean, d.low, d.high, d.p] if d else [math.nan] * 4
+            numbers += row.figures.values()
+            plain = ["" if math.isnan(number) else f"{number:.10g}" for number in numbers]
+            seeds = " ".join(f"{seed}:{value:.6g}" for seed, value in sorted(row.values.items()))
+            lines.writerow([field.data, field.fingerprint, row.label, mean.n, *plain, int(row.best_buy), seeds])
+    return text.getvalue()
+
+
+def write(out: Path, experiment: str, fields: list[Field], metric: str, notes: list[str]) -> list[Path]:
+    """compare.html and compare.csv."""
+    from train.pictures import rows as pictures
+    from train.pictures.style import png
+
+    out.mkdir(parents=True, exist_ok=True)
+    shown = [
+        {
+            "field": field,
+            "cells": [cells(row, field) for row in field.rows],
+            "seeds": embedded_bytes(png(pictures.seeds(field.rows, metric))),
+            "front": embedded_bytes(png(pictures.front(field.rows, metric))),
+        }
+        for field in fields
+    ]
+    content = {"experiment": experiment, "metric": metric, "notes": notes, "fields": shown}
+    write_atomically(out / "compare.html", page("compare.html", **content))
+    write_atomically(out / "compare.csv", as_csv(fields))
+    return [out / "compare.html", out / "compare.csv"]
+
+
+if __name__ == "__main__":
+    command.run(compare)

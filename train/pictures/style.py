@@ -1,0 +1,58 @@
+"""What all pictures look like."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000", "#999999")
+GREY = "#999999"
+MAP = "cividis"  # of one colour scale, dark to light
+DPI = 110
+STYLE = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",  # comes with matplotlib, and knows most scripts
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "text.parse_math": False,  # a class may be called $1
+    "figure.constrained_layout.use": True,
+}
+
+
+mpl.rcParams.update(STYLE)
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of so many inches, and its axes as an array [rows, columns]."""
+    made = Figure(figsize=(width, height), dpi=DPI)
+    return made, made.subplots(rows, columns, squeeze=False, **options)
+
+
+def png(made: Figure) -> bytes:
+    """The figure as a file."""
+    data = io.BytesIO()
+    made.savefig(data, format="png")
+    return data.getvalue()
+
+
+def shortened(name: str, most: int = 18) -> str:
+    """A name that has room beside an axis."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def picture(axes: Any, image: Any, title: str = "") -> None:
+    """An image [H, W, 1 or 3] without axes, its pixels as they are."""
+    grey = image.shape[-1] == 1
+    axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=255)
+    axes.set_title(title, fontsize=7, loc="center")
+    axes.axis("off")
