@@ -20,8 +20,7 @@ LOCKS := requirements.lock requirements-dev.lock
 
 KNOBS := PYTHON ARGS QUICK
 WORDED := train resume sweep evaluate compare report cost sync reap ui
-PLAIN := setup lock test test-all torture claims bench bench-data bench-guard bench-safeguards lint format readme \
-    readme-check help
+PLAIN := setup lock test test-all torture claims bench bench-data bench-guard bench-safeguards lint format readme readme-check help
 
 override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 override TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))

@@ -168,7 +168,7 @@ def tour(walk: Tour, uri: str, experiment: str) -> None:
     walk.shows(last.info.run_name, "best/validation_main_accuracy", "make train")
     walk.photograph("5-run")
     walk.open(f"/experiments/{number}/runs/{last.info.run_id}/artifacts")
-    walk.click("curves.png")
+    walk.click("accuracy.png")
     walk.picture()
     walk.photograph("6-picture")
 

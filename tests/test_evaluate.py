@@ -50,13 +50,13 @@ def test_a_run_leaves_numbers_answers_and_pictures(finished: Finished):
         summary["loss"], abs=1e-3
     )
     assert {path.name for path in place.glob("*.png")} == PICTURES
-    assert (finished.path / "curves.png").exists()
-    assert (finished.path / "filters.png").exists()
+    for name in ("loss", "accuracy", "learning_rate", "filters"):
+        assert (finished.path / f"{name}.png").exists()
 
 
 def test_the_page_is_one_file_with_everything(finished: Finished):
     text, summary = (finished.path / "report.html").read_text(), finished.summary
-    assert text.count("data:image/png;base64,") == len(PICTURES) + 3
+    assert text.count("data:image/png;base64,") == len(PICTURES) + 5
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert f"{summary['test']['accuracy']:.4f}" in text
     assert big(summary["macs"]) in text

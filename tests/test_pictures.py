@@ -71,7 +71,7 @@ def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epoch
         line(1, 20, train__loss=1.9, train__main_loss=1.0, train__aux_loss=2.0, validation__loss=0.5,
              validation__main_accuracy=0.7, train__main_accuracy=0.8, learning_rate=0.0),
     ]  # fmt: skip
-    loss, accuracy, rate = curves.learning_curves(lines, 1).axes
+    loss, accuracy, rate = (made.axes[0] for made in curves.learning_curves(lines, 1).values())
     drawn = {one.get_label(): one.get_xydata().tolist() for one in loss.lines}
     assert drawn["train, main"] == [[1, 2.0], [2, 1.0]]
     assert drawn["validation"] == [[1, 1.5], [2, 0.5]]

@@ -82,7 +82,9 @@ def test_the_summary_says_what_was_done(finished: Finished):
     assert given.items() <= summary.items()
     assert summary["steps_executed"] == 80
     assert summary["test"]["examples"] == 340
-    assert set(summary["test"]) == {"loss", "accuracy", "top5_accuracy", "examples"}
+    assert set(summary["test"]) == {
+        "loss", "accuracy", "accuracy_interval", "top5_accuracy", "macro_f1", "roc_auc", "ece", "examples",
+    }  # fmt: skip
     assert summary["training_parameters"] > summary["parameters"] == 134_652
     assert summary["training_macs"] > summary["macs"] == 3_636_992
     for name in ("run_id", "config_hash", "data_fingerprint", "weights_sha256"):

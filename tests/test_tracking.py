@@ -44,7 +44,7 @@ def test_parameters_tags_and_status(finished: Finished):
     assert run.data.params["model.width"] == "0.125"
     assert run.data.params["optimizer.learning_rate"] == "0.01"
     assert run.data.params["model.blocks"] == "['conv_bn', 'conv_bn', 'inception_v1', 'conv_bn', 'inception_v3']"
-    assert len(run.data.params) == 70
+    assert len(run.data.params) == 73
     summary = finished.summary
     for name in ("run_id", "config_hash", "data_fingerprint", "weights_sha256", "status"):
         assert run.data.tags[name] == summary[name]
@@ -59,7 +59,13 @@ def test_metrics_have_their_true_steps(finished: Finished):
             expected.setdefault(name, []).append((line["step"], value))
     assert {"train/main_accuracy", "train/aux_loss", "validation/main_accuracy", "learning_rate"} <= set(expected)
     assert {"images_per_second", "data_wait_fraction", "test/accuracy"} <= set(expected)
-    assert set(run.data.metrics) == set(expected)
+    best = max(value for _, value in expected["validation/main_accuracy"])
+    scores = json.loads((finished.path / "evaluation/test/scores.json").read_text())
+    more = {f"test/{name}": scores[name] for name in ("macro_f1", "macro_precision", "macro_recall", "roc_auc", "ece")}
+    more |= dict(zip(("test/accuracy_low", "test/accuracy_high"), scores["accuracy_interval"], strict=True))
+    more |= {"best/validation_main_accuracy": best, "best/epoch": finished.summary["best"]["epoch"]}
+    assert set(run.data.metrics) == {*expected, *more}
+    assert {name: run.data.metrics[name] for name in more} == more
     for name, points in expected.items():
         assert history(client, run, name) == points, name
 
@@ -83,7 +89,9 @@ def test_artifacts_and_the_inference_model(finished: Finished):
         "input_example.npy",
         "dataset.json",
     }
-    assert "augmented.png" in names
+    assert {"augmented.png", "report.html", "loss.png", "accuracy.png", "cost.json", "evaluation"} <= names
+    evaluated = {artifact.path for artifact in client.list_artifacts(run.info.run_id, "evaluation/test")}
+    assert evaluated >= {f"evaluation/test/{name}" for name in ("scores.json", "predictions.csv", "confusion.png")}
     import mlflow
 
     mlflow.set_tracking_uri(finished.uri)

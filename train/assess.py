@@ -92,6 +92,7 @@ def attention(split: Any, outcome: Outcome, model: Any, gallery: Any) -> Any:
     from train.models.cam import grad_cam
 
     wrong, right = np.flatnonzero(~outcome.right), np.flatnonzero(outcome.right)
+    right = right[np.argsort(outcome.truth[right], kind="stable")]  # so that many classes are among them
     chosen = np.concatenate([spaced(wrong, WATCHED // 2), spaced(right, WATCHED)])[:WATCHED]
     images = images_of(split, chosen)
     maps, layer = grad_cam(model, images, outcome.predicted[chosen])

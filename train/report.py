@@ -20,7 +20,6 @@ from train.tracking.folder import RunFolder, open_folder
 from train.tracking.journal import read_journal
 
 PAGE = "report.html"
-CURVES = "curves.png"
 TEMPLATES = Path(__file__).with_name("templates")
 # Of an evaluation, in the order of the page, and what stands beside each.
 PICTURES = {
@@ -31,7 +30,9 @@ PICTURES = {
     "attention.png": "Where in the image the evidence for the predicted class lies (Grad-CAM, Selvaraju et al. 2017).",
 }
 OF_THE_RUN = {
-    CURVES: "Losses, accuracies and learning rate. The dotted line is the epoch whose weights were kept.",
+    "loss.png": "Of training, with its auxiliary heads, and validation. The dotted line: the weights that were kept.",
+    "accuracy.png": "Of training: as it went, with augmentation; of validation: after each epoch.",
+    "learning_rate.png": "After every step that was logged.",
     "augmented.png": "The first batch, as the network saw it.",
     "filters.png": "Filters of the first convolution, each in its own range.",
 }
@@ -64,7 +65,8 @@ def write(folder: RunFolder, summary: dict[str, Any]) -> Path:
     if not any("validation/loss" in line["values"] for line in lines):
         raise ValueError(f"run must have trained for an epoch, got {folder.path}; go on with it: make resume run=...")
     best = summary.get("best") or {}
-    write_atomically(folder.path / CURVES, png(learning_curves(lines, best.get("epoch"))))
+    for name, curve in learning_curves(lines, best.get("epoch")).items():
+        write_atomically(folder.path / f"{name}.png", png(curve))
     write_atomically(folder.path / PAGE, page("report.html", **content(folder, summary, lines)))
     return folder.path / PAGE
 

@@ -14,6 +14,11 @@ LOSSES = {
     "train/loss": ("train", BLUE),
     "validation/loss": ("validation", ORANGE),
 }
+TITLES = {
+    "loss": "loss of the main output, nats",
+    "accuracy": "accuracy of the main output",
+    "learning_rate": "learning rate",
+}
 ACCURACIES = {
     "train/main_accuracy": ("train", BLUE),
     "validation/main_accuracy": ("validation", ORANGE),
@@ -21,35 +26,37 @@ ACCURACIES = {
 }
 
 
-def learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> Figure:
-    """lines: the journal's, in order; epochs count from 0. The best epoch is marked."""
+def learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> dict[str, Figure]:
+    """`loss`, `accuracy`, `learning_rate`; epochs count from 1 there, and the best one is marked.
+
+    lines: the journal's, in order; epochs count from 0.
+    """
     epochs = [line for line in lines if "validation/loss" in line["values"]]
-    made, ((loss, accuracy, rate),) = figure(12, 3.6, 1, 3)
     seen = {name for line in epochs for name in line["values"]}
     losses = dict(LOSSES)
     losses.pop("train/loss" if "train/main_loss" in seen else "train/main_loss")
-    _draw(loss, epochs, losses)
-    for number, name in enumerate(sorted(n for n in seen if n.startswith("train/aux") and n.endswith("_loss"))):
-        _line(loss, epochs, name, name.removesuffix("_loss"), PALETTE[2 + number % 6], "--")
-    _draw(accuracy, epochs, ACCURACIES)
-    for number, name in enumerate(sorted(n for n in seen if n.startswith("train/aux") and n.endswith("_accuracy"))):
-        _line(accuracy, epochs, name, name.removesuffix("_accuracy"), PALETTE[2 + number % 6], "--")
-    _learning_rate(rate, lines)
-    for axes, title in ((loss, "loss (nats; of the main output)"), (accuracy, "accuracy"), (rate, "learning rate")):
+    auxiliary = sorted(name for name in seen if name.startswith("train/aux"))
+    found = {}
+    for name, title in TITLES.items():
+        found[name], ((axes,),) = figure(4.6, 3.4)
         axes.set_title(title)
         axes.set_xlabel("epoch")
+        if name == "learning_rate":
+            _learning_rate(axes, lines)
+        else:
+            _draw(axes, epochs, losses if name == "loss" else ACCURACIES)
+            for number, own in enumerate(one for one in auxiliary if one.endswith(f"_{name}")):
+                _line(axes, epochs, own, own.removesuffix(f"_{name}"), PALETTE[2 + number % 6], "--")
+            axes.legend(fontsize=7)
+        if name != "accuracy":
+            axes.set_ylim(bottom=0)
         if best_epoch is not None:
             axes.axvline(best_epoch + 1, color=GREY, linewidth=1, linestyle=":")
-    if best_epoch is not None:
-        accuracy.annotate(
-            f"best: {best_epoch + 1}", (best_epoch + 1, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
-            xytext=(3, 0), textcoords="offset points", color="#555555",
-        )  # fmt: skip
-    loss.set_ylim(bottom=0)
-    for axes in (loss, accuracy):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
-    return made
+            axes.annotate(
+                f"best: {best_epoch + 1}", (best_epoch + 1, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
+                xytext=(-3, 0), textcoords="offset points", color="#555555", ha="right",
+            )  # fmt: skip
+    return found
 
 
 def _draw(axes: Any, epochs: list[dict[str, Any]], names: dict[str, tuple[str, str]]) -> None:
@@ -74,4 +81,3 @@ def _learning_rate(axes: Any, lines: list[dict[str, Any]]) -> None:
         (line["step"] / steps, line["values"]["learning_rate"]) for line in lines if "learning_rate" in line["values"]
     ]
     axes.plot(*zip(*there, strict=True), color=PALETTE[2], linewidth=1.5)
-    axes.set_ylim(bottom=0)

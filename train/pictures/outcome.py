@@ -103,5 +103,7 @@ def per_class(rows: list[dict[str, Any]]) -> Figure:
         axes.set_title("F1 by class (examples)")
     axes.set_xlim(0, 1)
     for place, row in enumerate(shown):
-        axes.text(min(row["f1"] + 0.01, 0.93), place, f"{row['f1']:.3f}", va="center", fontsize=6)
+        inside = row["f1"] > 0.15
+        colour, side, shift = ("white", "right", -0.01) if inside else ("black", "left", 0.01)
+        axes.text(row["f1"] + shift, place, f"{row['f1']:.3f}", va="center", ha=side, color=colour, fontsize=7)
     return made
