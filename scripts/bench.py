@@ -183,7 +183,7 @@ def rounds_of(place: Place, names: list[str], rounds: int) -> dict[str, list[dic
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
-            measured = CONTESTANTS[name][1](place)
+            measured = CONTESTANTS[name](place)
             found[name].append(measured)
             print(f"{place.task.model:16} {name:28} {measured['images_per_second']:8.1f} images/s", flush=True)
     return found

@@ -63,25 +63,34 @@ class Trial:
 # ----------------------------------------------------------------------------------------------------- what there is
 
 
-def claims(names: list[str]) -> dict[str, Claim]:
-    """By name, in the order of the names; all where none is given. Raises: SystemExit for a name that nobody knows."""
+def claims(names: list[str], *, quick: bool = False) -> dict[str, Claim]:
+    """By name, in the order of the names; all where none is given. quick: cut down to two tiny runs on embedded data.
+
+    Raises: SystemExit for a name that nobody knows.
+    """
     known = sorted(path.stem for path in EXPERIMENTS.glob("[!_]*.yaml"))
     unknown = [name for name in names if name not in known]
     if unknown:
         sys.exit(f"error: claims must be some of {', '.join(known)}, got {unknown[0]}")
     configs = {name: compose([f"experiment=claims/{name}"]) for name in names or known}
-    return {name: config.claim for name, config in configs.items()}
+    found = {name: config.claim for name, config in configs.items()}
+    if not quick:
+        return found
+    small = {"digits": ["data=digits", *QUICK]}
+    return {name: replace(claim, seeds=2, settings=small) for name, claim in found.items()}
 
 
-def trials_of(name: str, claim: Claim, *, quick: bool) -> list[Trial]:
+def trials_of(name: str, claim: Claim) -> list[Trial]:
     """Seed by seed, so that whatever stops the work leaves whole comparisons behind."""
     places = [(setting, variant) for setting in claim.settings for variant in claim.variants]
-    common = [f"experiment=claims/{name}", *(QUICK if quick else ())]
-    words = {place: [*common, *claim.settings[place[0]], *claim.variants[place[1]]] for place in places}
+    words = {
+        (setting, variant): [f"experiment=claims/{name}", *claim.settings[setting], *claim.variants[variant]]
+        for setting, variant in places
+    }
     configs = {place: compose(words[place]) for place in places}
     return [
         trial_of(name, *place, words[place], replace(configs[place], seed=configs[place].seed + number))
-        for number in range(2 if quick else claim.seeds)
+        for number in range(claim.seeds)
         for place in places
     ]
 
@@ -181,27 +190,33 @@ def run_all(pending: list[Trial], table: Path, parallel: int) -> int:
     """Runs them, and writes a line for each as soon as it is over; how many failed."""
     failed, begun = 0, time.time()
     table.parent.mkdir(parents=True, exist_ok=True)
-    pool = ProcessPoolExecutor(parallel, get_context("spawn"), max_tasks_per_child=PER_PROCESS)
-    try:
-        waiting: dict[Future, Trial] = {pool.submit(run, trial): trial for trial in pending}
-        for done, future in enumerate(as_completed(waiting), start=1):
-            trial = waiting[future]
-            try:
-                row = future.result()
-            except RuntimeError as fault:
-                failed += 1
-                print(f"error: {fault}", file=sys.stderr, flush=True)
-                continue
-            append(table, row)
-            left = (time.time() - begun) / done * (len(pending) - done) / 60
-            print(
-                f"{done}/{len(pending)}  {trial.claim} {trial.setting} {trial.variant} seed {trial.seed}  "
-                f"{row['test_accuracy']:.4f}  {left:.0f} minutes left",
-                flush=True,
-            )
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for done, (trial, future) in enumerate(ended(pending, parallel), start=1):
+        try:
+            row = future.result()
+        except RuntimeError as fault:
+            failed += 1
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+            continue
+        append(table, row)
+        left = (time.time() - begun) / done * (len(pending) - done) / 60
+        print(
+            f"{done}/{len(pending)}  {trial.claim} {trial.setting} {trial.variant} seed {trial.seed}  "
+            f"{row['test_accuracy']:.4f}  {left:.0f} minutes left",
+            flush=True,
+        )
     return failed
+
+
+def ended(pending: list[Trial], parallel: int) -> Iterator[tuple[Trial, Future]]:
+    """Each as soon as it has ended. Processes are made anew after some runs: pools that do so themselves may hang."""
+    size = PER_PROCESS * parallel
+    for start in range(0, len(pending), size):
+        pool = ProcessPoolExecutor(parallel, get_context("spawn"))
+        try:
+            waiting = {pool.submit(run, trial): trial for trial in pending[start : start + size]}
+            yield from ((waiting[future], future) for future in as_completed(waiting))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def append(table: Path, row: dict[str, Any]) -> None:
@@ -256,9 +271,9 @@ def answer(expectation: Expectation, setting: str, one: dict[int, float], other:
     return Answer(setting, expectation, verdict, found)
 
 
-def answers(name: str, claim: Claim, rows: dict[str, dict[str, str]], *, quick: bool) -> list[Answer]:
+def answers(name: str, claim: Claim, rows: dict[str, dict[str, str]]) -> list[Answer]:
     """Of every expectation in every setting."""
-    trials = trials_of(name, claim, quick=quick)
+    trials = trials_of(name, claim)
 
     def values(setting: str, variant: str, metric: str) -> dict[int, float]:
         return {
@@ -293,16 +308,20 @@ def tell(name: str, claim: Claim, found: list[Answer]) -> None:
 
 def sentence(one: Answer) -> str:
     """`test_accuracy of naive minus bottleneck: +0.0012 (-0.0031 to +0.0055), 6 seeds; ...`."""
-    expected = one.expectation
-    if one.ratio is not None:
-        allowed = f"{expected.least:g} to {expected.most:g}"
-        return f"{expected.metric} of {expected.variant} / {expected.against} = {one.ratio:.3g}, claimed {allowed}"
-    what = f"{expected.metric} of {expected.variant} minus {expected.against}"
-    if one.difference is None:
-        return f"{what}: not run"
-    d = one.difference
-    margin = f" by {expected.margin:g}" if expected.margin else ""
-    return f"{what} = {d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}), {d.n} seeds, claimed {expected.expect}{margin}"
+    what, found, claimed = told(one)
+    return f"{what}: {found}, claimed: {claimed}"
+
+
+def told(one: Answer) -> tuple[str, str, str]:
+    """What was compared, what came of it, what was claimed."""
+    expected, d = one.expectation, one.difference
+    metric = expected.metric.replace("_", " ")
+    if expected.expect == "ratio":
+        found = "not run" if one.ratio is None else f"{one.ratio:.3g}"
+        return f"{metric}, {expected.variant} / {expected.against}", found, f"{expected.least:g} to {expected.most:g}"
+    margin = f", margin {expected.margin:g}" if expected.margin else ""
+    found = "not run" if d is None else f"{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}), {d.n} seeds"
+    return f"{metric}, {expected.variant} - {expected.against}", found, f"{expected.expect}{margin}"
 
 
 def main() -> int:
@@ -313,16 +332,16 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one core")
     options = parser.parse_args()
     table = RUNS / "quick.csv" if options.quick else TABLE
-    chosen = claims(options.names)
+    chosen = claims(options.names, quick=options.quick)
     failed = 0
     if not options.report:
-        wanted = {t.key: t for name, claim in chosen.items() for t in trials_of(name, claim, quick=options.quick)}
+        wanted = {trial.key: trial for name, claim in chosen.items() for trial in trials_of(name, claim)}
         pending = sorted((t for key, t in wanted.items() if key not in read(table)), key=lambda trial: trial.seed)
         print(f"{len(wanted)} runs, {len(wanted) - len(pending)} of them in {table.relative_to(ROOT)} already")
         failed = run_all(pending, table, options.parallel)
     rows = read(table)
     for name, claim in chosen.items():
-        tell(name, claim, answers(name, claim, rows, quick=options.quick))
+        tell(name, claim, answers(name, claim, rows))
     return int(failed > 0)
 
 

@@ -212,10 +212,25 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def claims_table() -> str:
+    """What scripts/figures/claims.csv says of the claims under conf/experiment/claims/."""
+    import claims
+
+    rows, lines = claims.read(claims.TABLE), []
+    for name, claim in claims.claims([]).items():
+        found = claims.answers(name, claim, rows)
+        lines += ["", f"**{claim.hypothesis}** ({claim.source}): **{claims.verdict(found)}**.", ""]
+        lines += ["| data | compared | found | claimed | |", "|---|---|---|---|---|"]
+        lines += [f"| {one.setting} | {' | '.join(claims.told(one))} | {one.verdict} |" for one in found]
+    machines = {row["machine"] for row in rows.values()}
+    count = f"{len(rows)} runs on {', '.join(sorted(machines))}, each on one core."
+    return "\n".join([count, *lines])
+
+
 TABLES = {
     "config": config_table, "models": models_table, "torture": torture_table, "safeguards": safeguards_table,
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
-    "overhead": overhead_table, "speed": speed_table,
+    "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
 }  # fmt: skip
 
 

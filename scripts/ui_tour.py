@@ -111,13 +111,19 @@ class Tour:
             until(lambda text=text: text in self.text(), f"{self.browser.current_url} shows {text!r}")
 
     def click(self, text: str) -> None:
-        """On what has this text, and nothing but it."""
+        """On what has this text itself."""
         script = (
-            "const found = [...document.querySelectorAll('*')].filter(e => e.children.length === 0 &&"
-            " e.innerText && e.innerText.trim() === arguments[0]); if (!found.length) return false;"
+            "const own = e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent).join('').trim();"
+            "const found = [...document.querySelectorAll('body *')].filter(e => own(e) === arguments[0]);"
+            " if (!found.length) return false;"
             " found[found.length - 1].scrollIntoView({block: 'center'}); found[found.length - 1].click(); return true"
         )
         until(lambda: self.browser.execute_script(script, text), f"{text!r} can be clicked")
+
+    def press(self, selector: str) -> None:
+        """On the first that this finds."""
+        script = "const found = document.querySelector(arguments[0]); if (found) found.click(); return !!found"
+        until(lambda: self.browser.execute_script(script, selector), f"{selector} can be pressed")
 
     def picture(self) -> None:
         """Waits until an image of some size is there."""
@@ -155,6 +161,8 @@ def tour(walk: Tour, uri: str, experiment: str) -> None:
     walk.shows(experiment)
     walk.photograph("1-experiments")
     walk.open(f"/experiments/{number}/runs")
+    walk.press(".ag-row button")  # what lies below a sweep is folded
+    walk.press("button[aria-label=Close]")  # the assistant
     walk.shows(*(run.info.run_name for run in runs[:4]))
     walk.photograph("2-runs")
     walk.open(f"/experiments/{number}/runs?compareRunsMode=CHART")

@@ -91,3 +91,27 @@ def test_the_same_precision_is_that_of_the_run():
     assert found[bench.SAME] == {"median": 1.5, "least": 1.5, "most": 1.5}
     assert set(found) == {bench.SAME, "Keras fit, float32"}
     assert bench.SAME not in bench.ratios({"make train": rounds("mixed_float16", 150.0, 150.0), **peers})
+
+
+def test_contestants_take_turns_that_turn_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    bench, order = script("bench.py"), []
+
+    def contestant(name: str):
+        def measure(_: object) -> dict:
+            order.append(name)
+            return {"precision": "float32", "images_per_second": float(len(order)), "peak_memory_bytes": 2**20}
+
+        return measure
+
+    monkeypatch.setattr(bench, "CONTESTANTS", {name: contestant(name) for name in ("make train", "Keras fit, float32")})
+    (tmp_path / "network.json").write_text('{"macs": 100}')
+    task = bench.CPU_TASKS[0]
+    place = bench.Place(task, tmp_path, tmp_path, {})
+    found = bench.measure(task, place, list(bench.CONTESTANTS), 2, {"float32": 1500.0})
+    assert order == ["make train", "Keras fit, float32", "Keras fit, float32", "make train"]
+    ours, theirs = found["rows"]
+    assert ours["images_per_second"] == {"median": 2.5, "least": 1.0, "most": 4.0}
+    assert ours["share_of_rate"] == 3 * 100 * 2.5 / 1500
+    assert theirs["step_seconds"] == task.batch / 2.5
+    assert found["ratios"]["Keras fit, float32"] == {"median": (0.5 + 4 / 3) / 2, "least": 0.5, "most": 4 / 3}
+    assert "% of the matrix rate" in bench.table({"networks": [found]})

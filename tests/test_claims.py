@@ -45,16 +45,13 @@ def test_a_claim_is_written_down_and_all_its_runs_can_be_typed(name: str, claims
         assert {expected.variant, expected.against} <= set(claim.variants)
         assert expected.metric in claims.MEASURES
         assert expected.expect != "ratio" or 0 < expected.least < expected.most
-    trials = claims.trials_of(name, claim, quick=False)
+    trials = claims.trials_of(name, claim)
     assert len({trial.key for trial in trials}) == claim.seeds * len(claim.settings) * len(claim.variants)
     assert all(trial.command.startswith("make train model=") for trial in trials)
 
 
 def test_claims_share_the_runs_that_they_have_in_common(claims: ModuleType):
-    found = {
-        name: {trial.key for trial in claims.trials_of(name, claim, quick=False)}
-        for name, claim in claims.claims([]).items()
-    }
+    found = {name: {trial.key for trial in claims.trials_of(name, claim)} for name, claim in claims.claims([]).items()}
     assert found["bottleneck"] & found["factorised"] & found["auxiliary"]
     assert len(set.union(*found.values())) < sum(map(len, found.values()))
 
@@ -161,3 +158,11 @@ def test_what_the_table_has_is_not_run_again(tmp_path: Path, claims: ModuleType)
 def test_an_unknown_claim_is_named(claims: ModuleType):
     with pytest.raises(SystemExit, match=r"claims must be some of against_vgg16, .*, got beauty"):
         claims.claims(["beauty"])
+
+
+def test_quick_is_tiny_and_needs_no_download(claims: ModuleType):
+    for name, claim in claims.claims([], quick=True).items():
+        trials = claims.trials_of(name, claim)
+        assert len(trials) == 2 * len(claim.variants)
+        config = compose(list(trials[0].words))
+        assert (config.data.name, config.epochs, config.steps_per_epoch) == ("digits", 2, 5)

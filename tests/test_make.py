@@ -65,7 +65,10 @@ def test_quoted_values_reach_the_config():
 REFUSED = {
     ("train", "vgg16"): '"vgg16" is no target and no key=value word; write e.g. model=vgg16, or see: make help',
     ("trian", "model=vgg16"): '"trian" is no target and no key=value word',
-    ("train", "EPOCHS=3"): "EPOCHS is no knob of this Makefile; use one of: PYTHON ARGS QUICK, or key=value in lower case",
+    (
+        "train",
+        "EPOCHS=3",
+    ): "EPOCHS is no knob of this Makefile; use one of: PYTHON ARGS QUICK, or key=value in lower case",
     ("test", "model=vgg16"): "make test takes no key=value words, got model=...; the targets that do: train",
 }
 

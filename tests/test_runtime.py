@@ -10,6 +10,7 @@ from conftest import ROOT, run_command
 
 from train import runtime
 from train.compose import compose
+from train.config import SMALLEST_IMAGE
 
 MEASURED = {"cpu": {"vgg16": {"precision": "mixed_bfloat16", "jit": "on", "cores": 0.5, "why": "7.00 times as fast"}}}
 LARGE = {
@@ -47,8 +48,15 @@ def test_where_nothing_was_measured_that_is_said():
     assert settled("model=inception_v1") == ("float32", "off", 8, " (auto: usual for cpu, not measured)")
 
 
+def test_fewer_bits_than_asked_for_are_told():
+    assert runtime.told_of_tf32("gpu_bfloat16", "float32")[0].startswith("float32: this GPU multiplies in TF32")
+    assert runtime.told_of_tf32("gpu_bfloat16", "mixed_bfloat16") == runtime.told_of_tf32("gpu", "float32") == []
+
+
 def test_the_table_has_only_what_can_be_typed():
-    for rows in json.loads(runtime.FASTEST.read_text()).values():
+    table = json.loads(runtime.FASTEST.read_text())
+    assert set(table["cpu_bfloat16"]) == set(SMALLEST_IMAGE)
+    for rows in table.values():
         for model, row in rows.items():
             compose([f"model={model}", f"precision={row['precision']}", f"jit={row['jit']}"])
             assert 0 < row["cores"] <= 1

@@ -101,6 +101,24 @@ def test_artifacts_and_the_inference_model(finished: Finished):
     assert model.metadata.signature.inputs.inputs[0].type == np.uint8
     example = np.load(finished.path / "input_example.npy")
     assert np.asarray(model.predict(example)).shape == (1, 10)
+    champion = client.get_model_version_by_alias("inception-digits", "champion")
+    assert (champion.run_id, champion.tags["data"]) == (run.info.run_id, finished.summary["data_fingerprint"])
+
+
+def test_the_best_on_validation_is_the_champion_of_its_data(tmp_path: Path):
+    """A real registry; the model's file is not looked at when it is registered."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client, numbers = MlflowClient(uri), []
+    runs = [("a", 0.9, "x"), ("b", 0.8, "x"), ("c", 0.95, "x"), ("d", 0.5, "y"), ("e", 0.4, "y")]
+    for run_id, accuracy, data in runs:
+        identity = {"run_id": run_id, "experiment": "lab", "name": run_id, "time": 1.0, "tags": {"data": "digits"}}
+        place = store.Store(uri, identity)
+        place._register(f"{tmp_path}", {"validation_main_accuracy": accuracy, "data_fingerprint": data})
+        numbers.append(client.get_model_version_by_alias("lab-digits", store.CHAMPION).run_id == place.mlflow_id)
+    assert numbers == [True, False, True, True, False]
+    assert len(client.search_model_versions("name = 'lab-digits'")) == 5
 
 
 def test_no_secret_in_the_store(finished: Finished):

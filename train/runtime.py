@@ -54,6 +54,7 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
             limit = tf.config.LogicalDeviceConfiguration(memory_limit=config.gpu_memory)
             tf.config.set_logical_device_configuration(gpu, [limit])
         tf.config.set_visible_devices([gpu], "GPU")
+        notes += told_of_tf32(device_kind(device), config.precision)
     else:
         tf.config.set_visible_devices([], "GPU")
         if config.gpu_memory is not None:
@@ -65,6 +66,13 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
         tf.config.experimental.enable_op_determinism()
     _forget_peak_memory()
     return config, [*notes, f"on: {device}, {config.threads} threads, {config.precision}, jit {config.jit}{why}"]
+
+
+def told_of_tf32(kind: str, precision: str) -> list[str]:
+    """What somebody should hear who asked for float32: TensorFlow multiplies in fewer bits where there are units."""
+    if (kind, precision) != ("gpu_bfloat16", "float32"):
+        return []
+    return ["float32: this GPU multiplies in TF32, with 10 bits after the leading one, as is TensorFlow's usual way"]
 
 
 def settle(config: Config) -> tuple[Config, str]:

@@ -41,6 +41,7 @@ def learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> dict
         found[name], ((axes,),) = figure(4.6, 3.4)
         axes.set_title(title)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if name == "learning_rate":
             _learning_rate(axes, lines)
         else:

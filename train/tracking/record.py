@@ -117,7 +117,7 @@ def name_of(folder: RunFolder, config: Config) -> str:
     label = folder.label()
     if label is None:
         return f"{config.model.name} seed {config.seed}"
-    return label if "model=" in label else f"{config.model.name} {label}"
+    return label.replace("model=", "") if "model=" in label else f"{config.model.name} {label}"
 
 
 def settle(folder: RunFolder, config: Config, private: Private) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
+CHAMPION = "champion"  # alias of a registered model
 BATCH = 1000  # most metrics that one request may hold
 PARAMS = 100  # most parameters that one request may hold
 RUN_ID = "run_id"
@@ -109,8 +111,6 @@ class Store:
 
     def log_dataset(self, dataset: dict[str, Any]) -> None:
         """The data set with our own digest; MLflow's would walk the whole of it."""
-        import json
-
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         entity = Dataset(
@@ -141,10 +141,35 @@ class Store:
             Schema([TensorSpec(np.dtype(np.float32), (-1, *model.output_shape[1:]), "logits")]),
         )
         with self._mlflow.start_run(run_id=self.mlflow_id, log_system_metrics=False):
-            self._mlflow.keras.log_model(model, name="model", signature=signature, pip_requirements=requirements)
+            logged = self._mlflow.keras.log_model(
+                model, name="model", signature=signature, pip_requirements=requirements
+            )
         # log_model's context has marked the run finished; the caller says how it really ended.
         self.client.update_run(self.mlflow_id, status="RUNNING")
+        self._register(logged.model_uri, json.loads(path.with_name("model.json").read_text()))
         self.client.set_tag(self.mlflow_id, "model_logged", which)
+
+    def _register(self, source: str, card: dict[str, Any]) -> None:
+        """A version of the experiment's model; CHAMPION is the one with the highest validation accuracy on its data."""
+        from mlflow.exceptions import MlflowException
+
+        run = self.client.get_run(self.mlflow_id)
+        experiment = self.client.get_experiment(run.info.experiment_id).name
+        name = f"{experiment}-{run.data.tags['data']}"
+        own = {"validation_main_accuracy": str(card["validation_main_accuracy"]), "data": card["data_fingerprint"]}
+        with _alone(self.uri):  # two that end at once must not both find that they are better
+            if not self.client.search_registered_models(f"name = '{name}'"):
+                self.client.create_registered_model(
+                    name, description=f"inference models of the experiment {experiment}"
+                )
+            version = self.client.create_model_version(name, source, self.mlflow_id, tags=own).version
+            try:
+                champion = self.client.get_model_version_by_alias(name, CHAMPION).tags
+            except MlflowException:  # none yet
+                champion = {}
+            better = float(own["validation_main_accuracy"]) > float(champion.get("validation_main_accuracy", -1))
+            if better or champion.get("data") != own["data"]:
+                self.client.set_registered_model_alias(name, CHAMPION, version)
 
     def beat(self) -> None:
         """The run's process is alive, whatever was said of its last life."""
