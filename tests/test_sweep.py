@@ -660,6 +660,7 @@ def trial(tmp_path: Path, swept: Swept, monkeypatch: pytest.MonkeyPatch) -> Tria
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
     content = json.loads((swept.path / "trials/000.json").read_text())
     del content["number"]
+    content["config"]["tracking"]["uri"] = f"sqlite:///{tmp_path / 'mlflow.db'}"  # its record is nobody else's
     [found] = trials.create(tmp_path, ["x"], str(tmp_path / "sweep"), {}, [content]).trials
     return found
 
