@@ -218,12 +218,16 @@ def claims_table() -> str:
 
     rows, lines = claims.read(claims.TABLE), []
     for name, claim in claims.claims([]).items():
+        wanted = {trial.key for trial in claims.trials_of(name, claim)}
+        if missing := wanted - rows.keys():
+            lines += ["", f"**{claim.hypothesis}** ({claim.source}): {len(missing)} of {len(wanted)} runs are missing."]
+            continue
         found = claims.answers(name, claim, rows)
         lines += ["", f"**{claim.hypothesis}** ({claim.source}): **{claims.verdict(found)}**.", ""]
         lines += ["| data | compared | found | claimed | |", "|---|---|---|---|---|"]
         lines += [f"| {one.setting} | {' | '.join(claims.told(one))} | {one.verdict} |" for one in found]
     machines = {row["machine"] for row in rows.values()}
-    count = f"{len(rows)} runs on {', '.join(sorted(machines))}, each on one core."
+    count = f"{len(rows)} runs{' on ' if machines else ''}{', '.join(sorted(machines))}, each on one core."
     return "\n".join([count, *lines])
 
 

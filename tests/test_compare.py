@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import Done, message, once, run_command
 
-from train.compare import best_buys, compare, labels
+from train.compare import HEADINGS, best_buys, compare, fitting, labels
 
 COMMON = {"data.name": "digits", "epochs": "12", "schedule.name": "cosine", "tracking.uri": "x", "run_dir": "None"}
 NASTY = "<script>alert(1)</script>"
@@ -177,6 +177,12 @@ def test_what_can_not_be_compared(words: list[str], said: str, store: str, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_narrow_terminal_keeps_the_labels_and_the_accuracy():
+    row = dict.fromkeys(HEADINGS, "0.1234 to 0.5678") | {"to baseline": "", "p": ""}
+    assert fitting([row], 200) == ["seeds", "accuracy", "95 % interval", "parameters", "MACs", "images/s", "memory"]
+    assert fitting([row], 80) == ["seeds", "accuracy", "MACs"]
+
+
 def test_labels_tell_what_differs_and_nothing_else():
     one = {"model.name": "vgg16", "epochs": "12", "optimizer.name": "sgd", "optimizer.momentum": "0.9"}
     other = one | {"model.name": "vgg16_inception", "model.blocks": "['conv']"}
@@ -188,6 +194,8 @@ def test_labels_tell_what_differs_and_nothing_else():
         "vgg16 optimizer=adamw",
     ]
     assert labels([one]) == ["vgg16"]
+    blocks = [one | {"model.blocks": f"['conv', '{kind}']"} for kind in ("a", "b")]
+    assert labels(blocks) == ["model.blocks=[conv,a]", "model.blocks=[conv,b]"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -102,7 +103,7 @@ def compare(words: list[str]) -> None:
     if len(fields) > 1:
         notes.append(f"there are {len(fields)} data sets: their runs are compared apart")
     out = Path(keys.out) if keys.out else ROOT / "runs" / keys.experiment
-    show(fields, metric, notes)
+    show(fields, notes, metric)
     for path in write(out, keys.experiment, fields, metric, notes):
         print(path)
 
@@ -207,7 +208,7 @@ def row_of(label: str, runs: list[Recorded], metric: str) -> Row:
 
 def labels(params: list[dict[str, str]]) -> list[str]:
     """For each row the words that it does not have in common with all the others; the model's name without its key."""
-    names = sorted({name for one in params for name in one})
+    names = sorted({name for one in params for name in one}, key=lambda name: (not name.endswith(".name"), name))
     telling = [name for name in names if len({one.get(name) for one in params}) > 1]
     # A model's or optimizer's own keys tell nothing beside rows that do not have them.
     telling = [
@@ -215,10 +216,15 @@ def labels(params: list[dict[str, str]]) -> list[str]:
     ]
     found = []
     for one in params:
-        words = [(name.removesuffix(".name"), one[name]) for name in telling if name in one]
+        words = [(name.removesuffix(".name"), as_word(one[name])) for name in telling if name in one]
         words = words or [("model", one.get("model.name", "?"))]
         found.append(" ".join(value if name == "model" else f"{name}={value}" for name, value in words))
     return found
+
+
+def as_word(value: str) -> str:
+    """A parameter's value as one would type it: lists without quotes and spaces."""
+    return re.sub(r"[' ]", "", value) if value.startswith("[") else value
 
 
 def baseline_of(rows: list[Row], words: str) -> Row | None:
@@ -251,20 +257,42 @@ def best_buys(points: list[tuple[float, float]]) -> list[bool]:
 # ----------------------------------------------------------------------------------------------------------- shown
 
 
-def show(fields: list[Field], metric: str, notes: list[str]) -> None:
+HEADINGS = ("row", "seeds", "accuracy", "95 % interval", "to baseline", "p", "parameters", "MACs", "images/s", "memory")
+FIRST_TO_GO = ("memory", "p", "parameters", "95 % interval", "images/s")  # where a terminal is narrow
+WIDE = 200  # characters, of what is no terminal
+LEAST_LABEL = 24
+
+
+def show(fields: list[Field], notes: list[str], metric: str) -> None:
     """In the terminal."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDE)
     for field in fields:
+        rows = [dict(zip(HEADINGS, cells(row, field), strict=True)) for row in field.rows]
         title = f"{field.data} {field.fingerprint[:8]}: {metric}, mean over seeds"
-        table = Table("", title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
-        for name in ("n", "accuracy", "95 % interval", "to baseline", "p", "parameters", "MACs", "images/s", "memory"):
+        table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False)
+        table.add_column("row", overflow="fold", min_width=LEAST_LABEL)
+        shown = fitting(rows, console.width)
+        for name in shown:
             table.add_column(name, justify="right", no_wrap=True)
-        for row in field.rows:
-            table.add_row(*cells(row, field))
+        for row in rows:
+            table.add_row(row["row"], *(row[name] for name in shown))
         console.print(table)
     console.print("* nothing here is more accurate for as few multiply-accumulates", style="dim")
     for note in notes:
-        console.print(note)
+        console.print(note, markup=False)
+
+
+def fitting(rows: list[dict[str, str]], width: int) -> list[str]:
+    """The headings, without the row's own, that have something below them and room beside a label."""
+    shown = [name for name in HEADINGS[1:] if any(row[name] for row in rows)]
+    for name in FIRST_TO_GO:
+        needed = sum(2 + max(len(heading), *(len(row[heading]) for row in rows)) for heading in shown)
+        if needed + LEAST_LABEL <= width:
+            break
+        shown = [heading for heading in shown if heading != name]
+    return shown
 
 
 def cells(row: Row, field: Field) -> list[str]:
@@ -330,7 +358,7 @@ def write(out: Path, experiment: str, fields: list[Field], metric: str, notes: l
         }
         for field in fields
     ]
-    content = {"experiment": experiment, "metric": metric, "notes": notes, "fields": shown}
+    content = {"experiment": experiment, "metric": metric, "notes": notes, "fields": shown, "headings": HEADINGS}
     write_atomically(out / "compare.html", page("compare.html", **content))
     write_atomically(out / "compare.csv", as_csv(fields))
     return [out / "compare.html", out / "compare.csv"]
