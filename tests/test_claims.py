@@ -51,9 +51,10 @@ def test_a_claim_is_written_down_and_all_its_runs_can_be_typed(name: str, claims
 
 
 def test_claims_share_the_runs_that_they_have_in_common(claims: ModuleType):
-    found = {name: {trial.key for trial in claims.trials_of(name, claim)} for name, claim in claims.claims([]).items()}
-    assert found["bottleneck"] & found["factorised"] & found["auxiliary"]
-    assert len(set.union(*found.values())) < sum(map(len, found.values()))
+    chosen = claims.claims(["bottleneck", "factorised", "auxiliary"])
+    one, two, three = ({trial.key for trial in claims.trials_of(*claim)} for claim in chosen.items())
+    assert one & two & three
+    assert len(one | two | three) < len(one) + len(two) + len(three)
 
 
 def expecting(what: str, **limits: float) -> Expectation:
@@ -161,8 +162,8 @@ def test_an_unknown_claim_is_named(claims: ModuleType):
 
 
 def test_quick_is_tiny_and_needs_no_download(claims: ModuleType):
-    for name, claim in claims.claims([], quick=True).items():
-        trials = claims.trials_of(name, claim)
-        assert len(trials) == 2 * len(claim.variants)
-        config = compose(list(trials[0].words))
-        assert (config.data.name, config.epochs, config.steps_per_epoch) == ("digits", 2, 5)
+    [(name, claim)] = claims.claims(["bottleneck"], quick=True).items()
+    trials = claims.trials_of(name, claim)
+    assert len(trials) == 2 * len(claim.variants)
+    config = compose(list(trials[0].words))
+    assert (config.data.name, config.epochs, config.steps_per_epoch) == ("digits", 2, 5)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Done, message, once, run_command
+from conftest import message, once, run_command
 
 from train.compare import HEADINGS, best_buys, compare, fitting, labels
 
@@ -79,8 +81,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return once(tmp_path_factory, "compared", fill)
 
 
-def compared(store: str, out: Path, *words: str) -> Done:
-    return run_command(sys.executable, "-m", "train.compare", f"uri={store}", f"out={out}", *words)
+def compared(store: str, out: Path, *words: str) -> str:
+    """What it prints."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        compare([f"uri={store}", f"out={out}", *words])
+    return text.getvalue()
 
 
 def lines_of(out: Path) -> list[dict[str, str]]:
@@ -89,17 +95,17 @@ def lines_of(out: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def lab(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    def make(place: Path) -> tuple[Done, Path]:
+def lab(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What was printed, and where the files are."""
+
+    def make(place: Path) -> tuple[str, Path]:
         return compared(store, place, "experiment=lab", "baseline=model=vgg16,model.width=1.0"), place
 
     return once(tmp_path_factory, "lab", make)
 
 
-def test_runs_that_differ_in_their_seed_are_a_row(lab: tuple[Done, Path]):
-    done, out = lab
-    assert done.code == 0, done.err
-    rows = lines_of(out)
+def test_runs_that_differ_in_their_seed_are_a_row(lab: tuple[str, Path]):
+    rows = lines_of(lab[1])
     assert [(row["row"], row["n"], float(row["mean"])) for row in rows] == [
         ("vgg16_inception model.width=1.0", "4", 0.975),
         ("vgg16 model.width=1.0", "4", 0.95),
@@ -109,7 +115,7 @@ def test_runs_that_differ_in_their_seed_are_a_row(lab: tuple[Done, Path]):
     assert (rows[0]["macs"], rows[0]["parameters"], rows[0]["memory"]) == ("200000000", "20000000", "1073741824")
 
 
-def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[Done, Path]):
+def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[str, Path]):
     inception, baseline, narrow = lines_of(lab[1])
     assert float(inception["difference"]) == pytest.approx(0.025)
     assert float(inception["difference_low"]) == pytest.approx(0.0158, abs=1e-4)
@@ -118,20 +124,20 @@ def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[Done, Path]
     assert float(narrow["difference"]) == pytest.approx(-0.02)
 
 
-def test_the_front_is_what_nothing_beats_at_its_cost(lab: tuple[Done, Path]):
+def test_the_front_is_what_nothing_beats_at_its_cost(lab: tuple[str, Path]):
     assert [row["best_buy"] for row in lines_of(lab[1])] == ["1", "0", "1"]
     assert best_buys([(1, 0.5), (1, 0.5), (2, 0.5), (3, 0.9), (3, 0.8)]) == [True, True, False, True, False]
 
 
-def test_what_is_left_out_is_told(lab: tuple[Done, Path]):
-    assert "left out: 1 runs not finished (failed): broke" in lab[0].out
-    assert f"left out: 1 runs without test/accuracy: {NASTY}" in lab[0].out
-    assert "left out: 1 runs whose test/accuracy is no number: nan" in lab[0].out
-    assert "a sweep" not in lab[0].out
+def test_what_is_left_out_is_told(lab: tuple[str, Path]):
+    assert "left out: 1 runs not finished (failed): broke" in lab[0]
+    assert f"left out: 1 runs without test/accuracy: {NASTY}" in lab[0]
+    assert "left out: 1 runs whose test/accuracy is no number: nan" in lab[0]
+    assert "a sweep" not in lab[0]
 
 
-def test_nothing_from_outside_is_html(lab: tuple[Done, Path], store: str, tmp_path: Path):
-    compare([f"uri={store}", f"out={tmp_path}", "experiment=mixed"])
+def test_nothing_from_outside_is_html(lab: tuple[str, Path], store: str, tmp_path: Path):
+    compared(store, tmp_path, "experiment=mixed")
     for page in (lab[1] / "compare.html", tmp_path / "compare.html"):
         text = page.read_text()
         assert "<script" not in text
@@ -139,16 +145,16 @@ def test_nothing_from_outside_is_html(lab: tuple[Done, Path], store: str, tmp_pa
         assert not re.search(r'(src|href)="(?!data:)', text)  # one file, no network
 
 
-def test_other_data_is_compared_apart(store: str, tmp_path: Path, capsys: pytest.CaptureFixture):
-    compare([f"uri={store}", f"out={tmp_path}", "experiment=mixed"])
-    assert "there are 2 data sets: their runs are compared apart" in capsys.readouterr().out
+def test_other_data_is_compared_apart(store: str, tmp_path: Path):
+    said = compared(store, tmp_path, "experiment=mixed")
+    assert "there are 2 data sets: their runs are compared apart" in said
     assert [(row["data_fingerprint"][0], row["mean"], row["n"]) for row in lines_of(tmp_path)] == [
         ("a", "0.5", "1"), ("b", "0.9", "1"),
     ]  # fmt: skip
 
 
 def test_words_choose_and_sort(store: str, tmp_path: Path):
-    compare([f"uri={store}", f"out={tmp_path}", "experiment=lab", "model=vgg16", "sort=macs"])
+    compared(store, tmp_path, "experiment=lab", "model=vgg16", "sort=macs")
     assert [row["row"] for row in lines_of(tmp_path)] == ["model.width=0.5", "model.width=1.0"]
 
 
@@ -211,7 +217,8 @@ def test_a_thousand_runs_take_seconds(tmp_path: Path):
         params = usual | {"model.name": "vgg16", "model.width": number // 5, "seed": number % 5}
         add(client, experiment, number, params, others | {"test/accuracy": number / 1000, **costs(1e6 + number)})
     begun = time.monotonic()
-    done = compared(uri, tmp_path / "out", "experiment=many")
+    words = [f"uri={uri}", f"out={tmp_path / 'out'}", "experiment=many"]
+    done = run_command(sys.executable, "-m", "train.compare", *words)
     assert done.code == 0, done.err
     assert time.monotonic() - begun < 15
     assert len(lines_of(tmp_path / "out")) == 200

@@ -71,6 +71,7 @@ def test_the_command_of_the_page_makes_the_same_run_again(finished: Finished):
     assert command == "make train model=vgg16_inception data=digits model.width=0.125 tracking.every_steps=7 epochs=2"
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_numbers_again(finished: Finished, tmp_path: Path):
     path = copied(finished, tmp_path)
     before = (path / "evaluation/test/scores.json").read_text()
