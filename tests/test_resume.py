@@ -536,6 +536,7 @@ def torture(*words: str, timeout: float = 600) -> tuple[int, str, dict[str, Any]
     return done.code, done.out + done.err, json.loads(report.read_text())
 
 
+@pytest.mark.slow
 def test_killed_at_drawn_instants_it_ends_the_same(tmp_path: Path):
     """The short version of `make torture`."""
     words = ["--kills", "2", "--workers", "1", "--cases", "dropout and augmentation", str(tmp_path / "report.json")]

@@ -353,6 +353,7 @@ def test_a_dead_server_stops_nothing_and_its_password_is_nowhere(tmp_path: Path)
     assert holders(b"hunter2", place) == [place / "planted"]
 
 
+@pytest.mark.slow
 def test_a_data_set_prepared_on_the_way_changes_no_bit(tmp_path: Path):
     """Preparing it draws random numbers; the network's start must not depend on them, and must on the seed."""
     words = ["model=vgg16", "model.width=0.1", "epochs=1", "steps_per_epoch=2", "evaluate.test=false"]

@@ -536,7 +536,7 @@ def test_a_gpu_is_shared_by_a_stated_limit_only(monkeypatch: pytest.MonkeyPatch)
 
 WORDS = [
     "model=vgg16", "model.width=0.1", "epochs=3", "steps_per_epoch=4", "batch_size=8", "checkpoint.every_steps=2",
-    "gradient_accumulation=1,2,13", "precision=float32", "sweep.parallel=2",
+    "gradient_accumulation=1,2,13", "precision=float32", "evaluate.report=false", "sweep.parallel=2",
 ]  # fmt: skip
 
 
