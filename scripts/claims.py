@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -31,6 +32,7 @@ from train.compose import command_of, compose
 from train.config import Claim, Config, Expectation
 from train.statistics import Difference, paired
 from train.stored import Private, config_hash, flatten, to_dict
+from train.sweep.processes import end_with
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "conf/experiment/claims"
@@ -112,7 +114,10 @@ def read(table: Path) -> dict[str, dict[str, str]]:
 
 
 def run(trial: Trial) -> dict[str, Any]:
-    """In a process of the pool: one run after another. Raises: RuntimeError naming where to read why it failed."""
+    """In a process of the pool: one run after another. Raises: RuntimeError naming where to read why it failed.
+
+    A run that a signal stopped ends its process too, as the signal asked.
+    """
     from train import run as story
 
     folder = RUNS / trial.key
@@ -120,6 +125,8 @@ def run(trial: Trial) -> dict[str, Any]:
     with talking_to(folder / "output.txt"):
         if not finished(folder):
             code = story_of(story, [*trial.words, f"run_dir={folder}"])
+            if code > 128:
+                os._exit(code)
             if code:
                 raise RuntimeError(f"{trial.claim}/{trial.variant} seed {trial.seed} ended with {code}: see {folder}")
     return {"key": trial.key, "command": trial.command, "seed": trial.seed, **measured(folder)}
@@ -211,7 +218,7 @@ def ended(pending: list[Trial], parallel: int) -> Iterator[tuple[Trial, Future]]
     """Each as soon as it has ended. Processes are made anew after some runs: pools that do so themselves may hang."""
     size = PER_PROCESS * parallel
     for start in range(0, len(pending), size):
-        pool = ProcessPoolExecutor(parallel, get_context("spawn"))
+        pool = ProcessPoolExecutor(parallel, get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
         try:
             waiting = {pool.submit(run, trial): trial for trial in pending[start : start + size]}
             yield from ((waiting[future], future) for future in as_completed(waiting))
@@ -338,7 +345,11 @@ def main() -> int:
         wanted = {trial.key: trial for name, claim in chosen.items() for trial in trials_of(name, claim)}
         pending = sorted((t for key, t in wanted.items() if key not in read(table)), key=lambda trial: trial.seed)
         print(f"{len(wanted)} runs, {len(wanted) - len(pending)} of them in {table.relative_to(ROOT)} already")
-        failed = run_all(pending, table, options.parallel)
+        try:
+            failed = run_all(pending, table, options.parallel)
+        except (KeyboardInterrupt, BrokenProcessPool):
+            print("stopped; the same command goes on, with the run that was interrupted too", file=sys.stderr)
+            return 130
     rows = read(table)
     for name, claim in chosen.items():
         tell(name, claim, answers(name, claim, rows))

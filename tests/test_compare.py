@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from conftest import message, once, run_command
 
-from train.compare import HEADINGS, best_buys, compare, fitting, labels
+from train.compare import HEADINGS, baseline_of, best_buys, compare, fitting, has, labels, row_of
+from train.tracking.reading import Recorded
 
 COMMON = {"data.name": "digits", "epochs": "12", "schedule.name": "cosine", "tracking.uri": "x", "run_dir": "None"}
 NASTY = "<script>alert(1)</script>"
@@ -73,6 +74,10 @@ def fill(place: Path) -> str:
         number += 1
         params = {"model.name": "vgg16", "seed": 0, "data.name": NASTY}
         add(client, mixed, number, params, {"test/accuracy": accuracy}, tags={"data_fingerprint": fingerprint})
+    some = client.create_experiment("costs")
+    for model, cost in (("inception_v3", {}), ("inception_v1", costs(2e8)), ("vgg16", costs(1e8))):
+        number += 1
+        add(client, some, number, {"model.name": model, "seed": 0}, {"test/accuracy": 0.9, **cost})
     return uri
 
 
@@ -127,6 +132,7 @@ def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[str, Path])
 def test_the_front_is_what_nothing_beats_at_its_cost(lab: tuple[str, Path]):
     assert [row["best_buy"] for row in lines_of(lab[1])] == ["1", "0", "1"]
     assert best_buys([(1, 0.5), (1, 0.5), (2, 0.5), (3, 0.9), (3, 0.8)]) == [True, True, False, True, False]
+    assert best_buys([(float("nan"), 0.9), (1, 0.5)]) == [False, True]
 
 
 def test_what_is_left_out_is_told(lab: tuple[str, Path]):
@@ -158,10 +164,28 @@ def test_words_choose_and_sort(store: str, tmp_path: Path):
     assert [row["row"] for row in lines_of(tmp_path)] == ["model.width=0.5", "model.width=1.0"]
 
 
+def test_a_row_without_a_known_cost_sorts_last(store: str, tmp_path: Path):
+    compared(store, tmp_path, "experiment=costs", "sort=macs")
+    assert [row["row"] for row in lines_of(tmp_path)] == ["vgg16", "inception_v1", "inception_v3"]
+
+
+def test_words_mean_what_was_typed_for_the_run():
+    params = {"model.blocks": "['conv', 'conv_bn']", "evaluate.test": "True", "threads": "None", "model.width": "0.50"}
+    assert has(params, {"model.blocks": "[conv,conv_bn]", "evaluate.test": "true", "threads": "null"})
+    assert has(params, {"model.width": ".5"})
+    assert not has(params, {"model.width": "0.25"})
+    assert not has(params, {"epochs": "None"})
+    rows = [
+        row_of("", [Recorded("", "FINISHED", 0, {"seed": "0", "model.blocks": blocks}, {"a": 1.0}, {})], "a")
+        for blocks in ("['a', 'b']", "['b', 'a']")
+    ]
+    assert baseline_of(rows, "model.blocks=[b,a]") is rows[1]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["experiment=nothing"], "experiment must be one of empty, lab, mixed, got nothing"),
+        (["experiment=nothing"], "experiment must be one of costs, empty, lab, mixed, got nothing"),
         (["experiment=empty"], "experiment must have runs, got empty without any"),
         (["experiment=lab", "metric=train/loss"], "metric must be auto, test or validation, got train/loss"),
         (["experiment=lab", "metric=validation"], "have best/validation_main_accuracy, got none"),
@@ -181,6 +205,19 @@ def test_words_choose_and_sort(store: str, tmp_path: Path):
 def test_what_can_not_be_compared(words: list[str], said: str, store: str, tmp_path: Path):
     assert said in message(compare, [f"uri={store}", f"out={tmp_path / 'out'}", *words])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_is_not_there(tmp_path: Path):
+    absent = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert "uri must be a store, got sqlite:///" in message(compare, [f"uri={absent}"])
+    assert not list(tmp_path.iterdir())  # asking makes none
+
+
+def test_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    said = message(compare, ["uri=http://user:secret@127.0.0.1:9"])
+    assert said.startswith("the store must answer, got")
+    assert "secret" not in said
 
 
 def test_a_narrow_terminal_keeps_the_labels_and_the_accuracy():

@@ -468,8 +468,8 @@ def test_the_first_failure_stops_a_sweep_that_wants_it(tmp_path: Path):
 
 
 ORPHAN = """
-import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={"INCEPTION_SWEEP_PROCESS": str(os.getpid())})
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
 print(child.pid, flush=True)
 time.sleep(60)
 """
@@ -485,8 +485,8 @@ def runs(process: int) -> bool:
 @pytest.mark.parametrize("heeds", [True, False])
 def test_it_is_the_signal_that_ends_trials_with_their_launcher(heeds: bool):
     """Without asking for it a process lives on."""
-    code = "from train.sweep.processes import end_with_parent as ask; import time; "
-    code += f"{'ask()' if heeds else 'ask'}; print('asked', flush=True); time.sleep(60)"
+    code = "from train.sweep.processes import end_with; import os, time; "
+    code += f"{'end_with(os.getppid())' if heeds else 'end_with'}; print('asked', flush=True); time.sleep(60)"
     launcher = subprocess.Popen([sys.executable, "-c", ORPHAN, code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout
     child = int(launcher.stdout.readline())

@@ -37,7 +37,8 @@ def compose_and_run(node: DictConfig) -> None:
 
 def frozen(node: DictConfig) -> DictConfig:
     """The config of a trial, in the place of what conf/ says."""
-    processes.end_with_parent()
+    if launcher := os.environ.get(processes.PARENT):
+        processes.end_with(int(launcher))  # which stops the trial at its next batch
     stored, folder = trials.frozen(node.sweep.trial)
     found = compose.stored(stored, [])
     found.run_dir, found.sweep = folder, node.sweep

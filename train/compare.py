@@ -24,20 +24,18 @@ from train.config import GROUPS, ROOT
 from train.disk import write_atomically
 from train.report import big, embedded_bytes, page
 from train.statistics import Difference, Mean, mean_of, paired
+from train.stored import variant
 from train.tracking.reading import Recorded, runs_of
 from train.tracking.uploader import default_uri
 
 TEST, VALIDATION = "test/accuracy", "best/validation_main_accuracy"
-# Figures of a row by the word that sorts by them: name in MLflow, and how several runs become one.
+# Figures of a row, by the word that sorts by them: names in MLflow.
 FIGURES: dict[str, str] = {
     "parameters": "cost/parameters",
     "macs": "cost/macs",
     "images_per_second": "images_per_second",
     "memory": "cost/peak_memory_bytes",
 }
-# What does not make another row: where a run lies, who hears of it, and its seed.
-SAME = ("seed", "run_dir", "data.fingerprint", "data.root", "data.file", "data.manual_dir", "data.directory",
-        "evaluate.report", "evaluate.test", "gpu_memory")  # fmt: skip
 SHOWN = 3  # runs that are named where some are left out
 
 
@@ -90,7 +88,7 @@ def compare(words: list[str]) -> None:
         raise ValueError(
             f"experiment must have runs, got {keys.experiment} without any; use make train, or another one"
         )
-    there = [run for run in runs if agrees(run, chosen)]
+    there = [run for run in runs if has(run.params, chosen)]
     if not there:
         told = " ".join(f"{name}={value}" for name, value in chosen.items())
         raise ValueError(f"words must choose some of the {len(runs)} runs, got {told}, which none has")
@@ -123,10 +121,6 @@ def read(words: list[str]) -> tuple[Compare, dict[str, str]]:
     if keys.sort not in ("accuracy", "name", *FIGURES):
         raise ValueError(f"sort must be one of accuracy, name, {', '.join(FIGURES)}, got {keys.sort}")
     return keys, chosen
-
-
-def agrees(run: Recorded, chosen: dict[str, str]) -> bool:
-    return all(run.params.get(name) == value for name, value in chosen.items())
 
 
 def metric_of(wanted: str, runs: list[Recorded]) -> str:
@@ -170,18 +164,13 @@ def by(runs: Iterable[Recorded], key: Callable[[Recorded], Any]) -> list[list[Re
     return list(found.values())
 
 
-def differing(run: Recorded) -> dict[str, str]:
-    """What makes a row."""
-    return {name: v for name, v in run.params.items() if name not in SAME and not name.startswith("tracking.")}
-
-
 def field_of(runs: list[Recorded], metric: str, keys: Compare) -> Field:
     """The rows of one data set.
 
     Raises: ValueError for a baseline that is several of them.
     """
-    groups = by(runs, lambda run: tuple(sorted(differing(run).items())))
-    names = labels([differing(group[0]) for group in groups])
+    groups = by(runs, lambda run: tuple(sorted(variant(run.params).items())))
+    names = labels([variant(group[0].params) for group in groups])
     rows = [row_of(name, group, metric) for name, group in zip(names, groups, strict=True)]
     baseline = baseline_of(rows, keys.baseline)
     front = best_buys([(row.figures["macs"], row.accuracy.mean) for row in rows])
@@ -189,7 +178,7 @@ def field_of(runs: list[Recorded], metric: str, keys: Compare) -> Field:
         replace(row, best_buy=best, difference=difference(row, baseline)) for row, best in zip(rows, front, strict=True)
     ]
     order = {"accuracy": lambda row: -row.accuracy.mean, "name": lambda row: row.label}
-    rows.sort(key=order.get(keys.sort, lambda row: row.figures[keys.sort]))
+    rows.sort(key=order.get(keys.sort, lambda row: (math.isnan(row.figures[keys.sort]), row.figures[keys.sort])))
     return Field(runs[0].params.get("data.name", "?"), runs[0].tags.get("data_fingerprint", ""), rows, baseline)
 
 
@@ -203,7 +192,7 @@ def row_of(label: str, runs: list[Recorded], metric: str) -> Row:
     known = {name: [run.metrics[key] for run in last.values() if key in run.metrics] for name, key in FIGURES.items()}
     figures = {name: statistics.median(found) if found else math.nan for name, found in known.items()}
     values = {seed: run.metrics[metric] for seed, run in last.items()}
-    return Row(label, differing(runs[0]), values, figures, mean_of(list(values.values())))
+    return Row(label, variant(runs[0].params), values, figures, mean_of(list(values.values())))
 
 
 def labels(params: list[dict[str, str]]) -> list[str]:
@@ -223,8 +212,21 @@ def labels(params: list[dict[str, str]]) -> list[str]:
 
 
 def as_word(value: str) -> str:
-    """A parameter's value as one would type it: lists without quotes and spaces."""
-    return re.sub(r"[' ]", "", value) if value.startswith("[") else value
+    """A parameter's value as one would type it: [a,b], true, null."""
+    plain = {"True": "true", "False": "false", "None": "null"}
+    return re.sub(r"[' ]", "", value) if value.startswith("[") else plain.get(value, value)
+
+
+def has(params: dict[str, str], wanted: dict[str, str]) -> bool:
+    """Whether they have all these values, as they may be typed: 1 is 1.0."""
+    return all(name in params and number(as_word(params[name])) == number(as_word(v)) for name, v in wanted.items())
+
+
+def number(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def baseline_of(rows: list[Row], words: str) -> Row | None:
@@ -232,8 +234,9 @@ def baseline_of(rows: list[Row], words: str) -> Row | None:
 
     Raises: ValueError where several have.
     """
-    wanted = dict(key_and_value(word) for word in words.split(",")) if words else {}
-    found = [row for row in rows if wanted and all(row.params.get(name) == value for name, value in wanted.items())]
+    apart = re.split(r",(?![^\[]*\])", words)  # lists have commas, too
+    wanted = dict(map(key_and_value, apart)) if words else {}
+    found = [row for row in rows if wanted and has(row.params, wanted)]
     if len(found) > 1:
         told = "; ".join(row.label for row in found[:10])
         raise ValueError(f"baseline must be words that one row has, got {words}, which {len(found)} have: {told}")
@@ -247,9 +250,12 @@ def key_and_value(word: str) -> tuple[str, str]:
 
 
 def best_buys(points: list[tuple[float, float]]) -> list[bool]:
-    """For each (cost, accuracy) whether it is on the Pareto front: nothing is better in one, no worse in the other."""
+    """For each (cost, accuracy) whether it is on the Pareto front: nothing is better in one, no worse in the other.
+
+    What has no known cost (nan) is not.
+    """
     return [
-        not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in points)
+        not math.isnan(cost) and not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in points)
         for cost, accuracy in points
     ]
 

@@ -41,10 +41,10 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
     with compose.hiding(private):
         config = compose.to_config(node)
         config.sweep = sweep or config.sweep
-        refuse_words(flatten(stored), flatten(to_dict(config, private)), accepted)
+        before, now = flatten(stored), flatten(to_dict(config, private))
+        refuse_words(before, now, accepted)
     if folder.alive():
         raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
-    before, now = flatten(stored), flatten(to_dict(config, private))
     wanting = any(now[name] and not before.get(name) for name in LATER)
     if folder.status() == "finished" and config.epochs <= stored["epochs"] and not wanting:
         print(f"the run is finished: {folder.path}; to train longer: make resume run={folder.path} epochs=NUMBER")

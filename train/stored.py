@@ -79,14 +79,18 @@ def config_hash(config: Config, private: Private) -> str:
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
-SEED = "seed"
+# What does not make another variant: a run's seed, where it and its data lie, what is done with it afterwards.
+ALIKE = (
+    "seed", "run_dir", "data.root", "data.file", "data.manual_dir", "data.directory", "data.fingerprint", "gpu_memory",
+    "evaluate.test", "evaluate.report",
+)  # fmt: skip
+
+
+def variant(flat: dict[str, Any]) -> dict[str, Any]:
+    """Of a flat config what runs have in common that are compared over seeds."""
+    return {name: v for name, v in flat.items() if name not in ALIKE and not name.startswith("tracking.")}
 
 
 def group_of(flat: dict[str, Any]) -> str:
-    """Twelve characters that runs have in common which differ in nothing but their seed, and where they lie."""
-    ours = {
-        name: value
-        for name, value in flat.items()
-        if name not in (SEED, "run_dir", "data.fingerprint") and not name.startswith(("tracking.", "evaluate.report"))
-    }
-    return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()[:12]
+    """Twelve characters that stand for the variant."""
+    return hashlib.sha256(json.dumps(variant(flat), sort_keys=True).encode()).hexdigest()[:12]

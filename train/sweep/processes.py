@@ -247,11 +247,8 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(number) for number, _ in enumerate(sorted(DRIVER.glob("*"))))
 
 
-def end_with_parent() -> None:
-    """A trial whose launcher dies, however that is, stops at its next batch. For the trial's process to call."""
-    launcher = os.environ.get(PARENT)
-    if launcher is None:
-        return
+def end_with(launcher: int) -> None:
+    """This process, a child of the launcher's, gets SIGTERM when the launcher dies, however that is."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(launcher):  # it died before we could ask
+    if os.getppid() != launcher:  # it died before we could ask
         os.kill(os.getpid(), signal.SIGTERM)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from train.tracking.store import RUN_ID, _pages, use_credentials
+from train.tracking.store import RUN_ID, database_path, pages, use_credentials, without_passwords
 
 
 @dataclass(frozen=True)
 class Recorded:
     """A run of ours. params: as texts, by dotted key; metrics: their last values; time: of its start, in seconds."""
 
-    id: str
     name: str
     status: str
     time: float
@@ -24,21 +23,30 @@ class Recorded:
 def runs_of(uri: str, experiment: str) -> list[Recorded]:
     """All runs of an experiment that were not deleted, the oldest first.
 
-    Raises: ValueError if the store has no such experiment, naming those it has.
+    Raises: ValueError if there is no such store or it is away, or it has no such experiment, naming those it has.
     """
+    if (database := database_path(uri)) is not None and not database.exists():
+        raise ValueError(f"uri must be a store, got {uri}, where none is; use make train, or uri=ADDRESS")
+    try:
+        found, known = _found(uri, experiment)
+    except Exception as fault:  # MLflow has many
+        raise ValueError(f"the store must answer, got {without_passwords(str(fault), uri)}; use uri=ADDRESS") from None
+    if found is None:
+        raise ValueError(f"experiment must be one of {known or '(there is none yet)'}, got {experiment}")
+    return sorted(found, key=lambda run: run.time)
+
+
+def _found(uri: str, experiment: str) -> tuple[list[Recorded] | None, str]:
+    """The experiment's runs, None where there is no such one; and the names of all."""
     from mlflow import MlflowClient
 
     client = MlflowClient(use_credentials(uri))
-    found = client.get_experiment_by_name(experiment)
-    if found is None or found.lifecycle_stage == "deleted":
-        known = ", ".join(sorted(one.name for one in _pages(client.search_experiments) if one.name != "Default"))
-        raise ValueError(f"experiment must be one of {known or '(there is none yet)'}, got {experiment}")
-    runs = [_recorded(run) for run in _pages(client.search_runs, [found.experiment_id]) if RUN_ID in run.data.tags]
-    return sorted(runs, key=lambda run: run.time)
+    there = {one.name: one.experiment_id for one in pages(client.search_experiments)}  # those that were not deleted
+    runs = pages(client.search_runs, [there[experiment]]) if experiment in there else None
+    found = None if runs is None else [_recorded(run) for run in runs if RUN_ID in run.data.tags]
+    return found, ", ".join(sorted(there.keys() - {"Default"}))
 
 
 def _recorded(run: Any) -> Recorded:
     data, info = run.data, run.info
-    return Recorded(
-        data.tags[RUN_ID], info.run_name, info.status, info.start_time / 1000, data.params, data.metrics, data.tags
-    )
+    return Recorded(info.run_name, info.status, info.start_time / 1000, data.params, data.metrics, data.tags)

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -80,7 +80,7 @@ class Store:
     def adopt(self, sweep: str) -> None:
         """Makes all runs of the sweep children of this one; some may have come before it."""
         experiment = self.client.get_run(self.mlflow_id).info.experiment_id
-        for run in _pages(self.client.search_runs, [experiment], f"tags.sweep = '{sweep}'"):
+        for run in pages(self.client.search_runs, [experiment], f"tags.sweep = '{sweep}'"):
             if run.data.tags.get(PARENT) != self.mlflow_id:
                 self.client.set_tag(run.info.run_id, PARENT, self.mlflow_id)
 
@@ -155,13 +155,11 @@ class Store:
 
         run = self.client.get_run(self.mlflow_id)
         experiment = self.client.get_experiment(run.info.experiment_id).name
-        name = f"{experiment}-{run.data.tags['data']}"
+        name = f"{experiment}-{run.data.tags['data']}".replace(":", "-")  # which names of models may not have
         own = {"validation_main_accuracy": str(card["validation_main_accuracy"]), "data": card["data_fingerprint"]}
         with _alone(self.uri):  # two that end at once must not both find that they are better
-            if not self.client.search_registered_models(f"name = '{name}'"):
-                self.client.create_registered_model(
-                    name, description=f"inference models of the experiment {experiment}"
-                )
+            with suppress(MlflowException):  # it is there
+                self.client.create_registered_model(name, description=f"inference models of {experiment}")
             version = self.client.create_model_version(name, source, self.mlflow_id, tags=own).version
             try:
                 champion = self.client.get_model_version_by_alias(name, CHAMPION).tags
@@ -204,14 +202,14 @@ def running(uri: str) -> Iterator[tuple[Any, Any]]:
     from mlflow import MlflowClient
 
     client = MlflowClient(use_credentials(uri))
-    experiments = [found.experiment_id for found in _pages(client.search_experiments)]
+    experiments = [found.experiment_id for found in pages(client.search_experiments)]
     wanted = "attributes.status = 'RUNNING'"
-    for run in _pages(client.search_runs, experiments, wanted) if experiments else ():
+    for run in pages(client.search_runs, experiments, wanted) if experiments else ():
         if RUN_ID in run.data.tags:
             yield client, run
 
 
-def _pages(search: Callable, *words: Any) -> Iterator[Any]:
+def pages(search: Callable, *words: Any) -> Iterator[Any]:
     """All that a search finds; it gives a page at a time."""
     token = None
     while True:
