@@ -2,7 +2,7 @@
 
     python scripts/claims.py                          (all; what the table has already is not run again)
     python scripts/claims.py bottleneck auxiliary     (those)
-    python scripts/claims.py --report                 (runs nothing: what the table says so far)
+    python scripts/claims.py --report                 (runs nothing: what the table says so far, and its picture)
     python scripts/claims.py --quick                  (two seeds and epochs: tries everything, answers nothing)
 
 A claim is an experiment under conf/experiment/claims/, with its variants, settings, seeds and what is expected. Every
@@ -23,43 +23,31 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from claims_picture import picture
+from claims_verdicts import MEASURES, Answer, Rows, Trial, answers, told, verdict
+
 from train.compose import command_of, compose
-from train.config import Claim, Config, Expectation
-from train.statistics import Difference, paired
+from train.config import Claim, Config
+from train.disk import write_atomically
+from train.pictures.style import png
 from train.stored import Private, config_hash, flatten, to_dict
 from train.sweep.processes import end_with
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "conf/experiment/claims"
 TABLE = ROOT / "scripts/figures/claims.csv"
+PICTURE = ROOT / "scripts/pictures/claims.png"
 RUNS = ROOT / "runs/claims"
 QUICK = ["epochs=2", "steps_per_epoch=5", "model.width=0.05"]
 PER_PROCESS = 16  # runs, so that what TensorFlow keeps of each does not add up
-MEASURES = (
-    "test_accuracy", "test_loss", "mean_validation_accuracy", "gradient_norm", "parameters", "macs",
-    "branch_5x5_macs", "images_per_second",
-)  # fmt: skip
 COLUMNS = ("key", "command", "seed", *MEASURES, "weights_sha256", "machine", "code")
 FIRST_LAYER = "train/gradient_norm/first_layer"
 BRANCH_5X5 = "_Branch_2"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A run that a claim needs. key: the hash of its config."""
-
-    claim: str
-    setting: str
-    variant: str
-    seed: int
-    words: tuple[str, ...]
-    key: str
-    command: str
 
 
 # ----------------------------------------------------------------------------------------------------- what there is
@@ -102,7 +90,7 @@ def trial_of(name: str, setting: str, variant: str, words: list[str], config: Co
     return Trial(name, setting, variant, config.seed, (*words, f"seed={config.seed}"), key, command_of(typed))
 
 
-def read(table: Path) -> dict[str, dict[str, str]]:
+def read(table: Path) -> Rows:
     """Lines by key."""
     if not table.exists():
         return {}
@@ -238,97 +226,17 @@ def append(table: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-# ------------------------------------------------------------------------------------------------------ the verdicts
-
-SUPPORTED, REFUTED, OPEN = "supported", "not supported", "undecided at this size"
+# ------------------------------------------------------------------------------------------------------ what came of it
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the table says of one expectation in one setting; without difference and ratio where runs are missing."""
-
-    setting: str
-    expectation: Expectation
-    verdict: str
-    difference: Difference | None = None
-    ratio: float | None = None
-
-
-def answer(expectation: Expectation, setting: str, one: dict[int, float], other: dict[int, float]) -> Answer:
-    """one, other: the metric by seed.
-
-    A difference is held against 0, or against the margin that does not matter: `higher` is supported where the whole
-    95 % interval lies above 0 and not supported where all of it lies below the margin; `not lower` where it lies above
-    or below minus the margin. What the interval leaves open is undecided.
-    """
-    if expectation.expect == "ratio":
-        if not one or not other:
-            return Answer(setting, expectation, OPEN)
-        ratio = statistics.fmean(one.values()) / statistics.fmean(other.values())
-        inside = expectation.least <= ratio <= expectation.most
-        return Answer(setting, expectation, SUPPORTED if inside else REFUTED, ratio=ratio)
-    found = paired(one, other)
-    if found is None or found.n == 1:
-        return Answer(setting, expectation, OPEN, found)
-    low, high = (-found.high, -found.low) if expectation.expect == "lower" else (found.low, found.high)
-    if expectation.expect == "not lower":
-        verdict = SUPPORTED if low > -expectation.margin else REFUTED if high < -expectation.margin else OPEN
-    else:
-        verdict = SUPPORTED if low > 0 else REFUTED if high < expectation.margin or high < 0 else OPEN
-    return Answer(setting, expectation, verdict, found)
-
-
-def answers(name: str, claim: Claim, rows: dict[str, dict[str, str]]) -> list[Answer]:
-    """Of every expectation in every setting."""
+def tell(name: str, claim: Claim, rows: Rows) -> list[Answer]:
     trials = trials_of(name, claim)
-
-    def values(setting: str, variant: str, metric: str) -> dict[int, float]:
-        return {
-            trial.seed: float(rows[trial.key][metric])
-            for trial in trials
-            if (trial.setting, trial.variant) == (setting, variant) and trial.key in rows
-        }
-
-    return [
-        answer(
-            expected,
-            setting,
-            values(setting, expected.variant, expected.metric),
-            values(setting, expected.against, expected.metric),
-        )
-        for setting in claim.settings
-        for expected in claim.expectations
-    ]
-
-
-def verdict(found: list[Answer]) -> str:
-    """Of a claim: supported where every expectation is, in every setting; not where one is not."""
-    verdicts = {one.verdict for one in found}
-    return REFUTED if REFUTED in verdicts else OPEN if OPEN in verdicts else SUPPORTED
-
-
-def tell(name: str, claim: Claim, found: list[Answer]) -> None:
+    found = answers(claim, trials, rows)
     print(f"\n{name}: {claim.hypothesis}\n  {verdict(found)}")
     for one in found:
-        print(f"    {one.setting:8} {sentence(one)}: {one.verdict}")
-
-
-def sentence(one: Answer) -> str:
-    """`test_accuracy of naive minus bottleneck: +0.0012 (-0.0031 to +0.0055), 6 seeds; ...`."""
-    what, found, claimed = told(one)
-    return f"{what}: {found}, claimed: {claimed}"
-
-
-def told(one: Answer) -> tuple[str, str, str]:
-    """What was compared, what came of it, what was claimed."""
-    expected, d = one.expectation, one.difference
-    metric = expected.metric.replace("_", " ")
-    if expected.expect == "ratio":
-        found = "not run" if one.ratio is None else f"{one.ratio:.3g}"
-        return f"{metric}, {expected.variant} / {expected.against}", found, f"{expected.least:g} to {expected.most:g}"
-    margin = f", margin {expected.margin:g}" if expected.margin else ""
-    found = "not run" if d is None else f"{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}), {d.n} seeds"
-    return f"{metric}, {expected.variant} - {expected.against}", found, f"{expected.expect}{margin}"
+        what, came, claimed = told(one)
+        print(f"    {one.setting:8} {what}: {came}, claimed: {claimed}: {one.verdict}")
+    return found
 
 
 def main() -> int:
@@ -351,8 +259,10 @@ def main() -> int:
             print("stopped; the same command goes on, with the run that was interrupted too", file=sys.stderr)
             return 130
     rows = read(table)
-    for name, claim in chosen.items():
-        tell(name, claim, answers(name, claim, rows))
+    found = {name: tell(name, claim, rows) for name, claim in chosen.items()}
+    if len(found) == len(claims([])) and not options.quick:
+        write_atomically(PICTURE, png(picture([(name, verdict(each), each) for name, each in found.items()])))
+        print(f"\npicture: {PICTURE.relative_to(ROOT)}")
     return int(failed > 0)
 
 

@@ -24,6 +24,7 @@ from train import config as schema
 from train import runtime
 from train.checks import describe_limits
 from train.compose import as_typed, compose
+from train.report import big
 from train.stored import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,11 +219,11 @@ def claims_table() -> str:
 
     rows, lines = claims.read(claims.TABLE), []
     for name, claim in claims.claims([]).items():
-        wanted = {trial.key for trial in claims.trials_of(name, claim)}
-        if missing := wanted - rows.keys():
-            lines += ["", f"**{claim.hypothesis}** ({claim.source}): {len(missing)} of {len(wanted)} runs are missing."]
+        trials = claims.trials_of(name, claim)
+        if missing := {trial.key for trial in trials} - rows.keys():
+            lines += ["", f"**{claim.hypothesis}** ({claim.source}): {len(missing)} of {len(trials)} runs are missing."]
             continue
-        found = claims.answers(name, claim, rows)
+        found = claims.answers(claim, trials, rows)
         lines += ["", f"**{claim.hypothesis}** ({claim.source}): **{claims.verdict(found)}**.", ""]
         lines += ["| data | compared | found | claimed | |", "|---|---|---|---|---|"]
         lines += [f"| {one.setting} | {' | '.join(claims.told(one))} | {one.verdict} |" for one in found]
@@ -231,10 +232,34 @@ def claims_table() -> str:
     return "\n".join([count, *lines])
 
 
+def variants_table() -> str:
+    """The means over seeds of every variant of a claim that has all of its runs."""
+    import claims
+    from claims_verdicts import means
+
+    rows = claims.read(claims.TABLE)
+    lines = [
+        "| claim | data | variant | seeds | test accuracy | mean validation accuracy | gradient norm, first layer "
+        "| parameters | MACs | of the 5x5 branch | images/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, claim in claims.claims([]).items():
+        for setting, variant, found in means(claim, claims.trials_of(name, claim), rows):
+            accuracy, validation, norm = (
+                f"{found[one].mean:.4f} ± {found[one].deviation:.4f}"
+                for one in ("test_accuracy", "mean_validation_accuracy", "gradient_norm")
+            )
+            costs = [big(found[one].mean) for one in ("parameters", "macs", "branch_5x5_macs")]
+            cells = [name, setting, variant, found["test_accuracy"].n, accuracy, validation, norm, *costs]
+            lines.append(f"| {' | '.join(map(str, cells))} | {found['images_per_second'].mean:.0f} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "config": config_table, "models": models_table, "torture": torture_table, "safeguards": safeguards_table,
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
     "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
+    "variants": variants_table,
 }  # fmt: skip
 
 

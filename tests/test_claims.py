@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -21,13 +21,12 @@ NAMES = sorted(path.stem for path in (ROOT / "conf/experiment/claims").glob("[!_
 
 @pytest.fixture(scope="module")
 def claims() -> ModuleType:
-    spec = importlib.util.find_spec("claims")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["claims"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("claims")
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> ModuleType:
+    return importlib.import_module("claims_verdicts")
 
 
 def test_there_are_ten():
@@ -35,7 +34,7 @@ def test_there_are_ten():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_claim_is_written_down_and_all_its_runs_can_be_typed(name: str, claims: ModuleType):
+def test_a_claim_is_written_down_and_all_its_runs_can_be_typed(name: str, claims: ModuleType, verdicts: ModuleType):
     claim: Claim = compose([f"experiment=claims/{name}"]).claim
     assert claim.hypothesis.endswith(".")
     assert claim.source
@@ -43,7 +42,7 @@ def test_a_claim_is_written_down_and_all_its_runs_can_be_typed(name: str, claims
     assert "digits" in claim.settings
     for expected in claim.expectations:
         assert {expected.variant, expected.against} <= set(claim.variants)
-        assert expected.metric in claims.MEASURES
+        assert expected.metric in verdicts.MEASURES
         assert expected.expect != "ratio" or 0 < expected.least < expected.most
     trials = claims.trials_of(name, claim)
     assert len({trial.key for trial in trials}) == claim.seeds * len(claim.settings) * len(claim.variants)
@@ -71,7 +70,7 @@ APART = {
 
 
 @pytest.mark.parametrize(
-    ("what", "margin", "verdicts"),
+    ("what", "margin", "told"),
     [
         ("higher", 0.01, ("supported", "not supported", "not supported", "undecided at this size")),
         ("higher", 0.0, ("supported", "undecided at this size", "not supported", "undecided at this size")),
@@ -79,27 +78,27 @@ APART = {
         ("lower", 0.01, ("not supported", "not supported", "supported", "undecided at this size")),
     ],
 )
-def test_the_rule(what: str, margin: float, verdicts: tuple[str, ...], claims: ModuleType):
-    found = [claims.answer(expecting(what, margin=margin), "digits", one, SURE).verdict for one in APART.values()]
-    assert tuple(found) == verdicts
+def test_the_rule(what: str, margin: float, told: tuple[str, ...], verdicts: ModuleType):
+    found = [verdicts.answer(expecting(what, margin=margin), "digits", one, SURE).verdict for one in APART.values()]
+    assert tuple(found) == told
 
 
-def test_a_ratio_is_inside_or_not(claims: ModuleType):
+def test_a_ratio_is_inside_or_not(verdicts: ModuleType):
     rule = expecting("ratio", least=7, most=15)
-    assert claims.answer(rule, "digits", {0: 120.0}, {0: 10.0}).verdict == "supported"
-    assert claims.answer(rule, "digits", {0: 160.0}, {0: 10.0}).verdict == "not supported"
-    assert claims.answer(rule, "digits", {}, {0: 10.0}).verdict == "undecided at this size"
+    assert verdicts.answer(rule, "digits", {0: 120.0}, {0: 10.0}).verdict == "supported"
+    assert verdicts.answer(rule, "digits", {0: 160.0}, {0: 10.0}).verdict == "not supported"
+    assert verdicts.answer(rule, "digits", {}, {0: 10.0}).verdict == "undecided at this size"
 
 
-def test_a_claim_is_supported_where_all_of_it_is_everywhere(claims: ModuleType):
+def test_a_claim_is_supported_where_all_of_it_is_everywhere(verdicts: ModuleType):
     yes, no, open_ = (
-        claims.Answer("digits", expecting("higher"), verdict)
-        for verdict in (claims.SUPPORTED, claims.REFUTED, claims.OPEN)
+        verdicts.Answer("digits", expecting("higher"), verdict)
+        for verdict in (verdicts.SUPPORTED, verdicts.REFUTED, verdicts.OPEN)
     )
-    assert claims.verdict([yes, yes]) == "supported"
-    assert claims.verdict([yes, open_]) == "undecided at this size"
-    assert claims.verdict([yes, open_, no]) == "not supported"
-    assert claims.answer(expecting("higher"), "digits", {0: 1.0}, {0: 0.0}).verdict == claims.OPEN
+    assert verdicts.verdict([yes, yes]) == "supported"
+    assert verdicts.verdict([yes, open_]) == "undecided at this size"
+    assert verdicts.verdict([yes, open_, no]) == "not supported"
+    assert verdicts.answer(expecting("higher"), "digits", {0: 1.0}, {0: 0.0}).verdict == verdicts.OPEN
 
 
 TINY = ("model.width=0.05", "epochs=1", "steps_per_epoch=4", "threads=1", "precision=float32", "evaluate.report=false",
