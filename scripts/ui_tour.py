@@ -30,6 +30,7 @@ SMALL = [
     "evaluate.test=true", "evaluate.report=true",
 ]  # fmt: skip
 SWEEP = ["model=vgg16,vgg16_inception", "seed=0,1"]
+CHARTS = "(train|validation)/main"
 SIZE = (1500, 1000)
 PATIENCE_SECONDS = 60
 
@@ -37,14 +38,7 @@ PATIENCE_SECONDS = 60
 def make_runs(place: Path) -> str:
     """A sweep of four small runs with tests and reports; the store's address."""
     uri = f"sqlite:///{place / 'mlflow.db'}"
-    words = [
-        *SWEEP,
-        *SMALL,
-        "evaluate.test=true",
-        f"tracking.uri={uri}",
-        "tracking.experiment=tour",
-        f"run_dir={place / 'sweep'}",
-    ]
+    words = [*SWEEP, *SMALL, f"tracking.uri={uri}", "tracking.experiment=tour", f"run_dir={place / 'sweep'}"]
     subprocess.run(["make", "sweep", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return uri
 
@@ -125,14 +119,21 @@ class Tour:
         script = "const found = document.querySelector(arguments[0]); if (found) found.click(); return !!found"
         until(lambda: self.browser.execute_script(script, selector), f"{selector} can be pressed")
 
+    def type(self, selector: str, words: str) -> None:
+        """Into the first field that this finds."""
+        until(lambda: self.browser.find_element("css selector", selector), f"{selector} is there").send_keys(words)
+
     def picture(self) -> None:
         """Waits until an image of some size is there."""
         script = "return [...document.querySelectorAll('img')].some(i => i.complete && i.naturalWidth > 250)"
         until(lambda: self.browser.execute_script(script), "a picture is shown")
 
     def charts(self, count: int) -> None:
+        """Waits until so many are drawn. Their tools, which hover over them where there is no mouse, are left away."""
         script = "return document.querySelectorAll('.js-plotly-plot').length"
         until(lambda: self.browser.execute_script(script) >= count, f"{count} charts are drawn")
+        hide = "document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))"
+        self.browser.execute_script(hide, ".modebar-container {display: none}")
 
     def photograph(self, name: str) -> None:
         time.sleep(1.5)  # what moves comes to rest
@@ -158,6 +159,7 @@ def tour(walk: Tour, uri: str, experiment: str) -> None:
     ]
     last = runs[0]
     walk.open("/experiments")
+    walk.click("Model training")  # MLflow's menu has another one
     walk.shows(experiment)
     walk.photograph("1-experiments")
     walk.open(f"/experiments/{number}/runs")
@@ -167,6 +169,8 @@ def tour(walk: Tour, uri: str, experiment: str) -> None:
     walk.photograph("2-runs")
     walk.open(f"/experiments/{number}/runs?compareRunsMode=CHART")
     walk.charts(2)
+    walk.type("input[placeholder='Search metric charts']", CHARTS)
+    walk.shows("validation/main_accuracy")
     walk.photograph("3-charts")
     chosen = ",".join(f'"{run.info.run_id}"' for run in runs[:4])
     walk.open(f'/compare-runs?runs=[{chosen}]&experiments=["{number}"]')
@@ -176,7 +180,7 @@ def tour(walk: Tour, uri: str, experiment: str) -> None:
     walk.shows(last.info.run_name, "best/validation_main_accuracy", "make train")
     walk.photograph("5-run")
     walk.open(f"/experiments/{number}/runs/{last.info.run_id}/artifacts")
-    walk.click("accuracy.png")
+    walk.click(next(a.path for a in client.list_artifacts(last.info.run_id) if a.path.endswith(".png")))
     walk.picture()
     walk.photograph("6-picture")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from conftest import ROOT, SECRET, Finished, run_command, run_train
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from train.tracking import store, uploader
+from train.tracking import facts, store, uploader
 from train.tracking.folder import Pulse, RunFolder, create, open_folder
 from train.tracking.journal import Journal, read_journal
 
@@ -548,3 +549,12 @@ def test_a_sweep_finds_the_runs_that_were_recorded_before_it(tmp_path: Path):
     runs = {run.data.tags["run_id"]: run for run in client.search_runs([experiment.experiment_id])}
     parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
     assert parents == {"a": runs["s"].info.run_id, "b": None, "s": None}
+
+
+def test_a_note_is_the_command_in_lines_that_a_shell_takes_for_one():
+    words = ["make", "train", *(f"key{number}=value" for number in range(20)), "model.blocks=[a,b]", "x=it's one"]
+    note = facts.note(shlex.join(words))["mlflow.note.content"]
+    lines = note.removeprefix("```sh\n").removesuffix("\n```").splitlines()
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 110
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == words

@@ -54,7 +54,7 @@ class SweepRecord:
                     **facts.tags(ROOT),
                     "kind": "sweep",
                     "run_dir": str(self.run.path),
-                    "mlflow.note.content": f"```sh\n{again}\n```",
+                    **facts.note(again),
                 },
                 "log_model": False,
                 "requirements": [],

@@ -5,12 +5,15 @@ from __future__ import annotations
 import getpass
 import hashlib
 import platform
+import shlex
 import socket
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 COMPUTING = ("tensorflow", "keras", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
+NOTE_WIDTH = 100  # characters of a line
+JOINED = " \\\n  "  # a shell reads on
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "hydra-core", "mlflow")
 
 
@@ -64,3 +67,14 @@ def _git(root: Path, *words: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def note(command: str) -> dict[str, str]:
+    """The tag that MLflow shows as a run's description: the command, in lines that a page has room for."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if lines[-1] and len(lines[-1]) + len(word) > NOTE_WIDTH:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return {"mlflow.note.content": f"```sh\n{JOINED.join(lines)}\n```"}

@@ -99,7 +99,7 @@ def identify(folder: RunFolder, config: Config, private: Private, changes: list[
             "data": config.data.name,
             "seed": str(config.seed),
             "group": group_of(typed),
-            "mlflow.note.content": f"```sh\n{again}\n```",
+            **facts.note(again),
             "run_dir": stored["run_dir"] or str(folder.path),
             **({"sweep": folder.sweep()} if folder.sweep() else {}),
         },
