@@ -6,14 +6,16 @@
     python scripts/claims.py --quick                  (two seeds and epochs: tries everything, answers nothing)
 
 A claim is an experiment under conf/experiment/claims/, with its variants, settings, seeds and what is expected. Every
-run is a line of scripts/figures/claims.csv, under the hash of its config, so that claims share what they have in
-common. Several runs follow each other in a process, which changes none of their bits (tests/test_claims.py).
+run is a line of scripts/figures/claims.csv, under the hash of its command: claims share what they have in common, and a
+key that comes later makes no run anew. Several runs follow each other in a process, which changes none of their bits
+(tests/test_claims.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import statistics
@@ -35,7 +37,7 @@ from train.compose import command_of, compose
 from train.config import Claim, Config
 from train.disk import write_atomically
 from train.pictures.style import png
-from train.stored import Private, config_hash, flatten, to_dict
+from train.stored import Private, flatten, to_dict
 from train.sweep.processes import end_with
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,8 +88,9 @@ def trials_of(name: str, claim: Claim) -> list[Trial]:
 
 
 def trial_of(name: str, setting: str, variant: str, words: list[str], config: Config) -> Trial:
-    key, typed = config_hash(config, Private())[:16], flatten(to_dict(config, Private()))
-    return Trial(name, setting, variant, config.seed, (*words, f"seed={config.seed}"), key, command_of(typed))
+    command = command_of(flatten(to_dict(config, Private())))
+    key = hashlib.sha256(command.encode()).hexdigest()[:16]
+    return Trial(name, setting, variant, config.seed, (*words, f"seed={config.seed}"), key, command)
 
 
 def read(table: Path) -> Rows:

@@ -57,7 +57,7 @@ def _difference(axes: Any, line: int, answer: Any) -> None:
     axes.fill_betweenx([line - 0.45, line + 0.45], 0, side * expected.margin, color=GREY, alpha=0.25, linewidth=0)
     if found is None:
         return
-    axes.plot(answer.pairs, [line] * found.n, ".", color=GREY, markersize=4, alpha=0.8)
+    axes.plot(answer.pairs, [line] * found.n, ".", color="black", markersize=4, alpha=0.5, zorder=3)
     if found.n > 1:
         axes.plot([found.low, found.high], [line, line], color=colour, linewidth=2)
     axes.plot(found.mean, line, MARKS[answer.verdict], color=colour, markersize=5)

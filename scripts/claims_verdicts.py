@@ -18,7 +18,7 @@ Rows = dict[str, dict[str, str]]  # of the table, by key
 
 @dataclass(frozen=True)
 class Trial:
-    """A run that a claim needs. key: the hash of its config."""
+    """A run that a claim needs. key: the hash of its command."""
 
     claim: str
     setting: str

@@ -255,11 +255,49 @@ def variants_table() -> str:
     return "\n".join(lines)
 
 
+def export_table() -> str:
+    """What `scripts/bench_ship.py --formats --report scripts/figures/export.json` found."""
+    lines = [
+        "| network | format | accuracy | lost | largest difference | MiB | images/s |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "export.json").read_text()):
+        kind = row["format"] if row["quantize"] == "none" else f"{row['format']}, {row['quantize']}"
+        lines.append(
+            f"| {row['model']} | {kind} | {row['accuracy']:.4f} | {row['run_accuracy'] - row['accuracy']:.4f} "
+            f"| {row['largest_difference']:.1e} | {row['bytes'] / 2**20:.2f} | {row['images_per_second']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def predict_table() -> str:
+    """What `scripts/bench_ship.py --predict --report scripts/figures/predict.json` found."""
+    found = json.loads((FIGURES / "predict.json").read_text())
+    first, many = found["first_answer_seconds"], found["images_per_second"]
+    return "\n".join(
+        [
+            "| | first answer | images/s |",
+            "|---|---:|---:|",
+            f"| a bare Keras script, arrays | {first['bare']:.2f} s | {found['bare_images_per_second']:.0f} |",
+            f"| `make predict`, files | {first['predict']:.2f} s | {many['keras']:.0f} |",
+            f"| `make predict runtime=onnx`, files | {first['onnx']:.2f} s | {many['onnx']:.0f} |",
+        ]
+    )
+
+
+def serve_table() -> str:
+    """What `scripts/bench_ship.py --serve --report scripts/figures/serve.json` found."""
+    found = json.loads((FIGURES / "serve.json").read_text())
+    lines = ["| clients | seconds | requests | errors | p50 | p99 |", "|---:|---:|---:|---:|---:|---:|"]
+    row = "| {clients} | {seconds} | {requests} | {errors} | {p50_ms:.0f} ms | {p99_ms:.0f} ms |"
+    return "\n".join([*lines, row.format(**found)])
+
+
 TABLES = {
     "config": config_table, "models": models_table, "torture": torture_table, "safeguards": safeguards_table,
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
     "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
-    "variants": variants_table,
+    "variants": variants_table, "export": export_table, "predict": predict_table, "serve": serve_table,
 }  # fmt: skip
 
 
