@@ -19,7 +19,7 @@ LOCKS := requirements.lock requirements-dev.lock
 # ---------------------------------------------------------------------------------------------- words of the user
 
 KNOBS := PYTHON ARGS QUICK
-WORDED := train resume sweep evaluate compare report cost sync reap ui
+WORDED := train resume sweep evaluate compare report export predict serve cost sync reap ui
 PLAIN := setup lock test test-all torture claims bench bench-data bench-guard bench-safeguards lint format readme readme-check help
 
 override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -78,6 +78,14 @@ $(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
 	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --no-deps --no-build-isolation --editable .
 	@echo "$(PYTHON)" > $@
 
+# What `make export` writes with, beside the environment: an extra, installed when it is first wanted.
+EXPORT := $(VENV)/.extra-export
+
+$(VENV)/.extra-%: requirements-%.lock $(STAMP)
+	@echo "installing the $* extra (once)"
+	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --require-hashes -r $<
+	@touch $@
+
 train: $(STAMP) ## train, evaluate, record: make train model=vgg16_inception [key=value ...]
 	@$(BIN)/python -m train $(WORDS)
 
@@ -96,6 +104,15 @@ compare: $(STAMP) ## mean and spread over seeds, costs, best buys: make compare 
 report: $(STAMP) ## a run on one page, written anew: make report [run=runs/latest]
 	@$(BIN)/python -m train.report $(WORDS)
 
+export: $(EXPORT) ## a run's network for others: make export run=runs/latest format=keras|saved_model|onnx|tflite|all
+	@$(BIN)/python -m train.export $(WORDS)
+
+predict: $(STAMP) ## what a run's network says of pictures: make predict run=runs/latest images=PATH [top=5] [output=jsonl]
+	@$(BIN)/python -m train.predict $(WORDS)
+
+serve: $(STAMP) ## MLflow's model server on 127.0.0.1: make serve run=runs/latest [port=5001]
+	@$(BIN)/python -m train.serve $(WORDS)
+
 cost: $(STAMP) ## layers, parameters, multiply-accumulates, activations: make cost model=inception_v3 [model.width=0.5]
 	@$(BIN)/python -m train.cost $(WORDS)
 
@@ -108,10 +125,10 @@ sync: $(STAMP) ## complete the MLflow record of a run from its journal: make syn
 reap: $(STAMP) ## mark the runs in MLflow whose process is gone: make reap [uri=...] [minutes=10]
 	@$(BIN)/python -m train.tracking.reap $(WORDS)
 
-test: $(STAMP) ## the default tests (under 6 minutes on 2 cores)
+test: $(EXPORT) ## the default tests (under 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
 
-test-all: $(STAMP) ## all tests, the long ones too
+test-all: $(EXPORT) ## all tests, the long ones too
 	@$(BIN)/python -m pytest $(ARGS)
 
 torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")

@@ -247,7 +247,7 @@ def test_every_key_has_a_reader():
         return {parameter.name for parameter in inspect.signature(function).parameters.values()} - data_and_state
 
     for name in schema.GROUPS["model"]:
-        assert keys("model", name) == set(models.options_of(name)), name
+        assert keys("model", name) == {*models.options_of(name), "weights"}, name
     for name in schema.GROUPS["augment"]:
         assert keys("augment", name) == takes(AUGMENTS[name]) | takes(build) - {"name", "options"}, name
     for name in schema.GROUPS["schedule"]:
@@ -395,9 +395,9 @@ def test_completion_knows_groups_and_keys():
 # ------------------------------------------------------------------------------------------------------- the walls
 
 ROOMS = ("config", "stored", "checks", "ground", "faults", "disk", "compose", "command", "runtime", "data", "models",
-         "losses", "optim", "step", "checkpoint", "loop", "progress", "tracking", "keeper", "scores", "views",
-         "statistics", "pictures", "assess", "report")  # fmt: skip
-APART = {"data", "models", "losses", "optim", "tracking"}
+         "losses", "optim", "formats", "step", "checkpoint", "loop", "progress", "tracking", "keeper", "scores",
+         "views", "statistics", "pictures", "assess", "report")  # fmt: skip
+APART = {"data", "models", "losses", "optim", "formats", "tracking"}
 ONLY = {
     "hydra": {"__main__", "compose", "sweep"},
     "mlflow": {"tracking"},

@@ -30,8 +30,11 @@ def side(name):
     return models.SMALLEST[name]
 
 
-def make(name, channels=1, num_classes=5, **options):
-    return models.build(name, (side(name), side(name), channels), num_classes, **{"width": NARROW} | options)
+def make(name, channels=1, num_classes=5, weights=None, **options):
+    model = models.build(name, (side(name), side(name), channels), num_classes, **{"width": NARROW} | options)
+    if weights is not None:
+        models.load_weights(model, weights)
+    return model
 
 
 def names_of(model):
@@ -417,12 +420,12 @@ BAD = [
     (
         ("vgg16", (32, 32, 3), 10, {"blocks": ["conv"] * 5}),
         "model.blocks must be an option of vgg16, got one that it does not have; "
-        "use width, head, batch_norm_momentum, aux_weight, weights",
+        "use width, head, batch_norm_momentum, aux_weight",
     ),
     (
         ("inception_v3", (75, 75, 3), 10, {"batch_norm": False}),
         "model.batch_norm must be an option of inception_v3, got one that it does not have; "
-        "use width, head, batch_norm_momentum, aux_weight, weights",
+        "use width, head, batch_norm_momentum, aux_weight",
     ),
     (
         ("vgg16", (32, 32, 3), 10, {"aux_weight": -0.1}),
@@ -469,9 +472,9 @@ def test_bad_input(arguments, message):
 
 def test_options_of():
     common = ("width", "head", "batch_norm_momentum", "aux_weight")
-    assert models.options_of("vgg16") == (*common, "weights")
-    assert models.options_of("vgg16_inception") == (*common, "blocks", "weights")
-    assert models.options_of("inception_v1") == (*common, "batch_norm", "weights")
+    assert models.options_of("vgg16") == common
+    assert models.options_of("vgg16_inception") == (*common, "blocks")
+    assert models.options_of("inception_v1") == (*common, "batch_norm")
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -531,15 +534,32 @@ def test_whole_training_model_fits_itself(small, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_heads_that_only_the_file_has_are_reported(tmp_path, caplog):
+def test_heads_that_only_the_file_has_are_reported(tmp_path):
     make("vgg16", head="fc", width=0.01).save_weights(tmp_path / "top.weights.h5")
     target = make("vgg16", width=0.01, aux_weight=0)
-    with caplog.at_level("WARNING"):
-        report = weights_files.load(target, tmp_path / "top.weights.h5")
+    report = weights_files.load(target, tmp_path / "top.weights.h5")
     assert report.fresh == ["predictions"]  # 41 features instead of 5
     assert {"fc1", "fc2", "aux_predictions"} <= set(report.unused)
-    assert "layers that keep their initial values: predictions;" in caplog.text
-    assert "fc1, fc2" in caplog.text
+    said = report.sentence()
+    assert said.startswith("weights: 13 layers loaded, block1_conv1 to block5_conv3; new: predictions; of the file not")
+    assert "fc1, fc2" in said
+
+
+@pytest.mark.parametrize(("name", "first"), [("vgg16", "block1_conv1"), ("inception_v3", "conv2d")])
+def test_weights_of_colour_images_see_a_grey_one_as_one_of_equal_colours(name, first, pixels, tmp_path):
+    make(name, channels=3, aux_weight=0).save_weights(path := tmp_path / "colour.weights.h5")
+    grey = make(name, channels=1, aux_weight=0)
+    report = weights_files.load(grey, path)
+    assert report.adapted == [first]
+    assert f"{first} summed over its three colours" in report.sentence()
+    colour = make(name, channels=3, aux_weight=0, weights=path)
+    kernel = colour.get_layer(first).get_weights()[0]
+    np.testing.assert_allclose(grey.get_layer(first).get_weights()[0], kernel.sum(axis=2, keepdims=True))
+    if name != "vgg16":  # which takes the mean colour of ImageNet off, that is not grey
+        images = pixels(name, 1)
+        np.testing.assert_allclose(
+            grey(images)["main"], colour(np.repeat(images, 3, axis=-1))["main"], rtol=1e-4, atol=1e-5
+        )
 
 
 def write_old_format(path, layers):
@@ -582,6 +602,31 @@ def test_published_vgg16_file_loads(pixels, tmp_path):
     np.testing.assert_allclose(features(images), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_public_weights_say_what_to_do_where_there_is_no_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr("keras.src.utils.file_utils.config.keras_home", lambda: str(tmp_path))  # nothing was fetched
+    with pytest.raises(
+        ValueError, match=r"model.weights=imagenet must be fetched, got URL fetch failure .*vgg16"
+    ) as said:
+        weights_files.public("vgg16")
+    assert "use model.weights=PATH" in str(said.value)
+    with pytest.raises(ValueError, match=r"must go with vgg16, inception_v3, inception_resnet_v2, got inception_v1"):
+        weights_files.public("inception_v1")
+
+
+def test_public_weights_fill_the_trunk(monkeypatch):
+    theirs = keras.applications.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    monkeypatch.setattr(keras.applications, "VGG16", lambda **_: theirs)  # what would be fetched
+    ours = make("vgg16", channels=3, width=1.0, aux_weight=0)
+    report = models.load_weights(ours, "imagenet")
+    assert report.sentence() == "weights: 13 layers loaded, block1_conv1 to block5_conv3; new: predictions"
+    for layer in theirs.layers:
+        for one, other in zip(
+            layer.get_weights(), ours.get_layer(layer.name).get_weights() if layer.weights else (), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+
+
 def failure(**arguments):
     with pytest.raises(ValueError) as raised:
         make("vgg16", **{"aux_weight": 0} | arguments)
@@ -589,11 +634,12 @@ def failure(**arguments):
 
 
 def test_weights_that_do_not_fit(tmp_path):
-    make("vgg16", channels=3, aux_weight=0).save_weights(path := tmp_path / "colour.weights.h5")
-    assert failure(weights=path) == (
-        f"model.weights must fit the model, got {path} with 1 differences: block1_conv1: [(3, 3, 3, 4), (4,)] in the "
-        "file, model has [(3, 3, 1, 4), (4,)]; use a file of the same architecture, width and number of channels"
+    make("vgg16", aux_weight=0).save_weights(path := tmp_path / "grey.weights.h5")
+    assert failure(weights=path, channels=3) == (
+        f"model.weights must fit the model, got {path} with 1 differences: block1_conv1: [(3, 3, 1, 4), (4,)] in the "
+        "file, model has [(3, 3, 3, 4), (4,)]; use a file of the same architecture, width and number of channels"
     )
+    make("vgg16", channels=3, aux_weight=0).save_weights(path := tmp_path / "colour.weights.h5")
     message = failure(weights=path, width=0.1, channels=3)
     assert "with 13 differences: block1_conv1: [(3, 3, 3, 4), (4,)] in the file" in message
     make("vgg16_inception", channels=3, aux_weight=0).save_weights(path := tmp_path / "other.weights.h5")
@@ -602,8 +648,8 @@ def test_weights_that_do_not_fit(tmp_path):
 
 
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
-    make("vgg16", channels=3, aux_weight=0).save_weights(path := tmp_path / "colour.weights.h5")
-    model = make("vgg16", aux_weight=0)
+    make("vgg16", aux_weight=0).save_weights(path := tmp_path / "grey.weights.h5")
+    model = make("vgg16", channels=3, aux_weight=0)
     before = [weight.numpy() for weight in model.weights]
     with pytest.raises(ValueError, match="must fit the model"):
         weights_files.load(model, path)

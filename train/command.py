@@ -15,23 +15,35 @@ def parse(keys: type[Keys], words: list[str]) -> Keys:
 
     Raises: ValueError naming the word and the keys that exist.
     """
-    known: dict[str, Any] = {item.name: item for item in fields(keys)}  # type: ignore[arg-type]
+    known = _known(keys)
     values: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or name not in known:
             raise ValueError(f"words must be key=value with a key of {', '.join(known)}; got {word}")
-        values[name] = _convert(name, text, known[name].default)
+        values[known[name].name] = _convert(name, text, known[name].default)
     return keys(**values)
 
 
+def parse_some(keys: type[Keys], words: list[str]) -> tuple[Keys, list[str]]:
+    """`parse` for the words whose keys are known, and the other words."""
+    own = [word for word in words if word.partition("=")[0] in _known(keys)]
+    return parse(keys, own), [word for word in words if word not in own]
+
+
+def _known(keys: type[Any]) -> dict[str, Any]:
+    """The fields by the word that is typed: their name, unless their metadata has another `word`."""
+    return {item.metadata.get("word", item.name): item for item in fields(keys)}
+
+
 def _convert(name: str, text: str, default: Any) -> Any:
-    if not isinstance(default, int):
+    kinds = {int: "a whole number", float: "a number"}
+    if type(default) not in kinds:
         return text
     try:
-        return int(text)
+        return type(default)(text)
     except ValueError:
-        raise ValueError(f"{name} must be a whole number, got {text}; use e.g. {name}={default}") from None
+        raise ValueError(f"{name} must be {kinds[type(default)]}, got {text}; use e.g. {name}={default}") from None
 
 
 def tell(fault: str) -> int:

@@ -89,7 +89,9 @@ class Model:
     batch_norm_momentum: float = key(
         0.9, "momentum of the moving statistics; 0.99 needs thousands of steps", least=0, below=1
     )
-    weights: str | None = key(None, "local weight file (.weights.h5, .h5, .keras) that the trunk starts from")
+    weights: str | None = key(
+        None, "a file (.weights.h5, .h5, .keras) that the trunk starts from, or imagenet: what Keras publishes"
+    )
 
 
 @dataclass

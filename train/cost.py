@@ -53,8 +53,10 @@ def show(words: list[str]) -> None:
     from train import models
     from train.models import cost, weights
 
+    how = options(model_keys)
+    how.pop("weights")  # which cost nothing
     with weights.symbolic():
-        model = models.build(model_keys.name, shape, classes, **options(model_keys))
+        model = models.build(model_keys.name, shape, classes, **how)
         inference = models.inference(model)
     console = Console(highlight=False)
     title = f"{model_keys.name}, {shape[0]} x {shape[1]} x {shape[2]}, {classes} classes"

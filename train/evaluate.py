@@ -41,15 +41,13 @@ def evaluate(words: list[str]) -> None:
 
     Raises: ValueError where the run has no weights yet, or the data has classes that it does not know.
     """
-    own = [word for word in words if word.partition("=")[0] in Evaluate.__dataclass_fields__]
-    keys = command.parse(Evaluate, own)
+    keys, others = command.parse_some(Evaluate, words)
     if keys.split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {keys.split}")
     folder = open_folder(Path(keys.run))
     card = folder.card()
     if not card:
         raise ValueError(f"run must have kept weights, got {keys.run}, which has none yet; go on with it: make resume")
-    others = [word for word in words if word not in own]
     config, elsewhere = config_of(folder, card, others)
     run.check_files(config)
     config, notes = runtime.prepare(config, folder.path / "train.log")

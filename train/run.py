@@ -183,8 +183,10 @@ def check_files(config: Config) -> None:
     places = {name: getattr(config.data, name) for name in names if hasattr(config.data, name)}
     data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
     weights = config.model.weights
-    if weights is not None and not Path(weights).is_file():
-        raise ConfigError(f"model.weights must be a file, got {weights}, which is none; use model.weights=PATH or null")
+    if weights not in (None, "imagenet") and not Path(weights).is_file():
+        raise ConfigError(
+            f"model.weights must be a file, got {weights}, which is none; use model.weights=PATH, imagenet or null"
+        )
 
 
 def build_augmentation(config: Config) -> Any:
@@ -261,9 +263,11 @@ def build_model(config: Config, dataset: Any) -> tuple[Any, Any]:
     from train import models
 
     runtime.seed(config.seed)
-    side = schema.resolve_image_size(config)
-    shape = (side, side, config.data.channels)
-    model = models.build(config.model.name, shape, len(dataset.classes), **options(config.model))
+    side, keys = schema.resolve_image_size(config), options(config.model)
+    shape, weights = (side, side, config.data.channels), keys.pop("weights")
+    model = models.build(config.model.name, shape, len(dataset.classes), **keys)
+    if weights is not None:
+        say(models.load_weights(model, weights).sentence())
     return model, models.inference(model)
 
 

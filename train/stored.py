@@ -1,4 +1,4 @@
-"""What of a config is written down, and what must not be."""
+"""What of a config is written down, and what must not be; and which version of all that is."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from train.config import Config
+
+LAYOUT = 1  # of a run's folder; it goes up when an older version could not make sense of it any more
+
+
+def refuse_newer(run: Path, identity: dict[str, Any]) -> None:
+    """identity: of run.json. Raises: ValueError for a run that a newer version of the project has written."""
+    if identity.get("layout", 1) > LAYOUT:
+        raise ValueError(
+            f"run must be of layout {LAYOUT} at most, got {run}, which a newer version wrote as {identity['layout']}; "
+            "use that version"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
 
-from train.models import weights as weights_files
 from train.models.blocks import BLOCK_KINDS
 from train.models.heads import HEADS
 from train.models.inception_resnet_v2 import inception_resnet_v2
@@ -16,8 +14,11 @@ from train.models.inception_v1 import inception_v1
 from train.models.inception_v3 import inception_v3
 from train.models.vgg16 import STAGES, vgg16
 from train.models.vgg16_inception import vgg16_inception
+from train.models.weights import load as load_weights
 
-__all__ = ["BLOCK_KINDS", "BUILDERS", "HEADS", "NATIVE_SIZE", "SMALLEST", "build", "inference", "options_of"]
+__all__ = [
+    "BLOCK_KINDS", "BUILDERS", "HEADS", "NATIVE_SIZE", "SMALLEST", "build", "inference", "load_weights", "options_of",
+]  # fmt: skip
 
 BUILDERS: dict[str, Callable[..., keras.Model]] = {
     "vgg16": vgg16,
@@ -50,8 +51,6 @@ def build(
     name: str,
     input_shape: tuple[int, int, int],
     num_classes: int,
-    *,
-    weights: str | Path | None = None,
     **options: Any,
 ) -> keras.Model:
     """Returns the named network.
@@ -60,7 +59,6 @@ def build(
         name: a key of `BUILDERS`.
         input_shape: height, width (each at least `SMALLEST[name]`) and channels (1 or 3).
         num_classes: at least 2.
-        weights: a local file of weights for the trunk (see `weights.load`); None starts from random values.
         **options: `width` (channel multiplier, above 0), `head` (a key of `HEADS`), `batch_norm_momentum` (0 to 1,
             1 excluded), `aux_weight` (0 builds no auxiliary head); `vgg16_inception` has `blocks` (five keys of
             `BLOCK_KINDS`), `inception_v1` has `batch_norm` (bool). Defaults are in the builders' signatures.
@@ -80,10 +78,7 @@ def build(
     shape = _checked_shape(name, input_shape)
     if not _is_whole(num_classes) or num_classes < 2:
         raise ValueError(f"num_classes must be a whole number of at least 2, got {num_classes!r}; use 2 or more")
-    model = builder(shape, num_classes, **options)
-    if weights is not None:
-        weights_files.load(model, weights)
-    return model
+    return builder(shape, num_classes, **options)
 
 
 def inference(model: keras.Model) -> keras.Model:
@@ -98,7 +93,7 @@ def inference(model: keras.Model) -> keras.Model:
 def options_of(name: str) -> tuple[str, ...]:
     """Returns the names of the options that the named model takes."""
     parameters = inspect.signature(_look_up("model", name, BUILDERS)).parameters.values()
-    return (*(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY), "weights")
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

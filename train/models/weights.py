@@ -16,6 +16,8 @@ from keras.src.backend.common import global_state
 
 log = logging.getLogger(__name__)
 
+PUBLIC = "imagenet"
+APPLICATIONS = {"vgg16": "VGG16", "inception_v3": "InceptionV3", "inception_resnet_v2": "InceptionResNetV2"}
 FORMATS = (".weights.h5", ".h5", ".keras")
 # Layers that depend on the classes or the image size: another shape, or none, is what a new task looks like.
 HEAD_LAYER = re.compile(r"(fc1|fc2|predictions|aux_.*)")
@@ -50,35 +52,63 @@ class Report:
     loaded: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)  # heads of another shape or missing in the file: initial values stay
     unused: list[str] = field(default_factory=list)  # heads that only the file has
+    adapted: list[str] = field(default_factory=list)  # of those loaded: made for colours, summed up for grey images
+
+    def sentence(self) -> str:
+        """What somebody should hear who starts from these weights."""
+        parts = [f"{len(self.loaded)} layers loaded, {self.loaded[0]} to {self.loaded[-1]}"]
+        if self.adapted:
+            parts.append(f"{', '.join(self.adapted)} summed over its three colours")
+        if self.fresh:
+            parts.append(f"new: {', '.join(self.fresh)}")
+        if self.unused:
+            parts.append(f"of the file not used: {', '.join(self.unused)}")
+        return f"weights: {'; '.join(parts)}"
 
 
 def load(model: keras.Model, path: str | Path) -> Report:
     """Copies the weights in a local file into `model`, layer by layer, by name.
 
-    `path` ends in `.weights.h5`, `.h5` (weights or a whole model, as keras.applications publishes them) or `.keras`.
+    `path` is `imagenet`, for what Keras publishes, or ends in `.weights.h5`, `.h5` (weights or a whole model, as
+    keras.applications publishes them) or `.keras`.
     Where a file's names are those that Keras counts up (`conv2d_7`) and they are not the model's, the order of the
-    layers decides, as it does in Keras itself. Heads (`fc1`, `fc2`, `predictions`, `aux_...`) that differ keep their
-    initial values; the report names them and the log says so.
+    layers decides, as it does in Keras itself. A first convolution of three colours is summed up for grey images: it
+    answers them as it answers an image whose colours are equal. Heads (`fc1`, `fc2`, `predictions`, `aux_...`) that
+    differ keep their initial values; the report names them.
 
     Raises:
         ValueError: no such file, another format, or a trunk that differs from the model's in any layer; nothing is
             changed in the model then.
     """
-    path = Path(path)
-    theirs = read(path)
+    theirs = public(model.name) if str(path) == PUBLIC else read(path := Path(path))
     ours = {layer.name: layer for layer in _weighted(model)}
-    theirs = _with_names_of(ours, theirs)
+    theirs, adapted = _for_channels(next(iter(ours.values())), _with_names_of(ours, theirs))
     report = _compare(ours, theirs, path)
+    report.adapted = adapted
     for name in report.loaded:
         ours[name].set_weights(theirs[name])
-    log.info("weights: %d layers loaded from %s", len(report.loaded), path)
-    if report.fresh or report.unused:
-        log.warning(
-            "weights: layers that keep their initial values: %s; heads of the file that are not used: %s",
-            ", ".join(report.fresh) or "none",
-            ", ".join(report.unused) or "none",
-        )
+    log.info("%s, from %s", report.sentence(), path)
     return report
+
+
+def public(name: str) -> Values:
+    """What Keras publishes for this architecture, trained on ImageNet, without its classifier; kept in ~/.keras.
+
+    Raises:
+        ValueError: nothing is published for it, or it can't be fetched.
+    """
+    if name not in APPLICATIONS:
+        raise ValueError(
+            f"model.weights=imagenet must go with {', '.join(APPLICATIONS)}, got {name}; use null or a file"
+        )
+    try:
+        theirs = getattr(keras.applications, APPLICATIONS[name])(weights=PUBLIC, include_top=False)
+    except Exception as error:  # Keras raises a bare one
+        raise ValueError(
+            f"model.weights=imagenet must be fetched, got {' '.join(str(error).split())}; fetch that file where there "
+            "is a network, and use model.weights=PATH"
+        ) from error
+    return {layer.name: layer.get_weights() for layer in theirs.layers if layer.weights}
 
 
 def read(path: Path) -> Values:
@@ -149,7 +179,16 @@ def _with_names_of(ours: dict[str, keras.Layer], theirs: Values) -> Values:
     return {names.get(name, name): variables for name, variables in theirs.items()}
 
 
-def _compare(ours: dict[str, keras.Layer], theirs: Values, path: Path) -> Report:
+def _for_channels(first: keras.Layer, theirs: Values) -> tuple[Values, list[str]]:
+    """Sums a kernel [H, W, 3, F] of the layer that sees the image where the model's own has one channel."""
+    kernel, *others = theirs.get(first.name, [np.empty(0)])
+    grey, colour = tuple(first.weights[0].shape), kernel.shape
+    if len(grey) != 4 or grey[2] != 1 or colour != (*grey[:2], 3, grey[3]):
+        return theirs, []
+    return {**theirs, first.name: [kernel.sum(axis=2, keepdims=True), *others]}, [first.name]
+
+
+def _compare(ours: dict[str, keras.Layer], theirs: Values, path: str | Path) -> Report:
     report = Report(unused=[name for name in theirs if name not in ours and HEAD_LAYER.fullmatch(name)])
     problems = [f"{name}: not in the model" for name in theirs if name not in ours and name not in report.unused]
     for name, layer in ours.items():

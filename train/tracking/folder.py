@@ -19,6 +19,7 @@ import yaml
 
 from train import faults
 from train.disk import point_link, write_atomically
+from train.stored import refuse_newer
 
 log = logging.getLogger(__name__)
 
@@ -252,12 +253,15 @@ def create(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) ->
 def open_folder(path: Path) -> RunFolder:
     """The run that lies at `path`.
 
-    Raises: ValueError if none does.
+    Raises: ValueError if none does, or one that a newer version has written.
     """
     try:
-        return RunFolder(path.resolve(), json.loads((path / "run.json").read_text())["run_id"])
+        identity = json.loads((path / "run.json").read_text())
+        folder = RunFolder(path.resolve(), identity["run_id"])
     except (OSError, ValueError, KeyError):
         raise ValueError(f"run must be the folder of a run, got {path}; use e.g. run=runs/latest") from None
+    refuse_newer(path, identity)
+    return folder
 
 
 def newest_unfinished(runs: Path) -> RunFolder:

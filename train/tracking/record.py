@@ -19,7 +19,7 @@ import yaml
 from train import command, compose
 from train.config import ROOT, Config
 from train.disk import write_atomically
-from train.stored import Private, config_hash, flatten, group_of, to_dict
+from train.stored import LAYOUT, Private, config_hash, flatten, group_of, to_dict
 from train.tracking import facts
 from train.tracking.folder import Pulse, RunFolder
 
@@ -89,6 +89,7 @@ def identify(folder: RunFolder, config: Config, private: Private, changes: list[
     typed = flatten(stored)
     again = compose.command_of(typed)
     identity = {
+        "layout": LAYOUT,
         "run_id": folder.run_id,
         "experiment": config.tracking.experiment,
         "name": name_of(folder, config),

@@ -26,18 +26,23 @@ def ui(words: list[str]) -> int:
     Raises: ValueError if the port is taken.
     """
     keys = command.parse(Ui, words)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", keys.port))
-        except (OSError, OverflowError):
-            raise ValueError(f"port must be free, got {keys.port}; use e.g. port={min(keys.port, 65000) + 1}") from None
+    refuse_taken(keys.port)
     uri = keys.uri or store.default_uri(ROOT)
     print(f"MLflow UI: http://127.0.0.1:{keys.port}   (Ctrl-C ends it)", flush=True)
     words = ["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(keys.port), "--workers", "1"]
     if (database := store.database_path(uri)) is not None:
         words += ["--default-artifact-root", (database.parent / "mlartifacts").as_uri()]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *words])
+
+
+def refuse_taken(port: int) -> None:
+    """Raises: ValueError for a port of 127.0.0.1 that nothing can listen on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            raise ValueError(f"port must be free, got {port}; use e.g. port={min(port, 65000) + 1}") from None
 
 
 if __name__ == "__main__":

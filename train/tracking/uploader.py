@@ -53,6 +53,7 @@ CHOSEN_BY = "validation/main_accuracy"
 BEST = {"accuracy": "best/validation_main_accuracy", "epoch": "best/epoch"}  # the runs' table shows last values
 SCORES = ("accuracy", "top5_accuracy", "loss", "macro_f1", "macro_precision", "macro_recall", "roc_auc", "ece")
 
+EXPORTED = ("accuracy", "largest_difference", "bytes", "images_per_second")
 
 __all__ = ["Record", "default_uri", "start", "wait"]
 
@@ -146,6 +147,8 @@ class Record:
                     place.log_file(path)
             for scores in sorted(self.folder.path.glob("evaluation/*/scores.json")):
                 self._evaluation(place, scores)
+            for summary in sorted(self.folder.path.glob("export/[!.]*/summary.json")):
+                self._export(place, summary)
             if identity["tags"].get("kind") == "sweep":
                 place.adopt(identity["run_id"])
             if identity["log_model"] and status == "finished":  # others may go on to a better one
@@ -161,11 +164,22 @@ class Record:
         name, found = scores.parent.name, _read(scores)
         values = {score: found[score] for score in SCORES}
         values |= dict(zip(("accuracy_low", "accuracy_high"), found["accuracy_interval"], strict=True))
-        known = {f"{name}/{score}": value for score, value in values.items() if value is not None}
-        step = _read(self.folder.path / "summary.json")["steps"] if self.folder.status() else 0
-        place.log_once(known, time=scores.stat().st_mtime, step=step)
+        self._log(place, name, values, scores)
         for path in sorted(scores.parent.glob("[!.]*")):
             place.log_file(path, f"evaluation/{name}")
+
+    def _export(self, place: store.Store, summary: Path) -> None:
+        """Numbers and card of an exported file; the file itself stays where it is."""
+        name, found = f"export/{summary.parent.name}", _read(summary)
+        self._log(place, name, {key: found[key] for key in EXPORTED}, summary)
+        for path in (summary, summary.with_name("README.md")):
+            place.log_file(path, name)
+
+    def _log(self, place: store.Store, name: str, values: dict[str, float | None], path: Path) -> None:
+        """Numbers of what came of the run, at its last step. path: where they are from."""
+        known = {f"{name}/{key}": value for key, value in values.items() if value is not None}
+        step = _read(self.folder.path / "summary.json")["steps"] if self.folder.status() else 0
+        place.log_once(known, time=path.stat().st_mtime, step=step)
 
 
 def follow(record: Record) -> int:

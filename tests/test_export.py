@@ -1,0 +1,221 @@
+"""`make export`: what is given away is what was measured, in every format, and says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, Done, Finished, message, once, run_command
+from PIL import Image
+
+from train import formats, models
+from train.command import parse
+from train.data.decode import decode, resize
+from train.export import Export, export
+from train.models.complete import complete, in_float32, preprocessing
+
+TEST_EXAMPLES = 340
+
+
+def ship(place: Path, run: Path, *words: str) -> tuple[Done, Path]:
+    """`make export` in a copy of the run, which has a store of its own."""
+    copy = place / "run"
+    if not copy.exists():
+        shutil.copytree(run, copy, symlinks=True)
+    store = {"INCEPTION_TEST_STORE": f"sqlite:///{place / 'mlflow.db'}"}
+    return run_command(sys.executable, "-m", "train.export", f"run={copy}", *words, env=store), copy
+
+
+@pytest.fixture(scope="session")
+def shipped(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+    """The finished run in all formats."""
+    return once(tmp_path_factory, "shipped", lambda place: ship(place, finished.path, "format=all"))
+
+
+def summary_of(run: Path, name: str) -> dict[str, Any]:
+    return json.loads((run / "export" / name / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(("side", "channels", "fraction"), [(32, 1, 1.0), (64, 3, 0.875), (75, 3, 1.0)])
+def test_the_graph_resizes_as_the_pipeline_does(side: int, channels: int, fraction: float):
+    graph, random = preprocessing(side, channels, fraction), np.random.default_rng(0)
+    for height, width in ((side, side), (100, 61), (37, 200), (1, 1), (side + 1, side)):
+        image = random.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        found, wanted = np.asarray(graph(image[None]))[0], resize(image, side, fraction).astype(float)
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).max() <= 1  # where a half is rounded up here, and down there
+        assert (found != wanted).mean() < 0.003
+
+
+def test_a_network_of_any_precision_is_given_away_in_float32():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        network = models.inference(models.build("vgg16_inception", (32, 32, 3), 10, width=0.05))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    copy = in_float32(network)
+    assert "mixed_bfloat16" in {layer.dtype_policy.name for layer in network.layers}
+    assert {layer.dtype_policy.name for layer in copy.layers} == {"float32"}
+    assert all(np.array_equal(one, other) for one, other in zip(network.weights, copy.weights, strict=True))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    probabilities = np.asarray(complete(network)(images))
+    assert probabilities.dtype == np.float32
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    assert np.allclose(probabilities, np.asarray(keras.ops.softmax(network(images))), atol=0.02)
+    assert not np.array_equal(probabilities, np.asarray(keras.ops.softmax(network(images))))  # the control
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_every_format_says_what_the_run_says(name: str, shipped: tuple[Done, Path]):
+    done, run = shipped
+    assert done.code == 0, done.err
+    summary, scores = summary_of(run, name), json.loads((run / "evaluation/test/scores.json").read_text())
+    assert summary["examples"] == TEST_EXAMPLES
+    assert summary["run_accuracy"] == pytest.approx(scores["accuracy"])
+    assert abs(summary["accuracy"] - scores["accuracy"]) <= 1 / TEST_EXAMPLES  # the run computed in bfloat16
+    assert summary["largest_difference"] < 1e-5
+    file = run / "export" / name / formats.FILES[name]
+    held = [one.stat().st_size for one in ([file] if file.is_file() else file.rglob("*")) if one.is_file()]
+    assert summary["bytes"] == sum(held)
+    assert summary["images_per_second"] > 0
+    assert not list((run / "export").glob(".*"))
+    assert (run / "export" / name / "classes.txt").read_text().split() == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_the_five_lines_of_the_card_work(name: str, shipped: tuple[Done, Path], tmp_path: Path):
+    _, run = shipped
+    card = (run / "export" / name / "README.md").read_text()
+    lines = card.split("```python\n")[1].split("```")[0]
+    assert len(lines.splitlines()) == 5
+    picture = tmp_path / "three.png"
+    image = np.random.default_rng(3).integers(0, 256, (61, 40), dtype=np.uint8)
+    Image.fromarray(image).save(picture)
+    program = f"path = {str(picture)!r}\n{lines}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program], cwd=run / "export" / name, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said, share = done.stdout.split()
+    wanted = formats.read("keras", run / "export/keras/model.keras")(image[None, :, :, None])[0]
+    assert said == str(wanted.argmax())
+    assert float(share) == pytest.approx(wanted.max(), abs=1e-5)
+
+
+def test_the_card_tells_where_it_is_from(shipped: tuple[Done, Path]):
+    run = shipped[1]
+    card, summary = (run / "export/onnx/README.md").read_text(), summary_of(run, "onnx")
+    told = json.loads((run / "summary.json").read_text())
+    for fact in (told["data_fingerprint"], told["run_id"], told["config_hash"], summary["sha256"]):
+        assert fact in card
+    low, high = summary["accuracy_interval"]
+    assert f"{summary['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, 340 examples)" in card
+    assert "<script>" not in card
+
+
+def test_mlflow_hears_of_it(shipped: tuple[Done, Path]):
+    from mlflow import MlflowClient
+
+    run = shipped[1]
+    client = MlflowClient(f"sqlite:///{run.parent / 'mlflow.db'}")
+    [found] = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    for name in formats.FORMATS:
+        assert found.data.metrics[f"export/{name}/accuracy"] == summary_of(run, name)["accuracy"]
+    files = {artifact.path for artifact in client.list_artifacts(found.info.run_id, "export/tflite")}
+    assert files == {"export/tflite/README.md", "export/tflite/summary.json"}
+
+
+def encoded(image: np.ndarray, kind: str, mode: str) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image, mode).save(data, kind)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_encoded_pictures_are_decoded_as_in_the_pipeline(channels: int):
+    random, background = np.random.default_rng(0), (10, 200, 90)
+    for kind, mode, depth in (
+        ("PNG", "RGBA", 4),
+        ("PNG", "RGB", 3),
+        ("PNG", "L", 1),
+        ("JPEG", "RGB", 3),
+        ("BMP", "RGB", 3),
+    ):
+        smooth = np.add.outer(np.arange(40), np.arange(30))[..., None] * np.arange(1, depth + 1)
+        image = (smooth + random.integers(0, 30, smooth.shape)).astype(np.uint8).squeeze()
+        data = encoded(image, kind, mode)
+        found = formats.writing._decoded(data, channels, background).numpy().astype(int)
+        assert np.abs(found - decode(data, channels, background)).max() <= 1, (kind, mode)
+
+
+@pytest.mark.parametrize("quantize", ["float16", "int8"])
+def test_fewer_bits_are_smaller_and_the_loss_is_told(quantize: str, finished: Finished, tmp_path: Path):
+    done, run = ship(tmp_path, finished.path, "format=tflite", f"quantize={quantize}", "export.max_accuracy_drop=0.05")
+    assert done.code == 0, done.err
+    summary, whole = summary_of(run, f"tflite-{quantize}"), 2 * 135_000  # bytes of that many weights
+    assert summary["bytes"] < (1.5 if quantize == "float16" else 1.0) * whole
+    assert 1e-6 < summary["largest_difference"] < 0.2
+    assert abs(summary["accuracy"] - summary["run_accuracy"]) <= 0.05
+
+
+def test_what_loses_too_much_is_not_kept(finished: Finished, tmp_path: Path):
+    done, run = ship(tmp_path, finished.path, "format=keras", "export.max_accuracy_drop=-0.5")
+    assert done.code == 1
+    assert "not kept" in done.out
+    assert list((run / "export").iterdir()) == []
+
+
+def test_a_run_that_has_not_finished_is_not_given_away(finished: Finished, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run, symlinks=True)
+    for status in ("interrupted", "failed"):
+        (run / "summary.json").write_text(json.dumps(finished.summary | {"status": status}))
+        assert f"run must be finished, got {run}, which is {status}" in message(export, [f"run={run}"])
+    assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["format=caffe"], "format must be one of keras, saved_model, onnx, tflite, all, got caffe"),
+        (["quantize=int4"], "quantize must be one of none, float16, int8, got int4"),
+        (["format=keras", "quantize=int8"], "quantize=int8 must go with format=onnx or tflite, got format=keras"),
+        (["export.max_accuracy_drop=little"], "export.max_accuracy_drop must be a number, got little"),
+        (["run=nowhere"], "run must be the folder of a run, got nowhere"),
+    ],
+)
+def test_what_can_not_be_exported(words: list[str], said: str):
+    assert said in message(export, words)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else True)
+    said = message(export, ["format=onnx"])
+    assert "format=onnx must have onnx, tf2onnx, onnxruntime, got no tf2onnx; install the extra export" in said
+    assert parse(Export, ["export.max_accuracy_drop=0.5"]).max_accuracy_drop == 0.5
+
+
+def test_the_extra_is_what_the_formats_need():
+    locked = (ROOT / "requirements-export.lock").read_text()
+    for one in formats.FORMATS.values():
+        for package in one.packages:
+            assert f"\n{package.replace('_', '-')}==" in f"\n{locked}"
+
+
+def test_the_view_of_the_network_is_its_own(shipped: tuple[Done, Path]):
+    """A larger picture is brought to the network's size by the file as the pipeline would have done it."""
+    run = shipped[1]
+    image = np.add.outer(2 * np.arange(90), np.arange(50)).astype(np.uint8)[..., None]
+    read = formats.read("onnx", run / "export/onnx/model.onnx")
+    small = resize(image, 32)
+    assert np.allclose(read(image[None]), read(small[None]), atol=1e-3)
+    assert not np.allclose(read(image[None]), read(small[None, ::-1].copy()), atol=1e-3)

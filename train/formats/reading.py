@@ -1,0 +1,78 @@
+"""A file of each format in its own runtime: from uint8 [N, H, W, C], any size, to float32 probabilities [N, classes].
+
+Nothing of this project is imported here, and of the runtimes the one that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Predict = Callable[[np.ndarray], np.ndarray]
+
+FILES = {"keras": "model.keras", "saved_model": "saved_model", "onnx": "model.onnx", "tflite": "model.tflite"}
+
+
+def read(name: str, path: Path) -> Predict:
+    """name: a key of READERS. path: as FILES names it."""
+    return READERS[name](path)
+
+
+def read_keras(path: Path) -> Predict:
+    import keras
+
+    model = keras.models.load_model(path)
+    return lambda images: np.asarray(model.predict_on_batch(images))
+
+
+def read_saved_model(path: Path) -> Predict:
+    """By the signature that TensorFlow Serving asks for."""
+    import tensorflow as tf
+
+    model = tf.saved_model.load(str(path))
+    serve = model.signatures["serving_default"]
+
+    def predict(images: np.ndarray, *, _alive: Any = model) -> np.ndarray:
+        return serve(images=tf.constant(images))["probabilities"].numpy()
+
+    return predict
+
+
+def read_onnx(path: Path) -> Predict:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["probabilities"], {"images": images})[0]
+
+
+def read_tflite(path: Path) -> Predict:
+    import os
+
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=len(os.sched_getaffinity(0)))
+    [given], [got] = interpreter.get_input_details(), interpreter.get_output_details()
+    shape: tuple[int, ...] = ()
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        nonlocal shape
+        if images.shape != shape:
+            interpreter.resize_tensor_input(given["index"], images.shape)
+            interpreter.allocate_tensors()
+            shape = images.shape
+        interpreter.set_tensor(given["index"], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(got["index"])
+
+    return predict
+
+
+READERS: dict[str, Callable[[Path], Predict]] = {
+    "keras": read_keras,
+    "saved_model": read_saved_model,
+    "onnx": read_onnx,
+    "tflite": read_tflite,
+}
