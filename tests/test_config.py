@@ -43,6 +43,7 @@ DEFAULT = {
     "data.on_error": "raise",
     "data.max_skipped": 100,
     "data.on_leak": "warn",
+    "data.train_per_class": None,
     "data.cache": "auto",
     "data.ram_budget": 1.0,
     "data.balanced": False,
@@ -60,6 +61,12 @@ DEFAULT = {
     "schedule.name": "cosine",
     "schedule.warmup_epochs": 1.0,
     "schedule.final_fraction": 0.0,
+    "fine_tune.stages": [],
+    "fine_tune.layer_decay": 1.0,
+    "fine_tune.new_head": True,
+    "distill.teacher": None,
+    "distill.weight": 0.7,
+    "distill.temperature": 4.0,
     "early_stopping.metric": None,
     "early_stopping.patience_epochs": 10,
     "early_stopping.min_delta": 0.0,
@@ -207,13 +214,21 @@ def test_every_option_of_the_schema_is_shipped():
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "conf/experiment").glob("*.yaml"))])
 def test_every_shipped_experiment_composes_and_opens_with_its_command(name: str):
-    compose([f"experiment={name}"])
+    compose([f"experiment={name}", *(["model.weights=x.h5"] if name == "fine_tune" else [])])
     first = (ROOT / "conf/experiment" / f"{name}.yaml").read_text().splitlines()[:3]
     assert any(f"make train experiment={name}" in line for line in first)
 
 
 def test_every_key_says_what_it_is():
-    nodes = [Config, schema.EarlyStopping, schema.Evaluate, schema.Tracking]
+    nodes = [
+        Config,
+        schema.EarlyStopping,
+        schema.Evaluate,
+        schema.Tracking,
+        schema.Stage,
+        schema.FineTune,
+        schema.Distill,
+    ]
     nodes += [node for options in schema.GROUPS.values() for node in options.values()]
     for node in nodes:
         for item in dataclasses.fields(node):
@@ -262,9 +277,11 @@ def test_every_key_has_a_reader():
     sources = "".join(path.read_text() for path in [*readers, ROOT / "scripts/claims.py"])
     for item in dataclasses.fields(Config):
         assert re.search(rf"\bconfig\.{item.name}\b", sources), item.name
-    for name in ("evaluate", "tracking"):
+    for name in ("evaluate", "tracking", "fine_tune", "distill"):
         for item in dataclasses.fields(type(getattr(Config(), name))):
-            assert re.search(rf"\b(config\.{name}|tracking)\.{item.name}\b", sources), item.name
+            assert re.search(rf"\b(config\.{name}|tracking|tuning)\.{item.name}\b", sources), item.name
+    for item in dataclasses.fields(schema.Stage):
+        assert re.search(rf"\bstage\.{item.name}\b", sources), item.name
 
 
 def test_the_hash_covers_what_decides_the_result_and_nothing_else():

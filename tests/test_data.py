@@ -61,6 +61,21 @@ def load_digits(data_dir, **options):
     return train.data.load("digits", str(data_dir), **({"image_size": 8, "channels": 1} | options))
 
 
+def test_few_examples_of_every_class_are_among_more_of_them(data_dir, digits_8):
+    names = {}
+    for few in (3, 10):
+        data = load_digits(data_dir, train_per_class=few)
+        assert np.bincount(data.train.labels).tolist() == [few] * 10
+        assert (data.validation.digest, data.test.digest) == (digits_8.validation.digest, digits_8.test.digest)
+        assert data.fingerprint != digits_8.fingerprint
+        names[few] = {data.train.id_of(index) for index in range(len(data.train))}
+    assert names[3] < names[10] < {digits_8.train.id_of(index) for index in range(len(digits_8.train))}
+    with pytest.raises(
+        ValueError, match=r"data.train_per_class must be at most what every class has in train, \d+ of \d"
+    ):
+        load_digits(data_dir, train_per_class=1000)
+
+
 def write_image(path, value=0, side=6, mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(value)

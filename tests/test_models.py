@@ -1,6 +1,7 @@
 """The networks: published numbers, names, inputs and outputs, options, weights."""
 
 import math
+import pickle
 import subprocess
 import sys
 
@@ -644,7 +645,7 @@ def test_weights_that_do_not_fit(tmp_path):
     assert "with 13 differences: block1_conv1: [(3, 3, 3, 4), (4,)] in the file" in message
     make("vgg16_inception", channels=3, aux_weight=0).save_weights(path := tmp_path / "other.weights.h5")
     message = failure(weights=path, channels=3)
-    assert "block1_conv1_conv: not in the model" in message and "block1_conv1: not in the file" in message
+    assert "_bn: not in the model; ...; use a file of the same architecture" in message
 
 
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
@@ -654,6 +655,26 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match="must fit the model"):
         weights_files.load(model, path)
     assert all((one == other.numpy()).all() for one, other in zip(before, model.weights, strict=True))
+
+
+def test_files_that_only_look_like_weights(tmp_path):
+    """A pickle, a file that was cut off, and arrays that lie elsewhere or would fill the memory."""
+    make("vgg16", aux_weight=0).save_weights(whole := tmp_path / "whole.weights.h5")
+    (tmp_path / "pickle.h5").write_bytes(pickle.dumps({"kernel": [1, 2]}))
+    (tmp_path / "pickle.keras").write_bytes(pickle.dumps({"kernel": [1, 2]}))
+    (tmp_path / "short.weights.h5").write_bytes(whole.read_bytes()[:-5000])
+    for name, link in (("elsewhere.h5", h5py.ExternalLink(whole, "/layers")), ("bomb.h5", None)):
+        with h5py.File(tmp_path / name, "w") as file:
+            group = file.create_group("layers/block1_conv1/vars")
+            group.attrs["name"] = "block1_conv1"
+            if link is not None:
+                group["0"] = h5py.ExternalLink(str(whole), "/layers/conv2d/vars/0")
+            else:
+                group.create_dataset("0", shape=(1 << 20, 1 << 20), dtype="float32")
+    for name in ("pickle.h5", "pickle.keras", "short.weights.h5", "elsewhere.h5", "bomb.h5"):
+        assert f"model.weights must be a file that Keras wrote, got {tmp_path / name}" in failure(
+            weights=tmp_path / name
+        )
 
 
 def test_files_that_are_no_weights(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import socket
@@ -123,6 +124,7 @@ def test_nothing_of_training_tracking_or_plotting_is_imported(finished: Finished
     assert done.err.strip().splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_attention_is_drawn_on_request(finished: Finished, pictures: Path, tmp_path: Path):
     done = ask(finished.path, str(pictures / "digits/0"), f"attention={tmp_path / 'new' / 'seen.png'}")
     assert done.code == 0, done.err
@@ -150,11 +152,41 @@ def test_folders_patterns_and_files_are_found(pictures: Path, monkeypatch: pytes
         (["images=README.md", "output=xml"], "output must be one of table, jsonl, got xml"),
         (["images=README.md", "runtime=caffe"], "runtime must be one of keras, onnx, got caffe"),
         (["images=README.md", "runtime=onnx", "attention=x.png"], "attention must go with runtime=keras"),
+        (["images=README.md", "attention=folder"], "attention must be a file to draw, got folder"),
+        (["images=" + ",".join(["a" * 200] * 30)], "images must be files, folders or patterns, got aaa"),
     ],
 )
 def test_what_can_not_be_asked(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     assert said in message(predict, words)
+
+
+def test_an_export_of_an_older_network_does_not_answer(shipped: tuple[Done, Path], tmp_path: Path):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(shipped[1], run, symlinks=True)
+    card = json.loads((run / "best/model.json").read_text())
+    (run / "best/model.json").write_text(json.dumps(card | {"epoch": 99}))
+    said = message(predict, [f"run={run}", f"images={run / 'augmented.png'}", "runtime=onnx"])
+    assert "runtime=onnx must have the run's best network, got an older one" in said
+
+
+def test_weights_that_can_not_be_read_are_named(finished: Finished, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run, symlinks=True)
+    (run / "best/model.keras").write_bytes(b"PK nothing")
+    done = ask(run, str(run / "augmented.png"))
+    assert done.code == 2
+    assert done.err.startswith(f"error: run must have weights that can be read, got {run}/best/model.keras")
+
+
+def test_names_of_any_bytes_stay_in_their_line(finished: Finished, tmp_path: Path):
+    pixels = (finished.path / "augmented.png").read_bytes()
+    for name in (b"new\nline.png", b"byte\xff.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(pixels)
+    done = ask(finished.path, str(tmp_path))
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == 3
+    assert "new\\nline.png" in done.out
 
 
 def test_onnx_that_was_not_exported(finished: Finished):

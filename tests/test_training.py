@@ -82,8 +82,8 @@ def dense_model(aux: bool = False, dropout: float = 0.0, flaw: str | None = None
     return keras.Model(images, outputs)
 
 
-def constant_rate(rate: float) -> optim.Warmup:
-    return optim.build_schedule("constant", learning_rate=rate, epochs=1, epoch_steps=100, warmup_epochs=0)
+def constant_rate(rate: float) -> optim.Rate:
+    return optim.build_schedule("constant", stages=[(1, rate)], epoch_steps=100, warmup_epochs=0)
 
 
 def sgd(rate: float | Callable = 0.1, momentum: float = 0.0, **common) -> keras.optimizers.Optimizer:
@@ -248,7 +248,7 @@ def test_averaged_weights_are_swapped_in_and_back_to_the_bit(policy: str):
 
 
 def rates(name: str, steps: list[int], warmup: float = 0.0, **options) -> list[float]:
-    rate = optim.build_schedule(name, learning_rate=0.8, epochs=10, epoch_steps=10, warmup_epochs=warmup, **options)
+    rate = optim.build_schedule(name, stages=[(10, 0.8)], epoch_steps=10, warmup_epochs=warmup, **options)
     return [round(float(rate(step)), 6) for step in steps]
 
 
@@ -261,9 +261,21 @@ def test_schedules_give_these_rates():
     assert rates("step", [0, 50, 51, 76], factor=0.1, milestones=[0.5, 0.75]) == [0.8, 0.8, 0.08, 0.008]
 
 
+def test_every_stage_has_its_own_schedule():
+    rate = optim.build_schedule(
+        "cosine", stages=[(2, 0.8), (3, 0.2)], epoch_steps=10, warmup_epochs=0.5, final_fraction=0.0
+    )
+    found = {step: round(float(rate(step)), 6) for step in (0, 4, 5, 19, 20, 24, 25, 49)}
+    assert (found[0], found[4]) == (0.16, 0.8)
+    assert found[5] == 0.8
+    assert found[19] < 0.02
+    assert (found[20], found[24], found[25]) == (0.04, 0.2, 0.2)
+    assert found[49] < 0.01
+
+
 def test_a_factor_of_one_changes_no_bit_of_a_rate_and_another_multiplies_it():
     decay = keras.optimizers.schedules.CosineDecay(0.3, 90, alpha=0.1)
-    rate = optim.Warmup(decay, warmup_steps=10)
+    rate = optim.Rate(optim.Staged([(100, optim.warmed(decay, 10))]))
     for step in map(tf.constant, np.arange(100, dtype="float32")):
         bare = decay(tf.maximum(step - 10, 0.0)) * tf.minimum((step + 1) / 10, 1.0)
         rate.factor.assign(1.0)
@@ -281,15 +293,15 @@ def test_a_factor_of_one_changes_no_bit_of_a_weight():
         return step.weights_sha256()
 
     decay = keras.optimizers.schedules.CosineDecay(0.3, 5)
-    slowed = optim.Warmup(decay, 0)
+    slowed = optim.Rate(decay)
     slowed.factor.assign(0.5)
     decay.factor = keras.Variable(1.0)  # the step wants one to write down; the schedule by itself does not read it
-    assert weights(optim.Warmup(decay, 0)) == weights(decay) != weights(slowed)
+    assert weights(optim.Rate(decay)) == weights(decay) != weights(slowed)
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="schedule must be one of constant, cosine, exponential, step, got linear"):
-        optim.build_schedule("linear", learning_rate=1, epochs=1, epoch_steps=1, warmup_epochs=0)
+        optim.build_schedule("linear", stages=[(1, 1.0)], epoch_steps=1, warmup_epochs=0)
     with pytest.raises(ValueError, match="optimizer must be one of sgd, adamw, rmsprop, got lion"):
         optim.build("lion", constant_rate(1), weight_decay=0, gradient_clip=None, gradient_accumulation=1, ema=None)
 
@@ -413,9 +425,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_trainee(kind: str, seed: int) -> Step:
     policy, options = KINDS[kind]
     begin_anew(policy, seed)
-    rate = optim.build_schedule(
-        "cosine", learning_rate=0.3, epochs=1, epoch_steps=20, warmup_epochs=0.1, final_fraction=0.0
-    )
+    rate = optim.build_schedule("cosine", stages=[(1, 0.3)], epoch_steps=20, warmup_epochs=0.1, final_fraction=0.0)
     model = compiled(dense_model(aux=True, dropout=0.5), sgd(rate, momentum=0.9, **options))
     if policy == "mixed_float16":
         model.optimizer.dynamic_growth_steps = 2  # or the scale would stand still for the first 2,000

@@ -59,6 +59,7 @@ def run(node: DictConfig) -> int:
         from train import run as story
 
         story.check_files(config)
+        story.check_sources(config)
     if CHECK in words:
         print("the config is valid")
         return 0

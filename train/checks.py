@@ -9,7 +9,20 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from train.config import GROUPS, SMALLEST_IMAGE, Checkpoint, Config, ConfigError, Data, Model, Tracking
+from train.config import (
+    ALL_PARTS,
+    GROUPS,
+    HEAD_PART,
+    PARTS,
+    SMALLEST_IMAGE,
+    UPPER_PARTS,
+    Checkpoint,
+    Config,
+    ConfigError,
+    Data,
+    Model,
+    Tracking,
+)  # fmt: skip
 from train.stored import without_secrets
 
 
@@ -23,8 +36,11 @@ def check(config: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             check(value, name + ".")
         elif isinstance(value, list):
-            for element in value:
-                _check_value(name, element, item)
+            for number, element in enumerate(value):
+                if is_dataclass(element):
+                    check(element, f"{name}[{number}].")
+                else:
+                    _check_value(name, element, item)
         elif value is not None:
             _check_value(name, value, item)
     if isinstance(config, Config):
@@ -87,6 +103,7 @@ def _check_together(config: Config) -> None:
     if milestones != sorted(set(milestones)):
         raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
     _check_interval(config.checkpoint)
+    _check_stages(config)
     _check_jit(config)
     _check_rollback(config)
     _check_tracking(config.tracking)
@@ -99,6 +116,35 @@ def _check_data(data: Data) -> None:
         )
     if data.balanced and data.class_weights:
         raise ConfigError("data.balanced and data.class_weights exclude each other, got both; use one of them")
+
+
+def _check_stages(config: Config) -> None:
+    stages, allowed = config.fine_tune.stages, (ALL_PARTS, UPPER_PARTS, *PARTS[config.model.name], HEAD_PART)
+    if not stages:
+        if config.fine_tune.layer_decay != 1:
+            raise ConfigError("fine_tune.layer_decay must go with fine_tune.stages, got none; use experiment=fine_tune")
+        return
+    if config.model.weights is None:
+        raise ConfigError("fine_tune.stages must go with weights to start from, got none; use model.weights=PATH")
+    if config.early_stopping.metric is not None:
+        raise ConfigError(
+            "early_stopping.metric must be null with fine_tune.stages, which all have their epochs, "
+            f"got {config.early_stopping.metric}; leave it away"
+        )
+    for number, stage in enumerate(stages):
+        if stage.from_part not in allowed:
+            raise ConfigError(
+                f"fine_tune.stages[{number}].from_part must be one of {', '.join(allowed)}, got {stage.from_part}"
+            )
+        if config.schedule.warmup_epochs > stage.epochs:
+            raise ConfigError(
+                f"schedule.warmup_epochs must be at most the epochs of every stage, {stage.epochs} of "
+                f"fine_tune.stages[{number}], got {config.schedule.warmup_epochs:g}; use 0"
+            )
+    if config.epochs < (planned := sum(stage.epochs for stage in stages)):
+        raise ConfigError(
+            f"epochs must be at least those of fine_tune.stages, {planned}, got {config.epochs}; use epochs={planned}"
+        )
 
 
 def _check_interval(checkpoint: Checkpoint) -> None:

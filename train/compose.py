@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -50,6 +51,7 @@ def to_config(node: DictConfig) -> Config:
     _refuse_added(config)
     check(config)
     _expand_home(config)
+    _follow_links(config)
     config.data.image_size = schema.resolve_image_size(config)
     return config
 
@@ -61,10 +63,20 @@ def _expand_home(config: Config) -> None:
         (config.data, "manual_dir"),
         (config.data, "file"),
         (config.model, "weights"),
+        (config.distill, "teacher"),
         (config, "run_dir"),
     ):
         if getattr(part, name, None):
             setattr(part, name, os.path.expanduser(getattr(part, name)))  # noqa: PTH111 - keeps the rest as typed
+
+
+def _follow_links(config: Config) -> None:
+    """Runs that are named by runs/latest, which will be another run in a moment."""
+    if config.distill.teacher is not None:
+        config.distill.teacher = str(Path(config.distill.teacher).resolve())
+    weights = Path(config.model.weights or "")
+    if weights.parent.name == "best":  # itself a link, which turns
+        config.model.weights = str(weights.parent.parent.resolve() / "best" / weights.name)
 
 
 def _refuse_added(config: Any, prefix: str = "") -> None:
@@ -230,7 +242,7 @@ def _say_missing_option(group: str, given: str, options: list[str], _: list[str]
 
 def _wrong_type(_: Exception, text: str) -> tuple | None:
     if re.search(r"could not be converted|is not a valid|is not Optional|Invalid (value|type) assigned", text):
-        found = re.search(r"full_key: ([\w.]+)", text)
+        found = re.search(r"full_key: ([\w.\[\]]+)", text)
         return (found[1],) if found else None
     return None
 
@@ -247,7 +259,9 @@ def _say_wrong_type(name: str, overrides: list[str]) -> str:
 def as_typed(value: Any) -> str:
     """A value as one would type it."""
     if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
+        return "[" + ",".join(map(as_typed, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{as_typed(element)}" for name, element in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
@@ -259,7 +273,7 @@ def quoted(text: str) -> str:
 def _unknown_key(_: Exception, text: str) -> tuple | None:
     found = re.search(r"Could not override '([^']+)'", text)
     found = found or re.search(r"(?:Could not append|already at) '([^']+)'", text)
-    found = found or re.search(r"^Key '\w+' not in '\w+'\s+full_key: ([\w.]+)", text)
+    found = found or re.search(r"Key '\w+' not in '\w+'\s+full_key: ([\w.\[\]]+)", text)
     return (found[1],) if found else None
 
 

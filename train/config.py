@@ -22,6 +22,17 @@ SMALLEST_IMAGE = {
     "inception_resnet_v2": 75,
 }
 
+# What can be set free part by part, from the image on; behind them lies the head.
+_VGG_PARTS = tuple(f"block{number}" for number in range(1, 6))
+PARTS = {
+    "vgg16": _VGG_PARTS,
+    "vgg16_inception": _VGG_PARTS,
+    "inception_v1": ("stem", "inception_3", "inception_4", "inception_5"),
+    "inception_v3": ("stem", *(f"mixed{number}" for number in range(11))),
+    "inception_resnet_v2": ("stem", "mixed_5b", "block35", "mixed_6a", "block17", "mixed_7a", "block8", "conv_7b"),
+}
+ALL_PARTS, UPPER_PARTS, HEAD_PART = "all", "upper", "head"
+
 # Image side in pixels that a data set is usually trained at, taken when `data.image_size` is null.
 USUAL_IMAGE = {
     "digits": 32,
@@ -148,6 +159,9 @@ class Data:
     max_skipped: int = key(100, "how many broken examples may be left out", unit="examples", least=0)
     on_leak: str = key(
         "warn", "what equal images in two splits, or with two labels, do", choices=("warn", "drop", "raise")
+    )
+    train_per_class: int | None = key(
+        None, "training examples of every class; null: all there are", unit="examples", least=1
     )
     cache: str = key(
         "auto", "where decoded pixels are kept; auto: memory, else disk", choices=("auto", "memory", "disk", "none")
@@ -382,6 +396,35 @@ class Claim:
 
 
 @dataclass
+class Stage:
+    """Some epochs of fine-tuning in which a part of the network, and all behind it, learns."""
+
+    epochs: int = key(1, "passes over the training split", unit="epochs", least=1)
+    from_part: str = key("all", "the first part that learns: all, upper (half of them), head, or one of the model's")
+    learning_rate_factor: float = key(1.0, "of optimizer.learning_rate; the schedule runs in every stage", above=0)
+
+
+@dataclass
+class FineTune:
+    """Training that starts from `model.weights`: frozen parts keep their weights and their statistics."""
+
+    stages: list[Stage] = key(
+        [], "one after the other: epochs, from_part, learning_rate_factor; none: everything learns at once"
+    )
+    layer_decay: float = key(1.0, "learning rate of a part as a share of that of the part behind it", above=0, most=1)
+    new_head: bool = key(True, "with stages: the classifier starts anew, also where that of model.weights would fit")
+
+
+@dataclass
+class Distill:
+    """Learning from a larger network's answers, too."""
+
+    teacher: str | None = key(None, "the folder of a finished run on the same classes and image size; null: none")
+    weight: float = key(0.7, "share of the loss that is the distance to the teacher's answers", above=0, most=1)
+    temperature: float = key(4.0, "what both networks' logits are divided by for that", least=1, most=100)
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -390,6 +433,8 @@ class Config:
     augment: Augment = field(default_factory=Augment)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    fine_tune: FineTune = field(default_factory=FineTune)
+    distill: Distill = field(default_factory=Distill)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     rollback: Rollback = field(default_factory=Rollback)

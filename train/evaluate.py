@@ -85,6 +85,8 @@ def config_of(folder: RunFolder, card: dict[str, Any], words: list[str]) -> tupl
     side, _, channels = card["input"]["shape"]
     fingerprint = None if elsewhere else card["data_fingerprint"]
     config.data = replace(config.data, image_size=side, channels=channels, fingerprint=fingerprint)
+    if elsewhere:
+        config.data.train_per_class = None  # which is said of the run's own
     return config, elsewhere
 
 

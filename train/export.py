@@ -11,40 +11,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from train import command, evaluate, formats, loop, report, run, runtime
 from train.config import Config
+from train.data.decode import resize
 from train.disk import write_atomically
 from train.progress import say
-from train.scores import bootstrap_interval
-from train.tracking import sync, uploader
+from train.scores import bootstrap_interval, log_softmax
+from train.tracking import record, sync, uploader
 from train.tracking.folder import RunFolder, open_folder
+
+log = logging.getLogger(__name__)
 
 CALIBRATION = 256  # training images that int8 is calibrated with
 BATCH = 64  # examples of one size that are answered together
 BATCH_PIXELS = 16_000_000
 TIMED_BATCH, TIMED_CALLS = 32, 7
+WIDE = 200  # characters, of what is no terminal
 MOST_CLASSES = 50  # named on the card
+
+
+WORDS = ("data.root", "data.file", "data.manual_dir", "data.directory", "threads", "tracking.wait_seconds")
 
 
 @dataclass
 class Export:
     """`run`: the folder of a finished run. `format`: one of formats.FORMATS, or all. `quantize`: none, float16, int8.
 
-    `export.max_accuracy_drop`: what a file may lose of the run's accuracy, or it is not kept. All other words are keys
-    of the run's config, as for `make evaluate`.
+    `export.max_accuracy_drop`: what a file may lose of the run's accuracy, from 0 to 1, or it is not kept. Other words
+    say where the run's data lies now, and how many threads may work: WORDS.
     """
 
     run: str = "runs/latest"
@@ -57,7 +65,8 @@ class Export:
 class Measured:
     """What the run's own network says of the test split, and the examples themselves.
 
-    network: the complete one, in float32. probabilities: its own, float32 [N, classes]. truth: int [N].
+    network: the complete one, in float32. accuracy: as the run computes. probabilities: of the network in float32, of
+    images that the pipeline has resized, [N, classes]. truth: int [N].
     """
 
     network: Any
@@ -69,32 +78,45 @@ class Measured:
 
 
 def export(words: list[str]) -> int:
-    """1 where a file was not kept because of its accuracy.
+    """1 where a file could not be written or was not kept. All of it is computed on the CPU, as in all four runtimes.
 
     Raises: ValueError for a run that has not finished, an unknown format, one that lacks its packages.
     """
     keys, others = command.parse_some(Export, words)
     chosen = formats.check(keys.format, keys.quantize)
+    if not 0 <= keys.max_accuracy_drop <= 1:
+        raise ValueError(f"export.max_accuracy_drop must be from 0 to 1, got {keys.max_accuracy_drop}; use e.g. 0.01")
     folder = open_folder(Path(keys.run))
-    if folder.status() != "finished":
-        raise ValueError(
-            f"run must be finished, got {keys.run}, which is {folder.status() or 'not'}; go on with it: make resume"
-        )
-    config, _ = evaluate.config_of(folder, folder.card(), others)
+    if folder.status() != "finished" or not folder.card():
+        status = folder.status() or "not"
+        raise ValueError(f"run must be finished, got {keys.run}, which is {status}; go on with it: make resume")
+    config, uri = config_of(folder, others), sync.stored_uri(folder)
     run.check_files(config)
     config, notes = runtime.prepare(config, folder.path / "train.log")
     say(*notes)
-    measured = measure(folder, config)
-    rows = [one(folder, config, name, keys, measured) for name in chosen]
+    with record.log_file(folder):
+        measured = measure(folder, config)
+        rows = [told(folder, config, name, keys, measured) for name in chosen]
     show(rows)
-    uri = sync.stored_uri(folder)
     uploader.wait(uploader.start(folder, uri), folder, uri, config.tracking.wait_seconds)
     return int(any(row["refused"] for row in rows))
 
 
+def config_of(folder: RunFolder, words: list[str]) -> Config:
+    """The run's config, with its own data. Raises: ValueError for a word that would make it another run's."""
+    for word in words:
+        if word.partition("=")[0] not in WORDS:
+            own = [item.metadata.get("word", item.name) for item in fields(Export)]
+            raise ValueError(f"words must be key=value with a key of {', '.join((*own, *WORDS))}; got {word}")
+    config, _ = evaluate.config_of(folder, folder.card(), ["evaluate.views=one", "device=cpu", *words])
+    config.data = replace(config.data, fingerprint=folder.card()["data_fingerprint"])
+    return config
+
+
 def measure(folder: RunFolder, config: Config) -> Measured:
-    """The run's network on its test split, as `make evaluate` does it, and once more from whole images in float32."""
-    from train.models.complete import complete
+    """The run's network on its test split, as `make evaluate` does it, and once more in float32."""
+    from train.models.complete import complete, in_float32
+    from train.step.tensorflow import predictor
 
     dataset, _ = run.load_data(config, crops=False)
     run.check_fingerprint(config, dataset)
@@ -103,9 +125,11 @@ def measure(folder: RunFolder, config: Config) -> Measured:
     network, predict = run.load_best(folder, config)
     with run.naming_broken_examples():
         logits, truth = run.answers(config, dataset.test, len(classes), predict, loop.Stops())
+        exact = predictor(in_float32(network), jit=False)
+        reference, _ = run.answers(config, dataset.test, len(classes), exact, loop.Stops())
+    accuracy = float((logits.argmax(axis=1) == truth).mean())
     shippable = complete(network, config.data.crop_fraction)
-    found = np.concatenate([shippable.predict_on_batch(images) for images in whole_images(dataset.test)])
-    return Measured(shippable, dataset, classes, truth, float((logits.argmax(axis=1) == truth).mean()), found)
+    return Measured(shippable, dataset, classes, truth, accuracy, np.exp(log_softmax(reference)))
 
 
 def whole_images(split: Any) -> Iterator[np.ndarray]:
@@ -123,48 +147,76 @@ def whole_images(split: Any) -> Iterator[np.ndarray]:
     yield np.stack(waiting)
 
 
-def one(folder: RunFolder, config: Config, name: str, keys: Export, measured: Measured) -> dict[str, Any]:
-    """Writes a format, measures it, and keeps it if it is good enough; its summary."""
+def told(folder: RunFolder, config: Config, name: str, keys: Export, measured: Measured) -> dict[str, Any]:
+    """The summary of a format; what a converter breaks on is its own line, and the other formats are written."""
     label = name if keys.quantize == "none" else f"{name}-{keys.quantize}"
     say(f"{label}: writing, then reading it back")
     place = folder.path / "export" / label
     fresh = place.with_name(f".{label}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    file = fresh / formats.FILES[name]
-    images = calibration(measured.dataset.train)
-    background = config.data.background
-    content = formats.Content(measured.network, measured.classes, background, keys.quantize, images)
-    formats.FORMATS[name].write(content, file)
-    summary = {"format": name, "quantize": keys.quantize, "file": file.name, **examined(name, file, measured, images)}
-    summary["refused"] = measured.accuracy - summary["accuracy"] > keys.max_accuracy_drop
-    if summary["refused"]:
-        shutil.rmtree(fresh)
-        return summary
-    summary |= {"run_id": folder.run_id, "time": time.time(), "bytes": size_of(file), "sha256": sha256_of(file)}
-    write_atomically(fresh / "classes.txt", "\n".join(measured.classes) + "\n")
-    write_atomically(fresh / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_atomically(fresh / "README.md", card(folder, summary))
+    try:
+        summary = one(folder, config, name, keys, measured, fresh)
+    except Exception as fault:  # converters have many kinds
+        log.exception("%s could not be exported", label)
+        command.tell(f"{label}: {type(fault).__name__}: {fault}")
+        summary = {"refused": "it could not be written"}
+    for old in (place, fresh) if summary["refused"] else (place,):
+        shutil.rmtree(old, ignore_errors=True)
+    if not summary["refused"]:
+        fresh.rename(place)
+    return {"label": label, **summary}
+
+
+def one(folder: RunFolder, config: Config, name: str, keys: Export, measured: Measured, place: Path) -> dict[str, Any]:
+    """Writes a format into `place` and measures it; its summary, where `refused` says why it must not be kept."""
     shutil.rmtree(place, ignore_errors=True)
-    fresh.rename(place)
+    place.mkdir(parents=True)
+    file, crop = place / formats.FILES[name], config.data.crop_fraction
+    images = calibration(measured.dataset.train, crop)
+    content = formats.Content(measured.network, measured.classes, config.data.background, keys.quantize, images)
+    formats.FORMATS[name].write(content, file)
+    summary = {
+        "format": name,
+        "quantize": keys.quantize,
+        "file": file.name,
+        "run_id": folder.run_id,
+        "network": folder.best_sha256(),
+        "time": time.time(),
+        "bytes": size_of(file),
+        "sha256": sha256_of(file),
+        "processor": runtime.processor("cpu"),
+        "threads": config.threads,
+        **examined(formats.read(name, file, config.threads), measured, images),
+    }
+    summary["refused"] = refusal(summary, keys.max_accuracy_drop)
+    write_atomically(place / "classes.txt", "\n".join(measured.classes) + "\n")
+    write_atomically(place / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(place / "README.md", card(folder, summary, crop) + "\n")
     return summary
 
 
-def examined(name: str, file: Path, measured: Measured, images: np.ndarray) -> dict[str, Any]:
+def refusal(summary: dict[str, Any], most: float) -> str:
+    """Why a file must not be kept; empty for a good one. most: what it may lose of the accuracy."""
+    if not math.isfinite(summary["largest_difference"]):
+        return "some of its answers are no numbers"
+    lost = summary["run_accuracy"] - summary["accuracy"]
+    return f"it loses {lost:.4f} of the accuracy, more than {most:g}" if lost > most else ""
+
+
+def examined(predict: Any, measured: Measured, images: np.ndarray) -> dict[str, Any]:
     """What its own runtime makes of it. largest_difference: of a probability, to the run's network in float32."""
-    predict = formats.read(name, file)
     found = np.concatenate([predict(batch) for batch in whole_images(measured.dataset.test)])
-    if found.shape != measured.probabilities.shape or not np.isfinite(found).all():
-        raise RuntimeError(f"{name} answers {found.shape}, with {np.isnan(found).sum()} that are no number")
+    if found.shape != measured.probabilities.shape:
+        raise ValueError(f"answers must be of shape {measured.probabilities.shape}, got {found.shape}")
     right = found.argmax(axis=1) == measured.truth
+    batch = images[:TIMED_BATCH]
     return {
         "accuracy": float(right.mean()),
         "accuracy_interval": bootstrap_interval(int(right.sum()), len(right)),
         "run_accuracy": measured.accuracy,
-        "largest_difference": float(np.abs(found - measured.probabilities).max()),
+        "largest_difference": float(np.abs(found - measured.probabilities).max()),  # nan where one is
         "examples": len(right),
-        "images_per_second": speed(predict, images[:TIMED_BATCH]),
-        "batch": len(images[:TIMED_BATCH]),
+        "images_per_second": speed(predict, batch),
+        "batch": len(batch),
     }
 
 
@@ -179,13 +231,15 @@ def speed(predict: Any, images: np.ndarray) -> float:
     return len(images) / statistics.median(seconds)
 
 
-def calibration(split: Any) -> np.ndarray:
-    """Training images, evenly over the split, in the network's size: uint8 [N, S, S, C]."""
-    chosen = np.linspace(0, len(split) - 1, min(CALIBRATION, len(split))).astype(int)
-    return np.stack([split.example(int(index)) for index in chosen])
+def calibration(split: Any, crop_fraction: float) -> np.ndarray:
+    """Training images, evenly over the split: uint8 [N, L, L, C], of which the graph's crop has the network's size."""
+    chosen = np.linspace(0, len(split) - 1, min(CALIBRATION, len(split))).astype(int).tolist()
+    side = round(split.view.image_size / crop_fraction)
+    whole = (split.decode_whole(index, data) for index, data in zip(chosen, split.read(chosen), strict=True))
+    return np.stack([resize(image, side) for image in whole])
 
 
-def card(folder: RunFolder, summary: dict[str, Any]) -> str:
+def card(folder: RunFolder, summary: dict[str, Any], crop_fraction: float) -> str:
     """What it is, how good it is, how to load it. Source: Mitchell et al. 2019 (Model Cards for Model Reporting)."""
     best = folder.card()
     side, _, channels = best["input"]["shape"]
@@ -197,7 +251,7 @@ def card(folder: RunFolder, summary: dict[str, Any]) -> str:
         best=best,
         side=side,
         channels=channels,
-        crop_fraction=yaml.safe_load((folder.path / "config.yaml").read_text())["data"]["crop_fraction"],
+        crop_fraction=crop_fraction,
         packages=formats.PACKAGES[summary["format"]],
         lines=formats.lines_of(summary["format"], channels),
         most_classes=MOST_CLASSES,
@@ -227,15 +281,19 @@ def show(rows: list[dict[str, Any]]) -> None:
     for name in ("format", "accuracy", "to the run", "largest difference", "size", "images/s", ""):
         table.add_column(name, justify="left" if name in ("format", "") else "right")
     for row in rows:
-        label = row["format"] if row["quantize"] == "none" else f"{row['format']} {row['quantize']}"
-        drop = row["accuracy"] - row["run_accuracy"]
-        size = "" if row["refused"] else f"{row['bytes'] / 2**20:.2f} MiB"
-        verdict = "not kept: it loses too much" if row["refused"] else ""
+        verdict = f"not kept: {row['refused']}" if row["refused"] else ""
+        if "accuracy" not in row:
+            table.add_row(row["label"], "", "", "", "", "", verdict)
+            continue
         table.add_row(
-            label, f"{row['accuracy']:.4f}", f"{drop:+.4f}", f"{row['largest_difference']:.1e}", size,
-            f"{row['images_per_second']:.0f}", verdict,
+            row["label"], f"{row['accuracy']:.4f}", f"{row['accuracy'] - row['run_accuracy']:+.4f}",
+            f"{row['largest_difference']:.1e}", f"{row['bytes'] / 2**20:.2f} MiB", f"{row['images_per_second']:.0f}",
+            verdict,
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDE)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from typing import Any
 
 from train.config import ConfigError
 
-# Keys that may differ from life to life: they change no bit, or the fingerprint of the data stands for them.
+# Keys that may differ from life to life: they change no bit, or a fingerprint of what they name stands for them.
 FREE = (
     "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
     "data.root", "data.file", "data.manual_dir", "data.directory", "data.cache", "data.ram_budget",
-    "data.fingerprint", "evaluate.test", "evaluate.report", "gpu_memory",
+    "data.fingerprint", "model.weights", "distill.teacher", "evaluate.test", "evaluate.report", "gpu_memory",
 )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class Keeper:
         self.journal.append(epoch, step, values)
 
     def keep_best(self, epoch: int, values: dict[str, float]) -> None:
-        with self.step.averaged():
+        with self.step.averaged(), self.step.thawed():
             self.folder.save_best(self.inference, epoch, values, self.dataset.classes, self.dataset.fingerprint)
 
     def step_done(self, progress: Progress) -> None:

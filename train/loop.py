@@ -38,6 +38,7 @@ class DivergedError(ArithmeticError):
 class Step(Protocol):
     """What the loop needs of a step; train/step/ has the real ones."""
 
+    def begin_epoch(self, epoch: int) -> bool: ...
     def __call__(self, images: Any, labels: Any) -> None: ...
     def metrics(self) -> dict[str, float]: ...
     def reset_metrics(self) -> None: ...
@@ -265,10 +266,11 @@ class Loop:
     def _train_epoch(self) -> Clock:
         """What is left of the epoch."""
         progress = self.progress
+        fresh = self.step.begin_epoch(progress.epoch)
         if progress.batch == 0:
             self.step.reset_metrics()
         clock, stream = Clock(), iter(self.batches(progress.epoch, progress.batch))
-        start, warm = time.perf_counter(), progress.steps > self._first_step
+        start, warm = time.perf_counter(), progress.steps > self._first_step and not fresh
         while True:
             before = time.perf_counter()
             batch = next(stream, None)
@@ -279,7 +281,7 @@ class Loop:
             progress.batch += 1
             progress.steps += 1
             clock.images += len(batch[0])
-            if not warm:  # a life's first step is slow: buffers and kernels are made
+            if not warm:  # the first step of a life, and of a stage, is slow: buffers and kernels are made
                 clock.images, clock.waited, start, warm = 0, 0.0, time.perf_counter(), True
             self.keeper.step_done(progress)
             self._log()

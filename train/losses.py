@@ -1,17 +1,25 @@
-"""The training loss: `main` plus `aux_weight` times each auxiliary loss, and the metrics beside it."""
+"""The training loss: `main` plus `aux_weight` times each auxiliary loss, and the metrics beside it.
+
+With a teacher the labels of `main` are [N, 2 x classes]: the true ones, then the teacher's logits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import keras
+from keras import ops
 
 
-def build(outputs: Sequence[str], aux_weight: float, label_smoothing: float) -> tuple[dict, dict]:
+def build(
+    outputs: Sequence[str], aux_weight: float, label_smoothing: float, teaching: tuple[float, float] | None = None
+) -> tuple[dict, dict]:
     """Losses and their weights by output name.
 
     Source: Szegedy et al. 2015, section 5 (auxiliary losses weighted 0.3); label smoothing: Szegedy et al. 2016,
     section 7. Every loss takes dense labels float32 [N, classes] and logits float32 [N, classes].
+
+    teaching: with a teacher its weight and temperature (see `Taught`).
 
     Raises: ValueError if there is no output `main`.
     """
@@ -21,10 +29,42 @@ def build(outputs: Sequence[str], aux_weight: float, label_smoothing: float) -> 
         name: keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=label_smoothing, name=name)
         for name in outputs
     }
+    if teaching is not None:
+        losses["main"] = Taught(losses["main"], *teaching)
     weights = {name: 1.0 if name == "main" else aux_weight for name in outputs}
     return losses, weights
 
 
-def metrics(outputs: Sequence[str]) -> dict[str, list[keras.metrics.Metric]]:
+class Taught(keras.losses.Loss):
+    """`weight` of the loss is how far the answers are from a teacher's, both softened by `temperature`.
+
+    Source: Hinton et al. 2015 (Distilling the Knowledge in a Neural Network), section 2, with its factor of the
+    temperature squared, which keeps gradients as large as those of the labels.
+    """
+
+    def __init__(self, hard: keras.losses.Loss, weight: float, temperature: float):
+        super().__init__(name="taught")
+        self.hard, self.weight, self.temperature = hard, weight, temperature
+
+    def call(self, y_true, y_pred):
+        """y_true: float32 [N, 2 x classes]. y_pred: logits [N, classes]. Returns [N]."""
+        labels, teacher = ops.split(y_true, 2, axis=-1)
+        wanted = ops.log_softmax(teacher / self.temperature)
+        distance = ops.sum(ops.exp(wanted) * (wanted - ops.log_softmax(y_pred / self.temperature)), axis=-1)
+        return (1 - self.weight) * self.hard.call(labels, y_pred) + self.weight * self.temperature**2 * distance
+
+
+class TaughtAccuracy(keras.metrics.CategoricalAccuracy):
+    """Top-1 accuracy where the teacher's logits stand behind the labels."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        labels, _ = ops.split(y_true, 2, axis=-1)
+        return super().update_state(labels, y_pred, sample_weight)
+
+
+def metrics(outputs: Sequence[str], *, taught: bool = False) -> dict[str, list[keras.metrics.Metric]]:
     """Top-1 accuracy of every output, `<output>_accuracy`."""
-    return {name: [keras.metrics.CategoricalAccuracy(name="accuracy")] for name in outputs}
+    kinds = {
+        name: TaughtAccuracy if taught and name == "main" else keras.metrics.CategoricalAccuracy for name in outputs
+    }
+    return {name: [kind(name="accuracy")] for name, kind in kinds.items()}

@@ -18,6 +18,7 @@ def sgd(learning_rate, *, momentum: float, nesterov: bool, **common) -> keras.op
 
 def adamw(learning_rate, *, beta_1: float, beta_2: float, epsilon: float, **common) -> keras.optimizers.Optimizer:
     """Source: Loshchilov & Hutter 2019."""
+    common["weight_decay"] = common["weight_decay"] or 0.0  # Keras wants a number here
     return keras.optimizers.AdamW(learning_rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon, **common)
 
 
@@ -101,36 +102,54 @@ def step(peak: float, span: Span, *, factor: float, milestones: Sequence[float])
 SCHEDULES: dict[str, Callable] = {"constant": constant, "cosine": cosine, "exponential": exponential, "step": step}
 
 
-class Warmup(keras.optimizers.schedules.LearningRateSchedule):
-    """Climbs linearly to `decay`'s first value over `warmup_steps`, then follows `decay`, counted from there.
+class Rate(keras.optimizers.schedules.LearningRateSchedule):
+    """Follows `decay`, times `factor`, a variable: going back after a divergence lowers it while the run goes on."""
 
-    All of it times `factor`, a variable: going back after a divergence lowers it while the run goes on.
-    """
-
-    def __init__(self, decay: Callable, warmup_steps: int):
-        self.decay, self.warmup_steps = decay, warmup_steps
+    def __init__(self, decay: Callable):
+        self.decay = decay
         self.factor = keras.Variable(1.0, trainable=False, dtype="float32", name="learning_rate_factor")
 
     def __call__(self, step):
-        step = ops.cast(step, "float32")
-        after = self.factor * self.decay(ops.maximum(step - self.warmup_steps, 0.0))
-        if not self.warmup_steps:
-            return after
-        return after * ops.minimum((step + 1.0) / self.warmup_steps, 1.0)
+        return self.factor * self.decay(ops.cast(step, "float32"))
 
     def get_config(self):
-        return {"decay": self.decay, "warmup_steps": self.warmup_steps}
+        return {"decay": self.decay}
+
+
+class Staged:
+    """One schedule after the other, each with its own warm-up and counted from its own start."""
+
+    def __init__(self, parts: Sequence[tuple[int, Callable]]):
+        """parts: steps and schedule of each."""
+        self.parts = parts
+
+    def __call__(self, step):
+        start, found = 0, None
+        for steps, schedule in self.parts:
+            value = schedule(ops.maximum(step - start, 0.0))
+            found = value if found is None else ops.where(step >= start, value, found)
+            start += steps
+        return found
+
+
+def warmed(decay: Callable, warmup_steps: int) -> Callable:
+    """Climbs linearly to `decay`'s first value over `warmup_steps`, then follows it, counted from there."""
+    if not warmup_steps:
+        return decay
+    return lambda step: decay(ops.maximum(step - warmup_steps, 0.0)) * ops.minimum((step + 1.0) / warmup_steps, 1.0)
 
 
 def build_schedule(
-    name: str, *, learning_rate: float, epochs: int, epoch_steps: int, warmup_epochs: float, **options
-) -> Warmup:
-    """Learning rate by step: warm-up, then the named schedule over the steps that are left.
+    name: str, *, stages: Sequence[tuple[int, float]], epoch_steps: int, warmup_epochs: float, **options
+) -> Rate:
+    """Learning rate by step: in every stage (its epochs, its peak) warm-up, then the named schedule over what is left.
 
     Raises: ValueError for an unknown name.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name}")
-    warmup_steps = round(warmup_epochs * epoch_steps)
-    steps = max(1, epochs * epoch_steps - warmup_steps)
-    return Warmup(SCHEDULES[name](learning_rate, Span(steps, epoch_steps), **options), warmup_steps)
+    warmup_steps, parts = round(warmup_epochs * epoch_steps), []
+    for epochs, peak in stages:
+        span = Span(max(1, epochs * epoch_steps - warmup_steps), epoch_steps)
+        parts.append((epochs * epoch_steps, warmed(SCHEDULES[name](peak, span, **options), warmup_steps)))
+    return Rate(Staged(parts))

@@ -11,6 +11,7 @@ answered all the same, and the exit code is 1. With runtime=onnx the exported fi
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,9 @@ import numpy as np
 import yaml
 
 from train import command, runtime
-from train.data.decode import View, decode_resized, read_header
+from train.data.decode import View, decode, decode_resized, read_header
 from train.formats.reading import FILES, read
-from train.stored import refuse_newer
+from train.stored import NewerError, refuse_newer
 
 RUNTIMES = ("keras", "onnx")
 OUTPUTS = ("table", "jsonl")
@@ -55,13 +57,18 @@ class Predict:
 
 @dataclass(frozen=True)
 class Network:
-    """predict: uint8 [N, S, S, C] -> probabilities [N, classes]. view: how a picture is brought to that size."""
+    """predict: uint8 [N, H, W, C] -> probabilities [N, classes]. view: what it looks at in a picture.
+
+    decode: a picture's bytes as `predict` wants them; where that leaves them in their own sizes, `batch` is 1.
+    """
 
     predict: Callable[[np.ndarray], np.ndarray]
+    decode: Callable[[bytes], np.ndarray]
     view: View
     classes: list[str]
     max_bytes: int
     max_pixels: int
+    batch: int = BATCH
     model: Any = None
 
 
@@ -75,7 +82,7 @@ def predict(words: list[str]) -> int:
     for path, pixels, probabilities in answers(network, paths):
         if isinstance(pixels, Exception):
             failed += 1
-            print(f"error: {path}: {pixels}", file=sys.stderr, flush=True)
+            print(f"error: {printable(path)}: {pixels}", file=sys.stderr, flush=True)
             continue
         tell(path, probabilities)
         if keys.attention and len(kept) < SHOWN:
@@ -93,6 +100,8 @@ def checked(keys: Predict) -> Predict:
         raise ValueError(f"top must be at least 1, got {keys.top}")
     if keys.attention and keys.runtime != "keras":
         raise ValueError(f"attention must go with runtime=keras, got runtime={keys.runtime}")
+    if keys.attention and not keys.attention.endswith(".png"):
+        raise ValueError(f"attention must be a file to draw, got {keys.attention}; use e.g. attention=attention.png")
     return keys
 
 
@@ -106,15 +115,19 @@ def found(images: str) -> Iterator[Path]:
     """
     if not images:
         raise ValueError("images must be files, folders or patterns, got none; use images=PATH")
-    for word in [images] if Path(images).exists() else images.split(","):
+    for word in [images] if there(images) else images.split(","):
         if "://" in word:
             raise ValueError(f"images must be on this machine, got {word}; fetch it first")
-        named = [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True))  # noqa: PTH207 (absolute, too)
+        named = [word] if there(word) else sorted(glob.glob(word, recursive=True))  # noqa: PTH207 (absolute ones, too)
         matching = [Path(path) for path in named]
         files = [file for path in matching for file in (files_in(path) if path.is_dir() else [path])]
         if not files:
             raise ValueError(f"images must be files, folders or patterns, got {word}, where nothing is")
         yield from files
+
+
+def there(name: str) -> bool:
+    return os.path.exists(name)  # noqa: PTH110 (which raises for names that are too long)
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -130,35 +143,63 @@ def load(run: Path, engine: str, *, many: bool) -> Network:
     view = View(side, channels, tuple(config["background"]), config["crop_fraction"])
     limits = config["max_bytes"], config["max_pixels"]
     if engine == "onnx":
-        return Network(exported(run), view, card["classes"], *limits)
+        answer = exported(run)
+        if view.crop_fraction == 1:
+            return Network(answer, partial(decode_resized, view=view), view, card["classes"], *limits)
+        own = partial(
+            decode, channels=channels, background=view.background, max_pixels=None
+        )  # the file crops by itself
+        return Network(answer, own, view, card["classes"], *limits, batch=1)
+    model = loaded(run / "best/model.keras")
+    answer = model.predict_on_batch if many else model
+    return Network(
+        lambda images: softmax(np.asarray(answer(images))), partial(decode_resized, view=view), view, card["classes"],
+        *limits, model=model,
+    )  # fmt: skip
+
+
+def loaded(path: Path) -> Any:
+    """The Keras model. Raises: ValueError for a file that is damaged, or has code in it."""
     runtime.load("tensorflow", Path(os.devnull))  # without what it does not need, and without its chatter
     import keras
+    import tensorflow as tf
 
-    model = keras.models.load_model(run / "best/model.keras")
-    answer = model.predict_on_batch if many else model
-    return Network(lambda images: softmax(np.asarray(answer(images))), view, card["classes"], *limits, model)
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)  # others want some of it, too
+    try:
+        model = keras.models.load_model(path)
+    except Exception as fault:  # Keras has many
+        raise ValueError(f"run must have weights that can be read, got {path} ({type(fault).__name__})") from fault
+    model.jit_compile = False  # which would compile anew for every number of pictures
+    return model
 
 
 def card_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the network is, and the run's `data`. Raises: ValueError where there is no network."""
     try:
-        identity, card = (json.loads((run / name).read_text()) for name in ("run.json", "best/model.json"))
-        config = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    except (OSError, ValueError, KeyError, TypeError):
+        refuse_newer(run, json.loads((run / "run.json").read_text()))
+        card = json.loads((run / "best/model.json").read_text())
+        return card, yaml.safe_load((run / "config.yaml").read_text())["data"]
+    except NewerError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         raise ValueError(f"run must be the folder of a run that has weights, got {run}; use run=runs/latest") from None
-    refuse_newer(run, identity)
-    return card, config
 
 
 def exported(run: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Raises: ValueError where there is no such export, or no ONNX Runtime."""
-    path = run / "export/onnx" / FILES["onnx"]
+    """Raises: ValueError where there is no such export, or one of another network, or no ONNX Runtime."""
+    path, again = run / "export/onnx" / FILES["onnx"], f"make export run={run} format=onnx"
     if not path.exists():
-        raise ValueError(f"runtime=onnx must have the exported file, got no {path}; make export run={run} format=onnx")
+        raise ValueError(f"runtime=onnx must have the exported file, got no {path}; {again}")
+    known = json.loads(path.with_name("summary.json").read_text())["network"]
+    if known != hashlib.sha256((run / "best/model.json").read_bytes()).hexdigest():
+        raise ValueError(f"runtime=onnx must have the run's best network, got an older one in {path}; {again}")
     try:
         return read("onnx", path)
     except ImportError:
-        raise ValueError("runtime=onnx must have ONNX Runtime, got none; pip install onnxruntime") from None
+        raise ValueError(f"runtime=onnx must have the extra export, got no onnxruntime; {again}") from None
+    except Exception as fault:  # it has many
+        raise ValueError(f"runtime=onnx must have a file that can be read, got {path}; {again}") from fault
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -172,7 +213,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def answers(network: Network, paths: list[Path]) -> Iterator[tuple[Path, np.ndarray | Exception, np.ndarray]]:
     """Of every picture, in their order: its pixels, or why it can't be read, and its probabilities."""
     pictures = decoded(network, paths)
-    while batch := list(islice(pictures, BATCH)):
+    while batch := list(islice(pictures, network.batch)):
         whole = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
         said = iter(network.predict(np.stack(whole)) if whole else ())
         for path, pixels in batch:
@@ -181,11 +222,13 @@ def answers(network: Network, paths: list[Path]) -> Iterator[tuple[Path, np.ndar
 
 def decoded(network: Network, paths: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray | Exception]]:
     """In their order, by all cores; so many ahead at most."""
+    ahead = AHEAD if network.batch > 1 else 1  # a picture in its own size may be large
+    ahead = AHEAD if network.batch > 1 else 1  # a picture in its own size may be large
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque[tuple[Path, Future]] = deque()
         for path in paths:
             waiting.append((path, pool.submit(picture, network, path)))
-            if len(waiting) > AHEAD:
+            if len(waiting) > ahead:
                 name, future = waiting.popleft()
                 yield name, future.result()
         for name, future in waiting:
@@ -197,8 +240,7 @@ def picture(network: Network, path: Path) -> np.ndarray | Exception:
     try:
         if not path.is_file():
             raise ValueError("it is no file")
-        if path.stat().st_size > network.max_bytes:
-            raise ValueError(f"{path.stat().st_size:,} bytes are more than the limit of {network.max_bytes:,}")
+        refuse_large(network, path.stat().st_size)
         return pixels_of(network, path.read_bytes())
     except (OSError, ValueError) as fault:
         return fault
@@ -206,8 +248,14 @@ def picture(network: Network, path: Path) -> np.ndarray | Exception:
 
 def pixels_of(network: Network, data: bytes) -> np.ndarray:
     """Encoded bytes as the network wants them. Raises: ValueError for what is no picture, or one too large."""
+    refuse_large(network, len(data))
     read_header(data, network.max_pixels)
-    return decode_resized(data, network.view)
+    return network.decode(data)
+
+
+def refuse_large(network: Network, size: int) -> None:
+    if size > network.max_bytes:
+        raise ValueError(f"{size:,} bytes are more than the limit of {network.max_bytes:,}")
 
 
 # ------------------------------------------------------------------------------------------------------------- shown
@@ -222,12 +270,12 @@ def ranked(probabilities: np.ndarray, classes: list[str], top: int) -> list[tupl
 
 def as_table(paths: list[Path], classes: list[str], top: int) -> Callable[[Path, np.ndarray], None]:
     """A line for each picture, as soon as it is answered."""
-    name, kind = max(len(str(path)) for path in paths), max(map(len, classes))
+    name, kind = max(len(printable(path)) for path in paths), max(map(len, classes))
     print(f"{'image':{name}}  " + "  ".join(f"{f'{place + 1}.':{kind + 7}}" for place in range(top)).rstrip())
 
     def tell(path: Path, probabilities: np.ndarray) -> None:
         found = "  ".join(f"{label:{kind}} {share:.4f}" for label, share in ranked(probabilities, classes, top))
-        print(f"{path!s:{name}}  {found}", flush=True)
+        print(f"{printable(path):{name}}  {found}", flush=True)
 
     return tell
 
@@ -240,6 +288,12 @@ def as_jsonl(_: list[Path], classes: list[str], top: int) -> Callable[[Path, np.
         print(json.dumps({"image": str(path), "predictions": found}), flush=True)
 
     return tell
+
+
+def printable(path: Path) -> str:
+    """A name in one line, whatever bytes it is made of."""
+    name = str(path)
+    return name if name.isprintable() else ascii(name)
 
 
 TELLERS = {"table": as_table, "jsonl": as_jsonl}
@@ -257,7 +311,7 @@ def draw(path: Path, network: Network, kept: list[tuple[np.ndarray, np.ndarray]]
     titles = [network.classes[number] for number in numbers]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, png(gallery.attention(images, maps, titles, layer)))
-    print(path)
+    print(f"attention: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

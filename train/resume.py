@@ -52,6 +52,7 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
     from train import run as story
 
     story.check_files(config)
+    story.check_sources(config)
     return story.live(folder, config, private, accepted)
 
 

@@ -7,7 +7,7 @@ import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,12 @@ def tell(life: Life) -> None:
     )
 
     model, inference = build_model(config, dataset)
-    step = build_step(config, model, inference, steps)
+    teacher = build_teacher(config, dataset)
+    step = build_step(config, model, inference, steps, teacher)
     stops.obey()
     with closing(Keeper(folder, config, step, inference, dataset)) as keeper:
-        ground = record.ground(config, life.private, dataset.fingerprint, runtime.processor(config.device))
+        processor = runtime.processor(config.device)
+        ground = record.ground(config, life.private, dataset.fingerprint, processor, sources(config, teacher))
         changes = [] if fresh else keeper.changes(ground, life.accepted)
         keeper.go_on(len(folder.identity()["changes"]) + len(changes))
         if not fresh:
@@ -182,10 +184,24 @@ def check_files(config: Config) -> None:
     names = ("root", "manual_dir", "file")
     places = {name: getattr(config.data, name) for name in names if hasattr(config.data, name)}
     data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
-    weights = config.model.weights
+
+
+def check_sources(config: Config) -> None:
+    """What training starts and learns from is there."""
+    weights, teacher = config.model.weights, config.distill.teacher
     if weights not in (None, "imagenet") and not Path(weights).is_file():
         raise ConfigError(
             f"model.weights must be a file, got {weights}, which is none; use model.weights=PATH, imagenet or null"
+        )
+    if teacher is None:
+        return
+    folder, side = RunFolder(Path(teacher), ""), schema.resolve_image_size(config)
+    card = folder.card() if folder.status() == "finished" else {}
+    if not card:
+        raise ConfigError(f"distill.teacher must be the folder of a finished run, got {teacher}; use another one")
+    if (found := card["input"]["shape"]) != (ours := [side, side, config.data.channels]):
+        raise ConfigError(
+            f"distill.teacher must look at images of this run's shape, {ours}, got {found}; use another run"
         )
 
 
@@ -267,13 +283,35 @@ def build_model(config: Config, dataset: Any) -> tuple[Any, Any]:
     shape, weights = (side, side, config.data.channels), keys.pop("weights")
     model = models.build(config.model.name, shape, len(dataset.classes), **keys)
     if weights is not None:
-        say(models.load_weights(model, weights).sentence())
+        heads = not (config.fine_tune.stages and config.fine_tune.new_head)
+        say(models.load_weights(model, weights, heads=heads).sentence())
     return model, models.inference(model)
 
 
-def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
+def sources(config: Config, teacher: Any) -> dict[str, str]:
+    """What training starts and learns from, by content."""
+    from train.step.tensorflow import weights_sha256
+
+    weights = config.model.weights
+    found = {"model.weights_sha256": record.sha256_of(Path(weights))} if weights not in (None, "imagenet") else {}
+    return found | ({"distill.teacher_sha256": weights_sha256(teacher)} if teacher else {})
+
+
+def build_teacher(config: Config, dataset: Any) -> Any:
+    """The network to learn from, if there is one. Raises: ConfigError for one that answers other questions."""
+    if config.distill.teacher is None:
+        return None
+    folder = RunFolder(Path(config.distill.teacher), "")
+    found, ours = folder.card()["classes"], [*dataset.classes]
+    if found != ours:
+        raise ConfigError(f"distill.teacher must know the classes of this run, {ours}, got {found}; use another run")
+    return load_best(folder, config)[0]
+
+
+def build_step(config: Config, model: Any, inference: Any, steps: int, teacher: Any) -> Any:
     """Optimizer, schedule and losses around the model's own training step."""
-    from train import losses, optim
+    from train import losses, models, optim
+    from train.step.layerwise import Plan
     from train.step.tensorflow import Step
 
     if config.gradient_accumulation > steps * config.epochs:
@@ -281,14 +319,14 @@ def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
             f"gradient_accumulation must be at most the run's {steps * config.epochs} steps, "
             f"got {config.gradient_accumulation}; use e.g. gradient_accumulation=1"
         )
-    rates, rules = options(config.schedule), options(config.optimizer)
-    rate = optim.build_schedule(
-        config.schedule.name,
-        learning_rate=rules.pop("learning_rate"),
-        epochs=config.epochs,
-        epoch_steps=steps,
-        **rates,
-    )
+    rates, rules, tuning = options(config.schedule), options(config.optimizer), config.fine_tune
+    stages, peak = lasting(config), rules.pop("learning_rate")
+    peaks = [(stage.epochs, stage.learning_rate_factor * peak) for stage in stages]
+    rate = optim.build_schedule(config.schedule.name, stages=peaks, epoch_steps=steps, **rates)
+    plan = None
+    if tuning.stages:
+        order = tuple((stage.epochs, stage.from_part) for stage in stages)
+        plan = Plan(models.parts(model), order, tuning.layer_decay, steps / config.gradient_accumulation)
     optimizer = optim.build(
         config.optimizer.name,
         rate,
@@ -297,8 +335,9 @@ def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
         ema=config.ema,
         **rules,
     )
-    weighted, weights = losses.build(tuple(model.output), config.model.aux_weight, config.label_smoothing)
-    metrics = losses.metrics(tuple(model.output))
+    teaching = (config.distill.weight, config.distill.temperature) if teacher else None
+    weighted, weights = losses.build(tuple(model.output), config.model.aux_weight, config.label_smoothing, teaching)
+    metrics = losses.metrics(tuple(model.output), taught=teacher is not None)
     model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
     return Step(
         model,
@@ -309,7 +348,15 @@ def build_step(config: Config, model: Any, inference: Any, steps: int) -> Any:
         mixed=bool(config.augment.mixup or config.augment.cutmix),
         weighted=config.data.class_weights,
         gradients=config.tracking.gradients,
+        plan=plan,
+        teacher=teacher,
     )
+
+
+def lasting(config: Config) -> list[schema.Stage]:
+    """The stages of a run, the last one up to its end; one for all where the config has none."""
+    *first, last = config.fine_tune.stages or [schema.Stage()]
+    return [*first, replace(last, epochs=config.epochs - sum(stage.epochs for stage in first))]
 
 
 def train_batches(config: Config, dataset: Any, augmentation: Any, steps: int, epoch: int, first: int) -> Any:

@@ -54,8 +54,10 @@ class Served:
             images = self.images(given)
         except (ValueError, TypeError) as fault:
             raise serving.bad_request(str(fault)) from None
-        with self.lock:
-            found = self.network.predict(images)
+        found: list[np.ndarray] = []
+        for start in range(0, len(images), predict.BATCH):
+            with self.lock:
+                found.extend(self.network.predict(images[start : start + predict.BATCH]))
         return [self.answer(probabilities) for probabilities in found]
 
     def images(self, given: Any) -> np.ndarray:
@@ -66,6 +68,8 @@ class Served:
         if not values.size:
             raise ValueError(f"{INPUTS}, got none")
         if values.dtype.kind in "OUS":
+            if values.ndim > 2 or values.shape[1:] not in ((), (1,)):
+                raise ValueError(f"{INPUTS}, got texts of shape {list(values.shape)}; use one column")
             return np.stack([self.picture(number, text) for number, text in enumerate(values.ravel().tolist())])
         view = self.network.view
         if values.ndim != 4 or values.shape[-1] != view.channels:

@@ -15,10 +15,14 @@ from train.config import Config
 LAYOUT = 1  # of a run's folder; it goes up when an older version could not make sense of it any more
 
 
+class NewerError(ValueError):
+    """A run that a newer version of the project has written."""
+
+
 def refuse_newer(run: Path, identity: dict[str, Any]) -> None:
-    """identity: of run.json. Raises: ValueError for a run that a newer version of the project has written."""
+    """identity: of run.json. Raises: NewerError."""
     if identity.get("layout", 1) > LAYOUT:
-        raise ValueError(
+        raise NewerError(
             f"run must be of layout {LAYOUT} at most, got {run}, which a newer version wrote as {identity['layout']}; "
             "use that version"
         )

@@ -40,6 +40,7 @@ def load(
     on_error: str = "raise",
     max_skipped: int = 100,
     on_leak: str = "warn",
+    train_per_class: int | None = None,
 ) -> "Dataset":
     """Opens a data set, preparing it under `data_dir` and looking at every example the first time.
 
@@ -50,6 +51,7 @@ def load(
     validation_fraction, test_fraction: in (0, 1), share of the examples that a part gets where the set has no official
     one; what falls into it is decided by content, so adding examples moves no other and equal images stay together.
     on_leak: `warn`, `drop` or `raise` for equal images in two splits or with two labels.
+    train_per_class: so many training examples of every class only; None: all.
 
     Raises: ValueError in one line, for bad arguments, files that can't be read (named), no network, no space.
     """
@@ -68,4 +70,5 @@ def load(
         root,
         manual_dir,
         file,
+        train_per_class,
     )

@@ -176,6 +176,7 @@ def open_dataset(
     root: str | None,
     manual_dir: str | None,
     file: str | None,
+    train_per_class: int | None,
 ) -> Dataset:
     """`train.data.load` behind its checks."""
     validation, test = fractions["validation"], fractions["test"]
@@ -195,6 +196,9 @@ def open_dataset(
     rows = cut(verdicts, fractions)
     leaks = find_leaks(rows, verdicts, labels)
     rows, notes = _handle(leaks, rows, listing, verdicts, on_leak)
+    if train_per_class is not None:
+        rows["train"] = few(rows["train"], labels, verdicts.sha256, train_per_class, listing.classes)
+        notes = [*notes, f"train: {train_per_class} examples of every class, by data.train_per_class"]
     skipped = tuple((verdicts.text("path", row), why) for row, why in verdicts.problems())
     store = listing.store
     if isinstance(store, FileStore):  # the table on disk has them, too
@@ -284,6 +288,26 @@ def cut(verdicts: Verdicts, fractions: dict[str, float]) -> dict[str, np.ndarray
     found["train"] = pool[rest]
     _refuse_empty(found, len(verdicts))
     return {split: found[split] for split in SPLITS}
+
+
+def few(
+    rows: np.ndarray, labels: np.ndarray, contents: np.ndarray, per_class: int, classes: Sequence[str]
+) -> np.ndarray:
+    """So many rows of every class, in their order: more of them are these and others.
+
+    Raises: ValueError naming a class that has fewer.
+    """
+    if per_class < 1:
+        raise ValueError(f"data.train_per_class must be at least 1, got {per_class}; use 1 or null")
+    order = rows[np.argsort(positions(contents, rows), kind="stable")]
+    chosen = [order[labels[order] == label][:per_class] for label in range(len(classes))]
+    for name, found in zip(classes, chosen, strict=True):
+        if len(found) < per_class:
+            raise ValueError(
+                f"data.train_per_class must be at most what every class has in train, {len(found)} of {name}, "
+                f"got {per_class}; use {len(found)} or null"
+            )
+    return np.sort(np.concatenate(chosen))
 
 
 def positions(contents: np.ndarray, rows: np.ndarray) -> np.ndarray:

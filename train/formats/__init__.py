@@ -1,6 +1,6 @@
 """Files that a network is given away in, each by its name: how it is written, and read by its own runtime.
 
-FORMATS["onnx"].write(model, classes, place / "model.onnx", Quantization())
+FORMATS["onnx"].write(content, place / "model.onnx")
 predict = read("onnx", place / "model.onnx")        (imports ONNX Runtime and nothing of this project)
 predict(images)                                      (uint8 [N, H, W, C] -> float32 [N, classes])
 """

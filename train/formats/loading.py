@@ -1,6 +1,6 @@
 """How a file of each format is loaded where this project is not: five lines of Python, which a test executes."""
 
-# path: of a picture. {mode}: what Pillow calls its channels.
+# path: of a picture, upright, of 8 bits a sample and without transparency. {mode}: what Pillow calls its channels.
 LINES = {
     "keras": """import keras, numpy, PIL.Image
 model = keras.models.load_model("model.keras")
@@ -11,7 +11,7 @@ print(open("classes.txt").read().splitlines()[probabilities.argmax()], probabili
     "saved_model": """import tensorflow as tf
 model = tf.saved_model.load("saved_model")
 answer = model.signatures["encoded"](encoded=tf.constant([open(path, "rb").read()]))
-probabilities, classes = answer["probabilities"].numpy()[0], answer["classes"].numpy()
+probabilities, classes = answer["probabilities"].numpy()[0], answer["classes"].numpy()[0]
 print(classes[probabilities.argmax()].decode(), probabilities.max())
 """,
     "onnx": """import json, numpy, onnxruntime, PIL.Image

@@ -5,6 +5,7 @@ Nothing of this project is imported here, and of the runtimes the one that is as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,20 @@ Predict = Callable[[np.ndarray], np.ndarray]
 FILES = {"keras": "model.keras", "saved_model": "saved_model", "onnx": "model.onnx", "tflite": "model.tflite"}
 
 
-def read(name: str, path: Path) -> Predict:
-    """name: a key of READERS. path: as FILES names it."""
-    return READERS[name](path)
+def read(name: str, path: Path, threads: int | None = None) -> Predict:
+    """name: a key of READERS. path: as FILES names it. threads: of ONNX Runtime and LiteRT; TensorFlow has its own."""
+    return READERS[name](path, threads)
 
 
-def read_keras(path: Path) -> Predict:
+def read_keras(path: Path, _: int | None) -> Predict:
     import keras
 
     model = keras.models.load_model(path)
+    model.jit_compile = False  # which would compile anew for every size
     return lambda images: np.asarray(model.predict_on_batch(images))
 
 
-def read_saved_model(path: Path) -> Predict:
+def read_saved_model(path: Path, _: int | None) -> Predict:
     """By the signature that TensorFlow Serving asks for."""
     import tensorflow as tf
 
@@ -41,19 +43,19 @@ def read_saved_model(path: Path) -> Predict:
     return predict
 
 
-def read_onnx(path: Path) -> Predict:
+def read_onnx(path: Path, threads: int | None) -> Predict:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0: its own choice
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["probabilities"], {"images": images})[0]
 
 
-def read_tflite(path: Path) -> Predict:
-    import os
-
+def read_tflite(path: Path, threads: int | None) -> Predict:
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(path), num_threads=len(os.sched_getaffinity(0)))
+    interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
     [given], [got] = interpreter.get_input_details(), interpreter.get_output_details()
     shape: tuple[int, ...] = ()
 
@@ -70,7 +72,7 @@ def read_tflite(path: Path) -> Predict:
     return predict
 
 
-READERS: dict[str, Callable[[Path], Predict]] = {
+READERS: dict[str, Callable[[Path, int | None], Predict]] = {
     "keras": read_keras,
     "saved_model": read_saved_model,
     "onnx": read_onnx,

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 PRECISE = ("preprocessing", "probabilities")  # parts of the graph, by name, that are never quantized
-PNG = b"\x89PNG"
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in parts of 65,536, as Pillow rounds it
 CLASSES = "classes"
 
@@ -39,9 +38,9 @@ def write_keras(content: Content, path: Path) -> None:
 
 
 def write_saved_model(content: Content, path: Path) -> None:
-    """Signatures: `serving_default` of images, `encoded` of strings [N], each a JPEG, PNG, GIF or BMP.
+    """Signatures: `serving_default` of images, `encoded` of strings [N], each a JPEG or a PNG.
 
-    Both answer with `probabilities` [N, classes] and `classes`.
+    Both answer with `probabilities` and `classes`, the names beside them, [N, classes].
     """
     import tensorflow as tf
     from keras.export import ExportArchive
@@ -49,8 +48,11 @@ def write_saved_model(content: Content, path: Path) -> None:
     model, channels = content.model, content.model.input_shape[-1]
     names = tf.constant(list(content.classes))
 
+    def answer(probabilities: Any) -> dict[str, Any]:
+        return {"probabilities": probabilities, CLASSES: tf.tile(names[None], [tf.shape(probabilities)[0], 1])}
+
     def serve(images: Any) -> dict[str, Any]:
-        return {"probabilities": model(images, training=False), CLASSES: names}
+        return answer(model(images, training=False))
 
     def encoded(encoded: Any) -> dict[str, Any]:
         kind = tf.TensorSpec([len(content.classes)], tf.float32)
@@ -59,7 +61,7 @@ def write_saved_model(content: Content, path: Path) -> None:
             encoded,
             fn_output_signature=kind,
         )
-        return {"probabilities": found, CLASSES: names}
+        return answer(found)
 
     archive = ExportArchive()
     archive.track(model)
@@ -81,12 +83,7 @@ def _decoded(data: Any, channels: int, background: Sequence[int]) -> Any:
     def jpeg() -> Any:
         return tf.cast(tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE"), tf.int32)
 
-    def other() -> Any:
-        pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
-        return tf.cast(tf.ensure_shape(pixels, [None, None, 3]), tf.int32)
-
-    is_png = tf.strings.substr(data, 0, len(PNG)) == PNG
-    colour = tf.case([(is_png, png), (tf.io.is_jpeg(data), jpeg)], default=other)
+    colour = tf.cond(tf.io.is_jpeg(data), jpeg, png)
     if channels == 1:
         colour = (tf.reduce_sum(colour * tf.constant(LUMA), axis=-1, keepdims=True) + 32768) // 65536
     return tf.cast(colour, tf.uint8)

@@ -12,12 +12,14 @@ from train.models.heads import HEADS
 from train.models.inception_resnet_v2 import inception_resnet_v2
 from train.models.inception_v1 import inception_v1
 from train.models.inception_v3 import inception_v3
+from train.models.parts import parts
 from train.models.vgg16 import STAGES, vgg16
 from train.models.vgg16_inception import vgg16_inception
 from train.models.weights import load as load_weights
 
 __all__ = [
     "BLOCK_KINDS", "BUILDERS", "HEADS", "NATIVE_SIZE", "SMALLEST", "build", "inference", "load_weights", "options_of",
+    "parts",
 ]  # fmt: skip
 
 BUILDERS: dict[str, Callable[..., keras.Model]] = {

@@ -26,7 +26,9 @@ def complete(network: keras.Model, crop_fraction: float = 1.0) -> keras.Model:
     side, _, channels = network.input_shape[1:]
     images = keras.Input((None, None, channels), dtype="uint8", name=IMAGES)
     logits = in_float32(network)(preprocessing(side, channels, crop_fraction)(images))
-    return keras.Model(images, keras.layers.Softmax(name=PROBABILITIES, dtype="float32")(logits), name=network.name)
+    model = keras.Model(images, keras.layers.Softmax(name=PROBABILITIES, dtype="float32")(logits), name=network.name)
+    model(np.zeros((1, side, side, channels), np.uint8))  # Keras exports what has been called
+    return model
 
 
 def in_float32(network: keras.Model) -> keras.Model:

@@ -56,9 +56,7 @@ def cost(model: keras.Model) -> list[Row]:
         ValueError: a layer with weights whose multiply-accumulates are not known here.
     """
     rows: dict[str, Row] = {}
-    names = _blocks(model)
-    for layer in own_layers(model):
-        block = names[layer.name]
+    for layer, block in blocks_of(model):
         before = rows.get(block, Row(block, (), 0, 0, 0))
         macs = layer_macs(layer)
         shape = tuple(layer.output.shape[1:])
@@ -117,6 +115,12 @@ BLOCK_NAMES = (
     re.compile(r"(pool[34])"),
 )
 HEAD_NAMES = frozenset({"flatten", "fc1", "fc2", "avg_pool", "max_pool", "dropout", "predictions"})
+
+
+def blocks_of(model: keras.Model) -> list[tuple[keras.Layer, str]]:
+    """Every layer and the name of its block, in the order of the data."""
+    names = _blocks(model)
+    return [(layer, names[layer.name]) for layer in own_layers(model)]
 
 
 def _blocks(model: keras.Model) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import logging
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +17,14 @@ from keras.src.backend.common import global_state
 
 log = logging.getLogger(__name__)
 
+SHOWN = 5  # differences that are named
 PUBLIC = "imagenet"
 APPLICATIONS = {"vgg16": "VGG16", "inception_v3": "InceptionV3", "inception_resnet_v2": "InceptionResNetV2"}
 FORMATS = (".weights.h5", ".h5", ".keras")
 # Layers that depend on the classes or the image size: another shape, or none, is what a new task looks like.
 HEAD_LAYER = re.compile(r"(fc1|fc2|predictions|aux_.*)")
 # Names that Keras gives by counting: they depend on what else was built in the process that wrote the file.
-COUNTED_NAME = re.compile(r"(conv2d|batch_normalization)(_\d+)?")
+COUNTED = tuple(re.compile(rf"{kind}(_\d+)?") for kind in ("conv2d", "batch_normalization"))
 # Where Keras 3 keeps a layer's variables; the state of dropout's random numbers lies deeper and is no weight.
 LAYER_PATH = re.compile(r"layers/[^/]+/vars")
 
@@ -66,15 +68,16 @@ class Report:
         return f"weights: {'; '.join(parts)}"
 
 
-def load(model: keras.Model, path: str | Path) -> Report:
+def load(model: keras.Model, path: str | Path, *, heads: bool = True) -> Report:
     """Copies the weights in a local file into `model`, layer by layer, by name.
 
     `path` is `imagenet`, for what Keras publishes, or ends in `.weights.h5`, `.h5` (weights or a whole model, as
     keras.applications publishes them) or `.keras`.
     Where a file's names are those that Keras counts up (`conv2d_7`) and they are not the model's, the order of the
     layers decides, as it does in Keras itself. A first convolution of three colours is summed up for grey images: it
-    answers them as it answers an image whose colours are equal. Heads (`fc1`, `fc2`, `predictions`, `aux_...`) that
-    differ keep their initial values; the report names them.
+    answers them as it answers an image whose colours are equal (nearly so in vgg16, whose mean differs from colour to
+    colour). Heads (`fc1`, `fc2`, `predictions`, `aux_...`) that differ keep their initial values, as all do without
+    `heads`; the report names them.
 
     Raises:
         ValueError: no such file, another format, or a trunk that differs from the model's in any layer; nothing is
@@ -82,6 +85,8 @@ def load(model: keras.Model, path: str | Path) -> Report:
     """
     theirs = public(model.name) if str(path) == PUBLIC else read(path := Path(path))
     ours = {layer.name: layer for layer in _weighted(model)}
+    if not heads:
+        theirs = {name: values for name, values in theirs.items() if not HEAD_LAYER.fullmatch(name)}
     theirs, adapted = _for_channels(next(iter(ours.values())), _with_names_of(ours, theirs))
     report = _compare(ours, theirs, path)
     report.adapted = adapted
@@ -124,37 +129,56 @@ def read(path: Path) -> Values:
     try:
         if path.suffix == ".keras":
             with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as member:
-                return _read_hdf5(member)
-        return _read_hdf5(path)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+                return _read_hdf5(member, archive.getinfo("model.weights.h5").file_size)
+        return _read_hdf5(path, path.stat().st_size)
+    except (OSError, KeyError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+        why = " ".join(str(error).split())
         raise ValueError(
-            f"model.weights must be a file that Keras wrote, got {path} ({error}); use an undamaged file"
+            f"model.weights must be a file that Keras wrote, got {path} ({why}); use an undamaged file"
         ) from error
 
 
-def _read_hdf5(file: Any) -> Values:
+def _read_hdf5(file: Any, size: int) -> Values:
     with h5py.File(file, "r") as root:
         group = root.get("model_weights", root)  # a whole model in the old format keeps them one level down
-        return _read_old(group) if "layer_names" in group.attrs else _read_new(root)
+        take = Taker(size)
+        return _read_old(group, take) if "layer_names" in group.attrs else _read_new(root, take)
 
 
-def _read_old(group: h5py.Group) -> Values:
+@dataclass
+class Taker:
+    """Arrays out of a file that somebody else made: those that are in it, and no more than `left` bytes of them."""
+
+    left: int
+
+    def __call__(self, group: h5py.Group, name: str) -> np.ndarray:
+        """Raises: ValueError for what lies elsewhere, or takes more room than the file has."""
+        found = group[name]
+        if not isinstance(found, h5py.Dataset) or found.file != group.file or found.external or found.is_virtual:
+            raise ValueError(f"{name} is no array in the file")
+        self.left -= found.nbytes
+        if self.left < 0:
+            raise ValueError(f"{name} is larger than the file")
+        return np.asarray(found)
+
+
+def _read_old(group: h5py.Group, take: Taker) -> Values:
     """Keras 1 and 2, and what keras.applications publishes: a group for each layer, variables listed by name."""
     values = {}
     for name in map(_text, group.attrs["layer_names"]):
-        variables = [np.asarray(group[name][_text(variable)]) for variable in group[name].attrs["weight_names"]]
+        variables = [take(group[name], _text(variable)) for variable in group[name].attrs["weight_names"]]
         if variables:
             values[name] = variables
     return values
 
 
-def _read_new(root: h5py.File) -> Values:
+def _read_new(root: h5py.File, take: Taker) -> Values:
     """Keras 3: a group for each layer, its name in an attribute, its variables counted in `vars`."""
     values: Values = {}
 
     def visit(path: str, item: Any) -> None:
         if LAYER_PATH.fullmatch(path) and len(item):
-            variables = [np.asarray(item[key]) for key in sorted(item, key=int)]
+            variables = [take(item, key) for key in sorted(item, key=int)]
             values[_text(item.attrs["name"])] = variables
 
     root.visititems(visit)
@@ -170,13 +194,19 @@ def _weighted(model: keras.Model) -> list[keras.Layer]:
 
 
 def _with_names_of(ours: dict[str, keras.Layer], theirs: Values) -> Values:
-    """Renames a file's counted layers to the model's, by position, where the names themselves do not agree."""
-    counted = [name for name in theirs if COUNTED_NAME.fullmatch(name)]
-    wanted = [name for name in ours if COUNTED_NAME.fullmatch(name)]
-    if set(counted) == set(wanted) or len(counted) != len(wanted):
-        return theirs
-    names = dict(zip(counted, wanted, strict=True))
+    """Renames a file's counted layers to the model's, kind by kind in the order of their numbers."""
+    names: dict[str, str] = {}
+    for kind in COUNTED:
+        counted, wanted = (sorted(filter(kind.fullmatch, found), key=_number) for found in (theirs, ours))
+        if set(counted) != set(wanted) and len(counted) == len(wanted):
+            names |= zip(counted, wanted, strict=True)
     return {names.get(name, name): variables for name, variables in theirs.items()}
+
+
+def _number(name: str) -> int:
+    """conv2d is the first, conv2d_7 comes after conv2d_1."""
+    tail = name.rpartition("_")[2]
+    return int(tail) if tail.isdigit() else 0
 
 
 def _for_channels(first: keras.Layer, theirs: Values) -> tuple[Values, list[str]]:
@@ -201,8 +231,9 @@ def _compare(ours: dict[str, keras.Layer], theirs: Values, path: str | Path) -> 
         else:
             problems.append(f"{name}: {'not in the file' if have is None else f'{have} in the file'}, model has {want}")
     if problems:
+        named = "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
         raise ValueError(
-            f"model.weights must fit the model, got {path} with {len(problems)} differences: {'; '.join(problems)}; "
+            f"model.weights must fit the model, got {path} with {len(problems)} differences: {named}; "
             "use a file of the same architecture, width and number of channels"
         )
     return report

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from train.step.kernels import faster
+from train.step.layerwise import Plan, scaled
 
 
 def predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray]:
@@ -38,18 +39,22 @@ class Step:
 
     def __init__(
         self, model: keras.Model, inference: keras.Model, rate: Any, batch_size: int, jit: bool,
-        *, mixed: bool = False, weighted: bool = False, gradients: bool = False,
+        *, mixed: bool = False, weighted: bool = False, gradients: bool = False, plan: Plan | None = None,
+        teacher: keras.Model | None = None,
     ):  # fmt: skip
-        """`rate`: the learning rate schedule (optim.Warmup); batches have `batch_size` examples.
+        """`rate`: the learning rate schedule (optim.Rate); batches have `batch_size` examples.
 
         mixed: images come as float32. weighted: a weight per example comes with them. gradients: measure them, too.
+        plan: None where all of the network learns all of the time. teacher: from images to logits; what it says stands
+        behind the labels of `main` (losses.Taught).
         """
-        self.model, self.rate = model, rate
+        self.model, self.rate, self._plan, self._teacher = model, rate, plan, teacher
         self._outputs = tuple(model.output)
         self._scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         # Under mixed_float16 Keras wraps the optimizer, and the averages belong to the one inside.
         self._optimizer = model.optimizer.inner_optimizer if self._scaling else model.optimizer
-        model.optimizer.build(model.trainable_variables)
+        self._learning = model.trainable_variables  # all that learn in one stage or another
+        model.optimizer.build(self._learning)
         self._count = tf.Variable(0, dtype=tf.int64, trainable=False)  # steps of the run, skipped ones too
         self._first_bad = tf.Variable([0] * len(WATCHED), dtype=tf.int64, trainable=False)  # 0: none
         self._norms = tf.Variable([0.0] * len(NORMS), trainable=False) if gradients else None  # of the last step
@@ -58,11 +63,9 @@ class Step:
         images = tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.float32 if mixed else tf.uint8)
         weights = [tf.TensorSpec((batch_size,), tf.float32)] if weighted else []
         self._make_metrics(labels)
-        # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
-        step = tf.function(self._watched_step, jit_compile=jit, autograph=False)
-        with faster(model, self._optimizer):
-            self._train = step.get_concrete_function(images, labels, *weights)
-        moved = [*model.trainable_variables, *self._optimizer.variables]
+        self._given, self._jit = (images, labels, *weights), jit
+        self._stage: int | None = None  # that is traced
+        moved = [*self._learning, *self._optimizer.variables]
         watched = [v for v in moved if keras.backend.is_float_dtype(v.dtype)]
         self._whole = tf.function(lambda: _all_finite([v.value for v in watched]), autograph=False)
         self.predict = predictor(inference, jit)  # logits of the main output, float32 [N, classes]
@@ -72,13 +75,44 @@ class Step:
 
         weights: one float32 [N] where the step is weighted; of the loss, not of the metrics.
         """
+        if self._stage is None:
+            self.begin_epoch(0)
         self._train(images, labels, *weights)
+
+    def begin_epoch(self, epoch: int) -> bool:
+        """Freezes what does not learn in this epoch; whether the next step is slow, because its graph is new."""
+        stage = self._plan.stage_of(epoch) if self._plan else 0
+        if stage == self._stage:
+            return False
+        if self._plan:
+            self._plan.freeze(stage)
+        self._train, self._stage = self._trace(stage), stage
+        return True
+
+    def _trace(self, stage: int) -> Callable:
+        # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
+        step = tf.function(self._watched_step, jit_compile=self._jit, autograph=False)
+        with faster(self.model, self._optimizer), scaled(self._optimizer, self._plan, stage):
+            return step.get_concrete_function(*self._given)
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Nothing is marked as frozen, as long as the network is written down for others."""
+        if self._plan and self._stage is not None:
+            for layer in (layer for layers in self._plan.layers.values() for layer in layers):
+                layer.trainable = True
+        try:
+            yield
+        finally:
+            if self._plan and self._stage is not None:
+                self._plan.freeze(self._stage)
 
     def _make_metrics(self, labels: tf.TensorSpec) -> None:
         """Lets Keras make the metrics' variables, which `load` fills. Made in a trace they would take a second one."""
         empty = dict.fromkeys(self._outputs, tf.zeros(labels.shape))
-        self.model.compute_loss(y=empty, y_pred=empty)
-        self.model.compute_metrics(None, empty, empty, None)
+        truth = self._taught(empty, None)
+        self.model.compute_loss(y=truth, y_pred=empty)
+        self.model.compute_metrics(None, truth, empty, None)
         self.model.reset_metrics()
 
     def _watched_step(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
@@ -86,8 +120,9 @@ class Step:
         self._count.assign_add(1)
         scale = self.model.optimizer.dynamic_scale.value if self._scaling else 1.0
         with _gradients_of(self.model.optimizer) as gradients:
-            outputs = [dict.fromkeys(self._outputs, values) for values in (labels, *weights)]
-            found = self.model.train_step((images, *outputs))
+            truth, *weighing = (dict.fromkeys(self._outputs, values) for values in (labels, *weights))
+            truth = self._taught(truth, images)
+            found = self.model.train_step((images, truth, *weighing))
         if self._norms is not None:
             self._norms.assign(_norms(gradients, self.model.trainable_variables) / scale)
         finite = [
@@ -98,6 +133,14 @@ class Step:
         ]
         fresh = tf.logical_and(tf.logical_not(tf.stack(finite)), self._first_bad == 0)
         self._first_bad.assign(tf.where(fresh, self._count, self._first_bad))
+
+    def _taught(self, truth: dict[str, tf.Tensor], images: tf.Tensor | None) -> dict[str, tf.Tensor]:
+        """The labels by output, those of `main` with what a teacher says of the images behind them, or zeros."""
+        if self._teacher is None:
+            return truth
+        labels = truth["main"]
+        said = tf.zeros_like(labels) if images is None else tf.cast(self._teacher(images, training=False), tf.float32)
+        return {**truth, "main": tf.concat([labels, said], axis=-1)}
 
     def fault(self) -> tuple[str, int] | None:
         """What was not finite first, and in which step of the run; None as long as all is well."""
@@ -183,7 +226,7 @@ class Step:
         if not self._optimizer.use_ema:
             yield
             return
-        weights = self.model.trainable_variables
+        weights = self._learning
         kept = [weight.numpy() for weight in weights]
         for weight, average in zip(weights, self._optimizer._model_variables_moving_average, strict=True):
             weight.assign(average)
@@ -194,13 +237,17 @@ class Step:
                 weight.assign(value)
 
     def weights_sha256(self) -> str:
-        """SHA-256 over all model variables sorted by path: path, dtype, shape, bytes."""
-        digest = hashlib.sha256()
-        for variable in sorted(self.model.variables, key=lambda v: v.path):
-            value = np.asarray(variable)
-            digest.update(f"{variable.path} {value.dtype} {value.shape}\n".encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()
+        return weights_sha256(self.model)
+
+
+def weights_sha256(model: keras.Model) -> str:
+    """SHA-256 over all model variables sorted by path: path, dtype, shape, bytes."""
+    digest = hashlib.sha256()
+    for variable in sorted(model.variables, key=lambda v: v.path):
+        value = np.asarray(variable)
+        digest.update(f"{variable.path} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from train.checks import check
 from train.config import ROOT, Config, ConfigError
 from train.progress import say
 from train.report import PAGE
-from train.run import check_files
+from train.run import check_files, check_sources
 from train.runtime import cores
 from train.stored import config_hash, to_dict, without_secrets
 from train.sweep import on_ray, search, space, trials
@@ -370,6 +370,7 @@ def trial(start: dict[str, Any], point: dict[str, Any], values: dict[str, Any]) 
     with compose.hiding(private):
         config = compose.to_config(node)
         check_files(config)
+        check_sources(config)
     stored = to_dict(config, private)
     stored["run_dir"] = None
     label = " ".join(f"{name}={shown(value)}" for name, value in point.items()) or "as it is"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import yaml
 
 from train import faults
 from train.disk import point_link, write_atomically
-from train.stored import refuse_newer
+from train.stored import NewerError, refuse_newer
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,10 @@ class RunFolder:
     def card(self) -> dict[str, Any]:
         """best/model.json; empty as long as there is none."""
         return self.read_json("best/model.json", {})
+
+    def best_sha256(self) -> str:
+        """Says which network is in best/: of model.json, which names its epoch, accuracy and data."""
+        return hashlib.sha256((self.best / "model.json").read_bytes()).hexdigest()
 
     def status(self) -> str | None:
         """How the run's last life ended: finished, failed or interrupted; None if it lives, or died without a word."""
@@ -257,11 +262,12 @@ def open_folder(path: Path) -> RunFolder:
     """
     try:
         identity = json.loads((path / "run.json").read_text())
-        folder = RunFolder(path.resolve(), identity["run_id"])
-    except (OSError, ValueError, KeyError):
+        refuse_newer(path, identity)
+        return RunFolder(path.resolve(), identity["run_id"])
+    except NewerError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"run must be the folder of a run, got {path}; use e.g. run=runs/latest") from None
-    refuse_newer(path, identity)
-    return folder
 
 
 def newest_unfinished(runs: Path) -> RunFolder:

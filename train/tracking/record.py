@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import logging
 import sys
@@ -129,15 +130,23 @@ def settle(folder: RunFolder, config: Config, private: Private) -> None:
         folder.write_json("params.json", flatten(stored))
 
 
-def ground(config: Config, private: Private, fingerprint: str, processor: str) -> dict[str, Any]:
+def ground(
+    config: Config, private: Private, fingerprint: str, processor: str, sources: dict[str, str]
+) -> dict[str, Any]:
     """All that the bits of a run depend on, by name; for keys that change no bit see `train.ground.FREE`."""
     return {
         **flatten(to_dict(config, private)),
+        **sources,
         "data_fingerprint": fingerprint,
         "processor": processor,
         "code": facts.code(ROOT / "train"),
         **facts.versions(),
     }
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from train.tracking.ui import refuse_taken
@@ -19,9 +19,7 @@ def become(module: str, run: Path, port: int) -> None:
     refuse_taken(port)
     import mlflow
 
-    place = run / ".serving"  # a few lines; the network stays where it is
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="serve-"))  # a few lines; the network stays where it is
     (place / "run.json").write_text(json.dumps({"run": str(run)}))
     mlflow.pyfunc.save_model(
         place / "model", loader_module=module, data_path=str(place / "run.json"), pip_requirements=[]

@@ -52,7 +52,6 @@ FILES = (
 CHOSEN_BY = "validation/main_accuracy"
 BEST = {"accuracy": "best/validation_main_accuracy", "epoch": "best/epoch"}  # the runs' table shows last values
 SCORES = ("accuracy", "top5_accuracy", "loss", "macro_f1", "macro_precision", "macro_recall", "roc_auc", "ece")
-
 EXPORTED = ("accuracy", "largest_difference", "bytes", "images_per_second")
 
 __all__ = ["Record", "default_uri", "start", "wait"]
@@ -171,6 +170,8 @@ class Record:
     def _export(self, place: store.Store, summary: Path) -> None:
         """Numbers and card of an exported file; the file itself stays where it is."""
         name, found = f"export/{summary.parent.name}", _read(summary)
+        if found["network"] != self.folder.best_sha256():  # the run went on, to a better one
+            return
         self._log(place, name, {key: found[key] for key in EXPORTED}, summary)
         for path in (summary, summary.with_name("README.md")):
             place.log_file(path, name)
