@@ -126,7 +126,7 @@ reap: $(STAMP) ## mark the runs in MLflow whose process is gone: make reap [uri=
 	@$(BIN)/python -m train.tracking.reap $(WORDS)
 
 test: $(EXPORT) ## the default tests (under 6 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
 
 test-all: $(EXPORT) ## all tests, the long ones too
 	@$(BIN)/python -m pytest $(ARGS)

@@ -27,8 +27,10 @@ COMMON = [
     "model.width=0.25", "data.channels=1", "data.image_size=32", "threads=1", "evaluate.report=false",
     "tracking.log_model=false", "tracking.wait_seconds=0",
 ]  # fmt: skip
-EPOCHS = "epochs=12"  # of fine-tuning, and from scratch
-EXAMPLES = ("10", "50", "null")  # of every class
+STAGES = {"head": (3, 1.0), "upper": (4, 0.5), "all": (5, 0.2)}  # as in conf/experiment/fine_tune.yaml
+# Examples of every class, and how many times those epochs: few are seen more often, so that all runs have 600 steps
+# and more, from scratch and fine-tuned alike.
+EXAMPLES = {"10": 8, "50": 2, "null": 1}
 SEEDS = 5
 PRETRAINING = ["data=fashion_mnist", "augment=flip_crop", "batch_size=64", "epochs=6"]
 STUDENT, TEACHER = "model.width=0.1", "model.width=0.5"
@@ -58,7 +60,6 @@ def transfer(place: Path, signs: Path) -> list[dict[str, Any]]:
     """A row for each data set and number of examples: fine-tuned minus from scratch, paired over seeds."""
     run(place / "pretrained", *PRETRAINING)
     weights = place / "pretrained/best/model.keras"
-    tuned = ["experiment=fine_tune", f"model.weights={weights}"]
     data = {"digits": ["data=digits"], "sign_digits": ["data=folder", f"data.root={signs}"]}
     jobs = {
         (name, examples, way, seed): (
@@ -67,12 +68,12 @@ def transfer(place: Path, signs: Path) -> list[dict[str, Any]]:
             f"data.train_per_class={examples}",
             f"seed={seed}",
             "batch_size=16",
-            EPOCHS,
-            *(tuned if way == "tuned" else ()),
+            f"epochs={times * sum(epochs for epochs, _ in STAGES.values())}",
+            *(tuned(weights, times) if way == "tuned" else ()),
         )
         for seed in range(SEEDS)
         for name, words in data.items()
-        for examples in EXAMPLES
+        for examples, times in EXAMPLES.items()
         for way in ("scratch", "tuned")
     }
     found = side_by_side(jobs)
@@ -81,6 +82,15 @@ def transfer(place: Path, signs: Path) -> list[dict[str, Any]]:
         for name in data
         for examples in EXAMPLES
     ]
+
+
+def tuned(weights: Path, times: int) -> list[str]:
+    """The words of `experiment=fine_tune` with stages this many times as long."""
+    stages = ",".join(
+        f"{{epochs:{times * epochs},from_part:{part},learning_rate_factor:{factor}}}"
+        for part, (epochs, factor) in STAGES.items()
+    )
+    return ["experiment=fine_tune", f"model.weights={weights}", f"fine_tune.stages=[{stages}]"]
 
 
 def distill(place: Path, _: Path) -> list[dict[str, Any]]:

@@ -91,24 +91,40 @@ def test_every_format_says_what_the_run_says(name: str, shipped: tuple[Done, Pat
     assert (run / "export" / name / "classes.txt").read_text().split() == [str(digit) for digit in range(10)]
 
 
-@pytest.mark.parametrize("name", formats.FORMATS)
-def test_the_five_lines_of_the_card_work(name: str, shipped: tuple[Done, Path], tmp_path: Path):
-    _, run = shipped
-    card = (run / "export" / name / "README.md").read_text()
-    lines = card.split("```python\n")[1].split("```")[0]
+def fenced(card: str, language: str) -> str:
+    return card.split(f"```{language}\n")[1].split("```")[0]
+
+
+def by_the_card(python: Path | str, folder: Path, place: Path) -> None:
+    """The card's five lines, in the export's folder, say what the run's network says."""
+    lines = fenced((folder / "README.md").read_text(), "python")
     assert len(lines.splitlines()) == 5
-    picture = tmp_path / "three.png"
     image = np.random.default_rng(3).integers(0, 256, (61, 40), dtype=np.uint8)
-    Image.fromarray(image).save(picture)
-    program = f"path = {str(picture)!r}\n{lines}"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", program], cwd=run / "export" / name, capture_output=True, text=True, check=False
-    )
+    Image.fromarray(image).save(place / "three.png")
+    program = f"path = {str(place / 'three.png')!r}\n{lines}"
+    done = subprocess.run([python, "-I", "-c", program], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, share = done.stdout.split()
-    wanted = formats.read("keras", run / "export/keras/model.keras")(image[None, :, :, None])[0]
+    wanted = formats.read("keras", folder.parent / "keras/model.keras")(image[None, :, :, None])[0]
     assert said == str(wanted.argmax())
     assert float(share) == pytest.approx(wanted.max(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_the_five_lines_of_the_card_work(name: str, shipped: tuple[Done, Path], tmp_path: Path):
+    by_the_card(sys.executable, shipped[1] / "export" / name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_they_need_no_more_than_the_card_installs(name: str, shipped: tuple[Done, Path], tmp_path: Path):
+    folder, place = shipped[1] / "export" / name, tmp_path / "fresh"
+    install = fenced((folder / "README.md").read_text(), "sh").split()
+    assert install[:2] == ["pip", "install"]
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    made = run_command(str(place / "bin/python"), "-m", *install, timeout=900)
+    assert made.code == 0, made.err
+    by_the_card(place / "bin/python", folder, tmp_path)
 
 
 def test_the_card_tells_where_it_is_from(shipped: tuple[Done, Path]):
@@ -159,7 +175,7 @@ def test_encoded_pictures_are_decoded_as_in_the_pipeline(channels: int):
 @pytest.mark.parametrize(
     ("name", "quantize"),
     [
-        ("tflite", "int8"),
+        pytest.param("tflite", "int8", marks=pytest.mark.slow),
         pytest.param("tflite", "float16", marks=pytest.mark.slow),
         pytest.param("onnx", "int8", marks=pytest.mark.slow),
         pytest.param("onnx", "float16", marks=pytest.mark.slow),
@@ -214,6 +230,7 @@ sys.exit(export.export(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_what_a_converter_breaks_is_not_kept_and_stops_no_other(finished: Finished, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run, symlinks=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import Finished, message, run_command, run_train
+from conftest import Finished, message, run_train
 from test_training import begin_anew, compiled, sgd, step_of
 
 from train import config as schema
 from train import models
-from train.compose import compose
+from train.compose import command_of, compose
 from train.step.layerwise import Plan
 from train.step.tensorflow import Step
+from train.stored import flatten
 
 TINY = ("model.width=0.05", "steps_per_epoch=4", "batch_size=8", "tracking.wait_seconds=0", "tracking.log_model=false",
         "evaluate.test=false", "checkpoint.every_steps=1", "precision=float32")  # fmt: skip
@@ -173,30 +175,6 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "best/model.keras"
 
 
-def test_a_killed_run_goes_on_through_the_stages_to_the_same_bits(pretrained: Path, tmp_path: Path):
-    words = (f"model.weights={pretrained}", STAGES, "epochs=3", "fine_tune.layer_decay=0.7")
-    whole = train(tmp_path / "whole", *words)
-    assert whole.code == 0, whole.err
-    for number, kill in enumerate(("step:2", "step:7")):  # within the first stage, and within the second
-        place = tmp_path / f"killed-{number}"
-        assert train(place, *words, env={"INCEPTION_FAULT": kill}).code != 0
-        done = run_command("make", "resume", f"run={place}")
-        assert done.code == 0, done.err
-        one, other = (json.loads((path / "summary.json").read_text()) for path in (tmp_path / "whole", place))
-        assert one["weights_sha256"] == other["weights_sha256"]
-        assert other["lives"] == 2
-
-
-def test_the_trunk_comes_from_the_file_and_the_head_is_new(pretrained: Path, tmp_path: Path):
-    done = train(tmp_path / "run", f"model.weights={pretrained}", STAGES, "epochs=3")
-    assert done.code == 0, done.err
-    line = next(line for line in done.out.splitlines() if line.startswith("weights: "))
-    assert line == (
-        "weights: 98 layers loaded, block1_conv1_conv to Block_5_3_Branch_3_bn; "
-        "new: aux_1_conv, aux_1_bn, aux_2_conv, aux_2_bn, aux_predictions, predictions"
-    )
-
-
 @pytest.mark.slow
 def test_without_stages_everything_learns_and_the_head_is_kept(pretrained: Path, tmp_path: Path):
     done = train(tmp_path / "run", f"model.weights={pretrained}", "epochs=1")
@@ -222,6 +200,14 @@ def test_without_stages_everything_learns_and_the_head_is_kept(pretrained: Path,
             ["model.weights=x.h5", "fine_tune.stages=[{epochs:12,from_part:all,learning_rate_factor:-1}]"],
             "fine_tune.stages[0].learning_rate_factor must be above 0, got -1",
         ),
+        *(
+            (
+                [f"fine_tune.stages={typed}"],
+                "fine_tune.stages must be a list like [{epochs:1,from_part:all,learning_rate_factor:1.0}], "
+                f"got {typed}",
+            )
+            for typed in ("[{epoch:1}]", "[{epochs:three}]", "[head]")
+        ),
         (["fine_tune.layer_decay=0.5"], "fine_tune.layer_decay must go with fine_tune.stages, got none"),
         (
             ["experiment=fine_tune", "model.weights=x.h5", "schedule.warmup_epochs=4"],
@@ -238,3 +224,10 @@ def test_the_finished_run_can_be_started_from(finished: Finished, tmp_path: Path
     """Grey digits' weights, for another number of classes and another size."""
     words = (f"model.weights={finished.path / 'best/model.keras'}", "model.width=0.125", "data.image_size=48", STAGES)
     assert train(tmp_path / "run", *words, "epochs=3").code == 0
+
+
+def test_the_command_of_a_run_in_stages_can_be_typed():
+    words = ["experiment=fine_tune", "model.weights=x.h5", STAGES, "epochs=3"]
+    config = compose(words)
+    command = command_of(flatten(dataclasses.asdict(config)))
+    assert compose(shlex.split(command)[2:]) == config

@@ -301,6 +301,22 @@ def test_normalize_of_one_channel_matches_a_grey_picture():
     np.testing.assert_allclose(ours, 200 - (0.299 * 123.68 + 0.587 * 116.779 + 0.114 * 103.939), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_normalizes_as_its_weights_expect(name: str, small):
+    """Golden numbers: a grey of 20."""
+    image = np.full((1, side(name), side(name), 1), 20, "float32")
+    wanted = -97.378639 if name == "vgg16" else -0.843137
+    np.testing.assert_allclose(small(name).layers[1](image), np.full_like(image, wanted), atol=1e-5)
+
+
+def test_vgg_normalizes_colours_as_its_weights_expect():
+    """Golden numbers of red 10, green 20, blue 30; blue comes first."""
+    with models.weights.symbolic():
+        network = models.build("vgg16", (32, 32, 3), 10, width=0.05)
+    images = np.broadcast_to(np.array([10, 20, 30], "float32"), (1, 32, 32, 3))
+    np.testing.assert_allclose(network.layers[1](images)[0, 5, 7], [-73.939, -96.779, -113.68], atol=1e-5)
+
+
 # --- block kinds -----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import ROOT, THREADS, run_command
 
-from train import checkpoint, compose, keeper, resume, run
+from train import checkpoint, compose, keeper, models, resume, run
 from train.config import ConfigError
 from train.data import pipeline
 from train.ground import refuse_changes
@@ -34,6 +34,7 @@ TINY = [
     "steps_per_epoch=6",
     "epochs=2",
     "tracking.every_steps=2",
+    "evaluate.report=false",
 ]
 EVERY = "checkpoint.every_steps=4"
 
@@ -142,9 +143,9 @@ def test_compute_threads_belong_to_the_config():
     ("point", "number", "executed"),
     [
         ("step", 5, 12 + 1),
-        ("step", 11, 12 + 3),
+        pytest.param("step", 11, 12 + 3, marks=pytest.mark.slow),
         ("journal", 6, 12 + 2),
-        ("life/ground", 1, 12),
+        pytest.param("life/ground", 1, 12, marks=pytest.mark.slow),
         ("life/settled", 1, 12),
     ],
 )
@@ -161,6 +162,49 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
     assert second["test"] == summary["test"]
     assert the_same(folder, path)
     assert (second["lives"], second["steps"], second["steps_executed"]) == (2, 12, executed)
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict]:
+    """The words of a run that learns in two stages, with all that an optimizer remembers; its summary."""
+    place = tmp_path_factory.mktemp("staged")
+    models.build("vgg16", (32, 32, 1), 10, width=0.1, head="fc").save(place / "start.keras")
+    words = [
+        EVERY, f"model.weights={place / 'start.keras'}", "fine_tune.layer_decay=0.7", "optimizer=adamw", "ema=0.9",
+        "gradient_accumulation=2", "evaluate.test=false",
+        "fine_tune.stages=[{epochs:1,from_part:head,learning_rate_factor:1},"
+        "{epochs:1,from_part:all,learning_rate_factor:0.5}]",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploader, "start", lambda *_: None)
+        return words, begin(place / "run", *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, 7, 9])  # in the first stage; in the second, from before it, and from within it
+def test_a_run_in_stages_that_died_goes_on_to_the_same_bits(
+    step: int, staged: tuple[list[str], dict], tmp_path: Path, dying: Any, capsys: pytest.CaptureFixture
+):
+    words, summary = staged
+    dying("step", step)
+    with pytest.raises(Dead):
+        begin(tmp_path / "run", *words)
+    assert (
+        "weights: 13 layers loaded, block1_conv1 to block5_conv3; "
+        "new: aux_1_conv, aux_1_bn, aux_2_conv, aux_2_bn, fc1, fc2, aux_predictions, predictions"
+    ) in capsys.readouterr().out.splitlines()
+    dying(None)
+    assert go_on(tmp_path / "run")["weights_sha256"] == summary["weights_sha256"]
+
+
+def test_a_pupil_that_died_goes_on_to_the_same_bits(untouched: tuple[Path, dict], tmp_path: Path, dying: Any):
+    words = [EVERY, f"distill.teacher={untouched[0]}", "model.width=0.05", "evaluate.test=false"]
+    whole = begin(tmp_path / "whole", *words)
+    dying("step", 7)
+    with pytest.raises(Dead):
+        begin(tmp_path / "run", *words)
+    dying(None)
+    assert go_on(tmp_path / "run")["weights_sha256"] == whole["weights_sha256"]
 
 
 def test_without_a_checkpoint_it_starts_over_in_the_same_folder(

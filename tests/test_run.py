@@ -37,7 +37,7 @@ def no_record(monkeypatch: pytest.MonkeyPatch):
 
 def in_process(folder: Path, *words: str) -> dict[str, Any]:
     """The story without its MLflow record; the summary."""
-    config = compose([f"run_dir={folder}", f"threads={THREADS}", *words])
+    config = compose([f"run_dir={folder}", f"threads={THREADS}", "evaluate.report=false", *words])
     there = (folder / "run.json").exists()
     place = open_folder(folder) if there else create(config.run_dir, ROOT / "runs", "tests", latest=False)
     life = run.Life(place, config, Private(), Stops(), summary=record.begin(place, config))
@@ -283,7 +283,7 @@ def test_a_batch_larger_than_the_split_is_refused(tmp_path: Path):
 def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path):
     """After the first epoch: status interrupted, exit code 130, a best model, and MLflow knows."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    words = ["model.width=0.1", "epochs=500", "tracking.log_model=false", f"tracking.uri={uri}"]
+    words = ["model.width=0.05", "epochs=500", "tracking.log_model=false", f"tracking.uri={uri}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "train", *words, f"run_dir={tmp_path / 'run'}"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -337,7 +337,8 @@ def test_a_dead_server_stops_nothing_and_its_password_is_nowhere(tmp_path: Path)
     """A typed password, a port where nobody listens: the run finishes, and its folder does not hold the password."""
     place = tmp_path / "run"
     done = run_train(
-        "model.width=0.1", "epochs=1", "steps_per_epoch=3", "tracking.wait_seconds=1", f"run_dir={place}",
+        "model.width=0.05", "epochs=1", "steps_per_epoch=3", "evaluate.test=false", "tracking.wait_seconds=1",
+        f"run_dir={place}",
         "tracking.uri=http://me:hunter2-typed@127.0.0.1:9",
     )  # fmt: skip
     for pid in subprocess.run(["pgrep", "-f", f"uploader {place}"], capture_output=True, text=True).stdout.split():

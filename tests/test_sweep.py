@@ -615,6 +615,7 @@ def test_of_the_checkpoints_those_of_the_best_are_kept(swept: Swept):
     assert kept == [accuracies[0] >= accuracies[1], accuracies[1] > accuracies[0]]
 
 
+@pytest.mark.slow
 def test_trials_are_the_runs_that_one_starts_by_hand(swept: Swept, tmp_path: Path):
     summaries = {name: json.loads((swept.path / name / "summary.json").read_text()) for name in ("000", "001")}
     assert max(summary["lives"] for summary in summaries.values()) >= 2  # the kill came in the middle

@@ -206,6 +206,7 @@ def explain(fault: Exception, overrides: list[str] | None = None) -> str:
     text = _chain(fault)
     kinds: tuple[tuple[Callable, Callable], ...] = (
         (_missing_option, _say_missing_option),
+        (_wrong_stage, _say_wrong_stage),
         (_wrong_type, _say_wrong_type),
         (_unknown_key, _say_unknown_key),
         (_list_of_values, _say_list_of_values),
@@ -213,7 +214,7 @@ def explain(fault: Exception, overrides: list[str] | None = None) -> str:
     )
     for match, sentence in kinds:
         found = match(fault, text)
-        if found:
+        if found is not None:
             return sentence(*found, overrides or [])
     return " ".join(text.split())
 
@@ -238,6 +239,18 @@ def _say_missing_option(group: str, given: str, options: list[str], _: list[str]
     near = difflib.get_close_matches(given, options, 1, 0.5)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
     return f"{group} must be one of {', '.join(options)}, got {given}{hint}"
+
+
+def _wrong_stage(_: Exception, text: str) -> tuple | None:
+    """Told with the key within the element, which says nothing by itself."""
+    return () if re.search(rf"reference_type=(List\[)?{schema.Stage.__name__}\b", text) else None
+
+
+def _say_wrong_stage(overrides: list[str]) -> str:
+    name = "fine_tune.stages"
+    typed = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith(f"{name}=")]
+    example = as_typed([dataclasses.asdict(schema.Stage())])
+    return f"{name} must be a list like {example}, got {typed[-1] if typed else 'that'}"
 
 
 def _wrong_type(_: Exception, text: str) -> tuple | None:
