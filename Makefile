@@ -81,18 +81,21 @@ $(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
 # What `make export` writes with, beside the environment: an extra, installed when it is first wanted.
 EXPORT := $(VENV)/.extra-export
 
+# What trains with backend=jax, where that is typed; a run that goes on has had it.
+JAX := $(if $(findstring jax,$(value backend)),$(VENV)/.extra-jax)
+
 $(VENV)/.extra-%: requirements-%.lock $(STAMP)
 	@echo "installing the $* extra (once)"
 	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --require-hashes -r $<
 	@touch $@
 
-train: $(STAMP) ## train, evaluate, record: make train model=vgg16_inception [key=value ...]
+train: $(STAMP) $(JAX) ## train, evaluate, record: make train model=vgg16_inception [key=value ...]
 	@$(BIN)/python -m train $(WORDS)
 
 resume: $(STAMP) ## go on with an unfinished run, to the same bits: make resume [run=runs/latest] [epochs=20]
 	@$(BIN)/python -m train.resume $(WORDS)
 
-sweep: $(STAMP) ## every combination of comma-separated values: make sweep model=vgg16,vgg16_inception seed=0,1,2
+sweep: $(STAMP) $(JAX) ## every combination of comma-separated values: make sweep model=vgg16,vgg16_inception seed=0,1,2
 	@$(BIN)/python -m train --multirun $(WORDS)
 
 evaluate: $(STAMP) ## a run's best weights on a whole split or other data: make evaluate run=runs/latest [data=folder data.root=...]
@@ -125,10 +128,10 @@ sync: $(STAMP) ## complete the MLflow record of a run from its journal: make syn
 reap: $(STAMP) ## mark the runs in MLflow whose process is gone: make reap [uri=...] [minutes=10]
 	@$(BIN)/python -m train.tracking.reap $(WORDS)
 
-test: $(EXPORT) ## the default tests (under 6 minutes on 2 cores)
+test: $(EXPORT) $(VENV)/.extra-jax ## the default tests (under 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
 
-test-all: $(EXPORT) ## all tests, the long ones too
+test-all: $(EXPORT) $(VENV)/.extra-jax ## all tests, the long ones too
 	@$(BIN)/python -m pytest $(ARGS)
 
 torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")

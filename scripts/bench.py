@@ -260,7 +260,7 @@ def settings(root: Path, models: list[str], rounds: int) -> None:
 
     here = machine()
     device = "gpu" if here["gpu"] else "cpu"
-    kind, tasks = runtime.device_kind(device), {task.model: task for task in GPU_TASKS if here["gpu"]}
+    kind, tasks = runtime.device_kind("tensorflow", device), {task.model: task for task in GPU_TASKS if here["gpu"]}
     for model in models:
         side = SMALLEST_IMAGE[model]
         task = tasks.get(model, Task(model, side, 1, 64, 9, ("data=digits", f"data.image_size={side}")))
@@ -312,7 +312,7 @@ def machine() -> dict[str, Any]:
     from train import runtime
 
     gpu = Path("/proc/driver/nvidia/version").exists()
-    return {"processor": runtime.processor("cpu"), "cores": runtime.cores(), "gpu": gpu}
+    return {"processor": runtime.processor("tensorflow", "cpu"), "cores": runtime.cores(), "gpu": gpu}
 
 
 # ------------------------------------------------------------------------------------------------------------- told

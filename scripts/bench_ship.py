@@ -47,9 +47,9 @@ model = keras.models.load_model(sys.argv[1])
 images = numpy.zeros((32, *model.input_shape[1:]), "uint8")
 model.predict_on_batch(images)
 begun = time.perf_counter()
-for _ in range(int(sys.argv[2]) // 32):
+for _ in range(int(sys.argv[2])):
     model.predict_on_batch(images)
-print(time.perf_counter() - begun)
+print(32 * int(sys.argv[2]) / (time.perf_counter() - begun))
 """
 
 
@@ -98,9 +98,8 @@ def predict() -> dict[str, Any]:
             for name, words in (("bare", bare), ("predict", ours), ("onnx", [*ours, "runtime=onnx"])):
                 took[name].append(seconds(words))
         first = {name: statistics.median(values) for name, values in took.items()}
-        alone = 2000 / float(
-            subprocess.check_output([sys.executable, "-c", MANY, str(run / "best/model.keras"), "2000"])
-        )
+        batches = ["-c", MANY, str(run / "best/model.keras"), "63"]
+        alone = float(subprocess.check_output([sys.executable, *batches]))
         many = [*ours[:-1], f"images={folder}", "output=jsonl"]
         throughput = {name: seconds([*many, f"runtime={name}"]) for name in ("keras", "onnx")}
     return {

@@ -27,7 +27,7 @@ COMMON = [
     "model.width=0.25", "data.channels=1", "data.image_size=32", "threads=1", "evaluate.report=false",
     "tracking.log_model=false", "tracking.wait_seconds=0",
 ]  # fmt: skip
-STAGES = {"head": (3, 1.0), "upper": (4, 0.5), "all": (5, 0.2)}  # as in conf/experiment/fine_tune.yaml
+STAGES = {"head": (1, 1.0), "upper": (3, 1.0), "all": (8, 1.0)}  # as in conf/experiment/fine_tune.yaml
 # Examples of every class, and how many times those epochs: few are seen more often, so that all runs have 600 steps
 # and more, from scratch and fine-tuned alike.
 EXAMPLES = {"10": 8, "50": 2, "null": 1}

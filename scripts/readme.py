@@ -293,11 +293,37 @@ def serve_table() -> str:
     return "\n".join([*lines, row.format(**found)])
 
 
+def transfer_table() -> str:
+    """What `scripts/bench_transfer.py --signs FOLDER --report scripts/figures/transfer.json` found."""
+    lines = [
+        "| data | training examples of a class | from scratch | fine-tuned | difference, 95 % interval |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "transfer.json").read_text()):
+        examples = "all" if row["per_class"] == "null" else row["per_class"]
+        ways = (f"{row[way]['mean']:.4f} ± {row[way]['deviation']:.4f}" for way in ("scratch", "tuned"))
+        lines.append(f"| {row['data']} | {examples} | {' | '.join(ways)} | {_difference(row['difference'])} |")
+    return "\n".join(lines)
+
+
+def distill_table() -> str:
+    """What `scripts/bench_transfer.py --distill --report scripts/figures/distill.json` found."""
+    [row] = json.loads((FIGURES / "distill.json").read_text())
+    ways = (f"{row[way]['mean']:.4f} ± {row[way]['deviation']:.4f}" for way in ("alone", "taught"))
+    lines = ["| teacher | alone | taught | difference, 95 % interval |", "|---:|---:|---:|---:|"]
+    return "\n".join([*lines, f"| {row['teacher']:.4f} | {' | '.join(ways)} | {_difference(row['difference'])} |"])
+
+
+def _difference(found: dict) -> str:
+    return "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**found)
+
+
 TABLES = {
     "config": config_table, "models": models_table, "torture": torture_table, "safeguards": safeguards_table,
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
     "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
     "variants": variants_table, "export": export_table, "predict": predict_table, "serve": serve_table,
+    "transfer": transfer_table, "distill": distill_table,
 }  # fmt: skip
 
 

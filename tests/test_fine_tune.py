@@ -211,7 +211,7 @@ def test_without_stages_everything_learns_and_the_head_is_kept(pretrained: Path,
         (["fine_tune.layer_decay=0.5"], "fine_tune.layer_decay must go with fine_tune.stages, got none"),
         (
             ["experiment=fine_tune", "model.weights=x.h5", "schedule.warmup_epochs=4"],
-            "schedule.warmup_epochs must be at most the epochs of every stage, 3 of fine_tune.stages[0], got 4",
+            "schedule.warmup_epochs must be at most the epochs of every stage, 1 of fine_tune.stages[0], got 4",
         ),
     ],
 )

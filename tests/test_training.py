@@ -28,7 +28,8 @@ from train import losses, models, optim, progress
 from train.checkpoint import Interval
 from train.loop import DivergedError, Interrupted, Loop, Progress, Stopper, Stops
 from train.scores import cross_entropy, evaluate, rank_of_truth
-from train.step.tensorflow import LEAST_LOSS_SCALE, Step
+from train.step.base import LEAST_LOSS_SCALE
+from train.step.tensorflow import Step
 
 CLASSES = 3
 EXAMPLES = 8

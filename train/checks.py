@@ -162,7 +162,9 @@ def _check_interval(checkpoint: Checkpoint) -> None:
 
 def _check_jit(config: Config) -> None:
     """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here pools so."""
-    if config.jit == "on" and config.deterministic:
+    if config.backend == "jax" and config.jit == "off":
+        raise ConfigError("jit must be auto or on with backend=jax, which compiles everything, got off; use jit=auto")
+    if config.backend == "tensorflow" and config.jit == "on" and config.deterministic:
         raise ConfigError("jit=on must go with deterministic=false, got true; use both words, or jit=off")
 
 

@@ -131,13 +131,25 @@ def stored(content: dict[str, Any], words: list[str]) -> DictConfig:
         node = OmegaConf.structured(Config)
         for group, options in schema.GROUPS.items():
             node[group] = OmegaConf.structured(options[content[group]["name"]])
-        node = cast(DictConfig, OmegaConf.merge(node, content, OmegaConf.from_dotlist(words)))
+        node = cast(DictConfig, OmegaConf.merge(node, content, _typed(words)))
     except FAULTS as fault:
         raise ConfigError(explain(fault, words)) from None
     hidden = [name for name, value in flatten(cast(dict, OmegaConf.to_container(node))).items() if value == HIDDEN]
     if hidden:
         raise ConfigError(f"{hidden[0]} must be given again, since it was not stored; use {hidden[0]}=VALUE")
     return node
+
+
+def _typed(words: list[str]) -> DictConfig:
+    """Values in Hydra's grammar, as in `make train`: of YAML's, off would be false."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    found = OmegaConf.create()
+    for word in OverridesParser.create().parse_overrides(words):
+        if word.is_sweep_override():
+            raise ConfigError(f"{word.key_or_group} must be one value, got {word.get_value_string()}; use one of them")
+        OmegaConf.update(found, word.key_or_group, word.value())
+    return found
 
 
 # --------------------------------------------------------------------------------------- what came from outside

@@ -451,13 +451,15 @@ class Config:
         "policy of computation; auto: by device",
         choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
     )
-    backend: str = key("tensorflow", "what Keras computes with", choices=("tensorflow",))
+    backend: str = key("tensorflow", "what Keras computes with", choices=("tensorflow", "jax"))
     device: str = key("auto", "where to compute; auto: the GPU where there is one", choices=("auto", "cpu", "gpu"))
     gpu_memory: int | None = key(
         None, "how much of the GPU's memory it may take; null: as much as it comes to need", unit="MiB", least=1
     )
     jit: str = key(
-        "auto", "XLA compilation, which needs deterministic=false; auto: by device", choices=("auto", "on", "off")
+        "auto",
+        "XLA compilation, which TensorFlow does not make deterministic; auto: by backend and device",
+        choices=("auto", "on", "off"),
     )
     threads: int | None = key(None, "compute threads; null: one per core", least=1, most=1024)
     deterministic: bool = key(True, "the same bits for the same config, data and machine")

@@ -108,7 +108,9 @@ def config_of(folder: RunFolder, words: list[str]) -> Config:
         if word.partition("=")[0] not in WORDS:
             own = [item.metadata.get("word", item.name) for item in fields(Export)]
             raise ValueError(f"words must be key=value with a key of {', '.join((*own, *WORDS))}; got {word}")
-    config, _ = evaluate.config_of(folder, folder.card(), ["evaluate.views=one", "device=cpu", *words])
+    config, _ = evaluate.config_of(
+        folder, folder.card(), ["evaluate.views=one", "device=cpu", "backend=tensorflow", "jit=off", *words]
+    )
     config.data = replace(config.data, fingerprint=folder.card()["data_fingerprint"])
     return config
 
@@ -116,7 +118,7 @@ def config_of(folder: RunFolder, words: list[str]) -> Config:
 def measure(folder: RunFolder, config: Config) -> Measured:
     """The run's network on its test split, as `make evaluate` does it, and once more in float32."""
     from train.models.complete import complete, in_float32
-    from train.step.tensorflow import predictor
+    from train.step.tensorflow import Step
 
     dataset, _ = run.load_data(config, crops=False)
     run.check_fingerprint(config, dataset)
@@ -125,7 +127,7 @@ def measure(folder: RunFolder, config: Config) -> Measured:
     network, predict = run.load_best(folder, config)
     with run.naming_broken_examples():
         logits, truth = run.answers(config, dataset.test, len(classes), predict, loop.Stops())
-        exact = predictor(in_float32(network), jit=False)
+        exact = Step.predictor(in_float32(network), jit=False)
         reference, _ = run.answers(config, dataset.test, len(classes), exact, loop.Stops())
     accuracy = float((logits.argmax(axis=1) == truth).mean())
     shippable = complete(network, config.data.crop_fraction)
@@ -183,7 +185,7 @@ def one(folder: RunFolder, config: Config, name: str, keys: Export, measured: Me
         "time": time.time(),
         "bytes": size_of(file),
         "sha256": sha256_of(file),
-        "processor": runtime.processor("cpu"),
+        "processor": runtime.processor("tensorflow", "cpu"),
         "threads": config.threads,
         **examined(formats.read(name, file, config.threads), measured, images),
     }

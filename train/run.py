@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import subprocess
 from collections.abc import Callable, Iterator
@@ -126,7 +127,7 @@ def tell(life: Life) -> None:
     step = build_step(config, model, inference, steps, teacher)
     stops.obey()
     with closing(Keeper(folder, config, step, inference, dataset)) as keeper:
-        processor = runtime.processor(config.device)
+        processor = runtime.processor(config.backend, config.device)
         ground = record.ground(config, life.private, dataset.fingerprint, processor, sources(config, teacher))
         changes = [] if fresh else keeper.changes(ground, life.accepted)
         keeper.go_on(len(folder.identity()["changes"]) + len(changes))
@@ -154,7 +155,7 @@ def tell(life: Life) -> None:
             try:
                 fit(life, dataset, batches, steps, step, keeper)
             finally:
-                record.progress(summary, step, keeper, life.pulse, runtime.peak_memory_bytes())
+                record.progress(summary, step, keeper, life.pulse, runtime.peak_memory_bytes(config.backend))
 
             progress = keeper.progress
             if progress.epoch < config.epochs and not progress.stopped_early:
@@ -187,7 +188,12 @@ def check_files(config: Config) -> None:
 
 
 def check_sources(config: Config) -> None:
-    """What training starts and learns from is there."""
+    """What training starts and learns from is there, and what it computes with."""
+    if importlib.util.find_spec(config.backend) is None:
+        raise ConfigError(
+            f"backend must be installed, got {config.backend}, which is not; use backend=tensorflow, or install the "
+            f"extra: .venv/bin/python -m uv pip install -r requirements-{config.backend}.lock"
+        )
     weights, teacher = config.model.weights, config.distill.teacher
     if weights not in (None, "imagenet") and not Path(weights).is_file():
         raise ConfigError(
@@ -290,7 +296,7 @@ def build_model(config: Config, dataset: Any) -> tuple[Any, Any]:
 
 def sources(config: Config, teacher: Any) -> dict[str, str]:
     """What training starts and learns from, by content."""
-    from train.step.tensorflow import weights_sha256
+    from train.step.base import weights_sha256
 
     weights = config.model.weights
     found = {"model.weights_sha256": record.sha256_of(Path(weights))} if weights not in (None, "imagenet") else {}
@@ -310,9 +316,8 @@ def build_teacher(config: Config, dataset: Any) -> Any:
 
 def build_step(config: Config, model: Any, inference: Any, steps: int, teacher: Any) -> Any:
     """Optimizer, schedule and losses around the model's own training step."""
-    from train import losses, models, optim
+    from train import losses, models, optim, step
     from train.step.layerwise import Plan
-    from train.step.tensorflow import Step
 
     if config.gradient_accumulation > steps * config.epochs:
         raise ConfigError(
@@ -339,7 +344,7 @@ def build_step(config: Config, model: Any, inference: Any, steps: int, teacher: 
     weighted, weights = losses.build(tuple(model.output), config.model.aux_weight, config.label_smoothing, teaching)
     metrics = losses.metrics(tuple(model.output), taught=teacher is not None)
     model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
-    return Step(
+    return step.of(config.backend)(
         model,
         inference,
         rate,
@@ -380,7 +385,9 @@ def placed(config: Config, stream: Any) -> Any:
     """The batches where the step will want them."""
     from train.data import pipeline
 
-    return pipeline.on_device(stream, "GPU:0") if config.device == "gpu" else stream
+    # JAX takes a batch to its device while it is still busy with the one before.
+    there = config.device == "gpu" and config.backend == "tensorflow"
+    return pipeline.on_device(stream, "GPU:0") if there else stream
 
 
 def fit(life: Life, dataset: Any, batches: Callable, steps: int, step: Any, keeper: Keeper) -> None:
@@ -445,11 +452,11 @@ def load_best(folder: RunFolder, config: Config) -> tuple[Any, Callable]:
     """The network that was kept, so that this is what is measured, and what answers with its logits."""
     import keras
 
-    from train import views
-    from train.step.tensorflow import predictor
+    from train import step, views
 
     model = keras.models.load_model(folder.best / "model.keras")
-    return model, views.averaged(predictor(model, jit=config.jit == "on"), config.evaluate.views)
+    predict = step.of(config.backend).predictor(model, jit=config.jit == "on")
+    return model, views.averaged(predict, config.evaluate.views)
 
 
 def answers(config: Config, split: Any, classes: int, predict: Callable, stops: loop.Stops) -> tuple[Any, Any]:

@@ -15,7 +15,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from train import engine
 from train.config import Config, ConfigError
 
 # What `auto` means, by kind of device and model, and why: written by `scripts/bench.py --settings`.
@@ -31,41 +33,45 @@ USUAL = {
     "gpu_bfloat16": "mixed_bfloat16",
 }
 
+XLA_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
 
 def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
-    """Imports TensorFlow, sets it up as the config says; the config with every `auto` filled in, and what to tell.
+    """Imports the backend, sets it up as the config says; the config with every `auto` filled in, and what to tell.
 
-    What TensorFlow's libraries write while they are loaded goes to the file `chatter`.
+    What its libraries write while they are loaded goes to the file `chatter`.
 
     Raises: ConfigError if a GPU was asked for and none is there, or an earlier run of the process was on other ground.
     """
+    _refuse_other_ground(config, "backend")
+    os.environ.update(environment(config))
     load(config.backend, chatter)
     import keras
-    import tensorflow as tf
 
-    device, notes = _choose_device(config.device)
+    machine = engine.of(config.backend)
+    device, notes = _choose_device(machine, config.device)
     config, why = settle(dataclasses.replace(config, device=device))
-    _refuse_other_ground(config)
+    _refuse_other_ground(config, "device", "threads", "deterministic")
+    machine.set_up(config)
     if device == "gpu":
-        gpu = tf.config.list_physical_devices("GPU")[0]
-        if config.gpu_memory is None:
-            tf.config.experimental.set_memory_growth(gpu, True)
-        else:
-            limit = tf.config.LogicalDeviceConfiguration(memory_limit=config.gpu_memory)
-            tf.config.set_logical_device_configuration(gpu, [limit])
-        tf.config.set_visible_devices([gpu], "GPU")
-        notes += told_of_tf32(device_kind(device), config.precision)
-    else:
-        tf.config.set_visible_devices([], "GPU")
-        if config.gpu_memory is not None:
-            notes.append("warning: gpu_memory has no effect, since this computes on the CPU")
-    tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+        notes += told_of_tf32(device_kind(config.backend, device), config.precision)
+    elif config.gpu_memory is not None:
+        notes.append("warning: gpu_memory has no effect, since this computes on the CPU")
     keras.utils.clear_session()  # also resets the precision policy, so it stands before it
     keras.config.set_dtype_policy(config.precision)
-    if config.deterministic:
-        tf.config.experimental.enable_op_determinism()
-    _forget_peak_memory()
-    return config, [*notes, f"on: {device}, {config.threads} threads, {config.precision}, jit {config.jit}{why}"]
+    _forget_peak_memory(machine)
+    ground = f"on: {machine.NAME}, {device}, {config.threads} threads, {config.precision}, jit {config.jit}{why}"
+    return config, [*notes, ground]
+
+
+def environment(config: Config) -> dict[str, str]:
+    """What a backend's libraries read there when they are loaded."""
+    if config.backend != "jax":
+        return {}
+    threads, flags = str(config.threads or cores()), os.environ.get("XLA_FLAGS", "").split()
+    if config.deterministic and XLA_DETERMINISTIC not in flags:
+        flags.append(XLA_DETERMINISTIC)
+    return {"NPROC": threads, "PJRT_NPROC": threads, "XLA_FLAGS": " ".join(flags)}
 
 
 def told_of_tf32(kind: str, precision: str) -> list[str]:
@@ -77,9 +83,13 @@ def told_of_tf32(kind: str, precision: str) -> list[str]:
 
 def settle(config: Config) -> tuple[Config, str]:
     """The config with every `auto` filled in for its device, and in brackets why; nothing where nothing was open."""
-    kind = device_kind(config.device)
-    measured = json.loads(FASTEST.read_text()).get(kind, {}).get(config.model.name)
-    found = measured or {"precision": USUAL[kind], "jit": "off", "cores": 1.0, "why": f"usual for {kind}, not measured"}
+    kind = device_kind(config.backend, config.device)
+    # What has been measured, was with TensorFlow.
+    table = json.loads(FASTEST.read_text()) if config.backend == "tensorflow" else {}
+    found = table.get(kind, {}).get(config.model.name) or {
+        "precision": USUAL[kind], "jit": engine.of(config.backend).JIT, "cores": 1.0,
+        "why": f"usual for {kind}, not measured",
+    }  # fmt: skip
     found["threads"] = max(1, round(found["cores"] * cores()))
     open_ = {"precision": "auto", "jit": "auto", "threads": None}
     chosen = {name: found[name] for name, value in open_.items() if getattr(config, name) == value}
@@ -88,14 +98,15 @@ def settle(config: Config) -> tuple[Config, str]:
 
 # Keras and TensorFlow import these where they are installed, for wrappers, pictures and data frames that nothing here
 # uses. Together they are a third of the time that it takes.
-UNUSED = ("sklearn", "matplotlib", "pandas", "scipy")
+UNUSED = ("sklearn", "matplotlib", "pandas")
+NOT_BY = {"tensorflow": ("scipy",), "jax": ()}
 
 
 def load(backend: str, chatter: Path) -> None:
     """Imports Keras and TensorFlow, quietly, and without what is not needed."""
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with stderr_into(chatter), absent(*UNUSED):
+    with stderr_into(chatter), absent(*UNUSED, *NOT_BY[backend]):
         import keras  # noqa: F401
         import tensorflow as tf
 
@@ -135,19 +146,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose_device(device: str) -> tuple[str, list[str]]:
+def _choose_device(machine: Any, device: str) -> tuple[str, list[str]]:
     """`cpu` or `gpu`, and what somebody should hear who expected the other one."""
-    import tensorflow as tf
-
-    gpus = tf.config.list_physical_devices("GPU")
-    if device == "gpu" and not gpus:
+    there = bool(machine.gpus())
+    if device == "gpu" and not there:
         raise ConfigError(
-            "device must be one that is there, got gpu but TensorFlow finds no GPU; "
+            f"device must be one that is there, got gpu but {machine.NAME} finds no GPU; "
             "use device=cpu, or install the NVIDIA driver and type: make setup"
         )
-    if device == "auto" and not gpus and Path("/proc/driver/nvidia/version").exists():
-        return "cpu", ["warning: there is an NVIDIA driver but TensorFlow finds no GPU, so this computes on the CPU"]
-    return ("gpu" if gpus and device != "cpu" else "cpu"), []
+    if device == "auto" and not there and Path("/proc/driver/nvidia/version").exists():
+        told = f"warning: there is an NVIDIA driver but {machine.NAME} finds no GPU, so this computes on the CPU"
+        return "cpu", [told]
+    return ("gpu" if there and device != "cpu" else "cpu"), []
 
 
 def seed(number: int) -> None:
@@ -163,9 +173,9 @@ def seed(number: int) -> None:
 _ground: dict[str, object] = {}
 
 
-def _refuse_other_ground(config: Config) -> None:
-    """What TensorFlow can't take back in a process must be the same for all its runs."""
-    for name in ("device", "threads", "deterministic"):
+def _refuse_other_ground(config: Config, *names: str) -> None:
+    """What the libraries can't take back in a process must be the same for all its runs."""
+    for name in names:
         value = getattr(config, name)
         if _ground.setdefault(name, value) != value:
             raise ConfigError(
@@ -173,14 +183,12 @@ def _refuse_other_ground(config: Config) -> None:
             )
 
 
-def device_kind(device: str) -> str:
+def device_kind(backend: str, device: str) -> str:
     """`cpu`, `cpu_bfloat16`, `gpu`, `gpu_float16` or `gpu_bfloat16`: what the tables above are keyed by."""
     if device == "cpu":
         return "cpu_bfloat16" if {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "cpu"
-    import tensorflow as tf
-
-    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
-    capability = details.get("compute_capability", (0, 0))
+    machine = engine.of(backend)
+    capability = machine.capability(machine.gpus()[0])
     return "gpu_bfloat16" if capability >= (8, 0) else "gpu_float16" if capability >= (7, 0) else "gpu"
 
 
@@ -192,13 +200,11 @@ def _cpu_flags() -> set[str]:
     return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
 
 
-def processor(device: str) -> str:
+def processor(backend: str, device: str) -> str:
     """The model of what computes: another one may give other bits."""
     if device == "gpu":
-        import tensorflow as tf
-
-        details = tf.config.experimental.get_device_details(tf.config.get_visible_devices("GPU")[0])
-        return details.get("device_name", "gpu")
+        machine = engine.of(backend)
+        return machine.describe(machine.gpus()[0])
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -206,12 +212,10 @@ def processor(device: str) -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(backend: str) -> int:
     """Largest resident memory of this process since `prepare`; on a GPU, the largest device memory in use."""
-    import tensorflow as tf
-
-    if tf.config.get_visible_devices("GPU"):
-        return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+    if (found := engine.of(backend).peak_memory_bytes()) is not None:
+        return found
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
@@ -219,11 +223,8 @@ def peak_memory_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _forget_peak_memory() -> None:
+def _forget_peak_memory(machine: Any) -> None:
     """Each run of a sweep has a peak of its own."""
-    import tensorflow as tf
-
-    if tf.config.get_visible_devices("GPU"):
-        tf.config.experimental.reset_memory_stats("GPU:0")
+    machine.forget_peak_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -5,9 +5,11 @@ Source: Selvaraju et al. 2017 (Grad-CAM: Visual Explanations from Deep Networks)
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from train.models.graph import Graph
 
@@ -31,16 +33,35 @@ def grad_cam(model: keras.Model, images: np.ndarray, classes: np.ndarray) -> tup
     model: images [N, H, W, C] -> logits [N, classes]; classes: int [N].
     """
     layer = last_map(model)
-    both = keras.Model(model.inputs[0], [layer.output, model.outputs[0]])
-    with tf.GradientTape() as tape:
-        maps, logits = both(images, training=False)
-        own = tf.gather(logits, classes, axis=1, batch_dims=1)
-    slopes = tf.cast(tape.gradient(own, maps), tf.float32)
-    weights = tf.reduce_mean(slopes, axis=(1, 2), keepdims=True)
-    heat = tf.nn.relu(tf.reduce_sum(weights * tf.cast(maps, tf.float32), axis=-1, keepdims=True))
-    heat = tf.image.resize(heat, images.shape[1:3])[..., 0].numpy()
+    maps = keras.Model(model.inputs[0], layer.output)(images, training=False)
+    above = keras.Model(layer.output, model.outputs[0])
+    own = ops.one_hot(classes, model.output_shape[-1])
+    slopes = ops.cast(
+        SLOPES[keras.backend.backend()](lambda x: ops.sum(above(x, training=False) * own), maps), "float32"
+    )
+    weights = ops.mean(slopes, axis=(1, 2), keepdims=True)
+    heat = ops.relu(ops.sum(weights * ops.cast(maps, "float32"), axis=-1, keepdims=True))
+    heat = np.asarray(ops.image.resize(heat, images.shape[1:3]))[..., 0]
     most = heat.max(axis=(1, 2), keepdims=True)
     return np.divide(heat, most, out=np.zeros_like(heat), where=most > 0), layer.name
+
+
+def _tensorflow_slopes(function: Any, x: Any) -> Any:
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        found = function(x)
+    return tape.gradient(found, x)
+
+
+def _jax_slopes(function: Any, x: Any) -> Any:
+    import jax
+
+    return jax.grad(function)(x)
+
+
+SLOPES = {"tensorflow": _tensorflow_slopes, "jax": _jax_slopes}  # of a number by a tensor
 
 
 def first_filters(model: keras.Model) -> tuple[np.ndarray, str]:

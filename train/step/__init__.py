@@ -1,1 +1,11 @@
-"""One training step on the device, and the state that it changes."""
+"""One training step on the device, and the state that it changes; a module for each backend."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def of(backend: str) -> Any:
+    """The class of a backend's step (`train.step.base.Step`)."""
+    return importlib.import_module(f"train.step.{backend}").Step

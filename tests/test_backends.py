@@ -1,0 +1,119 @@
+"""JAX computes what TensorFlow computes, within rounding, and goes on to the same bits by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import steps
+from conftest import ROOT, Done, message, once, run_command
+
+from train import run
+from train.compose import compose
+
+CASES = tuple(steps.CASES)
+
+
+@pytest.fixture(scope="session")
+def jax_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases in one process of JAX, from the starts of TensorFlow."""
+    return once(tmp_path_factory, "jax steps", run_on_jax)
+
+
+def run_on_jax(place: Path) -> Path:
+    for case in CASES:
+        np.savez(place / f"{case}.start.npz", **steps.make(case).state())
+    environment = os.environ | {"KERAS_BACKEND": "jax"}
+    command = [sys.executable, str(ROOT / "tests/steps.py"), str(place)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def start_of(place: Path, case: str) -> dict[str, np.ndarray]:
+    with np.load(place / f"{case}.start.npz") as held:
+        return {name: held[name] for name in held.files}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_backends_take_the_same_steps(case: str, jax_steps: Path):
+    start = start_of(jax_steps, case)
+    ours: Any = steps.course(case, start)
+    theirs = json.loads((jax_steps / f"{case}.json").read_text())
+    assert ours["goes_on"] and theirs["goes_on"]  # to the bit, by way of another network
+    assert theirs["told"]["fault"] is None
+    # An input of a ReLU that is negative here and positive there changes all gradients below it.
+    half = steps.CASES[case].get("policy") == "mixed_float16"
+    relative, told_within, answers_within = (0.3, 0.05, 0.05) if half else (0.03, 1e-3, 2e-3)
+    for one, other in zip(ours["told"]["told"], theirs["told"]["told"], strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=told_within, abs=1e-6), name
+    with np.load(jax_steps / f"{case}.end.npz") as end:
+        np.testing.assert_allclose(end["answers"], ours["answers"], atol=answers_within)
+        for name, value in ours["state"].items():
+            if np.issubdtype(value.dtype, np.floating):
+                way = np.abs(value - start[name]).max()  # that the step has come
+                assert np.abs(end[name] - value).max() <= relative * way + 1e-5, name
+            else:
+                assert np.array_equal(end[name], value), name
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+TINY = ("backend=jax", "model=vgg16", "model.head=fc", "model.width=0.05", "epochs=2", "steps_per_epoch=6",
+        "batch_size=16", "checkpoint.every_steps=4", "tracking.log_model=false")  # fmt: skip
+
+
+def train(place: Path, *words: str, env: dict[str, str] | None = None) -> Done:
+    own = [f"run_dir={place}", f"tracking.uri=sqlite:///{place.parent / 'mlflow.db'}"]
+    return run_command(sys.executable, "-m", "train", *TINY, *words, *own, env=env)
+
+
+def summary_of(place: Path) -> dict[str, Any]:
+    return json.loads((place / "summary.json").read_text())
+
+
+def test_a_run_on_jax_is_one_like_all_others(tmp_path: Path):
+    """Killed and gone on with; with its report; and answers the same to whoever asks TensorFlow."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = train(whole)
+    assert done.code == 0, done.err
+    assert done.out.startswith("on: JAX, cpu, ")
+    assert (whole / "report.html").exists()
+    assert "warning" not in done.out + done.err
+    assert train(killed, "evaluate.report=false", env={"INCEPTION_FAULT": "step:7"}).code == -9
+    done = run_command("make", "resume", f"run={killed}")
+    assert done.code == 0, done.err
+    one, other = summary_of(whole), summary_of(killed)
+    assert (one["weights_sha256"], one["test"]) == (other["weights_sha256"], other["test"])
+    assert other["lives"] == 2
+    done = run_command(sys.executable, "-m", "train.evaluate", f"run={whole}", "backend=tensorflow", "jit=off")
+    assert done.code == 0, done.err
+    scores = json.loads(next((whole / "evaluation").rglob("scores.json")).read_text())
+    assert scores["loss"] == pytest.approx(one["test"]["loss"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["backend=jax", "jit=off"], "jit must be auto or on with backend=jax, which compiles everything, got off"),
+        (["backend=torch"], "backend must be one of tensorflow, jax, got torch"),
+    ],
+)
+def test_what_a_backend_can_not_do(words: list[str], said: str):
+    assert said in message(compose, words)
+
+
+def test_a_backend_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    said = message(run.check_sources, compose(["backend=jax"]))
+    assert said.startswith("backend must be installed, got jax, which is not; use backend=tensorflow, or install the ")
+    assert (ROOT / "requirements-jax.lock").name in said
