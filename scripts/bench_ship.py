@@ -68,10 +68,10 @@ def command(module: str, *words: str) -> str:
     return done.stdout
 
 
-def formats() -> list[dict[str, Any]]:
-    """Every network in every format."""
-    rows = []
-    for model in MODELS:
+def formats(report: Path | None) -> list[dict[str, Any]]:
+    """Every network in every format, but those that the report has."""
+    rows = json.loads(report.read_text()) if report and report.exists() else []
+    for model in [name for name in MODELS if name not in {row["model"] for row in rows}]:
         with tempfile.TemporaryDirectory(prefix="ship-") as place:
             run = trained(Path(place), f"model={model}")
             for quantize in QUANTIZATIONS:
@@ -79,10 +79,16 @@ def formats() -> list[dict[str, Any]]:
                 print(command("train.export", *words), flush=True)
             summaries = [json.loads(path.read_text()) for path in (run / "export").glob("*/summary.json")]
             rows += [{"model": model, **summary} for summary in sorted(summaries, key=lambda one: one["time"])]
+        write(report, rows)
     return rows
 
 
-def predict() -> dict[str, Any]:
+def write(report: Path | None, found: Any) -> None:
+    if report:
+        report.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def predict(_report: Path | None) -> dict[str, Any]:
     """The first answer beside a bare script's, taking turns, medians of five; then 2,000 pictures."""
     with tempfile.TemporaryDirectory(prefix="ship-") as place:
         run = trained(Path(place), "model=vgg16_inception")
@@ -129,7 +135,7 @@ def picture_in(place: Path) -> Path:
     return path
 
 
-def serve() -> dict[str, Any]:
+def serve(_report: Path | None) -> dict[str, Any]:
     """Eight clients for half a minute, each with one picture a request."""
     with tempfile.TemporaryDirectory(prefix="ship-") as place:
         run = trained(Path(place), "model=vgg16_inception")
@@ -197,10 +203,9 @@ def main() -> None:
         which.add_argument(f"--{part.__name__}", dest="part", action="store_const", const=part, help=part.__doc__)
     parser.add_argument("--report", type=Path, help="where the figures are written, as JSON")
     options = parser.parse_args()
-    found = options.part()
+    found = options.part(options.report)
     print(json.dumps(found, indent=1))
-    if options.report:
-        options.report.write_text(json.dumps(found, indent=1) + "\n")
+    write(options.report, found)
 
 
 if __name__ == "__main__":

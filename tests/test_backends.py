@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,42 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 import steps
-from conftest import ROOT, Done, message, once, run_command
+from conftest import ROOT, Done, message, run_command
 
 from train import run
 from train.compose import compose
 
-CASES = tuple(steps.CASES)
+QUICK = ("staged", "mixed_float16")  # the others take minutes to compile
 
 
-@pytest.fixture(scope="session")
-def jax_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All cases in one process of JAX, from the starts of TensorFlow."""
-    return once(tmp_path_factory, "jax steps", run_on_jax)
+def of_case(case: str) -> Any:
+    return case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
 
 
-def run_on_jax(place: Path) -> Path:
-    for case in CASES:
-        np.savez(place / f"{case}.start.npz", **steps.make(case).state())
-    environment = os.environ | {"KERAS_BACKEND": "jax"}
-    command = [sys.executable, str(ROOT / "tests/steps.py"), str(place)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return place
-
-
-def start_of(place: Path, case: str) -> dict[str, np.ndarray]:
-    with np.load(place / f"{case}.start.npz") as held:
-        return {name: held[name] for name in held.files}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_both_backends_take_the_same_steps(case: str, jax_steps: Path):
-    start = start_of(jax_steps, case)
+@pytest.mark.parametrize("case", map(of_case, steps.CASES))
+def test_both_backends_take_the_same_steps(case: str, tmp_path: Path):
+    start = steps.make(case).state()
+    np.savez(tmp_path / "start.npz", **start)
+    command = [sys.executable, str(ROOT / "tests/steps.py"), case, str(tmp_path)]
+    done = run_command(*command, env={"KERAS_BACKEND": "jax"})
+    assert done.code == 0, done.err
     ours: Any = steps.course(case, start)
-    theirs = json.loads((jax_steps / f"{case}.json").read_text())
+    theirs = json.loads((tmp_path / "told.json").read_text())
     assert ours["goes_on"] and theirs["goes_on"]  # to the bit, by way of another network
     assert theirs["told"]["fault"] is None
+    assert [*ours["broken"]] == theirs["broken"] == ["the loss", steps.STEPS + 1]
     # An input of a ReLU that is negative here and positive there changes all gradients below it.
     half = steps.CASES[case].get("policy") == "mixed_float16"
     relative, told_within, answers_within = (0.3, 0.05, 0.05) if half else (0.03, 1e-3, 2e-3)
@@ -56,7 +42,7 @@ def test_both_backends_take_the_same_steps(case: str, jax_steps: Path):
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert other[name] == pytest.approx(value, rel=told_within, abs=1e-6), name
-    with np.load(jax_steps / f"{case}.end.npz") as end:
+    with np.load(tmp_path / "end.npz") as end:
         np.testing.assert_allclose(end["answers"], ours["answers"], atol=answers_within)
         for name, value in ours["state"].items():
             if np.issubdtype(value.dtype, np.floating):
@@ -81,6 +67,7 @@ def summary_of(place: Path) -> dict[str, Any]:
     return json.loads((place / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_on_jax_is_one_like_all_others(tmp_path: Path):
     """Killed and gone on with; with its report; and answers the same to whoever asks TensorFlow."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -105,6 +92,7 @@ def test_a_run_on_jax_is_one_like_all_others(tmp_path: Path):
     ("words", "said"),
     [
         (["backend=jax", "jit=off"], "jit must be auto or on with backend=jax, which compiles everything, got off"),
+        (["backend=jax", "gpu_memory=4096"], "gpu_memory must be null with backend=jax, which takes what it comes to "),
         (["backend=torch"], "backend must be one of tensorflow, jax, got torch"),
     ],
 )

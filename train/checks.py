@@ -104,6 +104,7 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
     _check_interval(config.checkpoint)
     _check_stages(config)
+    _check_backend(config)
     _check_jit(config)
     _check_rollback(config)
     _check_tracking(config.tracking)
@@ -160,10 +161,18 @@ def _check_interval(checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_jit(config: Config) -> None:
-    """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here pools so."""
+def _check_backend(config: Config) -> None:
+    """JAX compiles everything, and knows only shares of a GPU's memory."""
     if config.backend == "jax" and config.jit == "off":
         raise ConfigError("jit must be auto or on with backend=jax, which compiles everything, got off; use jit=auto")
+    if config.backend == "jax" and config.gpu_memory is not None:
+        raise ConfigError(
+            f"gpu_memory must be null with backend=jax, which takes what it comes to need, got {config.gpu_memory}"
+        )
+
+
+def _check_jit(config: Config) -> None:
+    """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here pools so."""
     if config.backend == "tensorflow" and config.jit == "on" and config.deterministic:
         raise ConfigError("jit=on must go with deterministic=false, got true; use both words, or jit=off")
 
