@@ -329,7 +329,7 @@ TABLES = {
 
 def written() -> str:
     """The README with its tables as the code has them now."""
-    with runtime.stderr_into(Path(os.devnull)):  # TensorFlow's libraries talk while they are loaded
+    with runtime.output_into(Path(os.devnull), 2):  # TensorFlow's libraries talk while they are loaded
         return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", README.read_text())
 
 

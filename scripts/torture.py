@@ -22,6 +22,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ KEPT = {
 KILLS_PER_RUN = 8
 WRITING = INTERVAL  # steps that training may do while a checkpoint is being written: then it waits for the next one
 LIFE_SECONDS = 900
+AFTER_SECONDS = 60  # how long the processes of a run may outlive the one that leads
 
 CASES: dict[str, dict[str, Any]] = {
     "float32": {"precision": "float32"},
@@ -79,10 +81,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "inception_v3": {"model": "inception_v3", "batch_size": 8, "model.width": 0.05},
     "inception_resnet_v2": {"model": "inception_resnet_v2", "batch_size": 8, "model.width": 0.05},
+    "two processes": {
+        "model": "vgg16", "model.width": 0.05, "precision": "float32", "backend": "jax", "device": "cpu",
+        "distributed.processes": 2,
+    },
 }  # fmt: skip
-SLOW = ("inception_v3", "inception_resnet_v2")  # once each; the others in turn
+SLOW = ("inception_v3", "inception_resnet_v2", "two processes")  # once each; the others in turn
 
-OWN = ("run_dir", "tracking.uri")  # a run's own, which no other has
+OWN = ("run_dir", "tracking.uri", "distributed.coordinator")  # a run's own, which no other has
 SUMMARY = (
     "status", "config_hash", "data_fingerprint", "epochs", "steps", "best", "rollbacks", "changes", "stopped_early",
     "parameters", "macs",
@@ -139,7 +145,7 @@ class Torturer:
         with self._locks[case]:
             if case not in self._references:
                 folder = self.place / f"{case} untouched"
-                code, tail = self._live(folder, self._words(case, folder), None, None)
+                code, tail = self._live(case, folder, self._words(case, folder), None, None)
                 if code != 0:
                     raise RuntimeError(f"the untouched run of {case} ended with {code}\n{tail}")
                 self._references[case] = ended(folder)
@@ -163,7 +169,8 @@ class Torturer:
                 else:
                     fault = self._draw(draw, folder, untouched.steps, trial)
             start, before = saved_step(folder, skip=damaged), read_pulse(folder / "heartbeat")[0]
-            code, tail = self._live(folder, words, fault, stop)
+            index = draw.randrange(processes(case)) if fault and fault.startswith("step:") else 0
+            code, tail = self._live(case, folder, words, fault, stop, index)
             died_at = start + read_pulse(folder / "heartbeat")[0] - before
             if code == 0:
                 break
@@ -191,12 +198,28 @@ class Torturer:
         keys = SMALL | KEPT | CASES[case] | {"run_dir": f"'{folder}'", "tracking.uri": f"'sqlite:///{folder}.db'"}
         return ["-m", "train", *(f"{name}={value}" for name, value in keys.items())]
 
-    def _live(self, folder: Path, words: list[str], fault: str | None, stop: int | None) -> tuple[int, str]:
-        """One life; how it ended and its last words. `stop`: so many steps later it gets a SIGTERM."""
-        env = {**os.environ, **({ASKED: fault} if fault else {})}
+    def _live(
+        self, case: str, folder: Path, words: list[str], fault: str | None, stop: int | None, index: int = 0
+    ) -> tuple[int, str]:
+        """One life; how it ended and its last words. `stop`: so many steps later it gets a SIGTERM.
+
+        index: of the process that has the fault, where there are several; if that is not the one that leads, that it
+        was killed is how the life ended, and the others have to end, too.
+        """
+        if processes(case) > 1:
+            words = [*words, f"distributed.coordinator=127.0.0.1:{free_port()}"]
         begun, before = time.monotonic(), read_pulse(folder / "heartbeat")[0]
         with tempfile.TemporaryFile("w+") as told:
-            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=told, stderr=told)
+            process, *others = [
+                subprocess.Popen(
+                    [sys.executable, *words, *([f"distributed.index={number}"] if number else [])],
+                    cwd=ROOT,
+                    env={**os.environ, **({ASKED: fault} if fault and number == index else {})},
+                    stdout=told,
+                    stderr=told,
+                )
+                for number in range(processes(case))
+            ]
             while process.poll() is None and time.monotonic() - begun < LIFE_SECONDS:
                 time.sleep(0.02)
                 if stop and read_pulse(folder / "heartbeat")[0] - before >= stop - saved_step(folder):
@@ -205,8 +228,9 @@ class Torturer:
             if process.poll() is None:
                 process.kill()
                 return process.wait(), f"it did not end within {LIFE_SECONDS} seconds: {folder}"
+            codes = [process.returncode, *(other.wait(AFTER_SECONDS) for other in others)]
             told.seek(0)
-            return process.returncode, told.read()[-2000:] + str(folder)
+            return codes[index], told.read()[-2000:] + str(folder)
 
     def _draw(self, draw: random.Random, folder: Path, steps: int, trial: Trial) -> str:
         """A fault for the next life: over steps rather than over time, or at a stage of writing."""
@@ -254,6 +278,16 @@ class Torturer:
 
 
 # ---------------------------------------------------------------------------------------------- what lies in a folder
+
+
+def processes(case: str) -> int:
+    return CASES[case].get("distributed.processes", 1)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import pytest
 import steps
 from conftest import ROOT, Done, message, run_command
 
-from train import run
+from train import build
 from train.compose import compose
 
 QUICK = ("staged", "mixed_float16")  # the others take minutes to compile
@@ -102,6 +102,6 @@ def test_what_a_backend_can_not_do(words: list[str], said: str):
 
 def test_a_backend_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    said = message(run.check_sources, compose(["backend=jax"]))
+    said = message(build.check_sources, compose(["backend=jax"]))
     assert said.startswith("backend must be installed, got jax, which is not; use backend=tensorflow, or install the ")
     assert (ROOT / "requirements-jax.lock").name in said

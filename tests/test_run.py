@@ -20,7 +20,7 @@ import yaml
 from conftest import ROOT, SECRET, THREADS, Finished, run_command, run_train
 from PIL import Image
 
-from train import run, runtime
+from train import build, run, runtime
 from train.compose import compose
 from train.config import ConfigError
 from train.loop import Stops
@@ -143,14 +143,14 @@ def test_the_first_batch_is_drawn_as_the_network_sees_it(finished: Finished):
 
 def test_other_data_than_was_asked_for_is_refused(tmp_path: Path):
     config = compose([f"run_dir={tmp_path}", "data.fingerprint=0123"])
-    dataset, _ = run.load_data(config, crops=False)
+    dataset, _ = build.load_data(config, crops=False)
     with pytest.raises(ConfigError) as refused:
-        run.check_fingerprint(config, dataset)
+        build.check_fingerprint(config, dataset)
     assert str(refused.value) == (
         f"data.fingerprint must be that of the data, {dataset.fingerprint}, got 0123; "
         "use the data of the earlier run, or data.fingerprint=null"
     )
-    run.check_fingerprint(compose([f"data.fingerprint={dataset.fingerprint}"]), dataset)
+    build.check_fingerprint(compose([f"data.fingerprint={dataset.fingerprint}"]), dataset)
 
 
 def test_a_run_that_waited_for_its_data_says_so():

@@ -276,6 +276,34 @@ def test_resumed_at_a_batch_it_is_the_tail(train_split, augmentation):
     assert epoch_of(train_split, augmentation=augmentation, first_batch=10) == []
 
 
+def test_shares_of_all_processes_are_the_whole(train_split, augmentation):
+    for options in ({}, {"class_weights": True, "first_batch": 7}, {"balanced": True}):
+        whole = epoch_of(train_split, augmentation=augmentation, **options)
+        shares = [epoch_of(train_split, augmentation=augmentation, share=(index, 4), **options) for index in range(4)]
+        together = [tuple(map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
+        assert same(whole, together)
+    assert "share must be a part of a batch of 16, got 1 of 3" in message(epoch_of, train_split, share=(1, 3))
+
+
+def test_a_share_of_an_evaluation_has_its_own_images_and_all_labels(opened):
+    whole = evaluated(opened.test)
+    shares = [evaluated(opened.test, share=(index, 2)) for index in range(2)]
+    assert [[len(images) for images, _ in share] for share in shares] == [[8, 8, 8], [8, 8, 0]]  # 40 in all
+    np.testing.assert_array_equal(
+        np.concatenate([images for parts in zip(*shares, strict=True) for images, _ in parts]), images_of(whole)
+    )
+    for share in shares:
+        np.testing.assert_array_equal(labels_of(share), labels_of(whole))
+
+
+def test_a_share_reads_nothing_of_the_others(train_split):
+    store = Counting(train_split.store)
+    split = replace(train_split, store=store, pixels="none")
+    assert len(epoch_of(split, share=(1, 2))) == 10
+    own = split.rows[order.permutation(1, 0, 160)].reshape(10, 2, 8)[:, 1]
+    assert sorted(store.rows) == sorted(own.reshape(-1).tolist())
+
+
 def test_memory_disk_and_decoding_give_the_same_bits_with_one_thread_and_with_two(train_split, augmentation):
     streams = [
         epoch_of(replace(train_split, pixels=where), augmentation=augmentation, threads=threads)

@@ -802,6 +802,7 @@ def loop_of(
         progress=progress or Progress(),
         epochs=epochs,
         steps=3,
+        batch_size=EXAMPLES,
         log_every=2,
         batches=batches,
         validate=validated,

@@ -55,14 +55,16 @@ def run(node: DictConfig) -> int:
     private = compose.private(node)
     with compose.hiding(private):
         config = compose.to_config(node)
-        from train import resume  # imported late: a mistake in what was typed is answered at once
+        from train import build, resume  # imported late: a mistake in what was typed is answered at once
         from train import run as story
 
-        story.check_files(config)
-        story.check_sources(config)
+        build.check_files(config)
+        build.check_sources(config)
     if CHECK in words:
         print("the config is valid")
         return 0
+    if config.distributed.index:
+        return story.follow(config, private)
     if config.run_dir and (Path(config.run_dir) / "run.json").exists():
         return resume.train_again(open_folder(Path(config.run_dir)), config, private)
     return story.train(config, private, latest=config.sweep.trial is None)

@@ -105,6 +105,7 @@ def _check_together(config: Config) -> None:
     _check_interval(config.checkpoint)
     _check_stages(config)
     _check_backend(config)
+    _check_devices(config)
     _check_jit(config)
     _check_rollback(config)
     _check_tracking(config.tracking)
@@ -168,6 +169,43 @@ def _check_backend(config: Config) -> None:
     if config.backend == "jax" and config.gpu_memory is not None:
         raise ConfigError(
             f"gpu_memory must be null with backend=jax, which takes what it comes to need, got {config.gpu_memory}"
+        )
+
+
+def _check_devices(config: Config) -> None:
+    group = config.distributed
+    if config.devices != "all" and not (config.devices.isdigit() and int(config.devices)):
+        raise ConfigError(f"devices must be a number from 1 on, or all, got {config.devices}; use devices=all")
+    for name, value in {"devices": config.devices, "distributed.processes": str(group.processes)}.items():
+        if value != "1" and config.backend != "jax":
+            raise ConfigError(f"{name} must be 1 with backend={config.backend}, got {value}; use backend=jax")
+    if group.index >= group.processes:
+        raise ConfigError(
+            f"distributed.index must be below distributed.processes ({group.processes}), got {group.index}; "
+            "number them from 0"
+        )
+    if group.processes > 1 and group.coordinator is None:
+        raise ConfigError(
+            "distributed.coordinator must be given where there are several processes, got none; "
+            "use e.g. distributed.coordinator=node1:4711"
+        )
+    if group.processes > 1 and config.checkpoint.every_minutes is not None:
+        raise ConfigError(
+            "checkpoint.every_minutes must be null with several processes, which have no clock in common, "
+            f"got {config.checkpoint.every_minutes:g}; use checkpoint.every_steps"
+        )
+    if config.devices.isdigit():
+        check_batch(config)
+
+
+def check_batch(config: Config) -> None:
+    """Raises: ConfigError where a batch can't be cut into equal parts."""
+    devices = int(config.devices) * config.distributed.processes
+    if config.batch_size % devices:
+        less = config.batch_size // devices * devices
+        raise ConfigError(
+            f"batch_size must be a multiple of the devices that share it, {devices}, got {config.batch_size}; "
+            f"use batch_size={less or devices}"
         )
 
 

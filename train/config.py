@@ -425,6 +425,15 @@ class Distill:
 
 
 @dataclass
+class Distributed:
+    """Several processes that train one network, each on a part of every batch (backend=jax)."""
+
+    coordinator: str | None = key(None, "HOST:PORT where process 0 waits for the others; null: there is one process")
+    processes: int = key(1, "how many there are", unit="processes", least=1)
+    index: int = key(0, "which one this is; 0 leads, and it alone writes", least=0)
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -435,6 +444,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     fine_tune: FineTune = field(default_factory=FineTune)
     distill: Distill = field(default_factory=Distill)
+    distributed: Distributed = field(default_factory=Distributed)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     rollback: Rollback = field(default_factory=Rollback)
@@ -453,6 +463,7 @@ class Config:
     )
     backend: str = key("tensorflow", "what Keras computes with", choices=("tensorflow", "jax"))
     device: str = key("auto", "where to compute; auto: the GPU where there is one", choices=("auto", "cpu", "gpu"))
+    devices: str = key("1", "how many devices of this process share a batch: a number, or all there are (backend=jax)")
     gpu_memory: int | None = key(
         None, "how much of the GPU's memory it may take; null: as much as it comes to need", unit="MiB", least=1
     )

@@ -18,8 +18,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from train import assess, command, compose, loop, report, run, runtime
-from train.config import Config, Data
+from train import assess, build, command, compose, loop, report, runtime
+from train.config import Config, Data, Distributed
 from train.progress import say
 from train.scores import Outcome
 from train.tracking import sync, uploader
@@ -49,18 +49,18 @@ def evaluate(words: list[str]) -> None:
     if not card:
         raise ValueError(f"run must have kept weights, got {keys.run}, which has none yet; go on with it: make resume")
     config, elsewhere = config_of(folder, card, others)
-    run.check_files(config)
+    build.check_files(config)
     config, notes = runtime.prepare(config, folder.path / "train.log")
     say(*notes)
-    dataset, _ = run.load_data(config, crops=False)
-    run.check_fingerprint(config, dataset)
+    dataset, _ = build.load_data(config, crops=False)
+    build.check_fingerprint(config, dataset)
     split = whole(dataset) if keys.split == "all" else dataset.splits[keys.split]
     place = folder.path / "evaluation" / name_of(config, keys.split, elsewhere)
     say(*dataset.notes, f"{place.name}: {len(split):,} examples of {dataset.name}")
-    model, predict = run.load_best(folder, config)
+    model, predict = build.load_best(folder, config)
     numbers = numbers_of(dataset.classes, card["classes"])
-    with run.naming_broken_examples():
-        logits, truth = run.answers(config, split, len(dataset.classes), predict, loop.Stops())
+    with build.naming_broken_examples():
+        logits, truth = build.answers(config, split, len(dataset.classes), predict, loop.Stops())
         outcome = Outcome(logits, numbers[truth], card["classes"])
         found = assess.assess(place, split, outcome)
         assess.draw(place, split, outcome, found, model)
@@ -85,6 +85,7 @@ def config_of(folder: RunFolder, card: dict[str, Any], words: list[str]) -> tupl
     side, _, channels = card["input"]["shape"]
     fingerprint = None if elsewhere else card["data_fingerprint"]
     config.data = replace(config.data, image_size=side, channels=channels, fingerprint=fingerprint)
+    config.devices, config.distributed = "1", Distributed()  # which are for training
     if elsewhere:
         config.data.train_per_class = None  # which is said of the run's own
     return config, elsewhere

@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import command, evaluate, formats, loop, report, run, runtime
+from train import build, command, evaluate, formats, loop, report, runtime
 from train.config import Config
 from train.data.decode import resize
 from train.disk import write_atomically
@@ -91,7 +91,7 @@ def export(words: list[str]) -> int:
         status = folder.status() or "not"
         raise ValueError(f"run must be finished, got {keys.run}, which is {status}; go on with it: make resume")
     config, uri = config_of(folder, others), sync.stored_uri(folder)
-    run.check_files(config)
+    build.check_files(config)
     config, notes = runtime.prepare(config, folder.path / "train.log")
     say(*notes)
     with record.log_file(folder):
@@ -120,15 +120,15 @@ def measure(folder: RunFolder, config: Config) -> Measured:
     from train.models.complete import complete, in_float32
     from train.step.tensorflow import Step
 
-    dataset, _ = run.load_data(config, crops=False)
-    run.check_fingerprint(config, dataset)
+    dataset, _ = build.load_data(config, crops=False)
+    build.check_fingerprint(config, dataset)
     classes = tuple(folder.card()["classes"])
     say(*dataset.notes, f"test: {len(dataset.test):,} examples of {dataset.name}, the run's own network")
-    network, predict = run.load_best(folder, config)
-    with run.naming_broken_examples():
-        logits, truth = run.answers(config, dataset.test, len(classes), predict, loop.Stops())
+    network, predict = build.load_best(folder, config)
+    with build.naming_broken_examples():
+        logits, truth = build.answers(config, dataset.test, len(classes), predict, loop.Stops())
         exact = Step.predictor(in_float32(network), jit=False)
-        reference, _ = run.answers(config, dataset.test, len(classes), exact, loop.Stops())
+        reference, _ = build.answers(config, dataset.test, len(classes), exact, loop.Stops())
     accuracy = float((logits.argmax(axis=1) == truth).mean())
     shippable = complete(network, config.data.crop_fraction)
     return Measured(shippable, dataset, classes, truth, accuracy, np.exp(log_softmax(reference)))

@@ -11,21 +11,28 @@ from train.checkpoint import UNPLANNED, Checkpoints, Interval
 from train.config import Config, options
 from train.ground import changed, refuse_changes
 from train.loop import DivergedError, Progress
+from train.team import Team
 from train.tracking.folder import Pulse, RunFolder
 from train.tracking.journal import Journal
+
+
+def interval_of(config: Config) -> Interval:
+    """When checkpoints are due."""
+    return Interval(**{name: value for name, value in options(config.checkpoint).items() if name != "keep"})
 
 
 class Keeper:
     """Ties the loop to a run's folder."""
 
-    def __init__(self, folder: RunFolder, config: Config, step: Any, inference: Any, dataset: Any):
+    def __init__(self, folder: RunFolder, config: Config, step: Any, inference: Any, dataset: Any, team: Team):
         """Cuts a torn line off the journal, and finds the newest checkpoint that is whole."""
         self.folder, self.config, self.step, self.inference, self.dataset = folder, config, step, inference, dataset
+        self.team = team
         self.journal = Journal(folder.journal)
         self.checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint.keep)
         self.found = self.checkpoints.newest()
         self.progress = Progress()
-        self._interval = Interval(**{name: v for name, v in options(config.checkpoint).items() if name != "keep"})
+        self._interval = interval_of(config)
 
     def changes(self, ground: dict[str, Any], accepted: frozenset[str]) -> list[dict[str, Any]]:
         """What is not as it was in the life before, to be recorded; each begins a new branch of the journal.
@@ -76,6 +83,10 @@ class Keeper:
             self.progress.best_epoch, self.progress.best_accuracy = card["epoch"], card["validation_main_accuracy"]
         branch = (self._changes, self.progress.rollbacks)
         self.journal.go_on(place["journal_lines"], branch, compare=self.config.deterministic)
+
+    def share(self) -> None:
+        """All processes stand where this one does."""
+        self.team.share({"progress": dataclasses.asdict(self.progress)}, self.step.state())
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -128,6 +139,7 @@ class Keeper:
                 f"{fault}{times}; the last good checkpoint is {saved.name if saved else 'none'}; use a lower "
                 "optimizer.learning_rate, a gradient_clip, on_divergence=rollback, or precision=float32",
             )
+            self.team.share({}, self.step.state())
             raise fault
         number = before + 1
         factor = rule.learning_rate_factor**number
@@ -137,3 +149,42 @@ class Keeper:
         faults.point("rollback")
         told = {"number": number, "learning_rate_factor": factor, "to_step": self.progress.steps}
         self.record(fault.epoch, fault.step, {f"rollback/{name}": float(value) for name, value in told.items()})
+        self.share()
+
+
+class Follower:
+    """What a process has in a keeper's place that does not lead: it stands where process 0 does, and keeps nothing."""
+
+    def __init__(self, config: Config, step: Any, team: Team):
+        self.step, self.team, self.progress = step, team, Progress()
+        self._interval = interval_of(config)
+
+    def take(self) -> bool:
+        """Goes to where process 0 stands; whether it goes on."""
+        content, state = self.team.share({}, self.step.state())
+        if not content:
+            return False
+        self.step.load(state)
+        self.progress = Progress.of(content["progress"])
+        return True
+
+    def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def keep_best(self, epoch: int, values: dict[str, float]) -> None:
+        pass
+
+    def step_done(self, progress: Progress) -> None:
+        faults.point("step", progress.steps)
+
+    def due(self, progress: Progress) -> bool:
+        """As with process 0: where it looks whether all numbers are finite, all do."""
+        return self._interval.due(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
+
+    def save(self, progress: Progress, *, planned: bool) -> None:
+        pass
+
+    def roll_back(self, fault: DivergedError) -> None:
+        """Raises: DivergedError where process 0 does not go on."""
+        if not self.take():
+            raise fault

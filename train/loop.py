@@ -38,6 +38,9 @@ class DivergedError(ArithmeticError):
 class Step(Protocol):
     """What the loop needs of a step; train/step/ has the real ones."""
 
+    notes: Callable[[], int]
+
+    def heard(self) -> int: ...
     def begin_epoch(self, epoch: int) -> bool: ...
     def __call__(self, images: Any, labels: Any) -> None: ...
     def metrics(self) -> dict[str, float]: ...
@@ -134,6 +137,7 @@ class Stops:
         self._number: int | None = None
         self._noted = 0.0
         self._deferring = False
+        self._heard = self.number
 
     def _note(self, number: int, _: Any) -> None:
         first = self._number is None
@@ -145,6 +149,10 @@ class Stops:
 
     def _repeats(self, number: int, before: int | None, noted: float) -> bool:
         return number == before and time.monotonic() - noted < self.REPEAT_SECONDS
+
+    def number(self) -> int:
+        """Of the signal that has come; 0 for none."""
+        return self._number or 0
 
     def code(self) -> int:
         """The exit code of what was asked; 0 for nothing."""
@@ -188,10 +196,19 @@ class Stops:
         finally:
             self._deferring = False
 
+    @contextmanager
+    def among(self, step: Step) -> Iterator[None]:
+        """A signal to one process of a run is obeyed by all, after the same step: the step tells them."""
+        step.notes, self._heard = self.number, step.heard
+        try:
+            yield
+        finally:
+            self._heard = self.number
+
     def obey(self) -> None:
         """Raises: Interrupted if a signal has been noted."""
-        if self._number is not None:
-            raise Interrupted(self._number)
+        if number := self._heard():
+            raise Interrupted(number)
 
     def heed(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches, as long as nobody asks to stop."""
@@ -223,14 +240,15 @@ class Keeper(Protocol):
 class Loop:
     """Trains from where `progress` stands, and moves it along, so that it is true at any moment.
 
-    `epochs` of `steps` batches each. `batches(epoch, first)` are those of an epoch from number `first` on. Epochs and
-    batches count from 0, steps from 1 over the whole run.
+    `epochs` of `steps` batches of `batch_size`. `batches(epoch, first)` are those of an epoch from number `first` on.
+    Epochs and batches count from 0, steps from 1 over the whole run.
     """
 
     step: Step
     progress: Progress
     epochs: int
     steps: int
+    batch_size: int
     log_every: int
     batches: Callable[[int, int], Iterable[tuple]]
     validate: Callable[[], dict[str, float]]
@@ -280,7 +298,7 @@ class Loop:
             self.step(*batch)
             progress.batch += 1
             progress.steps += 1
-            clock.images += len(batch[0])
+            clock.images += self.batch_size
             if not warm:  # the first step of a life, and of a stage, is slow: buffers and kernels are made
                 clock.images, clock.waited, start, warm = 0, 0.0, time.perf_counter(), True
             self.keeper.step_done(progress)

@@ -22,6 +22,22 @@ def say(*sentences: str) -> None:
         print(sentence, flush=True)
 
 
+class Quiet:
+    """For a process that has nothing to show."""
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, epoch: int, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def epoch(self, epoch: int, values: dict[str, float]) -> None:
+        pass
+
+
 class Terminal:
     """Shows epochs, images per second, time left, and the accuracies of training and validation."""
 

@@ -43,17 +43,19 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
         config.sweep = sweep or config.sweep
         before, now = flatten(stored), flatten(to_dict(config, private))
         refuse_words(before, now, accepted)
-    if folder.alive():
+    leads = config.distributed.index == 0
+    if leads and folder.alive():
         raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
     wanting = any(now[name] and not before.get(name) for name in LATER)
     if folder.status() == "finished" and config.epochs <= stored["epochs"] and not wanting:
         print(f"the run is finished: {folder.path}; to train longer: make resume run={folder.path} epochs=NUMBER")
         return 0
+    from train import build
     from train import run as story
 
-    story.check_files(config)
-    story.check_sources(config)
-    return story.live(folder, config, private, accepted)
+    build.check_files(config)
+    build.check_sources(config)
+    return story.live(folder, config, private, accepted) if leads else story.follow(config, private)
 
 
 def train_again(folder: RunFolder, config: Config, private: Private) -> int:

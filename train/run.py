@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train import config as schema
-from train import data, faults, loop, runtime
-from train.config import ROOT, Config, ConfigError, options
-from train.keeper import Keeper
-from train.progress import Terminal, say
-from train.scores import evaluate
-from train.stored import Private, to_dict
+from train import build, faults, loop, runtime
+from train.config import ROOT, Config
+from train.keeper import Follower, Keeper
+from train.progress import Quiet, Terminal, say
+from train.stored import Private
+from train.team import Team
 from train.tracking import record, uploader
 from train.tracking.folder import Pulse, RunFolder, create
 
 log = logging.getLogger(__name__)
 
-STREAM = ("balanced", "class_weights")  # keys of `data` that say what is made of the examples, not which there are
 MUCH_WAITING = 0.05
 STOPPED_WAIT_SECONDS = 4.0  # how long a stopped run waits for its record; whoever stopped it wants to go
 
@@ -50,6 +48,10 @@ class Life:
     recorder: subprocess.Popen | None = None
     begun: bool = False
     pulse: Pulse = field(init=False)
+    team: Team = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.team = Team.of(self.config)
 
     def begin(self, changes: list[dict[str, Any]]) -> None:
         """The folder says from now on that the run is alive, and MLflow hears of it."""
@@ -83,7 +85,7 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
             code = record.report(fault, folder, private)
         if not life.begun:
             say("nothing was changed in the run" if code > 128 else "")
-            return code
+            return life.team.leave(code)
         with stops.deferred():
             unwritten = record.close(folder, life.summary)
             life.pulse.close()
@@ -91,7 +93,42 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
         uploader.wait(life.recorder, folder, config.tracking.uri or uploader.default_uri(ROOT), patience)
         say(f"to go on: make resume run={record.short(folder.path)}" if code > 128 else "")
     print(record.one_line(life.summary, folder), flush=True)
-    return code or unwritten or stops.code()
+    return life.team.leave(code or unwritten or stops.code())
+
+
+def follow(config: Config, private: Private) -> int:
+    """The part of a process that does not lead a run; returns the exit code. It writes nothing."""
+    with loop.Stops().listening() as stops:
+        team = Team.of(config)
+        try:
+            compute(config, private, stops, team)
+            code = stops.code()
+        except loop.Interrupted as stop:
+            code = 128 + stop.number
+        except Exception as fault:
+            code = record.report(fault, None, private)
+    return team.leave(code)
+
+
+def compute(config: Config, private: Private, stops: loop.Stops, team: Team) -> None:
+    """Of the story what all processes of a run do."""
+    config, _ = runtime.prepare(config, Path(os.devnull))
+    say(f"process {team.index} of {team.size}: process 0 tells the story")
+    augmentation = build.augmentation_of(config)
+    dataset, _ = build.load_data(config, crops=augmentation.crop is not None)
+    stops.obey()
+    steps = build.steps_of(config, dataset)
+    model, inference = build.network(config, dataset)
+    teacher = build.teacher_of(config, dataset)
+    step = build.training_step(config, model, inference, steps, teacher)
+    stops.obey()
+    with team.holding(), build.naming_broken_examples():
+        team.agree(build.ground(config, private, dataset, teacher))
+        keeper = Follower(config, step, team)
+        keeper.take()
+        batches = functools.partial(build.train_batches, config, dataset, augmentation, steps)
+        fit(config, stops, dataset, batches, steps, step, keeper, Quiet)
+        team.part()
 
 
 def tell(life: Life) -> None:
@@ -109,36 +146,36 @@ def tell(life: Life) -> None:
     say(*notes)
     stops.obey()  # here and below: libraries may swallow what a signal raises while they are loaded
 
-    augmentation = build_augmentation(config)
-    dataset, where = load_data(config, crops=augmentation.crop is not None)
+    augmentation = build.augmentation_of(config)
+    dataset, where = build.load_data(config, crops=augmentation.crop is not None)
     stops.obey()
     if fresh:
-        check_fingerprint(config, dataset)
-    steps = steps_of(config, dataset)
+        build.check_fingerprint(config, dataset)
+    steps = build.steps_of(config, dataset)
     say(
-        f"data: {dataset.name}, {len(dataset.classes)} classes, {counts(dataset)} examples",
+        f"data: {dataset.name}, {len(dataset.classes)} classes, {build.counts(dataset)} examples",
         *dataset.notes,
-        left_out(config, dataset, steps),
+        build.left_out(config, dataset, steps),
         where,
     )
 
-    model, inference = build_model(config, dataset)
-    teacher = build_teacher(config, dataset)
-    step = build_step(config, model, inference, steps, teacher)
+    model, inference = build.network(config, dataset)
+    teacher = build.teacher_of(config, dataset)
+    step = build.training_step(config, model, inference, steps, teacher)
     stops.obey()
-    with closing(Keeper(folder, config, step, inference, dataset)) as keeper:
-        processor = runtime.processor(config.backend, config.device)
-        ground = record.ground(config, life.private, dataset.fingerprint, processor, sources(config, teacher))
+    with life.team.holding(), closing(Keeper(folder, config, step, inference, dataset, life.team)) as keeper:
+        ground = build.ground(config, life.private, dataset, teacher)
+        life.team.agree(ground)
         changes = [] if fresh else keeper.changes(ground, life.accepted)
         keeper.go_on(len(folder.identity()["changes"]) + len(changes))
         if not fresh:
             life.begin(changes)
         keeper.begin(ground, life.pulse)
         record.describe(
-            folder, summary, config, life.private, dataset, data_source(config, life.private),
-            model, inference, cost_of(model, inference),
+            folder, summary, config, life.private, dataset, build.data_source(config, life.private),
+            model, inference, build.cost_of(model, inference),
         )  # fmt: skip
-        batches = functools.partial(train_batches, config, dataset, augmentation, steps)
+        batches = functools.partial(build.train_batches, config, dataset, augmentation, steps)
         if fresh:
             record.picture(folder, next(iter(batches(0, 0)))[0].numpy(), augmentation.mix is not None)
         size = f"{summary['parameters']:,} parameters, {summary['macs']:,} multiply-accumulates per image"
@@ -151,11 +188,14 @@ def tell(life: Life) -> None:
                 keeper.save(keeper.progress, planned=True)  # the start is good, too
         say(f"run: {record.short(folder.path)}")
 
-        with naming_broken_examples():
+        keeper.share()
+        watch = functools.partial(Terminal, config.epochs, steps, config.batch_size)
+        with build.naming_broken_examples():
             try:
-                fit(life, dataset, batches, steps, step, keeper)
+                fit(config, stops, dataset, batches, steps, step, keeper, watch)
             finally:
                 record.progress(summary, step, keeper, life.pulse, runtime.peak_memory_bytes(config.backend))
+            life.team.part()
 
             progress = keeper.progress
             if progress.epoch < config.epochs and not progress.stopped_early:
@@ -180,239 +220,38 @@ def tell(life: Life) -> None:
 # -------------------------------------------------------------------------------------------------- the story's parts
 
 
-def check_files(config: Config) -> None:
-    """Files and folders that the user names are there."""
-    names = ("root", "manual_dir", "file")
-    places = {name: getattr(config.data, name) for name in names if hasattr(config.data, name)}
-    data.check(config.data.name, data_dir=str(ROOT / config.data.directory), **places)
-
-
-def check_sources(config: Config) -> None:
-    """What training starts and learns from is there, and what it computes with."""
-    if importlib.util.find_spec(config.backend) is None:
-        raise ConfigError(
-            f"backend must be installed, got {config.backend}, which is not; use backend=tensorflow, or install the "
-            f"extra: .venv/bin/python -m uv pip install -r requirements-{config.backend}.lock"
-        )
-    weights, teacher = config.model.weights, config.distill.teacher
-    if weights not in (None, "imagenet") and not Path(weights).is_file():
-        raise ConfigError(
-            f"model.weights must be a file, got {weights}, which is none; use model.weights=PATH, imagenet or null"
-        )
-    if teacher is None:
-        return
-    folder, side = RunFolder(Path(teacher), ""), schema.resolve_image_size(config)
-    card = folder.card() if folder.status() == "finished" else {}
-    if not card:
-        raise ConfigError(f"distill.teacher must be the folder of a finished run, got {teacher}; use another one")
-    if (found := card["input"]["shape"]) != (ours := [side, side, config.data.channels]):
-        raise ConfigError(
-            f"distill.teacher must look at images of this run's shape, {ours}, got {found}; use another run"
-        )
-
-
-def build_augmentation(config: Config) -> Any:
-    """What is done to the training examples."""
-    from train.data import augment
-
-    return augment.build(config.augment.name, **options(config.augment))
-
-
-def load_data(config: Config, *, crops: bool) -> tuple[Any, str]:
-    """The data set that the config names, cut into train, validation and test; and where its pixels are kept.
-
-    `crops`: whether training cuts its images out of the encoded ones.
-    """
-    from train.data import pixels
-
-    chosen = options(config.data)
-    how = {name: chosen.pop(name) for name in ("cache", "ram_budget")}
-    for name in (*STREAM, "fingerprint"):
-        chosen.pop(name)
-    chosen["data_dir"] = str(ROOT / chosen.pop("directory"))
-    return pixels.place(data.load(config.data.name, **chosen), **how, crops=crops)
-
-
-def check_fingerprint(config: Config, dataset: Any) -> None:
-    """The data is what the config wants. A life that goes on asks the ground instead."""
-    if config.data.fingerprint not in (None, dataset.fingerprint):
-        raise ConfigError(
-            f"data.fingerprint must be that of the data, {dataset.fingerprint}, got {config.data.fingerprint}; "
-            "use the data of the earlier run, or data.fingerprint=null"
-        )
-
-
-@contextmanager
-def naming_broken_examples() -> Iterator[None]:
-    """Brings an unreadable example's own message out of what TensorFlow wraps around it."""
-    from train.data import pipeline
-
-    try:
-        yield
-    except Exception as fault:
-        line = pipeline.example_error(fault)
-        if line is None:
-            raise
-        raise ValueError(line) from fault
-
-
-def data_source(config: Config, private: Private) -> str:
-    """Where the data came from, as it may be stored."""
-    stored = to_dict(config, private)["data"]
-    return stored.get("file") or stored.get("root") or stored.get("manual_dir") or stored["name"]
-
-
-def steps_of(config: Config, dataset: Any) -> int:
-    """Steps per epoch."""
-    from train.data import pipeline
-
-    steps = pipeline.steps_per_epoch(dataset.train, config.batch_size)
-    return min(steps, config.steps_per_epoch or steps)
-
-
-def left_out(config: Config, dataset: Any, steps: int) -> str:
-    """What of the training split an epoch does not see."""
-    left = len(dataset.train) - steps * config.batch_size
-    return f"{steps} steps of {config.batch_size} per epoch, training examples left out of each: {left}"
-
-
-def counts(dataset: Any) -> str:
-    return " + ".join(f"{count:,} {name}" for name, count in dataset.counts.items())
-
-
-def build_model(config: Config, dataset: Any) -> tuple[Any, Any]:
-    """The network with its auxiliary heads, and the one without that shares its variables."""
-    from train import models
-
-    runtime.seed(config.seed)
-    side, keys = schema.resolve_image_size(config), options(config.model)
-    shape, weights = (side, side, config.data.channels), keys.pop("weights")
-    model = models.build(config.model.name, shape, len(dataset.classes), **keys)
-    if weights is not None:
-        heads = not (config.fine_tune.stages and config.fine_tune.new_head)
-        say(models.load_weights(model, weights, heads=heads).sentence())
-    return model, models.inference(model)
-
-
-def sources(config: Config, teacher: Any) -> dict[str, str]:
-    """What training starts and learns from, by content."""
-    from train.step.base import weights_sha256
-
-    weights = config.model.weights
-    found = {"model.weights_sha256": record.sha256_of(Path(weights))} if weights not in (None, "imagenet") else {}
-    return found | ({"distill.teacher_sha256": weights_sha256(teacher)} if teacher else {})
-
-
-def build_teacher(config: Config, dataset: Any) -> Any:
-    """The network to learn from, if there is one. Raises: ConfigError for one that answers other questions."""
-    if config.distill.teacher is None:
-        return None
-    folder = RunFolder(Path(config.distill.teacher), "")
-    found, ours = folder.card()["classes"], [*dataset.classes]
-    if found != ours:
-        raise ConfigError(f"distill.teacher must know the classes of this run, {ours}, got {found}; use another run")
-    return load_best(folder, config)[0]
-
-
-def build_step(config: Config, model: Any, inference: Any, steps: int, teacher: Any) -> Any:
-    """Optimizer, schedule and losses around the model's own training step."""
-    from train import losses, models, optim, step
-    from train.step.layerwise import Plan
-
-    if config.gradient_accumulation > steps * config.epochs:
-        raise ConfigError(
-            f"gradient_accumulation must be at most the run's {steps * config.epochs} steps, "
-            f"got {config.gradient_accumulation}; use e.g. gradient_accumulation=1"
-        )
-    rates, rules, tuning = options(config.schedule), options(config.optimizer), config.fine_tune
-    stages, peak = lasting(config), rules.pop("learning_rate")
-    peaks = [(stage.epochs, stage.learning_rate_factor * peak) for stage in stages]
-    rate = optim.build_schedule(config.schedule.name, stages=peaks, epoch_steps=steps, **rates)
-    plan = None
-    if tuning.stages:
-        order = tuple((stage.epochs, stage.from_part) for stage in stages)
-        plan = Plan(models.parts(model), order, tuning.layer_decay, steps / config.gradient_accumulation)
-    optimizer = optim.build(
-        config.optimizer.name,
-        rate,
-        gradient_clip=config.gradient_clip,
-        gradient_accumulation=config.gradient_accumulation,
-        ema=config.ema,
-        **rules,
-    )
-    teaching = (config.distill.weight, config.distill.temperature) if teacher else None
-    weighted, weights = losses.build(tuple(model.output), config.model.aux_weight, config.label_smoothing, teaching)
-    metrics = losses.metrics(tuple(model.output), taught=teacher is not None)
-    model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
-    return step.of(config.backend)(
-        model,
-        inference,
-        rate,
-        config.batch_size,
-        jit=config.jit == "on",
-        mixed=bool(config.augment.mixup or config.augment.cutmix),
-        weighted=config.data.class_weights,
-        gradients=config.tracking.gradients,
-        plan=plan,
-        teacher=teacher,
-    )
-
-
-def lasting(config: Config) -> list[schema.Stage]:
-    """The stages of a run, the last one up to its end; one for all where the config has none."""
-    *first, last = config.fine_tune.stages or [schema.Stage()]
-    return [*first, replace(last, epochs=config.epochs - sum(stage.epochs for stage in first))]
-
-
-def train_batches(config: Config, dataset: Any, augmentation: Any, steps: int, epoch: int, first: int) -> Any:
-    """The batches of an epoch from number `first` on."""
-    from train.data import pipeline
-
-    stream = pipeline.train_batches(
-        dataset.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epoch=epoch,
-        augmentation=augmentation,
-        first_batch=first,
-        num_classes=len(dataset.classes),
-        **{name: getattr(config.data, name) for name in STREAM},
-    )
-    return placed(config, stream.take(steps - first))
-
-
-def placed(config: Config, stream: Any) -> Any:
-    """The batches where the step will want them."""
-    from train.data import pipeline
-
-    # JAX takes a batch to its device while it is still busy with the one before.
-    there = config.device == "gpu" and config.backend == "tensorflow"
-    return pipeline.on_device(stream, "GPU:0") if there else stream
-
-
-def fit(life: Life, dataset: Any, batches: Callable, steps: int, step: Any, keeper: Keeper) -> None:
+def fit(
+    config: Config,
+    stops: loop.Stops,
+    dataset: Any,
+    batches: Callable,
+    steps: int,
+    step: Any,
+    keeper: Keeper | Follower,
+    watch: Callable,
+) -> None:
     """The loop, with everything it calls tied to this run; again from the last checkpoint where the config says so."""
-    config = life.config
 
     def validate() -> dict[str, float]:
         with step.averaged():
-            found = measure(config, dataset, dataset.validation, step.predict, life.stops)
+            found = build.measure(config, dataset, dataset.validation, step.predict, stops)
         return {"loss": found["loss"], "main_accuracy": found["accuracy"], "main_top5_accuracy": found["top5_accuracy"]}
 
     while True:
-        with Terminal(config.epochs, steps, config.batch_size) as terminal:
+        with watch() as watching, stops.among(step):
             training = loop.Loop(
                 step=step,
                 progress=keeper.progress,
                 epochs=min(config.sweep.until or config.epochs, config.epochs),
                 steps=steps,
+                batch_size=config.batch_size,
                 log_every=config.tracking.every_steps,
                 batches=batches,
                 validate=validate,
                 keeper=keeper,
                 stopper=loop.Stopper(**vars(config.early_stopping)),
-                watch=terminal,
-                stops=life.stops,
+                watch=watching,
+                stops=stops,
             )
             try:
                 training.run()
@@ -438,34 +277,16 @@ def judge(life: Life, dataset: Any, split: Any) -> dict[str, Any]:
     from train import assess
 
     place = life.folder.path / "evaluation" / split.name
-    model, predict = load_best(life.folder, life.config)
-    outcome = assess.Outcome(*answers(life.config, split, len(dataset.classes), predict, life.stops), dataset.classes)
+    model, predict = build.load_best(life.folder, life.config)
+    outcome = assess.Outcome(
+        *build.answers(life.config, split, len(dataset.classes), predict, life.stops), dataset.classes
+    )
     found = assess.assess(place, split, outcome)
     if life.config.evaluate.report:
         with going_on_without(life, "pictures"):
             assess.draw(place, split, outcome, found, model)
             assess.draw_filters(life.folder.path, model)
     return {name: found[name] for name in assess.SUMMARY}
-
-
-def load_best(folder: RunFolder, config: Config) -> tuple[Any, Callable]:
-    """The network that was kept, so that this is what is measured, and what answers with its logits."""
-    import keras
-
-    from train import step, views
-
-    model = keras.models.load_model(folder.best / "model.keras")
-    predict = step.of(config.backend).predictor(model, jit=config.jit == "on")
-    return model, views.averaged(predict, config.evaluate.views)
-
-
-def answers(config: Config, split: Any, classes: int, predict: Callable, stops: loop.Stops) -> tuple[Any, Any]:
-    """Logits and true classes of a split, every example once, in its order. classes: how many the data has."""
-    from train import scores
-    from train.data import pipeline
-
-    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=classes)
-    return scores.answers(predict, stops.heed(placed(config, batches)), len(split))
 
 
 def write_report(life: Life) -> None:
@@ -485,19 +306,3 @@ def going_on_without(life: Life, what: str) -> Iterator[None]:
         log.exception("no %s", what)
         path = record.short(life.folder.path)
         say(f"warning: the {what} could not be made ({type(fault).__name__}: {fault}); later: make report run={path}")
-
-
-def cost_of(model: Any, inference: Any) -> dict[str, Any]:
-    """What an image costs the network in use, by block and layer, and the multiply-accumulates of that in training."""
-    from train.models.cost import cost, layer_macs, totals
-
-    layers = {layer.name: macs for layer in inference.layers if (macs := layer_macs(layer))}
-    return {"blocks": [vars(row) for row in cost(inference)], "layers": layers, "training_macs": totals(model).macs}
-
-
-def measure(config: Config, dataset: Any, split: Any, predict: Callable, stops: loop.Stops) -> dict[str, float]:
-    """Every example of the split, once."""
-    from train.data import pipeline
-
-    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=len(dataset.classes))
-    return evaluate(predict, stops.heed(placed(config, batches)), len(split))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from train import engine
+from train.checks import check_batch
 from train.config import Config, ConfigError
 
 # What `auto` means, by kind of device and model, and why: written by `scripts/bench.py --settings`.
@@ -49,9 +50,13 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
     import keras
 
     machine = engine.of(config.backend)
+    with output_into(chatter, 1, 2):
+        machine.join(config)
     device, notes = _choose_device(machine, config.device)
-    config, why = settle(dataclasses.replace(config, device=device))
-    _refuse_other_ground(config, "device", "threads", "deterministic")
+    devices = _count_devices(machine, config.devices, device)
+    config, why = settle(dataclasses.replace(config, device=device, devices=devices))
+    check_batch(config)
+    _refuse_other_ground(config, "device", "devices", "threads", "deterministic")
     machine.set_up(config)
     if device == "gpu":
         notes += told_of_tf32(device_kind(config.backend, device), config.precision)
@@ -60,7 +65,9 @@ def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
     keras.utils.clear_session()  # also resets the precision policy, so it stands before it
     keras.config.set_dtype_policy(config.precision)
     _forget_peak_memory(machine)
-    ground = f"on: {machine.NAME}, {device}, {config.threads} threads, {config.precision}, jit {config.jit}{why}"
+    where = device if devices == "1" else f"{devices} x {device}"
+    where += f" in {config.distributed.processes} processes" if config.distributed.processes > 1 else ""
+    ground = f"on: {machine.NAME}, {where}, {config.threads} threads, {config.precision}, jit {config.jit}{why}"
     return config, [*notes, ground]
 
 
@@ -107,7 +114,7 @@ def load(backend: str, chatter: Path) -> None:
     """Imports Keras and TensorFlow, quietly, and without what is not needed."""
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with stderr_into(chatter), absent(*UNUSED, *NOT_BY[backend]):
+    with output_into(chatter, 2), absent(*UNUSED, *NOT_BY[backend]):
         import keras  # noqa: F401
         import tensorflow as tf
 
@@ -128,18 +135,25 @@ def absent(*packages: str) -> Iterator[None]:
 
 
 @contextmanager
-def stderr_into(path: Path) -> Iterator[None]:
-    """Sends the process's standard error, that of its C++ libraries too, to the end of a file for a while."""
-    sys.stderr.flush()
-    terminal = os.dup(2)
+def output_into(path: Path, *descriptors: int) -> Iterator[None]:
+    """Sends standard output (1) or error (2), those of C++ libraries too, to the end of a file for a while."""
+
+    def flush() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    flush()
+    terminals = {number: os.dup(number) for number in descriptors}
     with path.open("ab") as file:
-        os.dup2(file.fileno(), 2)
+        for number in descriptors:
+            os.dup2(file.fileno(), number)
     try:
         yield
     finally:
-        sys.stderr.flush()
-        os.dup2(terminal, 2)
-        os.close(terminal)
+        flush()
+        for number, terminal in terminals.items():
+            os.dup2(terminal, number)
+            os.close(terminal)
 
 
 def cores() -> int:
@@ -159,6 +173,15 @@ def _choose_device(machine: Any, device: str) -> tuple[str, list[str]]:
         told = f"warning: there is an NVIDIA driver but {machine.NAME} finds no GPU, so this computes on the CPU"
         return "cpu", [told]
     return ("gpu" if there and device != "cpu" else "cpu"), []
+
+
+def _count_devices(machine: Any, wanted: str, device: str) -> str:
+    there = machine.count(device)
+    if wanted != "all" and int(wanted) > there:
+        raise ConfigError(
+            f"devices must be at most those that this process has, {there}, got {wanted}; use devices=all"
+        )
+    return str(there) if wanted == "all" else wanted
 
 
 def seed(number: int) -> None:

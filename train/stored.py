@@ -98,7 +98,7 @@ def config_hash(config: Config, private: Private) -> str:
 # What does not make another variant: a run's seed, where it and its data lie, what is done with it afterwards.
 ALIKE = (
     "seed", "run_dir", "data.root", "data.file", "data.manual_dir", "data.directory", "data.fingerprint", "gpu_memory",
-    "evaluate.test", "evaluate.report",
+    "evaluate.test", "evaluate.report", "distributed.coordinator", "distributed.index",
 )  # fmt: skip
 
 

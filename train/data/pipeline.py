@@ -24,6 +24,8 @@ from train.runtime import cores
 PREFETCH = 2  # batches; fixed, because an automatic depth takes memory as it likes
 ALIGNMENT = 64  # bytes
 
+Share = tuple[int, int]  # number of a part of every batch, and of how many
+WHOLE: Share = (0, 1)
 Finish = Callable[[Any, Any], tuple]
 Images = Callable[[Any], Any]  # places int64 [B, 2] -> uint8 [B, S, S, C], of tensors
 
@@ -49,16 +51,19 @@ def train_batches(
     num_classes: int,
     balanced: bool = False,
     class_weights: bool = False,
+    share: Share = WHOLE,
     threads: int | None = None,
 ) -> Any:
     """One epoch in the order of (seed, epoch), from batch `first_batch` on; the last incomplete batch is dropped.
 
     balanced: every class equally often, instead of every example once. class_weights: a third element, float32 [B],
-    N / (classes x examples of the label's class). threads: of loading (default: all cores); they change no bit.
+    N / (classes x examples of the label's class). share: which part of every batch is wanted. threads: of loading
+    (default: all cores); they change no bit.
 
     Returns: tf.data.Dataset of (images uint8 [B, H, W, C] in 0..255, labels float32 [B, num_classes]); labels are
     one-hot, and where examples are mixed they are not, and the images are float32.
-    Nothing of the batches before `first_batch` is read or decoded.
+    Nothing of the batches before `first_batch` is read or decoded, and of those behind it only the share, except where
+    examples are mixed with others of their batch.
     """
     steps = steps_per_epoch(split, batch_size)
     if not 0 <= first_batch <= steps:
@@ -67,24 +72,47 @@ def train_batches(
     indices = order.balanced(seed, epoch, split.labels) if balanced else order.permutation(seed, epoch, len(split))
     # An example that comes more than once is changed in another way each time: its draws are those of its place.
     places = np.stack([indices, np.arange(len(indices)) if balanced else indices], axis=1)
-    places = places[first_batch * batch_size : steps * batch_size]
+    places = places[first_batch * batch_size : steps * batch_size].reshape(-1, batch_size, 2)
     draw = _Draws(seed, epoch, len(split))
     cropper = _cropper(split, augmentation.crop, draw) if augmentation.crop else None
     images = _images(split, cropper)
     if augmentation.paint:
         images = _painted(images, augmentation.paint, draw, split.view.shape)
-    finish = _finish(split, augmentation, draw, num_classes, class_weights)
-    return _batches(places, batch_size, images, finish, threads)
+    finish, own = _finish(split, augmentation, draw, num_classes, class_weights), _rows(share, batch_size)
+    if augmentation.mix:
+        return _batches(places.reshape(-1, 2), batch_size, _then(images, finish, own), threads)
+    return _batches(places[:, own].reshape(-1, 2), own.stop - own.start, _then(images, finish), threads)
 
 
-def eval_batches(split: Split, *, batch_size: int, num_classes: int, threads: int | None = None) -> Any:
-    """The whole split in order, every example exactly once; the last batch may be smaller. Elements as in training."""
+def eval_batches(
+    split: Split, *, batch_size: int, num_classes: int, share: Share = WHOLE, threads: int | None = None
+) -> Any:
+    """The whole split in order, every example exactly once; the last batch may be smaller. Elements as in training.
+
+    share: which part of every batch's images is wanted, of the last perhaps none; the labels are those of all.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}; use batch_size=32")
     threads = threads or cores()
-    finish = _finish(split, Augmentation(), None, num_classes, class_weights=False)
-    everything = np.arange(len(split))
-    return _batches(np.stack([everything, everything], axis=1), batch_size, _images(split), finish, threads)
+    finish, own = _finish(split, Augmentation(), None, num_classes, class_weights=False), _rows(share, batch_size)
+    everything, images = np.arange(len(split)), _images(split)
+    return _batches(
+        np.stack([everything, everything], axis=1), batch_size, lambda place: finish(place, images(place[own])), threads
+    )
+
+
+def _rows(share: Share, batch_size: int) -> slice:
+    """The rows of a batch. Raises: ValueError where the batch can't be cut so."""
+    index, parts = share
+    if batch_size % parts or not 0 <= index < parts:
+        raise ValueError(f"share must be a part of a batch of {batch_size}, got {index} of {parts}")
+    size = batch_size // parts
+    return slice(index * size, (index + 1) * size)
+
+
+def _then(images: Images, finish: Finish, own: slice = slice(None)) -> Callable[[Any], tuple]:
+    """From the places of a batch to its rows."""
+    return lambda places: tuple(part[own] for part in finish(places, images(places)))
 
 
 def on_device(stream: Any, device: str) -> Any:
@@ -95,10 +123,10 @@ def on_device(stream: Any, device: str) -> Any:
     return stream.apply(tf.data.experimental.prefetch_to_device(device, PREFETCH))
 
 
-def _batches(places: np.ndarray, batch_size: int, images: Images, finish: Finish, threads: int) -> Any:
+def _batches(places: np.ndarray, batch_size: int, make: Callable[[Any], tuple], threads: int) -> Any:
     """Every thread makes a batch of its own: examples that are gathered from several are copied, and wait."""
     stream = tf.data.Dataset.from_tensor_slices(_constant(places)).batch(batch_size)
-    stream = stream.map(lambda place: finish(place, images(place)), threads, deterministic=True)
+    stream = stream.map(make, threads, deterministic=True)
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = threads

@@ -8,18 +8,50 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tensorflow as tf
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from train import meeting
 from train.config import Config
 
 NAME = "JAX"
 JIT = "on"  # there is no other way
 CACHE_BYTES = 2 * 2**30
+LOST_SECONDS = 30  # without a sign of life: then a process counts as dead, and all end
+
+_mesh: Mesh | None = None
+
+
+def join(config: Config) -> None:
+    """Connects the processes of a run; before anything asks for devices.
+
+    Raises: ConfigError if they don't all come.
+    """
+    if config.devices.isdigit():
+        jax.config.update("jax_num_cpu_devices", int(config.devices))  # a processor can pass for several
+    group = config.distributed
+    if group.processes == 1:
+        return
+    meeting.meet(group)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the loop
+    jax.distributed.initialize(
+        group.coordinator,
+        group.processes,
+        group.index,
+        initialization_timeout=LOST_SECONDS,
+        heartbeat_timeout_seconds=LOST_SECONDS,
+        coordinator_bind_address=meeting.bound_to(str(group.coordinator)),
+        cluster_detection_method="deactivate",
+    )
+    # Processes that compute together for the first time wait half a minute for each other, later as long as it takes.
+    multihost_utils.sync_global_devices("joined")
 
 
 def gpus() -> list[Any]:
     try:
-        return jax.devices("gpu")
+        return jax.local_devices(backend="gpu")
     except RuntimeError:  # no such kind of device
         return []
 
@@ -35,11 +67,28 @@ def describe(gpu: Any) -> str:
     return gpu.device_kind
 
 
+def count(device: str) -> int:
+    """Devices of a kind that this process has."""
+    return len(jax.local_devices(backend=device))
+
+
+def mesh() -> Mesh | None:
+    """All devices that share a batch, of all processes, by `batch`; None where there is one."""
+    return _mesh
+
+
 def set_up(config: Config) -> None:
-    """The device; what else there is to say is in the environment."""
+    """The devices; what else there is to say is in the environment."""
+    global _mesh  # as JAX's own devices, once for a process
     tf.config.set_visible_devices([], "GPU")
-    device = gpus()[0] if config.device == "gpu" else jax.devices("cpu")[0]
-    jax.config.update("jax_default_device", device)
+    everywhere = jax.devices(config.device)
+    chosen = [
+        [device for device in everywhere if device.process_index == process][: int(config.devices)]
+        for process in range(jax.process_count())
+    ]
+    spread = np.array(chosen).reshape(-1)
+    _mesh = Mesh(spread, ("batch",)) if len(spread) > 1 else None
+    jax.config.update("jax_default_device", jax.local_devices(backend=config.device)[0])
     # Compiling takes longer than short runs do. What is compiled for one machine may not run on another.
     place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inception-laboratory/xla"
     jax.config.update("jax_compilation_cache_dir", str(place / platform.node()))

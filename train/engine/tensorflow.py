@@ -12,6 +12,15 @@ NAME = "TensorFlow"
 JIT = "off"  # what `jit=auto` means where nothing has been measured
 
 
+def join(_config: Config) -> None:
+    """There is one process."""
+
+
+def count(_device: str) -> int:
+    """Devices of a kind that a run may use."""
+    return 1
+
+
 def gpus() -> list[Any]:
     return tf.config.list_physical_devices("GPU")
 

@@ -58,6 +58,7 @@ class Step(ABC):
         self._given += [((batch_size,), "float32")] if weighted else []
         self._make_metrics(labels)
         self._jit = jit
+        self.notes: Callable[[], int] = lambda: 0  # what this process wants all to hear; 0: nothing
         self._stage: int | None = None  # that is traced
         moved = [*self._learning, *self._optimizer.variables]
         self._watched = [v for v in moved if keras.backend.is_float_dtype(v.dtype)]
@@ -158,8 +159,11 @@ class Step(ABC):
             if has != got:
                 raise ValueError(f"{name} must be as the network and its optimizer have it ({has}), got {got}")
         for name, variable in variables.items():
-            variable.assign(state[name])
-        self._first_bad.assign(np.zeros(len(WATCHED), self.COUNTER))
+            self._assign(variable, state[name])
+        self._assign(self._first_bad, np.zeros(len(WATCHED), self.COUNTER))
+
+    def _assign(self, variable: keras.Variable, value: np.ndarray) -> None:
+        variable.assign(value)
 
     def _variables(self) -> dict[str, keras.Variable]:
         """Numbered within their kind, since Keras gives some metrics the same path."""
@@ -195,13 +199,17 @@ class Step(ABC):
     def reset_metrics(self) -> None:
         self.model.reset_metrics()
 
+    def heard(self) -> int:
+        """The largest of what the processes of the run noted (`notes`), the same in all after the same step."""
+        return self.notes()
+
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
         return float(self.model.optimizer.learning_rate)
 
     def slow_down(self, factor: float) -> None:
         """Multiplies all learning rates from now on by `factor`, in place of what was given before."""
-        self.rate.factor.assign(factor)
+        self._assign(self.rate.factor, np.array(factor))
 
     def factor(self) -> float:
         """What `slow_down` was given."""
@@ -216,12 +224,12 @@ class Step(ABC):
         weights = self._learning
         kept = [np.array(weight.value) for weight in weights]
         for weight, average in zip(weights, self._optimizer._model_variables_moving_average, strict=True):
-            weight.assign(np.array(average.value))
+            self._assign(weight, np.array(average.value))
         try:
             yield
         finally:
             for weight, value in zip(weights, kept, strict=True):
-                weight.assign(value)
+                self._assign(weight, value)
 
     def weights_sha256(self) -> str:
         return weights_sha256(self.model)

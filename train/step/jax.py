@@ -1,7 +1,12 @@
-"""Keras's own `train_step` inside a `jax.jit`."""
+"""Keras's own `train_step` inside a `jax.jit`.
+
+On several devices, of one process or more, every batch is spread over them and all else is on each: XLA computes what
+one device would, the statistics of batch normalisation too, and adds up gradients across devices.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +15,15 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from train.engine.jax import mesh
 from train.step import base
 from train.step.layerwise import scaled
 
 Values = list[jax.Array]
+
+HEARD_AFTER = 2  # steps that may be under way on the devices when the host looks at what came of one
 
 
 class Step(base.Step):
@@ -22,12 +31,58 @@ class Step(base.Step):
 
     COUNTER = "int32"  # of 64 bits JAX has none unless all numbers may be
 
-    def __init__(self, *given: Any, **options: Any):
-        super().__init__(*given, **options)
+    def __init__(self, model: keras.Model, inference: keras.Model, *given: Any, **options: Any):
+        super().__init__(model, inference, *given, **options)
         self._check = jax.jit(base.all_finite)
         self._watch = [self._count, self._first_bad, *([] if self._norms is None else [self._norms])]
         teacher = self._teacher
         self._teaching = [*teacher.trainable_variables, *teacher.non_trainable_variables] if teacher else []
+        self._mesh = mesh()
+        if self._mesh:
+            self._everywhere = NamedSharding(self._mesh, PartitionSpec())
+            self._spread = NamedSharding(self._mesh, PartitionSpec("batch"))
+            self._said: deque[jax.Array] = deque(maxlen=HEARD_AFTER + 1)
+            self._repeat([*self._variables().values(), *self._watch, *self._teaching])
+            self.predict = self._predict_together(inference, self._mesh)
+
+    def _repeat(self, variables: list[keras.Variable]) -> None:
+        """On every device."""
+        for variable in variables:
+            self._assign(variable, np.asarray(variable.value))
+
+    def _assign(self, variable: keras.Variable, value: np.ndarray) -> None:
+        if self._mesh is None:
+            variable.assign(value)
+        else:  # Keras would put it on one device
+            value = np.asarray(value, variable.dtype)
+            variable._value = jax.make_array_from_process_local_data(self._everywhere, value, value.shape)
+
+    def reset_metrics(self) -> None:
+        super().reset_metrics()
+        if self._mesh:
+            self._repeat(self.model.metrics_variables)
+
+    def heard(self) -> int:
+        if self._mesh is None:
+            return super().heard()
+        return int(self._said[0]) if len(self._said) > HEARD_AFTER else 0
+
+    def _predict_together(self, model: keras.Model, devices: Mesh) -> Callable[[Any], np.ndarray]:
+        """This process's images uint8 [n, H, W, C] of a batch -> the single output for those of all processes.
+
+        Fewer than its share are filled up, and so is what comes of them.
+        """
+        (batch, *shape), dtype = self._given[0][0], "uint8"
+        share = batch // devices.size * len(devices.local_devices)
+        run = jax.jit(lambda *given: model.stateless_call(*given, training=False)[0], out_shardings=self._everywhere)
+
+        def predict(images: Any) -> np.ndarray:
+            filled = np.zeros((share, *shape), dtype)
+            filled[: len(images)] = images
+            held = values(model.trainable_variables), values(model.non_trainable_variables)
+            return np.array(run(*held, jax.make_array_from_process_local_data(self._spread, filled)))
+
+        return predict
 
     @staticmethod
     def predictor(model: keras.Model, jit: bool) -> Callable[[Any], np.ndarray]:  # noqa: ARG004 - always compiled
@@ -49,8 +104,14 @@ class Step(base.Step):
         if self._stage is None:
             self.begin_epoch(0)
         state, watch = [values(kind) for kind in self._kinds()], values(self._watch)
-        batch = [np.asarray(given) for given in (images, labels, *weights)]
-        found = self._train(state, watch, values([self.rate.factor, *self._teaching]), *batch)
+        batch, held = [np.asarray(given) for given in (images, labels, *weights)], [self.rate.factor, *self._teaching]
+        if self._mesh is None:
+            found = self._train(state, watch, values(held), *batch)
+        else:
+            noted = np.full(len(self._mesh.local_devices), self.notes(), "int32")
+            noted, *batch = (jax.make_array_from_process_local_data(self._spread, part) for part in (noted, *batch))
+            *found, said = self._train(state, watch, values(held), *batch, noted=noted)
+            self._said.append(said)
         for kind, new in zip((*self._kinds(), self._watch), (*found[0], found[1]), strict=True):
             for variable, value in zip(kind, new, strict=True):
                 variable._value = value  # `assign` would look at each of them anew, which takes as long as a small step
@@ -62,13 +123,20 @@ class Step(base.Step):
         return (*own, model.optimizer.variables, model.metrics_variables)
 
     def _trace(self, stage: int) -> Callable:
-        step = jax.jit(self._watched_step, donate_argnums=(0, 1))
+        if self._mesh is None:
+            step = jax.jit(self._watched_step, donate_argnums=(0, 1))
+        else:
+            step = jax.jit(self._heard_step, donate_argnums=(0, 1), out_shardings=self._everywhere)
 
-        def train(*given: Any) -> Any:
+        def train(*given: Any, **noted: Any) -> Any:
             with scaled(self._optimizer, self._plan, stage):  # matters when it is compiled, at the first call
-                return step(*given)
+                return step(*given, **noted)
 
         return train
+
+    def _heard_step(self, *given: Any, noted: jax.Array) -> tuple[tuple[Values, ...], Values, jax.Array]:
+        """The step, and the largest of what the processes noted."""
+        return *self._watched_step(*given), jnp.max(noted)
 
     def _watched_step(
         self,
@@ -142,7 +210,9 @@ class Step(base.Step):
         return teacher.stateless_call(by_kind[:learned], by_kind[learned:], images, training=False)[0]
 
     def _whole(self) -> bool:
-        return bool(self._check(values(self._watched)))
+        found = values(self._watched)
+        # Every process has a copy of its own to look at, and need not wait for the others.
+        return bool(self._check([value.addressable_data(0) for value in found] if self._mesh else found))
 
 
 def values(variables: list[keras.Variable]) -> Values:

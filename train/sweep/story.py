@@ -18,11 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from train import compose
 from train import config as schema
+from train.build import check_files, check_sources
 from train.checks import check
 from train.config import ROOT, Config, ConfigError
 from train.progress import say
 from train.report import PAGE
-from train.run import check_files, check_sources
 from train.runtime import cores
 from train.stored import config_hash, to_dict, without_secrets
 from train.sweep import on_ray, search, space, trials
@@ -333,6 +333,11 @@ def refuse(axes: list[Axis], config: Config) -> None:
         raise ConfigError("a sweep must have something to try, got one value for every key; use e.g. seed=0,1,2")
     if settings.seeds > 1 and "seed" in {axis.key for axis in axes}:
         raise ConfigError(f"sweep.seeds must be 1 where seed has several values, got {settings.seeds}; use one of them")
+    if config.distributed.processes > 1:
+        raise ConfigError(
+            f"distributed.processes must be 1 in a sweep, whose trials are one process each, got "
+            f"{config.distributed.processes}; leave it away"
+        )
     points = math.prod(max(1, len(axis.values)) for axis in axes) if settings.search == "grid" else settings.trials
     if settings.search == "asha" and "epochs" in {axis.key for axis in axes}:
         raise ConfigError("epochs must be one number with sweep.search=asha, got several; use e.g. epochs=27")

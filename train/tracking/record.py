@@ -242,25 +242,27 @@ def progress(summary: dict[str, Any], step: Any, keeper: Any, pulse: Pulse, peak
         summary["best"] = {"epoch": reached.best_epoch, "validation_main_accuracy": reached.best_accuracy}
 
 
-def report(fault: Exception, folder: RunFolder, private: Private) -> int:
+def report(fault: Exception, folder: RunFolder | None, private: Private) -> int:
     """Tells a failure in one line, with the traceback in train.log; exit code 2 where the input was at fault.
 
     A ValueError that the project itself raised is about the input. Anything else is a defect, and its traceback is
-    shown.
+    shown. folder: None in a process that writes nothing.
     """
     trace = private.hide("".join(traceback.format_exception(fault)))
     log.error("the run failed\n%s", trace)
     frames = traceback.extract_tb(fault.__traceback__)
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "train")
-    if ours and isinstance(fault, ValueError | ArithmeticError):
+    if ours and isinstance(fault, ValueError | ArithmeticError | ConnectionError):
         code = command.tell(private.hide(str(fault)))
         return code if isinstance(fault, ValueError) else 1
     if isinstance(fault, OSError) and fault.errno in FULL:
-        place = fault.filename or folder.path  # prepared data may lie on a disk of its own
-        command.tell(f"{place} can't be written ({fault.strerror}); mend that, then: make resume run={folder.path}")
+        place = fault.filename or (folder.path if folder else "the disk")  # prepared data may lie on one of its own
+        command.tell(f"{place} can't be written ({fault.strerror}); mend that, then: make resume")
         return 1
     print(trace, file=sys.stderr)
-    command.tell(f"{type(fault).__name__}; the whole story is in {folder.path / 'train.log'}")
+    command.tell(
+        f"{type(fault).__name__}; the whole story is in {folder.path / 'train.log' if folder else 'the lines above'}"
+    )
     return 1
 
 

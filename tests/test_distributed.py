@@ -1,0 +1,375 @@
+"""Several processes, and several devices, that train one network: the numbers of one, and what becomes of mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FROM_MAKE, ROOT, Done, message
+
+from train import meeting
+from train.checkpoint import Checkpoints
+from train.compose import compose
+from train.config import ConfigError, Distributed
+from train.team import Team
+
+# ------------------------------------------------------------------------------------------------------ the meeting
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def met(*groups: tuple[int, int], patience: float = 1.0) -> list[str]:
+    """What becomes of processes that come as (index, processes): an empty text, or the line they end with."""
+    place = f"127.0.0.1:{free_port()}"
+
+    def come(index: int, processes: int) -> str:
+        try:
+            meeting.meet(Distributed(coordinator=place, index=index, processes=processes), patience)
+        except ConfigError as fault:
+            return str(fault)
+        return ""
+
+    with ThreadPoolExecutor(len(groups)) as pool:
+        return [one.result() for one in [pool.submit(come, *group) for group in groups]]
+
+
+def test_all_come_and_nobody_hears_a_complaint():
+    assert met((2, 4), (0, 4), (3, 4), (1, 4), patience=10) == [""] * 4
+    assert met((0, 1)) == [""]  # one process meets nobody
+
+
+def test_process_0_is_not_there():
+    begun = time.monotonic()
+    [said] = met((1, 2))
+    assert said.startswith("distributed.coordinator must be the address of process 0, which must be running, got 127.0")
+    assert "(Connection refused, for 1 seconds); start process 0, or use another address" in said
+    assert time.monotonic() - begun < 10
+    assert meeting.PATIENCE_SECONDS < 60
+
+
+def test_one_does_not_come():
+    leader, other = met((0, 4), (2, 4))
+    assert "all 4 processes must come to 127.0.0.1:" in leader
+    assert "within 1 seconds, but of index 1, 3 none did" in leader
+    assert other == f"process 0 said: {leader}"
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (((0, 3), (1, 2)), "distributed.processes must be the same for all, got 2 of index 1, and 3 of index 0"),
+        (((0, 2), (2, 3)), "distributed.processes must be the same for all, got 3 of index 2, and 2 of index 0"),
+        (((0, 3), (1, 3), (1, 3)), "distributed.index must be another one for each process, got 1 twice"),
+    ],
+)
+def test_they_count_otherwise(groups: tuple, said: str):
+    leader, *others = met(*groups)
+    assert said in leader
+    assert any(other == f"process 0 said: {leader}" for other in others)
+
+
+def test_who_talks_otherwise_is_no_process():
+    place = f"127.0.0.1:{free_port()}"
+    found: list[str] = []
+
+    def lead() -> None:
+        meeting.meet(Distributed(coordinator=place, processes=2), 10)
+        found.append("met")
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"index": "first"}\n', b""):
+        while True:
+            try:
+                with socket.create_connection(meeting.address(place), 5) as line:
+                    line.sendall(noise)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+    meeting.meet(Distributed(coordinator=place, index=1, processes=2), 10)
+    leader.join(20)
+    assert found == ["met"]
+
+
+def test_the_address_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        said = message(meeting.meet, Distributed(coordinator=place, processes=2), 1.0)
+    assert f"distributed.coordinator must be an address of process 0 that is free, got {place} (Address already" in said
+
+
+def test_an_address():
+    assert meeting.address("node1:4711") == ("node1", 4711)
+    assert meeting.address("[::1]:80") == ("::1", 80)
+    for wrong in ("node1", "node1:", ":4711", "node1:http", "node1:70000"):
+        assert f"distributed.coordinator must be HOST:PORT, got {wrong}; use" in message(meeting.address, wrong)
+    assert meeting.bound_to("127.0.0.1:4711") == meeting.bound_to("localhost:4711") == "127.0.0.1:4711"
+    assert meeting.bound_to("node1:4711") == "0.0.0.0:4711"
+
+
+MANY = ["backend=jax", "distributed.processes=2", "distributed.coordinator=node1:4711"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["devices=all"], "devices must be 1 with backend=tensorflow, got all; use backend=jax"),
+        (
+            ["distributed.processes=2"],
+            "distributed.processes must be 1 with backend=tensorflow, got 2; use backend=jax",
+        ),
+        (["backend=jax", "devices=none"], "devices must be a number from 1 on, or all, got none; use devices=all"),
+        (["backend=jax", "devices=0"], "devices must be a number from 1 on, or all, got 0; use devices=all"),
+        (["backend=jax", "devices=3"], "batch_size must be a multiple of the devices that share it, 3, got 32; use b"),
+        ([*MANY, "devices=4", "batch_size=12"], "multiple of the devices that share it, 8, got 12; use batch_size=8"),
+        ([*MANY, "distributed.index=2"], "distributed.index must be below distributed.processes (2), got 2; number"),
+        (MANY[:2], "distributed.coordinator must be given where there are several processes, got none; use e.g."),
+        ([*MANY, "checkpoint.every_minutes=5"], "checkpoint.every_minutes must be null with several processes, which"),
+    ],
+)
+def test_what_can_not_be_shared(words: list[str], said: str):
+    assert said in message(compose, words)
+
+
+def test_one_process_sends_nothing():
+    team, state = Team(0, 1), {"weight": np.ones(3, "float32")}
+    team.agree({})
+    assert team.share({"steps": 1}, state) == ({"steps": 1}, state)
+    team.part()
+    assert team.leave(7) == 7
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+TINY = {
+    "backend": "jax", "device": "cpu", "threads": 1, "precision": "float32", "model": "vgg16_inception",
+    "model.width": 0.1, "model.blocks": "[conv_bn,conv_bn,inception_v1,conv_bn,conv_bn]", "augment": "flip_crop",
+    "epochs": 2, "steps_per_epoch": 6, "batch_size": 16, "schedule": "constant",
+    "optimizer.learning_rate": 1e-5,  # at the usual one a rounding grows a hundredfold with each of the first steps
+    "checkpoint.every_steps": 4, "tracking.every_steps": 3,
+    "tracking.log_model": "false", "tracking.wait_seconds": 20, "evaluate.report": "false",
+}  # fmt: skip
+
+
+def train(place: Path, processes: int = 1, **words: Any) -> list[Done]:
+    """A run of these processes: how each ended."""
+    keys = TINY | {name.replace("__", "."): value for name, value in words.items()}
+    keys |= {"run_dir": place, "tracking.uri": f"sqlite:///{place}.db"}
+    return started("train", [f"{name}={value}" for name, value in keys.items()], processes)
+
+
+def started(
+    module: str,
+    words: list[str],
+    processes: int,
+    *,
+    own: dict[int, list[str]] | None = None,
+    env: dict[int, dict[str, str]] | None = None,
+    watch: Any = None,
+) -> list[Done]:
+    """own, env: what one of the processes alone has. watch: is called with them while they run."""
+    inherited = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
+    several = [f"distributed.processes={processes}", f"distributed.coordinator=127.0.0.1:{free_port()}"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *words, *several, f"distributed.index={index}", *(own or {}).get(index, [])],
+            cwd=ROOT,
+            env=inherited | (env or {}).get(index, {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+    try:
+        if watch:
+            watch(running)
+        with ThreadPoolExecutor(processes) as pool:
+            said = list(pool.map(lambda one: one.communicate(timeout=300), running))
+    finally:
+        for one in running:
+            one.kill()
+    return [Done(one.returncode, *told) for one, told in zip(running, said, strict=True)]
+
+
+def summary_of(place: Path) -> dict[str, Any]:
+    return json.loads((place / "summary.json").read_text())
+
+
+def state_of(place: Path) -> dict[str, np.ndarray]:
+    found = Checkpoints(place / "checkpoints", keep=2).newest()
+    assert found
+    return dict(found.arrays)
+
+
+def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """The largest difference of any weight, relative to the largest of its tensor."""
+    names = [name for name, value in one.items() if name.startswith("model/") and value.dtype == np.float32]
+    assert len(names) > 100
+    return max(float(np.abs(one[name] - other[name]).max() / (np.abs(one[name]).max() + 1e-3)) for name in names)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("alone") / "run"
+    [done] = train(place)
+    assert done.code == 0, done.err
+    return place
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("two") / "run"
+    leader, other = train(place, 2)
+    assert leader.code == other.code == 0, leader.err + other.err
+    assert "on: JAX, cpu in 2 processes, 1 threads, float32, jit on" in leader.out
+    assert other.out == "process 1 of 2: process 0 tells the story\n"
+    assert leader.err == other.err == ""
+    return place
+
+
+def same_numbers(one: Path, other: Path) -> None:
+    """Within the rounding of float32."""
+    assert distance(state_of(one), state_of(other)) < 1e-4
+    found, expected = summary_of(one), summary_of(other)
+    assert found["test"]["accuracy"] == expected["test"]["accuracy"]
+    assert found["test"]["examples"] == expected["test"]["examples"] == 340
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=1e-4)
+    assert found["best"]["epoch"] == expected["best"]["epoch"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(alone: Path, two: Path):
+    same_numbers(alone, two)
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_numbers_of_one(alone: Path, tmp_path: Path):
+    done = train(tmp_path / "run", 4)
+    assert [one.code for one in done] == [0] * 4, done[0].err
+    same_numbers(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_devices_of_one_process_give_the_numbers_of_one(alone: Path, tmp_path: Path):
+    [done] = train(tmp_path / "run", devices=2)
+    assert done.code == 0, done.err
+    assert "on: JAX, 2 x cpu, 1 threads, float32" in done.out
+    same_numbers(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_half_of_each_batch_would_give_others(alone: Path, tmp_path: Path):
+    """The control: what a process would come to by itself, with statistics and gradients of its own part alone."""
+    [done] = train(tmp_path / "run", batch_size=8)
+    assert done.code == 0, done.err
+    assert distance(state_of(alone), state_of(tmp_path / "run")) > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_is_killed_and_all_stop_and_go_on(two: Path, tmp_path: Path, victim: int):
+    place = tmp_path / "run"
+    words = [f"{name}={value}" for name, value in TINY.items()]
+    words += [f"run_dir={place}", f"tracking.uri=sqlite:///{place}.db"]
+    begun = time.monotonic()
+    done = started("train", words, 2, env={victim: {"INCEPTION_FAULT": "step:7"}})
+    assert done[victim].code == -9
+    assert done[1 - victim].code == 1, done[1 - victim].err
+    assert "error: a process of the run is gone, and this one" in done[1 - victim].err
+    assert time.monotonic() - begun < 200
+    done = started("train.resume", [f"run={place}"], 2)
+    assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
+    assert "going on: life 2, from epoch-00000-batch-0000004, step 4" in done[0].out
+    assert summary_of(place)["weights_sha256"] == summary_of(two)["weights_sha256"]
+    assert summary_of(place)["test"] == summary_of(two)["test"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path: Path):
+    place = tmp_path / "run"
+    words = [f"{name}={value}" for name, value in (TINY | {"epochs": 400}).items()]
+    words += [f"run_dir={place}", f"tracking.uri=sqlite:///{place}.db"]
+
+    def stop(running: list[subprocess.Popen]) -> None:
+        while not (place / "metrics.jsonl").exists() or '"step": 6,' not in (place / "metrics.jsonl").read_text():
+            assert running[0].poll() is None, running[0].communicate()
+            time.sleep(0.05)
+        running[1].send_signal(signal.SIGTERM)
+
+    done = started("train", words, 2, watch=stop)
+    assert [one.code for one in done] == [143, 143], done[0].err + done[1].err
+    assert summary_of(place)["failure"] == "stopped by SIGTERM"
+    saved = state_of(place)
+    assert 6 < int(saved["count"]) < 400 * 6
+    assert summary_of(place)["steps"] == int(saved["count"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (["batch_size=8"], "batch_size is 16, and 8"),
+        (["data.validation_fraction=0.2"], "data.validation_fraction is 0.1, and 0.2; data_fingerprint is "),
+    ],
+)
+def test_one_trains_something_else(tmp_path: Path, own: list[str], said: str):
+    words = [f"{name}={value}" for name, value in TINY.items() if name != own[0].partition("=")[0]]
+    words += [f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    usual = [] if own[0].startswith("data.") else ["batch_size=16"]
+    done = started("train", words, 2, own={0: usual, 1: own})
+    assert [one.code for one in done] == [2, 2], done[0].err + done[1].err
+    for one in done:
+        assert f"error: all processes must train the same, but of index 0 and index 1 {said}" in one.err
+
+
+@pytest.mark.slow
+def test_another_code_is_refused(tmp_path: Path):
+    """One of the machines has another version of the project."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "data", "mlflow*"))
+    (copy / "data").symlink_to(ROOT / "data")
+    with (copy / "train/losses.py").open("a") as file:
+        file.write("# another line\n")
+    words = [f"{name}={value}" for name, value in TINY.items()]
+    words += [f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    done = started("train", words, 2, env={1: {"PYTHONPATH": str(copy)}})
+    assert [one.code for one in done] == [2, 2], done[0].err + done[1].err
+    assert "error: all processes must train the same, but of index 0 and index 1 code is " in done[0].err
+
+
+@pytest.mark.slow
+def test_one_lacks_memory(tmp_path: Path):
+    """It ends with an error of its own, and the others with a line that sends to it."""
+    words = [f"{name}={value}" for name, value in TINY.items()]
+    words += [f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+
+    def starve(running: list[subprocess.Popen]) -> None:
+        while (
+            not (tmp_path / "run/metrics.jsonl").exists() or "step" not in (tmp_path / "run/metrics.jsonl").read_text()
+        ):
+            assert running[0].poll() is None, running[0].communicate()
+            time.sleep(0.05)
+        resource.prlimit(running[1].pid, resource.RLIMIT_AS, (2**20, 2**20))
+
+    done = started("train", [*words, "epochs=400"], 2, watch=starve)
+    assert done[1].code not in (0, None)
+    assert done[0].code == 1
+    assert "error: a process of the run is gone" in done[0].err

@@ -1,0 +1,147 @@
+"""Where the processes of a run find each other before JAX connects them.
+
+JAX's own service ends a process from C++ when somebody is late or was counted wrong. So process 0 first waits at the
+same address for the others, by plain TCP, and everybody hears in one line what is the matter.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+import time
+from contextlib import closing, suppress
+from dataclasses import dataclass
+
+from train.config import ConfigError, Distributed
+
+PATIENCE_SECONDS = 50.0  # an answer is owed within a minute, libraries loaded
+ATTEMPT_SECONDS = 0.25
+LONGEST_LINE = 4096
+
+
+@dataclass(frozen=True)
+class _Guest:
+    """A process that has come, and said which it is."""
+
+    line: socket.socket
+    index: int
+    processes: int
+
+
+def meet(group: Distributed, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    """Returns when all processes of the run are there; the address is free then.
+
+    Raises: ConfigError, in all processes that have come, if one is missing, was given twice, or counts otherwise.
+    """
+    if group.processes == 1:
+        return
+    deadline = time.monotonic() + patience_seconds
+    if group.index == 0:
+        _receive(group, deadline, patience_seconds)
+    else:
+        _visit(group, deadline, patience_seconds)
+
+
+def address(coordinator: str) -> tuple[str, int]:
+    """Host and port. Raises: ConfigError."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"distributed.coordinator must be HOST:PORT, got {coordinator}; use e.g. distributed.coordinator=node1:4711"
+        )
+    return host.strip("[]"), int(port)
+
+
+def bound_to(coordinator: str) -> str:
+    """Where process 0 listens: on this machine alone if that is where all are, otherwise wherever it can be reached."""
+    host, port = address(coordinator)
+    with suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return coordinator
+    return f"127.0.0.1:{port}" if host == "localhost" else f"0.0.0.0:{port}"
+
+
+def _receive(group: Distributed, deadline: float, patience_seconds: float) -> None:
+    guests: dict[int, _Guest] = {}
+    host, port = address(bound_to(str(group.coordinator)))
+    try:
+        listener = socket.create_server((host, port), backlog=128)
+    except OSError as fault:
+        raise ConfigError(
+            f"distributed.coordinator must be an address of process 0 that is free, got {group.coordinator} "
+            f"({fault.strerror}); use another port"
+        ) from None
+    with closing(listener):
+        try:
+            while len(guests) < group.processes - 1:
+                guest = _next_guest(listener, deadline)
+                if guest is None:
+                    missing = [str(n) for n in range(1, group.processes) if n not in guests]
+                    raise ConfigError(
+                        f"all {group.processes} processes must come to {group.coordinator} within "
+                        f"{patience_seconds:.0f} seconds, but of index {', '.join(missing)} none did; start them with "
+                        "distributed.index=NUMBER, or use another distributed.processes"
+                    )
+                _refuse_stranger(group, guest, guests)
+                guests[guest.index] = guest
+        except ConfigError as fault:
+            _answer(guests, str(fault))
+            raise
+        _answer(guests, "")
+
+
+def _refuse_stranger(group: Distributed, guest: _Guest, guests: dict[int, _Guest]) -> None:
+    """Raises: ConfigError, which the one who has come hears, too."""
+    said = None
+    if guest.processes != group.processes:
+        said = (
+            f"distributed.processes must be the same for all, got {guest.processes} of index {guest.index}, and "
+            f"{group.processes} of index 0; use one number"
+        )
+    elif guest.index in guests or not 0 < guest.index < group.processes:
+        said = f"distributed.index must be another one for each process, got {guest.index} twice; number them from 0"
+    if said:
+        _answer({guest.index: guest}, said)
+        raise ConfigError(said)
+
+
+def _next_guest(listener: socket.socket, deadline: float) -> _Guest | None:
+    """The next one who talks as we do; None when time is up."""
+    while (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            line, _ = listener.accept()
+            line.settimeout(5)
+            said = json.loads(line.makefile("rb").readline(LONGEST_LINE))
+            return _Guest(line, int(said["index"]), int(said["processes"]))
+    return None
+
+
+def _answer(guests: dict[int, _Guest], fault: str) -> None:
+    for guest in guests.values():
+        with suppress(OSError), closing(guest.line):
+            guest.line.sendall(json.dumps({"fault": fault}).encode() + b"\n")
+
+
+def _visit(group: Distributed, deadline: float, patience_seconds: float) -> None:
+    place, why = address(str(group.coordinator)), "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with closing(socket.create_connection(place, timeout=left)) as line:
+                line.sendall(json.dumps({"index": group.index, "processes": group.processes}).encode() + b"\n")
+                line.settimeout(max(0.0, deadline - time.monotonic()) + 5)  # it has a deadline of its own
+                said = line.makefile("rb").readline(LONGEST_LINE)
+            if said:
+                break
+            why = "it hung up"
+        except OSError as fault:
+            why = fault.strerror or str(fault)
+        time.sleep(ATTEMPT_SECONDS)
+    else:
+        raise ConfigError(
+            f"distributed.coordinator must be the address of process 0, which must be running, got {group.coordinator} "
+            f"({why}, for {patience_seconds:.0f} seconds); start process 0, or use another address"
+        )
+    if fault_ := json.loads(said)["fault"]:
+        raise ConfigError(f"process 0 said: {fault_}")

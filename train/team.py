@@ -1,0 +1,133 @@
+"""The processes that train one network together, and what they tell each other.
+
+All take the same steps with the same numbers, each on its part of every batch; process 0 leads: it alone writes. What
+they exchange goes through JAX, which has connected them (`train.engine.jax.join`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from train.config import Config, ConfigError
+from train.ground import changed
+
+PART = 2**22  # 32-bit words that are sent at a time, so that one compiled function does for all
+OWN = ("processor", "threads")  # what may differ from process to process
+
+
+class LostError(ConnectionError):
+    """Another process of the run is gone, and with it the run."""
+
+
+@dataclass
+class Team:
+    """One of `size` processes. With one, nothing is sent and JAX is not needed."""
+
+    index: int
+    size: int
+    together: bool = True  # as long as all of them are needed
+
+    @classmethod
+    def of(cls, config: Config) -> Team:
+        return cls(config.distributed.index, config.distributed.processes)
+
+    @property
+    def leads(self) -> bool:
+        return self.index == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def agree(self, ground: dict[str, Any]) -> None:
+        """All have the same config, data and code.
+
+        Raises: ConfigError in all processes, naming what differs.
+        """
+        if self.alone:
+            return
+        grounds = [json.loads(text) for text in self._gather(json.dumps(ground).encode())]
+        for index, other in enumerate(grounds):
+            names = [name for name in changed(grounds[0], other) if name not in OWN]
+            if names:
+                told = "; ".join(f"{name} is {grounds[0].get(name)}, and {other.get(name)}" for name in names)
+                raise ConfigError(
+                    f"all processes must train the same, but of index 0 and index {index} {told}; use the same words, "
+                    "data and code"
+                )
+
+    def share(self, content: dict[str, Any], state: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
+        """What process 0 was called with, on all. state: the others' must be of the same names, shapes and types."""
+        if self.alone:
+            return content, state
+        text = self._sent(json.dumps(content).encode())
+        whole = self._sent(b"".join(np.ascontiguousarray(value).tobytes() for value in state.values()))
+        found, start = {}, 0
+        for name, value in state.items():
+            part = whole[start : start + value.nbytes]
+            found[name], start = np.frombuffer(part, value.dtype).reshape(value.shape), start + value.nbytes
+        return json.loads(text), found
+
+    def _sent(self, own: bytes) -> bytes:
+        """What process 0 was called with. Sent as whole numbers: as floats, a negative nought would lose its sign."""
+        from jax.experimental import multihost_utils
+
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(own) if self.leads else 0)))
+        size = min(PART, -(-length // 4) or 1)
+        parts = []
+        for start in range(0, length, 4 * size):
+            part = own[start : start + 4 * size] if self.leads else b""
+            words = np.frombuffer(part.ljust(4 * size, b"\0"), np.int32)
+            parts.append(np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes())
+        return b"".join(parts)[:length]
+
+    def _gather(self, own: bytes) -> list[bytes]:
+        """What each was called with, by index."""
+        from jax.experimental import multihost_utils
+
+        lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(own)))).reshape(-1)
+        padded = np.frombuffer(own.ljust(int(lengths.max()), b"\0"), np.uint8)
+        texts = np.asarray(multihost_utils.process_allgather(padded)).reshape(self.size, -1)
+        return [text.tobytes()[:length] for text, length in zip(texts, lengths, strict=True)]
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Says what it means when JAX can't reach another process any more. Raises: LostError."""
+        if self.alone:
+            yield
+            return
+        from jax.errors import JaxRuntimeError
+
+        try:
+            yield
+        except JaxRuntimeError as fault:
+            if not any(word in str(fault) for word in ("Gloo", "NCCL", "coordination", "Connection")):
+                raise
+            raise LostError(
+                f"a process of the run is gone, and this one, of index {self.index}, can't go on without it; see what "
+                "the others say, then: make resume"
+            ) from fault
+
+    def part(self) -> None:
+        """Each goes on alone: what remains is process 0's."""
+        if self.together and not self.alone:
+            import jax
+
+            jax.distributed.shutdown()
+        self.together = False
+
+    def leave(self, code: int) -> int:
+        """The exit code. Ends the process at once if the others are not known to be well: JAX would wait for them."""
+        if self.alone or not self.together:
+            return code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
