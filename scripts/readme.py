@@ -314,6 +314,36 @@ def distill_table() -> str:
     return "\n".join([*lines, f"| {row['teacher']:.4f} | {' | '.join(ways)} | {_difference(row['difference'])} |"])
 
 
+def growth_table() -> str:
+    """What `scripts/bench_growth.py --report scripts/figures/growth.json` found."""
+    lines = ["| grown | to | images/s | run | peak memory | preparing |", "|---|---:|---:|---:|---:|---:|"]
+    for row in json.loads((FIGURES / "growth.json").read_text()):
+        key = "runs in MLflow, `make compare`" if row["key"] == "runs" else f"`{row['key']}`"
+        rate = f"{row['train_images_per_second']:,.0f}" if "train_images_per_second" in row else ""
+        memory = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if "peak_memory_bytes" in row else ""
+        preparing = f"{row['prepared_seconds']:,.0f} s" if "prepared_seconds" in row else ""
+        lines.append(f"| {key} | {row['value']:,} | {rate} | {row['seconds']:.0f} s | {memory} | {preparing} |")
+    return "\n".join(lines)
+
+
+def scaling_table() -> str:
+    """What `scripts/scaling.py --report scripts/figures/scaling.json` found."""
+    lines = [
+        "| GPUs | of each | number | step | statistics | gradients | images/s | efficiency "
+        "| input of a host | cores for it | 90 epochs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "scaling.json").read_text())["rows"]:
+        times = " | ".join(f"{row[name]:.1f} ms" for name in ("step_ms", "statistics_ms", "gradients_ms"))
+        input_ = f"{row['input_mb_per_second_of_a_host']:,.0f} MB/s | {row['cores_of_a_host']:.1f}"
+        lines.append(
+            f"| {row['kind']} | {row['batch_size'] // row['gpus']} | {row['gpus']} | {times} "
+            f"| {row['images_per_second']:,.0f} | {row['efficiency']:.0%} | {input_} "
+            f"| {row['hours']:.1f} h{', batch too large' if row['too_large'] else ''} |"
+        )
+    return "\n".join(lines)
+
+
 def _difference(found: dict) -> str:
     return "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**found)
 
@@ -323,7 +353,7 @@ TABLES = {
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
     "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
     "variants": variants_table, "export": export_table, "predict": predict_table, "serve": serve_table,
-    "transfer": transfer_table, "distill": distill_table,
+    "transfer": transfer_table, "distill": distill_table, "growth": growth_table, "scaling": scaling_table,
 }  # fmt: skip
 
 

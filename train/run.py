@@ -128,7 +128,6 @@ def compute(config: Config, private: Private, stops: loop.Stops, team: Team) -> 
         keeper.take()
         batches = functools.partial(build.train_batches, config, dataset, augmentation, steps)
         fit(config, stops, dataset, batches, steps, step, keeper, Quiet)
-        team.part()
 
 
 def tell(life: Life) -> None:
@@ -195,7 +194,6 @@ def tell(life: Life) -> None:
                 fit(config, stops, dataset, batches, steps, step, keeper, watch)
             finally:
                 record.progress(summary, step, keeper, life.pulse, runtime.peak_memory_bytes(config.backend))
-            life.team.part()
 
             progress = keeper.progress
             if progress.epoch < config.epochs and not progress.stopped_early:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from train import command
 from train.config import Config, ConfigError
 from train.ground import changed
 
@@ -27,13 +28,12 @@ class LostError(ConnectionError):
     """Another process of the run is gone, and with it the run."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Team:
     """One of `size` processes. With one, nothing is sent and JAX is not needed."""
 
     index: int
     size: int
-    together: bool = True  # as long as all of them are needed
 
     @classmethod
     def of(cls, config: Config) -> Team:
@@ -116,18 +116,26 @@ class Team:
                 "the others say, then: make resume"
             ) from fault
 
-    def part(self) -> None:
-        """Each goes on alone: what remains is process 0's."""
-        if self.together and not self.alone:
-            import jax
-
-            jax.distributed.shutdown()
-        self.together = False
-
     def leave(self, code: int) -> int:
-        """The exit code. Ends the process at once if the others are not known to be well: JAX would wait for them."""
-        if self.alone or not self.together:
+        """The exit code: 0 when all have come to their end, process 0 with everything written; whoever starts them
+        again after a failure has to start all.
+
+        After a failure the process ends here and at once, since JAX would wait for the others.
+        """
+        if self.alone:
             return code
+        if code == 0:
+            import jax
+            from jax.experimental import multihost_utils
+
+            try:
+                with self.holding():
+                    multihost_utils.sync_global_devices("left")
+                    jax.distributed.shutdown()
+                return 0
+            except LostError as fault:
+                command.tell(str(fault))
+                code = 1
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
