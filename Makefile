@@ -82,7 +82,7 @@ $(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
 EXPORT := $(VENV)/.extra-export
 
 # What trains with backend=jax, where that is typed; a run that goes on has had it.
-JAX := $(if $(findstring jax,$(value backend)),$(VENV)/.extra-jax)
+JAX := $(if $(findstring jax,$(value backend)),$(VENV)/.extra-jax$(GPU))
 
 $(VENV)/.extra-%: requirements-%.lock $(STAMP)
 	@echo "installing the $* extra (once)"

@@ -1,7 +1,8 @@
 """Writes the lock files from pyproject.toml: `make lock`.
 
 `requirements.lock` holds the base; `requirements-<extra>.lock` holds what an extra adds, resolved under the base's
-versions, so that the two install together. All entries carry hashes, none an address.
+versions, so that the two install together; `jax-gpu` also under those of `gpu`. All entries carry hashes, none an
+address.
 """
 
 import subprocess
@@ -30,7 +31,9 @@ def main() -> None:
     base = ROOT / "requirements.lock"
     compile_lock(project["dependencies"], python, base)
     for extra, requirements in project["optional-dependencies"].items():
-        compile_lock(requirements, python, ROOT / f"requirements-{extra}.lock", "--constraint", str(base))
+        others = [ROOT / "requirements-gpu.lock"] if extra.endswith("-gpu") else []
+        known = [word for lock in (base, *others) for word in ("--constraint", str(lock))]
+        compile_lock(requirements, python, ROOT / f"requirements-{extra}.lock", *known)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from conftest import ROOT, Done, message, run_command
 from train import build
 from train.compose import compose
 
-QUICK = ("staged", "mixed_float16")  # the others take minutes to compile
+QUICK = ("staged",)  # the others take minutes to compile
 
 
 def of_case(case: str) -> Any:
@@ -41,7 +41,10 @@ def test_both_backends_take_the_same_steps(case: str, tmp_path: Path):
     for one, other in zip(ours["told"]["told"], theirs["told"]["told"], strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
-            assert other[name] == pytest.approx(value, rel=told_within, abs=1e-6), name
+            if np.isfinite(value):
+                assert other[name] == pytest.approx(value, rel=told_within, abs=1e-6), name
+            else:  # an overflow, for which the step is skipped
+                assert not np.isfinite(other[name]), name
     with np.load(tmp_path / "end.npz") as end:
         np.testing.assert_allclose(end["answers"], ours["answers"], atol=answers_within)
         for name, value in ours["state"].items():

@@ -59,6 +59,7 @@ def test_the_guard_lets_noise_through_and_nothing_more(
     assert capsys.readouterr().out.startswith(f"vgg16_inception / Keras fit, float32: {now:.2f}, kept 2.00: ")
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
     bench = script("bench.py")
     none = tmp_path / "python"

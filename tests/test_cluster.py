@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import FROM_MAKE, ROOT, Done, run_command
 
-from train.meeting import PATIENCE_SECONDS
+from train.config import Distributed
 
 CLUSTER = ROOT / "scripts/cluster"
 TINY = ["model=vgg16_inception", "model.width=0.1", "model.blocks=[conv_bn,conv_bn,conv_bn,conv_bn,conv_bn]",
@@ -69,9 +69,10 @@ def test_a_manifest_is_a_job_and_the_service_that_its_pods_find_each_other_by():
     assert job["spec"]["completionMode"] == "Indexed"
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 4
     assert pod["spec"]["restartPolicy"] == "OnFailure"  # of a Job: this or Never
-    assert pod["spec"]["terminationGracePeriodSeconds"] >= 2 * PATIENCE_SECONDS
+    assert pod["spec"]["terminationGracePeriodSeconds"] >= 2 * Distributed().wait_seconds
     [container] = pod["spec"]["containers"]
-    assert container["command"] == ["scripts/cluster/process.sh", "model=vgg16", "run_dir=runs/a"]
+    waiting = "distributed.wait_seconds=600"  # images are fetched, and pods that failed are begun later and later
+    assert container["command"] == ["scripts/cluster/process.sh", waiting, "model=vgg16", "run_dir=runs/a"]
     assert {one["name"]: one["value"] for one in container["env"]} == {
         "PROCESSES": "4",
         "COORDINATOR": f"first-0.first:{service['spec']['ports'][0]['port']}",

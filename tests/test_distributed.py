@@ -41,7 +41,7 @@ def met(*groups: tuple[int, int], patience: float = 1.0) -> list[str]:
 
     def come(index: int, processes: int) -> str:
         try:
-            meeting.meet(Distributed(coordinator=place, index=index, processes=processes), patience)
+            meeting.meet(Distributed(coordinator=place, index=index, processes=processes, wait_seconds=patience))
         except ConfigError as fault:
             return str(fault)
         return ""
@@ -61,7 +61,7 @@ def test_process_0_is_not_there():
     assert said.startswith("distributed.coordinator must be the address of process 0, which must be running, got 127.0")
     assert "(Connection refused, for 1 seconds); start process 0, or use another address" in said
     assert time.monotonic() - begun < 10
-    assert meeting.PATIENCE_SECONDS < 60
+    assert Distributed().wait_seconds < 60
 
 
 def test_one_does_not_come():
@@ -90,7 +90,7 @@ def test_who_talks_otherwise_is_no_process():
     found: list[str] = []
 
     def lead() -> None:
-        meeting.meet(Distributed(coordinator=place, processes=2), 10)
+        meeting.meet(Distributed(coordinator=place, processes=2, wait_seconds=10))
         found.append("met")
 
     leader = threading.Thread(target=lead)
@@ -103,15 +103,30 @@ def test_who_talks_otherwise_is_no_process():
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
-    meeting.meet(Distributed(coordinator=place, index=1, processes=2), 10)
+    meeting.meet(Distributed(coordinator=place, index=1, processes=2, wait_seconds=10))
     leader.join(20)
     assert found == ["met"]
+
+
+def test_who_answers_otherwise_is_not_process_0():
+    """Such as the service of an earlier life, which is about to end."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = f"127.0.0.1:{other.getsockname()[1]}"
+
+        def chat() -> None:
+            line, _ = other.accept()
+            line.sendall(b"\x00\x00\x12\x04\xff\x00\n")
+            line.close()
+
+        threading.Thread(target=chat, daemon=True).start()
+        said = message(meeting.meet, Distributed(coordinator=place, index=1, processes=2, wait_seconds=1))
+    assert "which must be running, got 127.0.0.1:" in said
 
 
 def test_the_address_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = f"127.0.0.1:{taken.getsockname()[1]}"
-        said = message(meeting.meet, Distributed(coordinator=place, processes=2), 1.0)
+        said = message(meeting.meet, Distributed(coordinator=place, processes=2, wait_seconds=1))
     assert f"distributed.coordinator must be an address of process 0 that is free, got {place} (Address already" in said
 
 
@@ -152,7 +167,7 @@ def test_one_process_sends_nothing():
     team, state = Team(0, 1), {"weight": np.ones(3, "float32")}
     team.agree({})
     assert team.share({"steps": 1}, state) == ({"steps": 1}, state)
-    assert team.leave(7) == 7
+    assert team.leave(7, with_all=True) == team.leave(7, with_all=False) == 7
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -242,6 +257,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert other.out == "process 1 of 2: process 0 tells the story\n"
     assert leader.err == other.err == ""
     return place
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_finished_for_all(two: Path):
+    done = train(two, 2)
+    assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
+    assert f"the run is finished: {two}" in done[0].out
+    assert summary_of(two)["lives"] == 1
 
 
 def same_numbers(one: Path, other: Path) -> None:

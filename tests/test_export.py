@@ -110,7 +110,10 @@ def by_the_card(python: Path | str, folder: Path, place: Path) -> None:
     assert float(share) == pytest.approx(wanted.max(), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", formats.FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "saved_model" else name for name in formats.FORMATS],
+)
 def test_the_five_lines_of_the_card_work(name: str, shipped: tuple[Done, Path], tmp_path: Path):
     by_the_card(sys.executable, shipped[1] / "export" / name, tmp_path)
 

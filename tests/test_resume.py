@@ -207,6 +207,7 @@ def test_a_pupil_that_died_goes_on_to_the_same_bits(untouched: tuple[Path, dict]
     assert go_on(tmp_path / "run")["weights_sha256"] == whole["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_it_starts_over_in_the_same_folder(
     untouched: tuple[Path, dict], tmp_path: Path, dying: Any
 ):
@@ -483,7 +484,8 @@ def test_rollbacks_come_to_an_end(tmp_path: Path):
 @pytest.mark.parametrize(
     ("fill_at", "answer"),
     [(3, "can't be written (No space left on device); mend that, then: make resume run="),
-     (7, "the summary could not be written to {} (No space left on device); mend that")],
+     pytest.param(7, "the summary could not be written to {} (No space left on device); mend that",
+                  marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(
     fill_at: int,

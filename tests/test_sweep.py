@@ -756,6 +756,7 @@ echo "Submitted batch job $$"
 """
 
 
+@pytest.mark.slow
 def test_a_launcher_that_cannot_begin_is_told(tmp_path: Path):
     done = run_train("-m", *TINY, "hydra/launcher=submitit_slurm", f"run_dir={tmp_path / 'sweep'}")
     told = 'error: hydra/launcher must be able to begin, got submitit_slurm: Could not detect "srun", are you indeed on'

@@ -45,7 +45,7 @@ def test_parameters_tags_and_status(finished: Finished):
     assert run.data.params["model.width"] == "0.125"
     assert run.data.params["optimizer.learning_rate"] == "0.01"
     assert run.data.params["model.blocks"] == "['conv_bn', 'conv_bn', 'inception_v1', 'conv_bn', 'inception_v3']"
-    assert len(run.data.params) == 80
+    assert len(run.data.params) == 85
     summary = finished.summary
     for name in ("run_id", "config_hash", "data_fingerprint", "weights_sha256", "status"):
         assert run.data.tags[name] == summary[name]

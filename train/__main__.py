@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from train import command, compose
 from train.config import ROOT
+from train.stored import flatten, to_dict
 from train.sweep import processes, trials
 from train.tracking.folder import open_folder
 
@@ -63,10 +64,14 @@ def run(node: DictConfig) -> int:
     if CHECK in words:
         print("the config is valid")
         return 0
+    there = (
+        open_folder(Path(config.run_dir)) if config.run_dir and (Path(config.run_dir) / "run.json").exists() else None
+    )
     if config.distributed.index:
-        return story.follow(config, private)
-    if config.run_dir and (Path(config.run_dir) / "run.json").exists():
-        return resume.train_again(open_folder(Path(config.run_dir)), config, private)
+        over = there and resume.is_over(there, there.identity()["typed"], flatten(to_dict(config, private)))
+        return 0 if over else story.follow(config, private)
+    if there:
+        return resume.train_again(there, config, private)
     return story.train(config, private, latest=config.sweep.trial is None)
 
 

@@ -431,6 +431,7 @@ class Distributed:
     coordinator: str | None = key(None, "HOST:PORT where process 0 waits for the others; null: there is one process")
     processes: int = key(1, "how many there are", unit="processes", least=1)
     index: int = key(0, "which one this is; 0 leads, and it alone writes", least=0)
+    wait_seconds: float = key(50.0, "how long they wait for each other at the start", unit="seconds", above=0)
 
 
 @dataclass

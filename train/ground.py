@@ -15,7 +15,7 @@ FREE = (
     "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
     "data.root", "data.file", "data.manual_dir", "data.directory", "data.cache", "data.ram_budget",
     "data.fingerprint", "model.weights", "distill.teacher", "evaluate.test", "evaluate.report", "gpu_memory",
-    "distributed.coordinator", "distributed.index",
+    "distributed.coordinator", "distributed.index", "distributed.wait_seconds",
 )  # fmt: skip
 
 

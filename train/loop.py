@@ -20,11 +20,14 @@ Item = TypeVar("Item")
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody asked the run to stop; `number` is the signal, `at_once` whether it must not even save any more."""
+    """Somebody asked the run to stop; `number` is the signal, `at_once` whether it must not even save any more.
 
-    def __init__(self, number: int, *, at_once: bool = False):
+    `by_all`: all processes of the run stop here.
+    """
+
+    def __init__(self, number: int, *, at_once: bool = False, by_all: bool = False):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number, self.at_once = number, at_once
+        self.number, self.at_once, self.by_all = number, at_once, by_all
 
 
 class DivergedError(ArithmeticError):
@@ -208,7 +211,7 @@ class Stops:
     def obey(self) -> None:
         """Raises: Interrupted if a signal has been noted."""
         if number := self._heard():
-            raise Interrupted(number)
+            raise Interrupted(number, by_all=self._heard != self.number)
 
     def heed(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches, as long as nobody asks to stop."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from train.config import ConfigError, Distributed
 
-PATIENCE_SECONDS = 50.0  # an answer is owed within a minute, libraries loaded
 ATTEMPT_SECONDS = 0.25
 LONGEST_LINE = 4096
 
@@ -29,18 +28,18 @@ class _Guest:
     processes: int
 
 
-def meet(group: Distributed, patience_seconds: float = PATIENCE_SECONDS) -> None:
-    """Returns when all processes of the run are there; the address is free then.
+def meet(group: Distributed) -> None:
+    """Returns when all processes of the run are there, within `wait_seconds`; the address is free then.
 
     Raises: ConfigError, in all processes that have come, if one is missing, was given twice, or counts otherwise.
     """
     if group.processes == 1:
         return
-    deadline = time.monotonic() + patience_seconds
+    deadline = time.monotonic() + group.wait_seconds
     if group.index == 0:
-        _receive(group, deadline, patience_seconds)
+        _receive(group, deadline)
     else:
-        _visit(group, deadline, patience_seconds)
+        _visit(group, deadline)
 
 
 def address(coordinator: str) -> tuple[str, int]:
@@ -62,11 +61,12 @@ def bound_to(coordinator: str) -> str:
     return f"127.0.0.1:{port}" if host == "localhost" else f"0.0.0.0:{port}"
 
 
-def _receive(group: Distributed, deadline: float, patience_seconds: float) -> None:
+def _receive(group: Distributed, deadline: float) -> None:
     guests: dict[int, _Guest] = {}
     host, port = address(bound_to(str(group.coordinator)))
     try:
-        listener = socket.create_server((host, port), backlog=128)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=128)
     except OSError as fault:
         raise ConfigError(
             f"distributed.coordinator must be an address of process 0 that is free, got {group.coordinator} "
@@ -80,7 +80,7 @@ def _receive(group: Distributed, deadline: float, patience_seconds: float) -> No
                     missing = [str(n) for n in range(1, group.processes) if n not in guests]
                     raise ConfigError(
                         f"all {group.processes} processes must come to {group.coordinator} within "
-                        f"{patience_seconds:.0f} seconds, but of index {', '.join(missing)} none did; start them with "
+                        f"{group.wait_seconds:g} seconds, but of index {', '.join(missing)} none did; start them with "
                         "distributed.index=NUMBER, or use another distributed.processes"
                     )
                 _refuse_stranger(group, guest, guests)
@@ -124,24 +124,24 @@ def _answer(guests: dict[int, _Guest], fault: str) -> None:
             guest.line.sendall(json.dumps({"fault": fault}).encode() + b"\n")
 
 
-def _visit(group: Distributed, deadline: float, patience_seconds: float) -> None:
-    place, why = address(str(group.coordinator)), "no answer"
+def _visit(group: Distributed, deadline: float) -> None:
+    place, why, said = address(str(group.coordinator)), "no answer", None
     while (left := deadline - time.monotonic()) > 0:
         try:
             with closing(socket.create_connection(place, timeout=left)) as line:
                 line.sendall(json.dumps({"index": group.index, "processes": group.processes}).encode() + b"\n")
-                line.settimeout(max(0.0, deadline - time.monotonic()) + 5)  # it has a deadline of its own
-                said = line.makefile("rb").readline(LONGEST_LINE)
-            if said:
+                line.settimeout(group.wait_seconds + 5)  # process 0 has a deadline of its own
+                said = json.loads(line.makefile("rb").readline(LONGEST_LINE))["fault"]
                 break
-            why = "it hung up"
         except OSError as fault:
             why = fault.strerror or str(fault)
+        except (ValueError, KeyError, TypeError):  # an earlier life of process 0, or nobody of ours
+            why = "no answer that makes sense"
         time.sleep(ATTEMPT_SECONDS)
     else:
         raise ConfigError(
             f"distributed.coordinator must be the address of process 0, which must be running, got {group.coordinator} "
-            f"({why}, for {patience_seconds:.0f} seconds); start process 0, or use another address"
+            f"({why}, for {group.wait_seconds:g} seconds); start process 0, or use another address"
         )
-    if fault_ := json.loads(said)["fault"]:
-        raise ConfigError(f"process 0 said: {fault_}")
+    if said:
+        raise ConfigError(f"process 0 said: {said}")

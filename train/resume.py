@@ -28,6 +28,8 @@ def resume(words: list[str]) -> int:
     Raises: ValueError for whatever does not fit the run.
     """
     typed = dict(split(word) for word in words)
+    if "run" not in typed and int(typed.get("distributed.index", "0") or 0):
+        raise ConfigError("run must be named where there are several processes, got none; use run=FOLDER for each")
     folder = open_folder(Path(typed["run"])) if "run" in typed else newest_unfinished(ROOT / "runs")
     accepted = frozenset(filter(None, typed.get("accept", "").split(",")))
     return go_on(folder, [word for word in words if split(word)[0] not in OWN], accepted)
@@ -46,8 +48,7 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
     leads = config.distributed.index == 0
     if leads and folder.alive():
         raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
-    wanting = any(now[name] and not before.get(name) for name in LATER)
-    if folder.status() == "finished" and config.epochs <= stored["epochs"] and not wanting:
+    if is_over(folder, before, now):
         print(f"the run is finished: {folder.path}; to train longer: make resume run={folder.path} epochs=NUMBER")
         return 0
     from train import build
@@ -56,6 +57,12 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
     build.check_files(config)
     build.check_sources(config)
     return story.live(folder, config, private, accepted) if leads else story.follow(config, private)
+
+
+def is_over(folder: RunFolder, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the run has nothing to do any more. before, now: its config, flat, as stored and as it is wanted."""
+    wanting = any(now[name] and not before.get(name) for name in LATER)
+    return folder.status() == "finished" and now["epochs"] <= before["epochs"] and not wanting
 
 
 def train_again(folder: RunFolder, config: Config, private: Private) -> int:

@@ -17,7 +17,7 @@ from train.config import ROOT, Config
 from train.keeper import Follower, Keeper
 from train.progress import Quiet, Terminal, say
 from train.stored import Private
-from train.team import Team
+from train.team import LostError, Team
 from train.tracking import record, uploader
 from train.tracking.folder import Pulse, RunFolder, create
 
@@ -70,44 +70,47 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
     """Tells the story, from the start or from the last checkpoint, and leaves a summary whatever happens."""
     with folder.held(), record.log_file(folder), loop.Stops().listening() as stops:
         life = Life(folder, config, private, stops, accepted, record.begin(folder, config))
-        patience = config.tracking.wait_seconds
+        patience, by_all = config.tracking.wait_seconds, False
         try:
             tell(life)
-            life.summary["status"], code = "finished", 0
+            life.summary["status"], code, by_all = "finished", 0, True
         except PausedError as pause:
             life.summary |= {"status": "interrupted", "failure": str(pause)}
             code = 0
         except loop.Interrupted as stop:
             life.summary |= {"status": "interrupted", "failure": str(stop)}
             code, patience = 128 + stop.number, 0 if stop.at_once else min(patience, STOPPED_WAIT_SECONDS)
+            by_all = stop.by_all
         except Exception as fault:
             life.summary |= {"status": "failed", "failure": private.hide(f"{type(fault).__name__}: {fault}")}
             code = record.report(fault, folder, private)
+            patience = 0 if isinstance(fault, LostError) else patience  # JAX may end the process before long
         if not life.begun:
             say("nothing was changed in the run" if code > 128 else "")
-            return life.team.leave(code)
+            return life.team.leave(code, with_all=False)
         with stops.deferred():
             unwritten = record.close(folder, life.summary)
             life.pulse.close()
         say("record: completing it in MLflow")
         uploader.wait(life.recorder, folder, config.tracking.uri or uploader.default_uri(ROOT), patience)
         say(f"to go on: make resume run={record.short(folder.path)}" if code > 128 else "")
-    print(record.one_line(life.summary, folder), flush=True)
-    return life.team.leave(code or unwritten or stops.code())
+        print(record.one_line(life.summary, folder), flush=True)
+        return life.team.leave(code or unwritten or stops.code(), with_all=by_all)
 
 
 def follow(config: Config, private: Private) -> int:
     """The part of a process that does not lead a run; returns the exit code. It writes nothing."""
     with loop.Stops().listening() as stops:
-        team = Team.of(config)
+        team, by_all = Team.of(config), False
         try:
             compute(config, private, stops, team)
-            code = stops.code()
+            code, by_all = stops.code(), True
         except loop.Interrupted as stop:
-            code = 128 + stop.number
+            code, by_all = 128 + stop.number, stop.by_all
         except Exception as fault:
             code = record.report(fault, None, private)
-    return team.leave(code)
+        with stops.deferred():  # process 0 still has to test and to write
+            return team.leave(code, with_all=by_all) or stops.code()
 
 
 def compute(config: Config, private: Private, stops: loop.Stops, team: Team) -> None:

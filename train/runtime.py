@@ -35,6 +35,8 @@ USUAL = {
 }
 
 XLA_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+# Each process tunes for itself: one that finds its step compiled already would leave the others waiting for its share.
+XLA_UNSHARED = "--xla_gpu_shard_autotuning=false"
 
 
 def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
@@ -78,6 +80,8 @@ def environment(config: Config) -> dict[str, str]:
     threads, flags = str(config.threads or cores()), os.environ.get("XLA_FLAGS", "").split()
     if config.deterministic and XLA_DETERMINISTIC not in flags:
         flags.append(XLA_DETERMINISTIC)
+    if config.distributed.processes > 1:
+        flags.append(XLA_UNSHARED)
     own = {"NPROC": threads, "PJRT_NPROC": threads, "XLA_FLAGS": " ".join(flags)}
     return own | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # three quarters of a GPU's memory, otherwise
 

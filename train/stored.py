@@ -99,6 +99,7 @@ def config_hash(config: Config, private: Private) -> str:
 ALIKE = (
     "seed", "run_dir", "data.root", "data.file", "data.manual_dir", "data.directory", "data.fingerprint", "gpu_memory",
     "evaluate.test", "evaluate.report", "distributed.coordinator", "distributed.index",
+    "distributed.wait_seconds",
 )  # fmt: skip
 
 

@@ -80,7 +80,9 @@ class Team:
         """What process 0 was called with. Sent as whole numbers: as floats, a negative nought would lose its sign."""
         from jax.experimental import multihost_utils
 
-        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(own) if self.leads else 0)))
+        gibibytes, rest = divmod(len(own) if self.leads else 0, 2**30)  # there are no numbers of 64 bits
+        lengths = np.asarray(multihost_utils.broadcast_one_to_all(np.array([gibibytes, rest], np.int32)))
+        length = int(lengths[0]) * 2**30 + int(lengths[1])
         size = min(PART, -(-length // 4) or 1)
         parts = []
         for start in range(0, length, 4 * size):
@@ -116,15 +118,15 @@ class Team:
                 "the others say, then: make resume"
             ) from fault
 
-    def leave(self, code: int) -> int:
-        """The exit code: 0 when all have come to their end, process 0 with everything written; whoever starts them
-        again after a failure has to start all.
+    def leave(self, code: int, *, with_all: bool) -> int:
+        """The exit code. with_all: when all have come here, process 0 with everything written, so that whoever starts
+        processes sees either all of them at their end, or a failure and has to start all again.
 
-        After a failure the process ends here and at once, since JAX would wait for the others.
+        Otherwise the process ends here and at once, since JAX would wait for the others.
         """
         if self.alone:
             return code
-        if code == 0:
+        if with_all:
             import jax
             from jax.experimental import multihost_utils
 
@@ -132,7 +134,7 @@ class Team:
                 with self.holding():
                     multihost_utils.sync_global_devices("left")
                     jax.distributed.shutdown()
-                return 0
+                return code
             except LostError as fault:
                 command.tell(str(fault))
                 code = 1

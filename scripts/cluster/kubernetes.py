@@ -3,7 +3,8 @@
     python scripts/cluster/kubernetes.py --image REGISTRY/inception --processes 4 --claim shared -- \\
         model=inception_v3 data=imagenet2012 batch_size=256 run_dir=runs/first | kubectl apply -f -
 
-The image holds a checkout with `make setup` done, in its working directory; `--claim` names a PersistentVolumeClaim
+The image holds a checkout in its working directory where `make train backend=jax ARGS=--check` was typed once, which
+installs all that is needed; `--claim` names a PersistentVolumeClaim
 that many pods may write (ReadWriteMany), mounted as runs/. A pod that dies ends the others, too; all are begun again,
 meet again and go on. A pod that is evicted gets SIGTERM: all stop after the same step, and save.
 """
@@ -17,6 +18,7 @@ import yaml
 
 PORT = 4711
 GRACE_SECONDS = 180  # for a step, and for writing what is to be saved
+WAIT_SECONDS = 600  # images are fetched, and pods that failed are begun again later and later
 
 
 def manifest(
@@ -27,7 +29,7 @@ def manifest(
         "name": "train",
         "image": image,
         "workingDir": workdir,
-        "command": ["scripts/cluster/process.sh", *words],
+        "command": ["scripts/cluster/process.sh", f"distributed.wait_seconds={WAIT_SECONDS}", *words],
         "env": [
             {"name": "PROCESSES", "value": str(processes)},
             {"name": "COORDINATOR", "value": f"{name}-0.{name}:{PORT}"},

@@ -3,8 +3,9 @@
 #
 #   sbatch scripts/cluster/slurm.sh model=inception_v3 data=imagenet2012 batch_size=256
 #
-# The folder of the checkout must be on storage that all machines share, with `make setup` done. Other numbers go before
-# the file: sbatch --nodes=8 --time=24:00:00 scripts/cluster/slurm.sh ...
+# The folder of the checkout must be on storage that all machines share, and `make train backend=jax ARGS=--check` typed
+# there once, on a machine with a GPU: it installs all that is needed. Other numbers go before the file:
+# sbatch --nodes=8 --time=24:00:00 scripts/cluster/slurm.sh ...
 #SBATCH --job-name=inception
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4

@@ -99,7 +99,7 @@ def reader(split: Split) -> Callable[[np.ndarray], np.ndarray]:
 def decoded(split: Split, indices: Sequence[int]) -> np.ndarray:
     """Read and decoded now. Raises: ValueError that names the example."""
     pixels = [split.decode(index, data) for index, data in zip(indices, split.read(indices), strict=True)]
-    return np.stack(pixels)
+    return np.stack(pixels) if pixels else np.empty((0, *split.view.shape), np.uint8)
 
 
 def in_memory(split: Split) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from train import meeting
-from train.config import Config
+from train.config import Config, ConfigError
 
 NAME = "JAX"
 JIT = "on"  # there is no other way
@@ -31,6 +32,8 @@ def join(config: Config) -> None:
     """
     if config.devices.isdigit():
         jax.config.update("jax_num_cpu_devices", int(config.devices))  # a processor can pass for several
+    if config.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     group = config.distributed
     if group.processes == 1:
         return
@@ -45,7 +48,11 @@ def join(config: Config) -> None:
         coordinator_bind_address=meeting.bound_to(str(group.coordinator)),
         cluster_detection_method="deactivate",
     )
-    # Processes that compute together for the first time wait half a minute for each other, later as long as it takes.
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} of index {index}" for index, count in sorted(counts.items()))
+        raise ConfigError(f"all processes must have as many devices, got {found}; use the same device and devices")
+    # Processes that compute together for the first time wait half a minute for each other, later half an hour.
     multihost_utils.sync_global_devices("joined")
 
 

@@ -41,6 +41,7 @@ class Step(base.Step):
         if self._mesh:
             self._everywhere = NamedSharding(self._mesh, PartitionSpec())
             self._spread = NamedSharding(self._mesh, PartitionSpec("batch"))
+            self._here = len(self._mesh.local_devices)
             self._said: deque[jax.Array] = deque(maxlen=HEARD_AFTER + 1)
             self._repeat([*self._variables().values(), *self._watch, *self._teaching])
             self.predict = self._predict_together(inference, self._mesh)
@@ -67,6 +68,14 @@ class Step(base.Step):
             return super().heard()
         return int(self._said[0]) if len(self._said) > HEARD_AFTER else 0
 
+    def _part(self, own: np.ndarray) -> jax.Array:
+        """Of what is spread over all devices, from the part that this process has."""
+        return jax.make_array_from_process_local_data(self._spread, own)
+
+    def _noted(self) -> jax.Array:
+        """What all are to hear, once for each device."""
+        return self._part(np.full(self._here, self.notes(), "int32"))
+
     def _predict_together(self, model: keras.Model, devices: Mesh) -> Callable[[Any], np.ndarray]:
         """This process's images uint8 [n, H, W, C] of a batch -> the single output for those of all processes.
 
@@ -74,13 +83,19 @@ class Step(base.Step):
         """
         (batch, *shape), dtype = self._given[0][0], "uint8"
         share = batch // devices.size * len(devices.local_devices)
-        run = jax.jit(lambda *given: model.stateless_call(*given, training=False)[0], out_shardings=self._everywhere)
+
+        def answer(learned: Values, others: Values, images: jax.Array, noted: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return model.stateless_call(learned, others, images, training=False)[0], jnp.max(noted)
+
+        run = jax.jit(answer, out_shardings=self._everywhere)
 
         def predict(images: Any) -> np.ndarray:
             filled = np.zeros((share, *shape), dtype)
             filled[: len(images)] = images
             held = values(model.trainable_variables), values(model.non_trainable_variables)
-            return np.array(run(*held, jax.make_array_from_process_local_data(self._spread, filled)))
+            found, said = run(*held, self._part(filled), self._noted())
+            self._said.append(said)
+            return np.array(found)
 
         return predict
 
@@ -108,9 +123,7 @@ class Step(base.Step):
         if self._mesh is None:
             found = self._train(state, watch, values(held), *batch)
         else:
-            noted = np.full(len(self._mesh.local_devices), self.notes(), "int32")
-            noted, *batch = (jax.make_array_from_process_local_data(self._spread, part) for part in (noted, *batch))
-            *found, said = self._train(state, watch, values(held), *batch, noted=noted)
+            *found, said = self._train(state, watch, values(held), *map(self._part, batch), noted=self._noted())
             self._said.append(said)
         for kind, new in zip((*self._kinds(), self._watch), (*found[0], found[1]), strict=True):
             for variable, value in zip(kind, new, strict=True):

@@ -36,9 +36,10 @@ def tags(root: Path) -> dict[str, str]:
     return found
 
 
-def versions() -> dict[str, str]:
+def versions(backend: str) -> dict[str, str]:
     """Of everything that computes: other versions may give other bits."""
-    return {"version.python": platform.python_version(), **{f"version.{name}": version(name) for name in COMPUTING}}
+    names = (*COMPUTING, *(("jax", "jaxlib") if backend == "jax" else ()))
+    return {"version.python": platform.python_version(), **{f"version.{name}": version(name) for name in names}}
 
 
 def code(package: Path) -> str:

@@ -140,7 +140,7 @@ def ground(
         "data_fingerprint": fingerprint,
         "processor": processor,
         "code": facts.code(ROOT / "train"),
-        **facts.versions(),
+        **facts.versions(config.backend),
     }
 
 
@@ -236,10 +236,10 @@ def progress(summary: dict[str, Any], step: Any, keeper: Any, pulse: Pulse, peak
         "data_wait_fraction": clock.data_wait_fraction(),
         "checkpoint_stall_seconds": keeper.checkpoints.stall_seconds,
         "peak_memory_bytes": peak_memory_bytes,
-        "weights_sha256": step.weights_sha256(),
     }
     if reached.best_epoch >= 0:
         summary["best"] = {"epoch": reached.best_epoch, "validation_main_accuracy": reached.best_accuracy}
+    summary["weights_sha256"] = step.weights_sha256()  # can't be read where a process of several is gone
 
 
 def report(fault: Exception, folder: RunFolder | None, private: Private) -> int:
@@ -249,15 +249,17 @@ def report(fault: Exception, folder: RunFolder | None, private: Private) -> int:
     shown. folder: None in a process that writes nothing.
     """
     trace = private.hide("".join(traceback.format_exception(fault)))
-    log.error("the run failed\n%s", trace)
+    if folder:
+        log.error("the run failed\n%s", trace)
     frames = traceback.extract_tb(fault.__traceback__)
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "train")
     if ours and isinstance(fault, ValueError | ArithmeticError | ConnectionError):
         code = command.tell(private.hide(str(fault)))
         return code if isinstance(fault, ValueError) else 1
     if isinstance(fault, OSError) and fault.errno in FULL:
+        where = f" run={folder.path}" if folder else ""
         place = fault.filename or (folder.path if folder else "the disk")  # prepared data may lie on one of its own
-        command.tell(f"{place} can't be written ({fault.strerror}); mend that, then: make resume")
+        command.tell(f"{place} can't be written ({fault.strerror}); mend that, then: make resume{where}")
         return 1
     print(trace, file=sys.stderr)
     command.tell(
