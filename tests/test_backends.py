@@ -15,6 +15,7 @@ from conftest import ROOT, Done, message, run_command
 
 from train import build
 from train.compose import compose
+from train.config import SMALLEST_IMAGE
 
 QUICK = ("staged",)  # the others take minutes to compile
 
@@ -89,6 +90,16 @@ def test_a_run_on_jax_is_one_like_all_others(tmp_path: Path):
     assert done.code == 0, done.err
     scores = json.loads(next((whole / "evaluation").rglob("scores.json")).read_text())
     assert scores["loss"] == pytest.approx(one["test"]["loss"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SMALLEST_IMAGE)
+def test_every_network_trains_on_jax(model: str, tmp_path: Path):
+    words = [f"model={model}", "model.head=avg", "steps_per_epoch=2", "epochs=1", "evaluate.report=false"]
+    done = train(tmp_path / "run", *words)
+    assert done.code == 0, done.err
+    assert summary_of(tmp_path / "run")["steps"] == 2
+    assert summary_of(tmp_path / "run")["test"]["examples"] == 340
 
 
 @pytest.mark.parametrize(

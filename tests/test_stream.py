@@ -285,9 +285,11 @@ def test_shares_of_all_processes_are_the_whole(train_split, augmentation):
     assert "share must be a part of a batch of 16, got 1 of 3" in message(epoch_of, train_split, share=(1, 3))
 
 
-def test_a_share_of_an_evaluation_has_its_own_images_and_all_labels(opened):
-    whole = evaluated(opened.test)
-    shares = [evaluated(opened.test, share=(index, 2)) for index in range(2)]
+@pytest.mark.parametrize("where", PLACES)
+def test_a_share_of_an_evaluation_has_its_own_images_and_all_labels(opened, where):
+    split = replace(opened.test, pixels=where)
+    whole = evaluated(split)
+    shares = [evaluated(split, share=(index, 2)) for index in range(2)]
     assert [[len(images) for images, _ in share] for share in shares] == [[8, 8, 8], [8, 8, 0]]  # 40 in all
     np.testing.assert_array_equal(
         np.concatenate([images for parts in zip(*shares, strict=True) for images, _ in parts]), images_of(whole)
