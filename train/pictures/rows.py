@@ -26,7 +26,7 @@ def seeds(rows: list[Any], metric: str) -> Figure:
             axes.plot([row.accuracy.low, row.accuracy.high], [place] * 2, color=ORANGE, linewidth=3, alpha=0.8)
         axes.plot([row.accuracy.mean], [place], "|", color="black", markersize=11, markeredgewidth=1.6)
     axes.set_yticks(places, [shortened(row.label, 46) for row in shown], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     more = f" (the first {MOST} of {len(rows)} rows)" if len(rows) > MOST else ""
     axes.set_title(f"{metric}: seeds, mean, 95 % interval{more}")
     return made
