@@ -196,15 +196,16 @@ def started(
     *,
     own: dict[int, list[str]] | None = None,
     env: dict[int, dict[str, str]] | None = None,
+    where: dict[int, Path] | None = None,
     watch: Any = None,
 ) -> list[Done]:
-    """own, env: what one of the processes alone has. watch: is called with them while they run."""
+    """own, env, where: what one of the processes alone has. watch: is called with them while they run."""
     inherited = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
     several = [f"distributed.processes={processes}", f"distributed.coordinator=127.0.0.1:{free_port()}"]
     running = [
         subprocess.Popen(
             [sys.executable, "-m", module, *words, *several, f"distributed.index={index}", *(own or {}).get(index, [])],
-            cwd=ROOT,
+            cwd=(where or {}).get(index, ROOT),
             env=inherited | (env or {}).get(index, {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -372,7 +373,7 @@ def test_another_code_is_refused(tmp_path: Path):
         file.write("# another line\n")
     words = [f"{name}={value}" for name, value in TINY.items()]
     words += [f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
-    done = started("train", words, 2, env={1: {"PYTHONPATH": str(copy)}})
+    done = started("train", words, 2, where={1: copy})
     assert [one.code for one in done] == [2, 2], done[0].err + done[1].err
     assert "error: all processes must train the same, but of index 0 and index 1 code is " in done[0].err
 
