@@ -1,11 +1,11 @@
 """How the cost of a run grows: with the batch, the image, the network, the classes, the data set, and with its record.
 
-    python scripts/bench_growth.py --report scripts/figures/growth.json            (about half an hour on two cores)
+    python scripts/bench_growth.py --report scripts/figures/growth.json --picture scripts/pictures/growth.png
     python scripts/bench_growth.py --only batch_size,classes
 
-Every point is a whole `make train` with one key changed; what it says of itself is taken down. A set of N examples is a
-folder of small PNGs that is written for it; runs in MLflow are written with MLflow's client. Points that the report has
-are not measured again.
+Every point is the median of three whole `make train` (or `make compare`) with one key changed; what a run says of
+itself is taken down. A set of N examples is a folder of small PNGs that is written for it; runs in MLflow are written
+with MLflow's client. Points that the report has are not measured again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from train.pictures.style import BLUE, figure, png
+
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = {
     "model": "vgg16_inception", "model.width": 0.25, "batch_size": 32, "epochs": 1, "steps_per_epoch": 30,
@@ -31,6 +34,8 @@ USUAL = {
     "data.channels": 1,
 }  # fmt: skip
 SMALL_SET = {"model.width": 0.1, "data.validation_fraction": 0.01, "data.test_fraction": 0.01}
+TIMES = 3
+TAKEN = ("train_images_per_second", "data_wait_fraction", "peak_memory_bytes", "parameters", "macs")
 PARAMETERS, METRICS = 70, 30  # of a run in MLflow, about as many as ours have
 
 
@@ -45,9 +50,9 @@ def of_classes(_: str, value: int, place: Path) -> dict[str, Any]:
 
 
 def of_examples(_: str, value: int, place: Path) -> dict[str, Any]:
-    """Twice: the first time the set is prepared."""
+    """The first run of all prepares the set."""
     words = SMALL_SET | {"data": "folder", "data.root": folder(place, value, 10), "data.image_size": 32}
-    first, again = trained(words, place / "first"), trained(words, place / "again")
+    first, again = once(words, place), trained(words, place)
     return again | {"prepared_seconds": first["seconds"] - again["seconds"]}
 
 
@@ -72,7 +77,7 @@ def of_runs(_: str, value: int, place: Path) -> dict[str, Any]:
         )
         client.set_terminated(run.info.run_id, "FINISHED")
     words = [f"uri={uri}", "experiment=many", f"out={place / 'out'}"]
-    return {"seconds": command("train.compare", *words)}
+    return {"seconds": statistics.median(command("train.compare", *words) for _ in range(TIMES))}
 
 
 CURVES: dict[str, tuple[Callable[[str, Any, Path], dict[str, Any]], str, tuple]] = {
@@ -83,17 +88,26 @@ CURVES: dict[str, tuple[Callable[[str, Any, Path], dict[str, Any]], str, tuple]]
     "examples": (of_examples, "examples", (1000, 10_000, 100_000, 1_000_000)),
     "runs": (of_runs, "runs", (1, 10, 100, 1000)),
 }
+TITLES = {
+    "batch_size": "images/s, batch_size", "image_size": "images/s, data.image_size", "width": "images/s, model.width",
+    "classes": "images/s, classes", "examples": "images/s, examples", "runs": "seconds of make compare, runs",
+}  # fmt: skip
 
 
 def trained(words: dict[str, Any], place: Path) -> dict[str, Any]:
+    """The medians of some runs."""
+    runs = [once(words, place) for _ in range(TIMES)]
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def once(words: dict[str, Any], place: Path) -> dict[str, Any]:
     """What a run says of itself, and how long it took as a whole."""
-    run, keys = place / "run", USUAL | words
-    keys |= {"run_dir": run, "tracking.uri": f"sqlite:///{place}/mlflow.db", "data.directory": place.parent / "data"}
-    place.mkdir(exist_ok=True)
+    run = Path(tempfile.mkdtemp(dir=place)) / "run"
+    keys = USUAL | words
+    keys |= {"run_dir": run, "tracking.uri": f"sqlite:///{place}/mlflow.db", "data.directory": place / "data"}
     seconds = command("train", *(f"{name}={value}" for name, value in keys.items()))
     found = json.loads((run / "summary.json").read_text())
-    taken = ("train_images_per_second", "data_wait_fraction", "peak_memory_bytes", "parameters", "macs")
-    return {"seconds": seconds} | {name: found[name] for name in taken}
+    return {"seconds": seconds} | {name: found[name] for name in TAKEN}
 
 
 def command(module: str, *words: str) -> float:
@@ -116,11 +130,25 @@ def folder(place: Path, examples: int, classes: int) -> Path:
     return root
 
 
+def picture(rows: list[dict[str, Any]]) -> bytes:
+    """Images per second of training, or seconds of `make compare`, against what grew."""
+    made, places = figure(9, 4.6, 2, 3)
+    for name, axes in zip(CURVES, places.flat, strict=True):
+        points = [row for row in rows if row["curve"] == name]
+        measure = "seconds" if name == "runs" else "train_images_per_second"
+        axes.plot([row["value"] for row in points], [row[measure] for row in points], "o-", color=BLUE)
+        axes.set(xscale="log", ylim=(0, None), title=TITLES[name])
+        axes.set_xticks([row["value"] for row in points], [f"{row['value']:,}" for row in points])
+        axes.minorticks_off()
+    return png(made)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CURVES), help="curves, separated by commas")
     parser.add_argument("--most", type=int, help="no point beyond this one")
     parser.add_argument("--report", type=Path, help="where the figures are written, as JSON")
+    parser.add_argument("--picture", type=Path, help="where the curves are drawn, as PNG")
     options = parser.parse_args()
     if unknown := [name for name in options.only.split(",") if name not in CURVES]:
         parser.error(f"--only must be of {', '.join(CURVES)}; got {unknown[0]}")
@@ -137,6 +165,8 @@ def main() -> None:
             if options.report:
                 options.report.write_text(json.dumps(rows, indent=1) + "\n")
             shutil.rmtree(place)
+    if options.picture:
+        options.picture.write_bytes(picture(rows))
 
 
 if __name__ == "__main__":

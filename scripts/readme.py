@@ -335,11 +335,12 @@ def scaling_table() -> str:
     ]
     for row in json.loads((FIGURES / "scaling.json").read_text())["rows"]:
         times = " | ".join(f"{row[name]:.1f} ms" for name in ("step_ms", "statistics_ms", "gradients_ms"))
+        long = f"{row['hours']:.1f} h" if row["hours"] >= 1 else f"{60 * row['hours']:.0f} min"
         input_ = f"{row['input_mb_per_second_of_a_host']:,.0f} MB/s | {row['cores_of_a_host']:.1f}"
         lines.append(
             f"| {row['kind']} | {row['batch_size'] // row['gpus']} | {row['gpus']} | {times} "
             f"| {row['images_per_second']:,.0f} | {row['efficiency']:.0%} | {input_} "
-            f"| {row['hours']:.1f} h{', batch too large' if row['too_large'] else ''} |"
+            f"| {long}{', batch too large' if row['too_large'] else ''} |"
         )
     return "\n".join(lines)
 

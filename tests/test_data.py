@@ -20,6 +20,7 @@ from conftest import message
 from PIL import Image
 
 import train.data
+import train.data.folder
 from train.data import dataset, decode, fingerprint, ingest, prepared, records
 from train.runtime import cores
 
@@ -611,6 +612,16 @@ def test_a_link_may_not_leave_the_root(folder, tmp_path):
     (folder / "cat" / "gone.png").unlink()
     after = load_folder(folder, tmp_path)
     assert where(after) == where(before) | {"cat/link.png": where(before)["dog/3.png"]}
+
+
+def test_links_are_followed_once_for_each_folder(folder, tmp_path, monkeypatch):
+    """Not once for each file, which would take longer than all else where there are a million."""
+    inside = train.data.folder._Inside
+    asked, holds = [], inside.holds
+    monkeypatch.setattr(inside, "holds", lambda root, path: asked.append(path) or holds(root, path))
+    (folder / "cat" / "link.png").symlink_to("../dog/3.png")
+    load_folder(folder, tmp_path)
+    assert asked == [f"{folder}/cat", f"{folder}/cat/link.png", f"{folder}/dog"]
 
 
 def test_a_class_folder_may_not_lie_elsewhere(folder, tmp_path):

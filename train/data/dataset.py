@@ -1,9 +1,10 @@
 """A data set cut into train, validation and test."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from train.data.prepared import list_prepared
 from train.data.verdicts import Column, Verdicts
 
 NAMED = 3
+CHUNK = 10_000  # rows that are taken out of the table at once
 UNEVEN = 3  # from which ratio of the largest to the smallest class on it is worth a sentence
 
 
@@ -52,9 +54,12 @@ class Split:
     @cached_property
     def digest(self) -> str:
         """Over every (id, content, label), in whatever order."""
-        rows = self.rows.tolist()
-        contents = (bytes(self.verdicts.sha256[row]) for row in rows)
-        return digest(zip(map(self.id_of, range(len(self))), contents, self.labels.tolist(), strict=True))
+        return digest(chain.from_iterable(map(self._lines, range(0, len(self), CHUNK))))
+
+    def _lines(self, start: int) -> Iterator[tuple[str, bytes, int]]:
+        """(id, content, label) of some examples."""
+        rows, labels = self.rows[start : start + CHUNK], self.labels[start : start + CHUNK]
+        return zip(self.verdicts.texts("path", rows), self.verdicts.sha256[rows].tolist(), labels.tolist(), strict=True)
 
     def id_of(self, index: int) -> str:
         """TFDS part and number, or the path relative to the root."""
@@ -70,8 +75,8 @@ class Split:
 
         from train.data.pixels import in_memory
 
-        with tf.device("CPU:0"):
-            return tf.constant(in_memory(self))
+        with tf.device("CPU:0"):  # which takes the memory over; tf.constant would copy it
+            return tf.experimental.dlpack.from_dlpack(in_memory(self).__dlpack__())
 
     def read(self, indices: Iterable[int]) -> list[bytes]:
         """The encoded bytes of several examples.
@@ -312,9 +317,12 @@ def few(
 
 def positions(contents: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Where examples lie in [0, 1): float64 [rows] from SHA-256s (S64 [N]) by hashing once more."""
-    digits = (contents[row].decode() for row in rows.tolist())
-    heads = (hashlib.sha256(b"split" + bytes.fromhex(content)).digest()[:8] for content in digits)
-    return np.fromiter((int.from_bytes(head, "big") / 2**64 for head in heads), np.float64, len(rows))
+    heads = bytearray()
+    for start in range(0, len(rows), CHUNK):
+        found = bytes.fromhex(contents[rows[start : start + CHUNK]].tobytes().decode())
+        for place in range(0, len(found), 32):
+            heads += hashlib.sha256(b"split" + found[place : place + 32]).digest()[:8]
+    return np.frombuffer(heads, ">u8") / 2**64
 
 
 def _refuse_empty(splits: dict[str, np.ndarray], count: int) -> None:

@@ -1,6 +1,7 @@
 """Own images: class folders on disk."""
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ def list_folder(root: str, data_dir: str) -> Listing:
     """
     folders = part_folders(root)
     classes = class_names(folders["train"])
-    found: list[tuple[Path, str, int]] = []
+    names: list[str] = []
+    splits: list[str] = []
+    labels: list[int] = []
     for part, folder in folders.items():
         unknown = sorted(set(class_names(folder)) - set(classes))
         if unknown:
@@ -26,15 +29,11 @@ def list_folder(root: str, data_dir: str) -> Listing:
             )
         for label, name in enumerate(classes):
             if (folder / name).exists():
-                found += [(path, part if len(folders) > 1 else "", label) for path in entries(folder / name)]
-    return list_files(
-        Path(root),
-        [path.relative_to(root).as_posix() for path, _, _ in found],
-        [split for _, split, _ in found],
-        [label for _, _, label in found],
-        tuple(classes),
-        place_of(data_dir, "folder", Path(root)),
-    )
+                inner, found = (folder / name).relative_to(root).as_posix(), entries(folder / name)
+                names += [f"{inner}/{entry}" for entry in found]
+                splits += [part if len(folders) > 1 else ""] * len(found)
+                labels += [label] * len(found)
+    return list_files(Path(root), names, splits, labels, tuple(classes), place_of(data_dir, "folder", Path(root)))
 
 
 def list_files(
@@ -42,10 +41,10 @@ def list_files(
 ) -> Listing:
     """Files below `root`, each with its size and time, or the reason why it will not be opened."""
     stamps, problems = np.zeros((len(names), 2), np.int64), {}
-    real_root = root.resolve()
+    real_root, inside = root.resolve(), _Inside(root.resolve())
     for row, name in enumerate(names):
         try:
-            stamps[row] = _stamp(root / name, real_root)
+            stamps[row] = _stamp(os.path.join(root, name), inside)  # noqa: PTH118 - a Path takes longer than the stamp
             name.encode()
         except UnicodeEncodeError:
             problems[row], names[row] = "the name is no UTF-8", name.encode(errors="backslashreplace").decode()
@@ -59,13 +58,33 @@ def list_files(
     )  # fmt: skip
 
 
-def _stamp(path: Path, root: Path) -> tuple[int, int]:
+class _Inside(dict[str, bool]):
+    """Whether a folder lies below the root, links followed; asked once for each."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, folder: str) -> bool:
+        self[folder] = self.holds(folder)
+        return self[folder]
+
+    def holds(self, path: str) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(self.root)  # Path.resolve raises for a link to itself
+
+
+def _stamp(path: str, inside: _Inside) -> tuple[int, int]:
     """Size in bytes and time of the last change in ns. Raises: OSError; ValueError for what is no file of the root."""
-    if not Path(os.path.realpath(path)).is_relative_to(root):  # Path.resolve raises its own for a link to itself
-        raise ValueError(f"a link that leaves {root}")
-    if path.is_dir():
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        within = inside.holds(path)
+        status = os.stat(path) if within else status  # noqa: PTH116
+    else:
+        within = inside[path.rpartition("/")[0]]
+    if not within:
+        raise ValueError(f"a link that leaves {inside.root}")
+    if stat.S_ISDIR(status.st_mode):
         raise ValueError("a folder")
-    status = path.stat()
-    if not path.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("no regular file")
     return status.st_size, status.st_mtime_ns

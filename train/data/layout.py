@@ -19,7 +19,7 @@ def check_root(root: str | None) -> None:
     """Refuses a root without at least two classes that each hold an image. Raises: ValueError in one line."""
     for part in part_folders(root).values():
         for name in class_names(part):
-            if not any(_looks_like_image(path) for path in entries(part / name)):
+            if not any(_looks_like_image(part / name / entry) for entry in entries(part / name)):
                 raise ValueError(f"{EXPECTED}, got {part / name} with no images; {USE}")
 
 
@@ -47,9 +47,9 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-def entries(class_folder: Path) -> list[Path]:
-    """Whatever lies in a class folder, in sorted order; hidden files and those of file managers left out."""
-    return [Path(entry.path) for entry in _entries(class_folder)]
+def entries(class_folder: Path) -> list[str]:
+    """Names of whatever lies in a class folder, sorted; hidden files and those of file managers left out."""
+    return [entry.name for entry in _entries(class_folder)]
 
 
 def _sub_folders(folder: Path, strict: bool = True) -> list[str]:

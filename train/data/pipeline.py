@@ -4,7 +4,6 @@ Where the pixels of a split are kept changes no bit: gathered from memory, read 
 crop out of the encoded image there is nothing to keep, and the crop is decoded each time.
 """
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +17,10 @@ from train.data.crop import Crop
 from train.data.dataset import Split
 from train.data.mix import Mix
 from train.data.paint import Paint
-from train.data.pixels import reader
+from train.data.pixels import aligned, reader
 from train.runtime import cores
 
 PREFETCH = 2  # batches; fixed, because an automatic depth takes memory as it likes
-ALIGNMENT = 64  # bytes
 
 Share = tuple[int, int]  # number of a part of every batch, and of how many
 WHOLE: Share = (0, 1)
@@ -175,7 +173,7 @@ def _cropper(split: Split, crop_: Crop, draw: _Draws) -> Callable[[np.ndarray], 
 
     def crops(places: np.ndarray) -> np.ndarray:
         indices, own = places[:, 0], draws[places[:, 1]]
-        images, pixels, sizes = _aligned((len(places), *view.shape)), [], []
+        images, pixels, sizes = aligned((len(places), *view.shape)), [], []
         encoded = split.read(indices)
         for index, data in zip(indices, encoded, strict=True):  # what is no plain JPEG is decoded at once
             pixels.append(None if split.is_plain(index) else split.decode_whole(index, data))
@@ -189,14 +187,6 @@ def _cropper(split: Split, crop_: Crop, draw: _Draws) -> Callable[[np.ndarray], 
         return images
 
     return crops
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 of any content. TensorFlow takes over an array whose memory begins at such a place, and copies others."""
-    size = math.prod(shape)
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].reshape(shape)
 
 
 def _painted(images: Images, paint: Paint, draw: _Draws, shape: tuple[int, ...]) -> Images:

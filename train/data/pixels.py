@@ -20,6 +20,7 @@ import numpy as np
 from train.data import decode, threads
 from train.data.dataset import Dataset, Split
 
+ALIGNMENT = 64  # bytes
 CHUNK = 256  # examples that a thread decodes at once
 DISK_SHARE = 0.5  # of the free space; somebody else may want some, too
 GIB = 2**30
@@ -104,13 +105,24 @@ def decoded(split: Split, indices: Sequence[int]) -> np.ndarray:
 
 def in_memory(split: Split) -> np.ndarray:
     """All of them, uint8 [N, image_size, image_size, channels]; kept on disk, too, for the next start."""
+    pixels = aligned((len(split), *split.view.shape))
     if kept(split).exists() or decoded_bytes(split) <= _room_on_disk(split.folder):
         with contextlib.suppress(OSError):  # the next start takes longer, no more
-            return Kept(split).take(np.arange(len(split)))
-    pixels = np.empty((len(split), *split.view.shape), np.uint8)
+            there, places = Kept(split), np.arange(len(split))
+            for start in range(0, len(split), CHUNK):
+                pixels[start : start + CHUNK] = there.take(places[start : start + CHUNK])
+            return pixels
     for start, some in _all_decoded(split):
         pixels[start : start + len(some)] = some
     return pixels
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 of any content. TensorFlow takes over an array whose memory begins at such a place, and copies others."""
+    size = math.prod(shape)
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].reshape(shape)
 
 
 class Kept:

@@ -78,6 +78,13 @@ class Verdicts:
         """The entry of a column of texts."""
         return self.table[name][int(row)].as_py()
 
+    def texts(self, name: str, rows: np.ndarray) -> list[str]:
+        """The entries of several rows; many times quicker than one by one."""
+        _, ends, texts = self.table[name].chunk(0).buffers()
+        bounds, data = np.frombuffer(ends, np.int64), memoryview(texts)
+        places = zip(bounds[rows].tolist(), bounds[rows + 1].tolist(), strict=True)
+        return [str(data[start:end], "utf-8") for start, end in places]
+
     def equals(self, name: str, text: str) -> np.ndarray:
         """bool [N]: where a column of texts has this one."""
         chunk, wanted = self.table[name].chunk(0), np.frombuffer(text.encode(), np.uint8)
