@@ -321,7 +321,7 @@ def growth_table() -> str:
         key = "runs in MLflow, `make compare`" if row["key"] == "runs" else f"`{row['key']}`"
         rate = f"{row['train_images_per_second']:,.0f}" if "train_images_per_second" in row else ""
         memory = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if "peak_memory_bytes" in row else ""
-        preparing = f"{row['prepared_seconds']:,.0f} s" if "prepared_seconds" in row else ""
+        preparing = f"{max(row['prepared_seconds'], 0):,.0f} s" if "prepared_seconds" in row else ""
         lines.append(f"| {key} | {row['value']:,} | {rate} | {row['seconds']:.0f} s | {memory} | {preparing} |")
     return "\n".join(lines)
 

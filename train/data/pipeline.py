@@ -130,6 +130,8 @@ def _batches(places: np.ndarray, batch_size: int, make: Callable[[Any], tuple], 
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
     options.autotune.enabled = False
+    # Nothing here is left to be fused, and for rewriting the graph all pixels that it holds would be copied.
+    options.experimental_optimization.apply_default_optimizations = False
     return stream.with_options(options).prefetch(PREFETCH)
 
 
