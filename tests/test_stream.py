@@ -385,7 +385,7 @@ def test_batches_are_on_the_device_that_wants_them_and_the_same(train_split):
 
 @pytest.mark.slow
 def test_an_epoch_begins_without_a_copy_of_the_pixels(train_split):
-    """1,000 images at 224 px, 144 MiB; a process of its own, since memory that was freed before would be taken first."""
+    """1,000 images at 224 px, 144 MiB; in a process of its own, since freed memory would be taken first."""
     code = (
         "import sys, numpy as np, tensorflow as tf, train.data as d; from dataclasses import replace;"
         "from train.data import augment, pipeline;"
