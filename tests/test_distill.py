@@ -47,6 +47,7 @@ def taught(teacher: keras.Model, weight: float):
     return step_of(model, 8, teacher=teacher)
 
 
+@pytest.mark.slow
 def test_with_the_teacher_alone_labels_change_nothing_but_the_accuracy():
     begin_anew("float32", 7)
     teacher = models.inference(models.build("vgg16_inception", (32, 32, 1), 10, width=0.05))  # normalises batches

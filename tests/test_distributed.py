@@ -24,6 +24,7 @@ from train import meeting
 from train.checkpoint import Checkpoints
 from train.compose import compose
 from train.config import ConfigError, Distributed
+from train.stored import Private, config_hash
 from train.team import Team
 
 # ------------------------------------------------------------------------------------------------------ the meeting
@@ -161,6 +162,13 @@ MANY = ["backend=jax", "distributed.processes=2", "distributed.coordinator=node1
 )
 def test_what_can_not_be_shared(words: list[str], said: str):
     assert said in message(compose, words)
+
+
+def test_where_they_meet_makes_no_other_config():
+    """A job that queues again runs on other nodes."""
+    words = ["backend=jax", "distributed.processes=2", "run_dir=x"]
+    here, there = (compose([*words, f"distributed.coordinator={place}"]) for place in ("node1:4711", "node9:4712"))
+    assert config_hash(here, Private()) == config_hash(there, Private()) != config_hash(compose(words[:1]), Private())
 
 
 def test_one_process_sends_nothing():

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Done, Finished, once, run_command
+from conftest import Done, Finished, message, once, run_command
 from PIL import Image
 
+from train.evaluate import evaluate
 from train.report import big
 
 PICTURES = {"confusion.png", "reliability.png", "classes.png", "mistakes.png", "attention.png"}
@@ -121,17 +122,15 @@ def test_what_can_not_be_evaluated(finished: Finished, photos: Path, tmp_path: P
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert "must have classes of the run, 0, 1, 2" in done.err
     assert "got zebra" in done.err
-    for words, said in (
+    for words, told in (
         (("split=half",), "split must be one of train, validation, test, all, got half"),
         (("optimizer.beauty=1",), "optimizer.beauty is no key of this run"),
         (("evaluate.views=five",), "evaluate.views must be one of one, mirror, ten_crop, got five"),
     ):
-        done = evaluated(path, *words)
-        assert (done.code, len(done.err.splitlines())) == (2, 1)
-        assert said in done.err
+        assert told in message(evaluate, [f"run={path}", *words])
     (path / "best").unlink()
-    assert "run must have kept weights" in evaluated(path).err
-    assert "run must be the folder of a run" in evaluated(tmp_path / "nowhere").err
+    assert "run must have kept weights" in message(evaluate, [f"run={path}"])
+    assert "run must be the folder of a run" in message(evaluate, [f"run={tmp_path / 'nowhere'}"])
 
 
 def test_a_page_can_be_written_anew_also_of_a_run_without_test(finished: Finished, tmp_path: Path):

@@ -24,6 +24,7 @@ from train.export import Export, export, refusal
 from train.models.complete import complete, in_float32, preprocessing
 
 TEST_EXAMPLES = 340
+QUICK = ("onnx", "tflite")  # need no TensorFlow
 
 
 def ship(place: Path, run: Path, *words: str) -> tuple[Done, Path]:
@@ -111,8 +112,7 @@ def by_the_card(python: Path | str, folder: Path, place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name == "saved_model" else name for name in formats.FORMATS],
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in formats.FORMATS]
 )
 def test_the_five_lines_of_the_card_work(name: str, shipped: tuple[Done, Path], tmp_path: Path):
     by_the_card(sys.executable, shipped[1] / "export" / name, tmp_path)

@@ -265,7 +265,8 @@ assert not [name for name in sys.modules if name.split(".")[0] == "train"]
 
 
 # Three channels: the input of vgg16 is then turned to blue, green, red, which takes more than one layer.
-@pytest.mark.parametrize("name", [name if name == "vgg16" else pytest.param(name, marks=SLOW) for name in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_network_loads_without_this_package(name, pixels, tmp_path):
     network = models.inference(make(name, channels=3))
     network.save(tmp_path / "network.keras")

@@ -144,7 +144,7 @@ def test_compute_threads_belong_to_the_config():
     [
         ("step", 5, 12 + 1),
         pytest.param("step", 11, 12 + 3, marks=pytest.mark.slow),
-        ("journal", 6, 12 + 2),
+        pytest.param("journal", 6, 12 + 2, marks=pytest.mark.slow),
         pytest.param("life/ground", 1, 12, marks=pytest.mark.slow),
         ("life/settled", 1, 12),
     ],
@@ -197,6 +197,7 @@ def test_a_run_in_stages_that_died_goes_on_to_the_same_bits(
     assert go_on(tmp_path / "run")["weights_sha256"] == summary["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_pupil_that_died_goes_on_to_the_same_bits(untouched: tuple[Path, dict], tmp_path: Path, dying: Any):
     words = [EVERY, f"distill.teacher={untouched[0]}", "model.width=0.05", "evaluate.test=false"]
     whole = begin(tmp_path / "whole", *words)
@@ -355,6 +356,7 @@ def test_a_ground_that_was_accepted_is_recorded_and_begins_a_branch(halted: Path
     assert lines[old]["step"] == 6  # the steps after the checkpoint at 4 are recorded anew, on the branch
 
 
+@pytest.mark.slow
 def test_a_branch_that_has_lost_its_checkpoints_is_begun_anew(halted: Path, tmp_path: Path, dying: Any):
     """The run starts before a change that was accepted: what it does now can't be compared with what came of that."""
     folder = tmp_path / "run"

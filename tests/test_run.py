@@ -283,7 +283,8 @@ def test_a_batch_larger_than_the_split_is_refused(tmp_path: Path):
 def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path):
     """After the first epoch: status interrupted, exit code 130, a best model, and MLflow knows."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    words = ["model.width=0.05", "epochs=500", "tracking.log_model=false", f"tracking.uri={uri}"]
+    words = ["model=vgg16", "model.width=0.05", "steps_per_epoch=9", "epochs=500", "tracking.log_model=false"]
+    words.append(f"tracking.uri={uri}")
     process = subprocess.Popen(
         [sys.executable, "-m", "train", *words, f"run_dir={tmp_path / 'run'}"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -295,10 +296,10 @@ def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path):
     os.killpg(process.pid, signal.SIGINT)
     out = process.stdout.read()
     assert process.wait(60) == 130
-    assert out.strip().splitlines()[-1].startswith("status=interrupted model=vgg16_inception")
+    assert out.strip().splitlines()[-1].startswith("status=interrupted model=vgg16 ")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["failure"]) == ("interrupted", "stopped by SIGINT")
-    assert 40 <= summary["steps"] < 500 * 40
+    assert 9 <= summary["steps"] < 500 * 9
     assert "test" not in summary
     assert (tmp_path / "run/best/model.keras").exists()
     from mlflow import MlflowClient
@@ -337,8 +338,8 @@ def test_a_dead_server_stops_nothing_and_its_password_is_nowhere(tmp_path: Path)
     """A typed password, a port where nobody listens: the run finishes, and its folder does not hold the password."""
     place = tmp_path / "run"
     done = run_train(
-        "model.width=0.05", "epochs=1", "steps_per_epoch=3", "evaluate.test=false", "tracking.wait_seconds=1",
-        f"run_dir={place}",
+        "model=vgg16", "model.width=0.05", "epochs=1", "steps_per_epoch=3", "evaluate.test=false",
+        "tracking.wait_seconds=1", f"run_dir={place}",
         "tracking.uri=http://me:hunter2-typed@127.0.0.1:9",
     )  # fmt: skip
     for pid in subprocess.run(["pgrep", "-f", f"uploader {place}"], capture_output=True, text=True).stdout.split():

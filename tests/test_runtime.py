@@ -80,7 +80,7 @@ def test_what_is_absent_comes_back():
     [
         ("train", ["--check"], set()),
         ("train", ["-m", "seed=0,1", "sweep.dry_run=true"], set()),
-        ("train.cost", ["model=vgg16"], {"tensorflow", "keras"}),
+        pytest.param("train.cost", ["model=vgg16"], {"tensorflow", "keras"}, marks=pytest.mark.slow),
         pytest.param(
             "train",
             ["model=vgg16", "model.width=0.05", "epochs=1", "steps_per_epoch=1", *NO_EVIDENCE],

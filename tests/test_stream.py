@@ -345,6 +345,7 @@ def test_resuming_decodes_nothing_of_what_is_done(train_split, monkeypatch):
     assert len(decoded) == 160
 
 
+@pytest.mark.slow
 def test_deterministic_mode_leaves_the_bits_alone(train_split, photos):
     code = (
         "import sys, hashlib, tensorflow as tf, train.data as d; from dataclasses import replace;"
@@ -365,6 +366,7 @@ def test_deterministic_mode_leaves_the_bits_alone(train_split, photos):
     assert said == [mixed, mixed, digest(epoch_of(photos, augmentation=augment.inception()))]
 
 
+@pytest.mark.slow
 def test_batches_are_on_the_device_that_wants_them_and_the_same(train_split):
     code = (
         "import sys, tensorflow as tf, train.data as d; from train.data import augment, pipeline;"

@@ -234,6 +234,7 @@ def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
     assert history(client, again, "train/loss") == [(1, 3.0), (2, 2.0)]
 
 
+@pytest.mark.slow
 def test_the_uploader_of_an_earlier_life_leaves_the_run_to_the_new_one(tmp_path: Path):
     """Its store is away, and it would follow the new life for ever."""
     folder = begun(tmp_path)
@@ -254,6 +255,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_an_uploader_that_died_is_started_again_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
     Journal(folder.journal).append(0, 1, {"train/loss": 1.0})

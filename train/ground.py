@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from train.config import ConfigError
+from train.stored import MEETING
 
 # Keys that may differ from life to life: they change no bit, or a fingerprint of what they name stands for them.
 FREE = (
     "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
     "data.root", "data.file", "data.manual_dir", "data.directory", "data.cache", "data.ram_budget",
     "data.fingerprint", "model.weights", "distill.teacher", "evaluate.test", "evaluate.report", "gpu_memory",
-    "distributed.coordinator", "distributed.index", "distributed.wait_seconds",
+    *MEETING,
 )  # fmt: skip
 
 

@@ -88,18 +88,21 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_hash(config: Config, private: Private) -> str:
-    """SHA-256 over all keys but `run_dir`, `tracking` and the data's fingerprint; references as they were typed."""
+    """SHA-256 over all keys but `run_dir`, `tracking`, the data's fingerprint and MEETING; references as typed."""
     content = to_dict(config, private)
     flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
-    flat.pop("data.fingerprint")
+    for name in ("data.fingerprint", *MEETING):
+        del flat[name]
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
+
+# How the processes of a run find each other, which may be another way in every life.
+MEETING = ("distributed.coordinator", "distributed.index", "distributed.wait_seconds")
 
 # What does not make another variant: a run's seed, where it and its data lie, what is done with it afterwards.
 ALIKE = (
     "seed", "run_dir", "data.root", "data.file", "data.manual_dir", "data.directory", "data.fingerprint", "gpu_memory",
-    "evaluate.test", "evaluate.report", "distributed.coordinator", "distributed.index",
-    "distributed.wait_seconds",
+    "evaluate.test", "evaluate.report", *MEETING,
 )  # fmt: skip
 
 
