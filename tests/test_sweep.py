@@ -542,12 +542,12 @@ WORDS = [
 
 @dataclass
 class Swept:
-    """A sweep whose launcher was killed once. left: its trials that lived on, after a while. done: the second start."""
+    """A sweep that has ended. left: trials that lived on after their launcher was killed, where it was."""
 
     path: Path
     uri: str
-    left: list[str]
     done: Done
+    left: list[str] | None = None
 
 
 def alive(folder: Path) -> list[str]:
@@ -571,12 +571,23 @@ def eventually(reached: Any, seconds: float) -> bool:
 
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    return once(tmp_path_factory, "swept", sweep_twice)
+    return once(tmp_path_factory, "swept", sweep)
+
+
+@pytest.fixture(scope="session")
+def swept_twice(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    return once(tmp_path_factory, "swept twice", sweep_twice)
+
+
+def sweep(place: Path) -> Swept:
+    path, uri = place / "sweep", f"sqlite:///{place / 'mlflow.db'}"
+    return Swept(path, uri, run_command("make", "sweep", *WORDS, f"run_dir={path}", f"tracking.uri={uri}"))
 
 
 def sweep_twice(place: Path) -> Swept:
-    path, uri = place / "sweep", f"sqlite:///{place / 'mlflow.db'}"
-    words = [*WORDS, f"run_dir={path}", f"tracking.uri={uri}"]
+    """Its launcher is killed, and the same command goes on."""
+    path = place / "sweep"
+    words = [*WORDS, f"run_dir={path}", f"tracking.uri=sqlite:///{place / 'mlflow.db'}"]
     with (place / "output.txt").open("w") as output:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "train", "-m", *words], cwd=ROOT, stdout=output, stderr=output
@@ -586,18 +597,32 @@ def sweep_twice(place: Path) -> Swept:
     launcher.wait()
     eventually(lambda: not alive(path), 20)
     left = alive(path)
-    return Swept(path, uri, left, run_command("make", "sweep", *words))
+    found = sweep(place)
+    found.left = left
+    return found
 
 
-def test_trials_do_not_outlive_their_launcher(swept: Swept):
-    assert swept.left == []
+@pytest.mark.slow
+def test_trials_do_not_outlive_their_launcher(swept_twice: Swept):
+    assert swept_twice.left == []
 
 
-def test_the_second_start_tells_what_came_of_it(swept: Swept):
+@pytest.mark.slow
+def test_the_second_start_goes_on(swept_twice: Swept):
+    told = f"going on with a sweep as it was begun, whatever conf/ says now: {swept_twice.path}\n"
+    assert swept_twice.done.out.startswith(told)
+    tells_what_came_of_it(swept_twice, swept_twice.done.out.removeprefix(told))
+    has_every_run_once(swept_twice)
+
+
+def test_a_sweep_tells_what_came_of_it(swept: Swept):
+    tells_what_came_of_it(swept, swept.done.out)
+
+
+def tells_what_came_of_it(swept: Swept, told: str) -> None:
     assert swept.done.code != 0
-    lines = swept.done.out.splitlines()
-    assert lines[0] == f"going on with a sweep as it was begun, whatever conf/ says now: {swept.path}"
-    assert lines[1].startswith("sweep: 3 trials, 2 at a time, each on ")
+    lines = told.splitlines()
+    assert lines[0].startswith("sweep: 3 trials, 2 at a time, each on ")
     failed = [line for line in lines if line.startswith("failed: ")]
     assert failed == [
         "failed: gradient_accumulation=13: gradient_accumulation must be at most the run's 12 steps, got 13; use e.g. "
@@ -616,10 +641,11 @@ def test_of_the_checkpoints_those_of_the_best_are_kept(swept: Swept):
 
 
 @pytest.mark.slow
-def test_trials_are_the_runs_that_one_starts_by_hand(swept: Swept, tmp_path: Path):
-    summaries = {name: json.loads((swept.path / name / "summary.json").read_text()) for name in ("000", "001")}
+def test_trials_are_the_runs_that_one_starts_by_hand(swept_twice: Swept, tmp_path: Path):
+    path = swept_twice.path
+    summaries = {name: json.loads((path / name / "summary.json").read_text()) for name in ("000", "001")}
     assert max(summary["lives"] for summary in summaries.values()) >= 2  # the kill came in the middle
-    share = json.loads((swept.path / "trials/000.json").read_text())["config"]["threads"]
+    share = json.loads((path / "trials/000.json").read_text())["config"]["threads"]
     words = [word for word in WORDS if not word.startswith(("gradient", "sweep"))]
     done = run_train(
         *words, "gradient_accumulation=2", f"threads={share}", "evaluate.test=false", "tracking.log_model=false",
@@ -631,6 +657,10 @@ def test_trials_are_the_runs_that_one_starts_by_hand(swept: Swept, tmp_path: Pat
 
 
 def test_mlflow_has_every_run_once_below_the_sweep(swept: Swept):
+    has_every_run_once(swept)
+
+
+def has_every_run_once(swept: Swept) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(swept.uri)
