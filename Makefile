@@ -134,7 +134,7 @@ test: $(EXPORT) $(VENV)/.extra-jax ## the default tests (under 6 minutes on 2 co
 test-all: $(EXPORT) $(VENV)/.extra-jax ## all tests, the long ones too
 	@$(BIN)/python -m pytest $(ARGS)
 
-torture: $(STAMP) ## kill 200 real runs and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
+torture: $(STAMP) ## kill real runs 200 times and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
 	@$(BIN)/python scripts/torture.py $(ARGS)
 
 claims: $(STAMP) ## ten claims of the Inception papers, run and judged; goes on where it was (hours; QUICK=1: minutes)
@@ -143,7 +143,7 @@ claims: $(STAMP) ## ten claims of the Inception papers, run and judged; goes on 
 bench-data: $(STAMP) ## how fast images come, beside bare decoding, Keras and PyTorch (about 25 minutes)
 	@$(BIN)/python scripts/bench_data.py $(ARGS)
 
-bench: $(STAMP) ## how fast training is, beside Keras's fit, PyTorch and JAX (about 40 minutes on a quiet machine)
+bench: $(STAMP) ## how fast training is, beside Keras's fit, and PyTorch by ARGS="--torch PYTHON" (about 40 minutes on a quiet machine)
 	@$(BIN)/python scripts/bench.py $(ARGS)
 
 bench-guard: $(STAMP) ## whether training is still as fast beside Keras's fit as the kept figures say (about 5 minutes)

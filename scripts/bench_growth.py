@@ -137,7 +137,7 @@ def picture(rows: list[dict[str, Any]]) -> bytes:
         points = [row for row in rows if row["curve"] == name]
         measure = "seconds" if name == "runs" else "train_images_per_second"
         axes.plot([row["value"] for row in points], [row[measure] for row in points], "o-", color=BLUE)
-        axes.set(xscale="log", ylim=(0, None), title=TITLES[name])
+        axes.set(xscale="log", ylim=(0, 1.08 * max(row[measure] for row in points)), title=TITLES[name])
         axes.set_xticks([row["value"] for row in points], [f"{row['value']:,}" for row in points])
         axes.minorticks_off()
     return png(made)
@@ -160,8 +160,9 @@ def main() -> None:
             if value in known or (options.most and value > options.most):
                 continue
             place = Path(tempfile.mkdtemp(prefix="growth-"))
-            rows.append({"curve": name, "key": key, "value": value, **measure(key, value, place)})
-            print(rows[-1], flush=True)
+            row = {"curve": name, "key": key, "value": value, **measure(key, value, place)}
+            print(row, flush=True)
+            rows = sorted([*rows, row], key=lambda one: (list(CURVES).index(one["curve"]), one["value"]))
             if options.report:
                 options.report.write_text(json.dumps(rows, indent=1) + "\n")
             shutil.rmtree(place)

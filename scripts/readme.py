@@ -40,36 +40,47 @@ SERVERS = {"make ui": "http://127.0.0.1:5000/"}
 
 def config_table() -> str:
     """Every key of the schema with its default, range and meaning."""
-    defaults = flatten(dataclasses.asdict(compose([])))
-    defaults["data.image_size"] = None  # null is what is shipped; the composed config has it filled in
+    defaults = _defaults([])
     lines = ["| key | default | allowed | what |", "|---|---|---|---|"]
     for item in dataclasses.fields(schema.Config):
         if item.name in schema.GROUPS:
             lines += _group_rows(item.name, defaults)
         elif item.metadata:
-            lines.append(_row(item.name, item, defaults[item.name]))
+            lines.append(_row(item.name, item, f"`{as_typed(defaults[item.name])}`"))
         else:
             node = type(getattr(schema.Config(), item.name))
             lines += [
-                _row(f"{item.name}.{f.name}", f, defaults.get(f"{item.name}.{f.name}", {}))
+                _row(f"{item.name}.{f.name}", f, f"`{as_typed(defaults.get(f'{item.name}.{f.name}', {}))}`")
                 for f in dataclasses.fields(node)
             ]
     return "\n".join(lines)
+
+
+def _defaults(words: list[str]) -> dict[str, object]:
+    """Of every key, where these words are typed."""
+    found = flatten(dataclasses.asdict(compose(words)))
+    return found | {"data.image_size": None}  # null is what is shipped; the composed config has it filled in
 
 
 def _group_rows(group: str, defaults: dict) -> list[str]:
     options = schema.GROUPS[group]
     names = ", ".join(f"`{name}`" for name in options)
     rows = [f"| **`{group}`** | `{defaults[f'{group}.name']}` | {names} | `conf/{group}/` |"]
-    seen: dict[str, tuple[dataclasses.Field, list[str]]] = {}
+    of_options = {name: defaults | _defaults([f"{group}={name}"]) for name in options}
+    seen: dict[tuple[str, str], tuple[dataclasses.Field, list[str]]] = {}  # by name and meaning
     for name, node in options.items():
         for item in dataclasses.fields(node):
             if item.name != "name":
-                seen.setdefault(item.name, (item, []))[1].append(name)
-    for key, (item, owners) in seen.items():
+                seen.setdefault((item.name, item.metadata["text"]), (item, []))[1].append(name)
+    for (key, _), (item, owners) in seen.items():
         only = "" if len(owners) == len(options) else f" ({', '.join(owners)})"
         default = defaults.get(f"{group}.{key}", flatten({key: _default(item)})[key])
-        rows.append(_row(f"{group}.{key}", item, default, only))
+        others: dict[str, list[str]] = {}
+        for name in owners:
+            if (other := of_options[name][f"{group}.{key}"]) != default:
+                others.setdefault(f"`{as_typed(other)}`", []).append(name)
+        told = "".join(f"; {other} with {', '.join(found)}" for other, found in others.items())
+        rows.append(_row(f"{group}.{key}", item, f"`{as_typed(default)}`{told}", only))
     return rows
 
 
@@ -77,14 +88,12 @@ def _default(item: dataclasses.Field) -> object:
     return item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
 
 
-def _row(name: str, item: dataclasses.Field, default: object, only: str = "") -> str:
+def _row(name: str, item: dataclasses.Field, default: str, only: str = "") -> str:
     choices, unit = item.metadata["choices"], item.metadata["unit"]
     allowed = ", ".join(f"`{choice}`" for choice in choices) or describe_limits(item)
     if "bool" in str(item.type):
         allowed = "`true`, `false`"
-    return (
-        f"| `{name}` | `{as_typed(default)}` | {allowed}{f' {unit}' if unit else ''} | {item.metadata['text']}{only} |"
-    )
+    return f"| `{name}` | {default} | {allowed}{f' {unit}' if unit else ''} | {item.metadata['text']}{only} |"
 
 
 def models_table() -> str:
@@ -317,8 +326,9 @@ def distill_table() -> str:
 def growth_table() -> str:
     """What `scripts/bench_growth.py --report scripts/figures/growth.json` found."""
     lines = ["| grown | to | images/s | run | peak memory | preparing |", "|---|---:|---:|---:|---:|---:|"]
+    words = {"classes": "classes", "examples": "examples", "runs": "runs in MLflow, `make compare`"}
     for row in json.loads((FIGURES / "growth.json").read_text()):
-        key = "runs in MLflow, `make compare`" if row["key"] == "runs" else f"`{row['key']}`"
+        key = words.get(row["key"], f"`{row['key']}`")
         rate = f"{row['train_images_per_second']:,.0f}" if "train_images_per_second" in row else ""
         memory = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if "peak_memory_bytes" in row else ""
         preparing = f"{max(row['prepared_seconds'], 0):,.0f} s" if "prepared_seconds" in row else ""
@@ -329,8 +339,8 @@ def growth_table() -> str:
 def scaling_table() -> str:
     """What `scripts/scaling.py --report scripts/figures/scaling.json` found."""
     lines = [
-        "| GPUs | of each | number | step | statistics | gradients | images/s | efficiency "
-        "| input of a host | cores for it | 90 epochs |",
+        "| GPUs | images of each | how many | step | sums of statistics | sums of gradients | images/s | efficiency "
+        "| read by a host | cores for it | 90 epochs |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in json.loads((FIGURES / "scaling.json").read_text())["rows"]:

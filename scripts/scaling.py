@@ -4,8 +4,9 @@
 
 No such machine was at hand. What is measured: how many sums over all devices a step has, counted in what XLA compiles
 for two devices; parameters and state, of the network; decoding, of scripts/figures/data.json. What is taken from
-others: a single GPU's images per second. What is assumed: links, as GPUS and the constants say. A sum over n devices
-costs 2 (n - 1) / n times its bytes through the slowest link, and a latency for every level of a tree, up and down.
+others: a single GPU's images per second. What is assumed: links, as GPUS and the constants say. A sum goes over the n
+GPUs of each host, then over the m hosts: 2 (n - 1) / n times its bytes through the links inside, 2 (m - 1) / m times
+through those between, and a latency for every level of a tree, up and down.
 """
 
 from __future__ import annotations
@@ -74,15 +75,14 @@ def count() -> None:
     from train.compose import compose
 
     words = ["model=inception_v3", "backend=jax", "device=cpu", "devices=2", "precision=float32", "jit=on"]
-    config = compose([*words, "threads=2", "data.image_size=75", "model.width=0.03", f"batch_size={2}"])
+    config = compose([*words, "threads=2", "data.image_size=75", "model.width=0.03", "batch_size=2"])
     engine.of("jax").join(config)
     engine.of("jax").set_up(config)
     import jax
     import numpy as np
 
-    model, inference = models.build("inception_v3", (75, 75, 3), 10, width=0.03, aux_weight=0.3), None
-    inference = models.inference(model)
-    step = build.training_step(config, model, inference, 100, None)
+    model = models.build("inception_v3", (75, 75, 3), 10, width=0.03, aux_weight=0.3)
+    step = build.training_step(config, model, models.inference(model), 100, None)
     compiled: list[str] = []
     whole = jax.jit
 
@@ -99,14 +99,15 @@ def count() -> None:
     step.begin_epoch(0)
     jax.jit = whole
     step(np.zeros((2, 75, 75, 3), "uint8"), np.eye(10, dtype="float32")[:2])
-    sums = len(re.findall(r"= .* all-reduce(?:-start)?\(", compiled[0]))
+    sums = re.findall(r"= .* all-reduce(?:-start)?\(.*", compiled[0])
+    weights = [one for one in sums if "conv_general_dilated" in one or "dot_general" in one]  # gradients of layers
     full = models.build("inception_v3", (299, 299, 3), 1000, aux_weight=0.3)
     learned = sum(math.prod(variable.shape) for variable in full.trainable_variables)
     print(
         json.dumps(
             {
-                "sums": sums,
-                "gradients": len(full.trainable_variables),
+                "sums_of_gradients": len(weights),
+                "sums_of_statistics": len(sums) - len(weights),
                 "gradient_bytes": 4 * learned,
                 "state_bytes": 4 * (full.count_params() + learned),  # with momentum
             }
@@ -134,7 +135,7 @@ def row(kind: str, gpus: int, images: int, sent: dict[str, int], per_core: float
     """A line of the table. images: of each GPU."""
     gpu = GPUS[kind]
     computing = images / gpu.images_per_second
-    statistics = (sent["sums"] - sent["gradients"]) * summing(gpu, gpus, 4096)  # a few hundred numbers each
+    statistics = sent["sums_of_statistics"] * summing(gpu, gpus, 4096)  # a few hundred numbers each
     gradients = summing(gpu, gpus, sent["gradient_bytes"])
     exposed = max(0.0, gradients - HIDDEN * 2 / 3 * computing)
     seconds = computing + statistics + exposed

@@ -25,6 +25,7 @@ TINY = ["model=vgg16_inception", "model.width=0.1", "model.blocks=[conv_bn,conv_
 # Stands where Slurm does: as many tasks as the job has, each with what Slurm tells it, and a word of every request.
 SRUN = """#!/bin/sh
 [ "$1" = --kill-on-bad-exit=1 ] && shift
+[ "$SRUN_CPUS_PER_TASK" = 8 ] || exit 9
 for task in 1 0; do
     SLURM_PROCID=$task "$@" &
     eval "task$task=\\$!"
@@ -78,10 +79,19 @@ def test_a_manifest_is_a_job_and_the_service_that_its_pods_find_each_other_by():
         "COORDINATOR": f"first-0.first:{service['spec']['ports'][0]['port']}",
     }
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 2}}
-    [mount] = container["volumeMounts"]
     [volume] = pod["spec"]["volumes"]
-    assert mount == {"name": volume["name"], "mountPath": container["workingDir"] + "/runs"}
+    assert container["volumeMounts"] == [
+        {"name": volume["name"], "mountPath": f"{container['workingDir']}/{one}", "subPath": one}
+        for one in ("runs", "data")
+    ]
     assert volume["persistentVolumeClaim"] == {"claimName": "shared"}
+
+
+def test_pods_without_a_gpu_compute_on_the_processor():
+    _, job = manifest("run_dir=runs/a", gpus=0)
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"][2:] == ["device=cpu", "run_dir=runs/a"]  # behind device=gpu of process.sh
+    assert container["resources"] == {}
 
 
 def test_a_manifest_needs_a_place_that_is_found_again():
@@ -150,7 +160,7 @@ def test_a_job_of_slurm_is_preempted_queues_again_and_goes_on(tmp_path: Path):
     inherited = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
     told = {
         "PATH": f"{place}:{os.environ['PATH']}", "SLURM_JOB_ID": number, "SLURM_NTASKS": "2",
-        "SLURM_JOB_NODELIST": "here", "ASKED": str(asked),
+        "SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_NODELIST": "here", "ASKED": str(asked),
     }  # fmt: skip
     run = ROOT / f"runs/slurm-{number}"
     words = [*TINY, "epochs=60", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]

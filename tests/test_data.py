@@ -599,7 +599,7 @@ def test_a_link_may_not_leave_the_root(folder, tmp_path):
     write_image(tmp_path / "elsewhere.png", value=5)
     link = folder / "cat" / "link.png"
     link.symlink_to(tmp_path / "elsewhere.png")
-    said = f"{link} (a link that leaves {folder})"
+    said = f"{link} (leads out of {folder})"
     assert message(load_folder, folder, tmp_path) == broken(1, 41, said)
     link.unlink()
     link.symlink_to("../../elsewhere.png")
@@ -628,13 +628,19 @@ def test_a_class_folder_may_not_lie_elsewhere(folder, tmp_path):
     (folder / "cat").rename(tmp_path / "cats")
     (folder / "cat").symlink_to(tmp_path / "cats")
     said = message(load_folder, folder, tmp_path)
-    first = f"{folder}/cat/0.png (a link that leaves {folder})"
+    first = f"{folder}/cat/0.png (leads out of {folder})"
     assert said.startswith(f"the data must be readable images, got 20 of 40 that are not: {first}; ")
     root = tmp_path / "another name"
     root.symlink_to(folder)
     (folder / "cat").unlink()
     (tmp_path / "cats").rename(folder / "cat")
     assert load_folder(root, tmp_path).fingerprint == load_folder(folder, tmp_path).fingerprint
+
+
+def test_a_link_to_itself_beside_the_classes_is_named(folder, tmp_path):
+    (folder / "loop").symlink_to("loop")
+    said = f"data.root must hold only folders beside each other, got the file {folder}/loop; use a class folder"
+    assert message(load_folder, folder, tmp_path) == said
 
 
 def test_a_link_to_itself_is_named(folder, tmp_path):

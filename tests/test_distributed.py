@@ -86,6 +86,43 @@ def test_they_count_otherwise(groups: tuple, said: str):
     assert any(other == f"process 0 said: {leader}" for other in others)
 
 
+def test_one_leaves_again_and_comes_back():
+    """As a container that is begun again; and one that leaves has not come."""
+    place = f"127.0.0.1:{free_port()}"
+    found: list[str] = []
+
+    def lead(patience: float) -> None:
+        group = Distributed(coordinator=place, processes=3, wait_seconds=patience)
+        found.append(message(meeting.meet, group) if patience < 5 else str(meeting.meet(group)))
+
+    def come_and_go() -> None:
+        while True:
+            try:
+                with socket.create_connection(meeting.address(place), 5) as line:
+                    line.sendall(json.dumps({"index": 1, "processes": 3}).encode() + b"\n")
+                    time.sleep(0.3)
+                return
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+
+    leader = threading.Thread(target=lead, args=(20,))
+    leader.start()
+    come_and_go()
+    others = [
+        threading.Thread(target=meeting.meet, args=(Distributed(place, 3, index, 20),), daemon=True) for index in (1, 2)
+    ]
+    for one in others:
+        one.start()
+    for one in (leader, *others):
+        one.join(20)
+    assert found == ["None"]
+    leader = threading.Thread(target=lead, args=(2,))
+    leader.start()
+    come_and_go()
+    leader.join(20)
+    assert "within 2 seconds, but of index 1, 2 none did" in found[1]
+
+
 def test_who_talks_otherwise_is_no_process():
     place = f"127.0.0.1:{free_port()}"
     found: list[str] = []
@@ -137,7 +174,9 @@ def test_an_address():
     for wrong in ("node1", "node1:", ":4711", "node1:http", "node1:70000"):
         assert f"distributed.coordinator must be HOST:PORT, got {wrong}; use" in message(meeting.address, wrong)
     assert meeting.bound_to("127.0.0.1:4711") == meeting.bound_to("localhost:4711") == "127.0.0.1:4711"
-    assert meeting.bound_to("node1:4711") == "0.0.0.0:4711"
+    assert meeting.bound_to("node1:4711") == meeting.bound_to("10.0.0.1:4711") == "0.0.0.0:4711"
+    assert meeting.bound_to("[::1]:4711") == "[::1]:4711"
+    assert meeting.bound_to("[2001:db8::1]:4711") == "[::]:4711"
 
 
 MANY = ["backend=jax", "distributed.processes=2", "distributed.coordinator=node1:4711"]
@@ -173,9 +212,29 @@ def test_where_they_meet_makes_no_other_config():
 
 def test_one_process_sends_nothing():
     team, state = Team(0, 1), {"weight": np.ones(3, "float32")}
-    team.agree({})
+    assert team.agree({"processor": "here"}) == {"processor": "here"}
+    assert team.heed({"loss": 1.0}) == {"loss": 1.0}
     assert team.share({"steps": 1}, state) == ({"steps": 1}, state)
     assert team.leave(7, with_all=True) == team.leave(7, with_all=False) == 7
+
+
+class Gathered(Team):
+    """Whose others have another ground."""
+
+    others: tuple[dict[str, Any], ...]
+
+    def _gather(self, own: bytes) -> list[bytes]:
+        return [own, *(json.dumps(other).encode() for other in self.others)]
+
+
+def test_another_processor_is_remembered_and_other_threads_are_refused():
+    """A run goes on only where each of its processes computes as before."""
+    team = Gathered(0, 3)
+    own = {"threads": 4, "processor": "here"}
+    object.__setattr__(team, "others", (own, own | {"processor": "there"}))
+    assert team.agree(own) == own | {"processor.2": "there"}
+    object.__setattr__(team, "others", (own, own | {"threads": 8}))
+    assert "but of index 0 and index 2 threads is 4, and 8; use the same words" in message(team.agree, own)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

@@ -100,6 +100,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "photos", draw)
 
 
+@pytest.mark.slow
 def test_other_data_with_some_of_the_classes(finished: Finished, photos: Path, tmp_path: Path):
     path = copied(finished, tmp_path)
     done = evaluated(path, "data=folder", f"data.root={photos}", "split=all", "evaluate.views=mirror")

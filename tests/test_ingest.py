@@ -216,7 +216,7 @@ def test_everything_that_can_lie_in_a_class_folder_is_an_image_or_has_a_reason(p
         "x/folder.jpg": "a folder",
         "x/gone.jpg": "No such file or directory",
         "x/locked.jpg": "Permission denied",
-        "x/out.jpg": f"a link that leaves {root.resolve()}",
+        "x/out.jpg": f"leads out of {root.resolve()}",
         "x/pipe.jpg": "no regular file",
         "x/text.jpg": NO_IMAGE,
     }
@@ -235,6 +235,22 @@ def test_everything_that_can_lie_in_a_class_folder_is_an_image_or_has_a_reason(p
         f"warning: 7 broken examples are left out: x/empty.png ({NO_IMAGE}); x/folder.jpg (a folder); "
         "x/gone.jpg (No such file or directory); ..."
     )
+
+
+def test_a_broken_one_that_is_left_out_is_looked_at_again_and_nothing_is_written(place: Path):
+    """Others may be reading the table."""
+    fill(place / "root")
+    (place / "root/x/z.png").write_bytes(b"broken")
+    load(place / "root", place / "index", on_error="skip")
+    [table] = (place / "index/.index").glob("*.arrow")
+    before = table.stat()
+    assert len(load(place / "root", place / "index", on_error="skip").skipped) == 1
+    assert table.stat() == before
+    status = (place / "root/x/z.png").stat()
+    shutil.copyfile(next((place / "root/cats and dogs").iterdir()), place / "root/x/z.png")  # it can be read now
+    os.utime(place / "root/x/z.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert load(place / "root", place / "index", on_error="skip", on_leak="warn").skipped == ()
+    assert table.stat().st_ino != before.st_ino
 
 
 def test_ten_are_named_and_all_are_counted(place: Path):

@@ -338,7 +338,7 @@ def test_missing_files_are_named_with_the_reason(root):
 
 def test_paths_that_leave_the_root_are_refused(root, tmp_path):
     write_image(tmp_path / "out.png", value=500)
-    reason = f"a link that leaves {root}"
+    reason = f"leads out of {root}"
     for leaving in ("../out.png", "images/../../out.png", str(tmp_path / "out.png")):
         place = write_csv(root / "table.csv", [*lines_of(), (leaving, "cat")])
         assert message(load, place) == broken(1, 41, f"{root}/{leaving} ({reason})")

@@ -563,7 +563,9 @@ def test_heads_that_only_the_file_has_are_reported(tmp_path):
     assert "fc1, fc2" in said
 
 
-@pytest.mark.parametrize(("name", "first"), [("vgg16", "block1_conv1"), ("inception_v3", "conv2d")])
+@pytest.mark.parametrize(
+    ("name", "first"), [("vgg16", "block1_conv1"), pytest.param("inception_v3", "conv2d", marks=pytest.mark.slow)]
+)
 def test_weights_of_colour_images_see_a_grey_one_as_one_of_equal_colours(name, first, pixels, tmp_path):
     make(name, channels=3, aux_weight=0).save_weights(path := tmp_path / "colour.weights.h5")
     grey = make(name, channels=1, aux_weight=0)

@@ -1,5 +1,6 @@
 """Where decoded pixels are kept: chosen by the room there is, made once, and checked whenever they are read."""
 
+import contextlib
 import os
 import platform
 import shutil
@@ -13,7 +14,7 @@ from conftest import message
 from PIL import Image
 
 import train.data
-from train.data import augment, dataset, pipeline, pixels, threads
+from train.data import augment, dataset, pipeline, pixels, sealed, threads
 from train.data.parts import FileStore
 
 COUNTS = {"train": 20, "validation": 6, "test": 10}
@@ -68,8 +69,8 @@ def exact(split):
 
 
 def left(data_dir):
-    """What lies where pixels are kept."""
-    return sorted(path.name for path in (data_dir / ".pixels").glob("*"))
+    """What lies where pixels are kept, beside the locks of those who made it."""
+    return sorted(path.name for path in (data_dir / ".pixels").glob("[!.]*"))
 
 
 # -------------------------------------------------------------------------------------------------------- the choice
@@ -368,8 +369,9 @@ def test_what_a_killed_process_has_left_is_removed_and_nothing_else(opened, tmp_
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     here, elsewhere = platform.node(), f"{platform.node()}-2"
-    others = [f"incomplete-{here}-{os.getpid()}-aa", f"incomplete-{here}-1-bb", f"incomplete-{elsewhere}-{dead.pid}-cc"]
-    for name in (f"incomplete-{here}-{dead.pid}-dd", *others):
+    own = f"incomplete-{here}-{os.getpid()}"
+    others = [f"{own}-{pixels.LIFE}-aa", f"incomplete-{here}-1-bb", f"incomplete-{elsewhere}-{dead.pid}-cc"]
+    for name in (f"incomplete-{here}-{dead.pid}-dd", f"{own}-earlier-ee", *others):  # as in a container begun again
         (place / name).mkdir(parents=True)
         (place / name / "pixels.npy").write_bytes(b"half")
     pixels.Kept(opened.test)
@@ -420,15 +422,19 @@ def test_where_nothing_can_be_written_auto_does_not_choose_the_disk(no_folder):
     assert [images.shape for images, _ in stream] == [(10, 64, 64, 3)]
 
 
-def test_two_processes_at_once_end_with_one_folder(root, tmp_path):
+@pytest.mark.parametrize(("locked", "made"), [("locked", 1), ("", 2)])
+def test_two_processes_at_once_end_with_one_folder(root, tmp_path, locked, made):
+    """Which one of them makes, while the other waits; without locks both do."""
     load(root, tmp_path)
     code = (
-        "import sys, pathlib, hashlib, train.data as d; from train.data import pixels;"
+        "import sys, contextlib, pathlib, hashlib, train.data as d; from train.data import pixels, sealed;"
         "split = d.load('folder', sys.argv[1], image_size=512, channels=3, root=sys.argv[2]).train;"
+        "keep, times = pixels._keep, []; pixels._keep = lambda *given: (times.append(1), keep(*given));"
+        "sealed.alone = sealed.alone if sys.argv[3] else lambda _: contextlib.nullcontext();"
         "print('ready', flush=True); sys.stdin.readline();"
-        "print(hashlib.sha256(pixels.in_memory(split)).hexdigest(), pixels.kept(split).name)"
+        "print(hashlib.sha256(pixels.in_memory(split)).hexdigest(), pixels.kept(split).name, len(times))"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), str(root)]
+    command = [sys.executable, "-c", code, str(tmp_path), str(root), locked]
     both = [subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) for _ in range(2)]
     assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
     for process in both:
@@ -436,13 +442,17 @@ def test_two_processes_at_once_end_with_one_folder(root, tmp_path):
         process.stdin.flush()
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert said[0][0] == said[1][0]
-    assert left(tmp_path) == [said[0][0].split()[1]]
+    (one, name, *times), (other, *_, more) = (out.split() for out, _ in said)
+    assert one == other
+    assert left(tmp_path) == [name]
+    assert int(times[0]) + int(more) == made
     split = load(root, tmp_path, image_size=512).train
     np.testing.assert_array_equal(pixels.Kept(split).take(np.arange(20)), exact(split))
 
 
-def test_who_comes_second_leaves_what_is_there(opened, tmp_path):
+def test_who_comes_second_leaves_what_is_there(opened, tmp_path, monkeypatch):
+    """Where there are no locks."""
+    monkeypatch.setattr(sealed, "alone", lambda _: contextlib.nullcontext())
     split = opened.train
     place = pixels.kept(split)
 

@@ -235,6 +235,7 @@ def post(address: str, body: Any) -> tuple[int, str]:
         return refusal.code, refusal.read().decode()
 
 
+@pytest.mark.slow
 def test_the_server_answers_as_predict_does(finished: Finished, pictures: Path):
     paths = sorted((pictures / "digits").rglob("*.png"))[:5]
     told = lines_of(ask(finished.path, str(pictures / "digits"), "output=jsonl", "top=10"))[:5]

@@ -450,6 +450,7 @@ def test_a_run_that_diverges_stops_with_advice_and_no_bad_checkpoint(tmp_path: P
     assert all(np.isfinite(array).all() for array in checkpoint.read(path).arrays.values())
 
 
+@pytest.mark.slow
 def test_a_rollback_lowers_the_learning_rate_and_is_recorded(tmp_path: Path, dying: Any):
     """Killed after it, the run comes to the same bits."""
     words = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -252,6 +254,18 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
         f"error: run_dir must be a folder that can be written, got {tmp_path}/file/run (Not a directory); "
         "use run_dir=PATH\n"
     )
+
+
+def test_storage_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    folder = create(str(tmp_path / "run"), tmp_path, "tests", latest=False)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError) as refused, folder.held():
+        raise AssertionError("it was held")
+    said = f"{tmp_path}/run must be on storage where files can be locked (No locks available); use another run_dir"
+    assert str(refused.value) == said
 
 
 def test_latest_points_at_the_newest_run_under_runs(tmp_path: Path):

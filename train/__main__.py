@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from train import command, compose
 from train.config import ROOT
-from train.stored import flatten, to_dict
 from train.sweep import processes, trials
 from train.tracking.folder import open_folder
 
@@ -67,12 +66,10 @@ def run(node: DictConfig) -> int:
     there = (
         open_folder(Path(config.run_dir)) if config.run_dir and (Path(config.run_dir) / "run.json").exists() else None
     )
-    if config.distributed.index:
-        over = there and resume.is_over(there, there.identity()["typed"], flatten(to_dict(config, private)))
-        return 0 if over else story.follow(config, private)
-    if there:
+    leads = config.distributed.index == 0
+    if there and (leads or not resume.differing(there, config, private)):  # else all refuse it, when they have met
         return resume.train_again(there, config, private)
-    return story.train(config, private, latest=config.sweep.trial is None)
+    return story.train(config, private, latest=config.sweep.trial is None) if leads else story.follow(config, private)
 
 
 def main() -> None:

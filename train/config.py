@@ -473,7 +473,9 @@ class Config:
         "XLA compilation, which TensorFlow does not make deterministic; auto: by backend and device",
         choices=("auto", "on", "off"),
     )
-    threads: int | None = key(None, "compute threads; null: one per core", least=1, most=1024)
+    threads: int | None = key(
+        None, "compute threads; null: what was fastest for the network, at most one per core", least=1, most=1024
+    )
     deterministic: bool = key(True, "the same bits for the same config, data and machine")
     label_smoothing: float = key(0.0, "share of a label spread over all classes", least=0, below=1)
     ema: float | None = key(

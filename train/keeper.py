@@ -94,6 +94,9 @@ class Keeper:
 
     # ------------------------------------------------------------------------------------- what the loop asks for
 
+    def heed(self, values: dict[str, float]) -> dict[str, float]:
+        return self.team.heed(values)
+
     def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
         self.journal.append(epoch, step, values)
 
@@ -167,6 +170,9 @@ class Follower:
         self.step.load(state)
         self.progress = Progress.of(content["progress"])
         return True
+
+    def heed(self, values: dict[str, float]) -> dict[str, float]:
+        return self.team.heed(values)
 
     def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
         pass

@@ -230,8 +230,9 @@ def _closed(reader: int, seconds: float) -> bool:
 
 
 class Keeper(Protocol):
-    """Who keeps what the loop finds; run.py ties one to the run's folder."""
+    """Who keeps what the loop finds; run.py ties one to the run's folder. heed: what all processes of the run go by."""
 
+    def heed(self, values: dict[str, float]) -> dict[str, float]: ...
     def record(self, epoch: int, step: int, values: dict[str, float]) -> None: ...
     def keep_best(self, epoch: int, values: dict[str, float]) -> None: ...
     def step_done(self, progress: Progress) -> None: ...
@@ -332,6 +333,7 @@ class Loop:
             "images_per_second": clock.images_per_second(),
             "data_wait_fraction": clock.data_wait_fraction(),
         }
+        values = self.keeper.heed(values)
         self.keeper.record(epoch, progress.steps, values)
         if values["validation/main_accuracy"] > progress.best_accuracy:
             self.keeper.keep_best(epoch, values)

@@ -55,10 +55,17 @@ def address(coordinator: str) -> tuple[str, int]:
 def bound_to(coordinator: str) -> str:
     """Where process 0 listens: on this machine alone if that is where all are, otherwise wherever it can be reached."""
     host, port = address(coordinator)
+    if host == "localhost":
+        return f"127.0.0.1:{port}"
     with suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
+        known = ipaddress.ip_address(host)
+        if known.is_loopback:
             return coordinator
-    return f"127.0.0.1:{port}" if host == "localhost" else f"0.0.0.0:{port}"
+        return f"[::]:{port}" if known.version == 6 else f"0.0.0.0:{port}"
+    with suppress(OSError):
+        if all(family == socket.AF_INET6 for family, *_ in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)):
+            return f"[::]:{port}"
+    return f"0.0.0.0:{port}"
 
 
 def _receive(group: Distributed, deadline: float) -> None:
@@ -74,21 +81,42 @@ def _receive(group: Distributed, deadline: float) -> None:
         ) from None
     with closing(listener):
         try:
-            while len(guests) < group.processes - 1:
+            while True:
+                if len(guests) == group.processes - 1 and not _forget_gone(guests):
+                    break
                 guest = _next_guest(listener, deadline)
                 if guest is None:
+                    _forget_gone(guests)
                     missing = [str(n) for n in range(1, group.processes) if n not in guests]
                     raise ConfigError(
                         f"all {group.processes} processes must come to {group.coordinator} within "
                         f"{group.wait_seconds:g} seconds, but of index {', '.join(missing)} none did; start them with "
                         "distributed.index=NUMBER, or use another distributed.processes"
                     )
+                _forget_gone(guests)
                 _refuse_stranger(group, guest, guests)
                 guests[guest.index] = guest
         except ConfigError as fault:
             _answer(guests, str(fault))
             raise
         _answer(guests, "")
+
+
+def _forget_gone(guests: dict[int, _Guest]) -> bool:
+    """Whoever has left again, and may come back; whether there was one."""
+    gone = [index for index, guest in guests.items() if _has_left(guest.line)]
+    for index in gone:
+        guests.pop(index).line.close()
+    return bool(gone)
+
+
+def _has_left(line: socket.socket) -> bool:
+    try:
+        return line.recv(1, socket.MSG_PEEK) == b""  # nothing is said by whoever waits
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _refuse_stranger(group: Distributed, guest: _Guest, guests: dict[int, _Guest]) -> None:
@@ -114,6 +142,7 @@ def _next_guest(listener: socket.socket, deadline: float) -> _Guest | None:
             line, _ = listener.accept()
             line.settimeout(5)
             said = json.loads(line.makefile("rb").readline(LONGEST_LINE))
+            line.setblocking(False)
             return _Guest(line, int(said["index"]), int(said["processes"]))
     return None
 

@@ -28,7 +28,7 @@ def resume(words: list[str]) -> int:
     Raises: ValueError for whatever does not fit the run.
     """
     typed = dict(split(word) for word in words)
-    if "run" not in typed and int(typed.get("distributed.index", "0") or 0):
+    if "run" not in typed and typed.get("distributed.index", "0") != "0":
         raise ConfigError("run must be named where there are several processes, got none; use run=FOLDER for each")
     folder = open_folder(Path(typed["run"])) if "run" in typed else newest_unfinished(ROOT / "runs")
     accepted = frozenset(filter(None, typed.get("accept", "").split(",")))
@@ -70,14 +70,18 @@ def train_again(folder: RunFolder, config: Config, private: Private) -> int:
 
     Raises: ConfigError naming what is another.
     """
-    before, now = folder.identity()["typed"], flatten(to_dict(config, private))
-    found = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed(before, now)]
-    if found:
+    if found := differing(folder, config, private):
         raise ConfigError(
             f"run_dir must be a folder without a run, or with one of the same config, got {folder.path}, where "
             f"{'; '.join(found)}; use another run_dir, or make resume run={folder.path}"
         )
     return go_on(folder, free_words(config, private), frozenset(), config.sweep)
+
+
+def differing(folder: RunFolder, config: Config, private: Private) -> list[str]:
+    """What is not as it was typed for the run, in words."""
+    before, now = folder.identity()["typed"], flatten(to_dict(config, private))
+    return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed(before, now)]
 
 
 def free_words(config: Config, private: Private) -> list[str]:

@@ -166,8 +166,7 @@ def tell(life: Life) -> None:
     step = build.training_step(config, model, inference, steps, teacher)
     stops.obey()
     with life.team.holding(), closing(Keeper(folder, config, step, inference, dataset, life.team)) as keeper:
-        ground = build.ground(config, life.private, dataset, teacher)
-        life.team.agree(ground)
+        ground = life.team.agree(build.ground(config, life.private, dataset, teacher))
         changes = [] if fresh else keeper.changes(ground, life.accepted)
         keeper.go_on(len(folder.identity()["changes"]) + len(changes))
         if not fresh:

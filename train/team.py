@@ -21,7 +21,7 @@ from train.config import Config, ConfigError
 from train.ground import changed
 
 PART = 2**22  # 32-bit words that are sent at a time, so that one compiled function does for all
-OWN = ("processor", "threads")  # what may differ from process to process
+OWN = "processor"  # may differ from process to process, but not from life to life
 
 
 class LostError(ConnectionError):
@@ -47,22 +47,29 @@ class Team:
     def alone(self) -> bool:
         return self.size == 1
 
-    def agree(self, ground: dict[str, Any]) -> None:
-        """All have the same config, data and code.
+    def agree(self, ground: dict[str, Any]) -> dict[str, Any]:
+        """All have the same config, data and code; what the run of all stands on: other processors by index, too.
 
         Raises: ConfigError in all processes, naming what differs.
         """
         if self.alone:
-            return
+            return ground
         grounds = [json.loads(text) for text in self._gather(json.dumps(ground).encode())]
         for index, other in enumerate(grounds):
-            names = [name for name in changed(grounds[0], other) if name not in OWN]
+            names = [name for name in changed(grounds[0], other) if name != OWN]
             if names:
                 told = "; ".join(f"{name} is {grounds[0].get(name)}, and {other.get(name)}" for name in names)
                 raise ConfigError(
                     f"all processes must train the same, but of index 0 and index {index} {told}; use the same words, "
                     "data and code"
                 )
+        return ground | {
+            f"{OWN}.{index}": other[OWN] for index, other in enumerate(grounds) if other[OWN] != grounds[0][OWN]
+        }
+
+    def heed(self, values: dict[str, float]) -> dict[str, float]:
+        """What process 0 was called with, on all: other processors may round otherwise, and not decide otherwise."""
+        return values if self.alone else json.loads(self._sent(json.dumps(values).encode()))
 
     def share(self, content: dict[str, Any], state: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
         """What process 0 was called with, on all. state: the others' must be of the same names, shapes and types."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ class Split:
     """Examples 0..N-1 of one part.
 
     store, verdicts: of the whole set, by row. rows: int64 [N], the examples' rows. labels: int32 [N]. origin: what an
-    error puts before a name. pixels_dir: where decoded pixels may be kept.
+    error puts before a name. folder: where decoded pixels may be kept. pixels: where they are (train.data.pixels).
     """
 
     name: str
@@ -66,17 +65,11 @@ class Split:
         return self.verdicts.text("path", self.rows[index])
 
     @cached_property
-    def images(self) -> Any:
-        """All examples as one uint8 tensor [N, image_size, image_size, channels] in host memory; decoded once.
-
-        Raises: ValueError as `example`.
-        """
-        import tensorflow as tf
-
+    def images(self) -> np.ndarray:
+        """All examples, uint8 [N, image_size, image_size, channels]; decoded once. Raises: ValueError as `example`."""
         from train.data.pixels import in_memory
 
-        with tf.device("CPU:0"):  # which takes the memory over; tf.constant would copy it
-            return tf.experimental.dlpack.from_dlpack(in_memory(self).__dlpack__())
+        return in_memory(self)
 
     def read(self, indices: Iterable[int]) -> list[bytes]:
         """The encoded bytes of several examples.

@@ -82,7 +82,7 @@ def _stamp(path: str, inside: _Inside) -> tuple[int, int]:
     else:
         within = inside[path.rpartition("/")[0]]
     if not within:
-        raise ValueError(f"a link that leaves {inside.root}")
+        raise ValueError(f"leads out of {inside.root}")
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("a folder")
     if not stat.S_ISREG(status.st_mode):

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from train.data import threads, verdicts
+from train.data import sealed, threads, verdicts
 from train.data.decode import MAX_PIXELS, Header, decode, decode_jpeg, is_upright, read_header
 from train.data.parts import Listing
 from train.data.verdicts import Draft, Verdicts
@@ -52,10 +52,19 @@ def ingest(listing: Listing, limits: Limits) -> Verdicts:
     """
     identity = _identity(listing, limits)
     found = verdicts.read(listing.index)
-    if found is None or not _covers(found, listing, identity) or _may_be_mended(found, listing):
-        found = verdicts.write(listing.index, _look_at_all(listing, limits, identity, found))
+    if found is None or not _is_fresh(found, listing, identity):
+        with sealed.alone(listing.index):
+            found = verdicts.read(listing.index)  # of another process, perhaps, for which this one waited
+            if found is None or not _is_fresh(found, listing, identity):
+                now = _look_at_all(listing, limits, identity, found)
+                if found is None or not now.table.equals(found.table, check_metadata=True):
+                    found = verdicts.write(listing.index, now)
     refuse_broken(found, listing, limits)
     return found
+
+
+def _is_fresh(found: Verdicts, listing: Listing, identity: str) -> bool:
+    return _covers(found, listing, identity) and not _may_be_mended(found, listing)
 
 
 def refuse_broken(found: Verdicts, listing: Listing, limits: Limits) -> None:

@@ -53,13 +53,13 @@ def entries(class_folder: Path) -> list[str]:
 
 
 def _sub_folders(folder: Path, strict: bool = True) -> list[str]:
-    entries = _entries(folder)
-    stray = [entry.path for entry in entries if not entry.is_dir()]
+    entries = [(entry, os.path.isdir(entry.path)) for entry in _entries(folder)]  # noqa: PTH112 - never raises
+    stray = [entry.path for entry, is_folder in entries if not is_folder]
     if stray and strict:
         raise ValueError(
             f"data.root must hold only folders beside each other, got the file {stray[0]}; use a class folder"
         )
-    return [entry.name for entry in entries if entry.is_dir()]
+    return [entry.name for entry, is_folder in entries if is_folder]
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

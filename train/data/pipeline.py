@@ -130,8 +130,6 @@ def _batches(places: np.ndarray, batch_size: int, make: Callable[[Any], tuple], 
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
     options.autotune.enabled = False
-    # Nothing here is left to be fused, and for rewriting the graph all pixels that it holds would be copied.
-    options.experimental_optimization.apply_default_optimizations = False
     return stream.with_options(options).prefetch(PREFETCH)
 
 
@@ -157,9 +155,6 @@ class _Draws:
 
 def _images(split: Split, cropper: Callable[[np.ndarray], np.ndarray] | None = None) -> Images:
     """Images cut out by the cropper, or as the split's view wants them."""
-    if split.pixels == "memory" and cropper is None:
-        pixels = split.images
-        return lambda places: tf.gather(pixels, places[:, 0])
     make = cropper or _whole(split)
     return lambda places: _in_numpy(make, places, shape=split.view.shape)
 

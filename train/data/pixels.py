@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from train.data import decode, threads
+from train.data import decode, sealed, threads
 from train.data.dataset import Dataset, Split
 
 ALIGNMENT = 64  # bytes
@@ -25,6 +25,7 @@ CHUNK = 256  # examples that a thread decodes at once
 DISK_SHARE = 0.5  # of the free space; somebody else may want some, too
 GIB = 2**30
 INCOMPLETE = "incomplete-"
+LIFE = uuid.uuid4().hex  # of this process
 
 
 def place(dataset: Dataset, cache: str, ram_budget: float, crops: bool) -> tuple[Dataset, str]:
@@ -91,7 +92,9 @@ def decoded_bytes(split: Split) -> int:
 
 
 def reader(split: Split) -> Callable[[np.ndarray], np.ndarray]:
-    """int [B] -> uint8 [B, image_size, image_size, channels], for the kinds that are not gathered in the graph."""
+    """int [B] -> uint8 [B, image_size, image_size, channels]."""
+    if split.pixels == "memory":
+        return partial(gathered, split.images)
     if split.pixels == "disk":
         return Kept(split).take
     return lambda indices: decoded(split, indices.tolist())
@@ -105,7 +108,7 @@ def decoded(split: Split, indices: Sequence[int]) -> np.ndarray:
 
 def in_memory(split: Split) -> np.ndarray:
     """All of them, uint8 [N, image_size, image_size, channels]; kept on disk, too, for the next start."""
-    pixels = aligned((len(split), *split.view.shape))
+    pixels = np.empty((len(split), *split.view.shape), np.uint8)
     if kept(split).exists() or decoded_bytes(split) <= _room_on_disk(split.folder):
         with contextlib.suppress(OSError):  # the next start takes longer, no more
             Kept(split).read_into(pixels)
@@ -113,6 +116,12 @@ def in_memory(split: Split) -> np.ndarray:
     for start, some in _all_decoded(split):
         pixels[start : start + len(some)] = some
     return pixels
+
+
+def gathered(pixels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Some of the images. Not by tf.gather: a tensor in the graph of a stream is copied whenever an epoch begins."""
+    found = aligned((len(indices), *pixels.shape[1:]))
+    return np.take(pixels, indices, axis=0, out=found, mode="clip")  # any other mode goes through a copy
 
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:
@@ -130,7 +139,9 @@ class Kept:
         """Decodes them all the first time. Raises: OSError where there is no room, ValueError naming an example."""
         self._split, folder = split, kept(split)
         if not folder.exists():
-            _keep(split, folder)
+            with sealed.alone(folder):
+                if not folder.exists():
+                    _keep(split, folder)
         try:
             self._pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
             self._sums = np.load(folder / "sums.npy", allow_pickle=False)
@@ -169,8 +180,8 @@ def kept(split: Split) -> Path:
 
 
 def _keep(split: Split, folder: Path) -> None:
-    """Whole or not at all; of two processes that do it at once, the first one's stays."""
-    temporary = folder.with_name(f"{_mine()}{os.getpid()}-{uuid.uuid4().hex}")
+    """Whole or not at all; where two processes do it at once all the same, the first one's stays."""
+    temporary = folder.with_name(f"{_mine()}{os.getpid()}-{LIFE}-{uuid.uuid4().hex}")
     _remove_leftovers(folder.parent)
     temporary.mkdir(parents=True)
     try:
@@ -198,12 +209,21 @@ def _onto_disk(file: BinaryIO) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """What processes of this machine that were killed have left; another one may be at work in the same folder."""
     for left in folder.glob(f"{_mine()}*"):
-        try:
-            os.kill(int(left.name.removeprefix(_mine()).partition("-")[0]), 0)
-        except ProcessLookupError:
+        process, _, rest = left.name.removeprefix(_mine()).partition("-")
+        if not _is_at_work(int(process), rest):
             shutil.rmtree(left, ignore_errors=True)
-        except PermissionError:  # it is alive, and somebody else's
-            continue
+
+
+def _is_at_work(process: int, rest: str) -> bool:
+    if process == os.getpid():  # of a container the first process has always the same number
+        return rest.startswith(LIFE)
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
 
 
 def _mine() -> str:

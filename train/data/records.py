@@ -74,8 +74,15 @@ def index_of(shards: Sequence[Path], records: int, place: Path) -> np.ndarray:
     Raises: OSError for a damaged shard (every record is read once and held against its checksum), and where there are
     not as many as the set says.
     """
-    if sealed.is_whole(place):
-        return np.load(place, mmap_mode="r", allow_pickle=False)
+    with sealed.alone(place):
+        return _there(place) if sealed.is_whole(place) else _made(shards, records, place)
+
+
+def _there(place: Path) -> np.ndarray:
+    return np.load(place, mmap_mode="r", allow_pickle=False)
+
+
+def _made(shards: Sequence[Path], records: int, place: Path) -> np.ndarray:
     _check_all(shards)
     found = np.array([entry for shard, path in enumerate(shards) for entry in _entries(shard, path)], np.int64)
     found = found.reshape(-1, 3)
@@ -83,7 +90,7 @@ def index_of(shards: Sequence[Path], records: int, place: Path) -> np.ndarray:
         raise OSError(f"{len(found):,} records instead of {records:,} in {', '.join(map(str, shards[:1]))}")
     with contextlib.suppress(OSError):  # where nothing can be written the next start takes longer, no more
         sealed.write(place, lambda file: np.save(file, found))
-        return np.load(place, mmap_mode="r", allow_pickle=False)
+        return _there(place)
     return found
 
 

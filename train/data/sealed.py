@@ -1,11 +1,30 @@
-"""Files with their SHA-256 beside them: written whole or not at all, and what is not what was written is not read."""
+"""Files with their SHA-256 beside them: written whole or not at all, and what is not what was written is not read.
 
+What takes long to make is made by one process, while the others wait for it.
+"""
+
+import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time, of all that would make `path`; whoever comes next looks whether it is there.
+
+    The kernel lets go of the lock when its holder dies. Where there can be none, each makes its own.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.with_name(f".{path.name}.lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write(path: Path, fill: Callable[[Any], None]) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -169,16 +170,20 @@ class RunFolder:
 def _locked(path: Path, refusal: str | None) -> Iterator[None]:
     """Holds a lock; without a `refusal` it waits for it.
 
-    Raises: ValueError with the refusal if another process holds it, or saying that the file can't be written.
+    Raises: ValueError with the refusal if another process holds it, or saying that the file can't be written or locked.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as fault:
         raise ValueError(f"{path.parent} must be a folder that can be written ({fault.strerror})") from None
     try:
-        if refusal is None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        elif not _lock_within(descriptor, seconds=0.5):
+        try:
+            taken = _lock_within(descriptor, seconds=math.inf if refusal is None else 0.5)
+        except OSError as fault:
+            raise ValueError(
+                f"{path.parent} must be on storage where files can be locked ({fault.strerror}); use another run_dir"
+            ) from None
+        if not taken:
             raise ValueError(refusal)
         yield
     finally:
