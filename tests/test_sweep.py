@@ -521,6 +521,7 @@ def test_every_trial_has_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert [slot.gpu for slot in Slots(2).places] == [None, None]
 
 
+@pytest.mark.slow
 def test_a_gpu_is_shared_by_a_stated_limit_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     words = ["-m", "seed=0,1,2", "sweep.parallel=3", "sweep.dry_run=true"]

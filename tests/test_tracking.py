@@ -207,6 +207,7 @@ def _logged(uri: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
     """Its last life was marked as gone; the new one's uploader waits until the old one's has ended."""
     folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
