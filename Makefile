@@ -51,7 +51,9 @@ override WORDS = $(foreach name,$(TYPED),$(call QUOTED,$(name)=$(value $(name)))
 
 # The stamp names the interpreter, so that another PYTHON makes the environment anew, and holds it as it was typed:
 # without PYTHON, the one that is there stays, also when the lock files have changed. It names the gpu extra, too, so
-# that a driver that has come is noticed.
+# that a driver that has come is noticed, and the project's folder: an environment holds absolute paths, so it is made
+# anew once the project was moved or copied. Modification times can't tell, as cp -a keeps them. The folder is named by
+# a checksum, since make can't handle spaces, % or # in the name of a target.
 GPU := $(if $(wildcard /proc/driver/nvidia/version),-gpu)
 THERE := $(firstword $(wildcard $(VENV)/.made-with-*))
 ifeq ($(origin PYTHON),file)
@@ -59,23 +61,41 @@ ifneq ($(THERE),)
 PYTHON := $(or $(shell cat $(THERE)),$(PYTHON))
 endif
 endif
-STAMP := $(VENV)/.made-with-$(subst /,_,$(PYTHON))$(GPU)
+STAMP := $(VENV)/.made-with-$(subst /,_,$(PYTHON))-$(firstword $(shell pwd -P | cksum))$(GPU)
+
+# pip and uv read options from the environment: with UV_SYSTEM_PYTHON, usual in Docker images, uv installs into the
+# system's interpreter, whatever VIRTUAL_ENV says. Set-up therefore clears all of their variables but those about how
+# packages are fetched: registries and credentials, certificates, network, cache. A list of what stays, rather than of
+# what goes, also covers variables that later versions add. Config files are still read, as they may name registries.
+override KEPT := \
+    UV_DEFAULT_INDEX UV_INDEX UV_INDEX_% UV_EXTRA_INDEX_URL UV_FIND_LINKS UV_%_ENDPOINT_URL \
+    UV_CONFIG_FILE UV_NO_CONFIG UV_NO_SYSTEM_CONFIG UV_KEYRING_PROVIDER UV_CREDENTIALS_DIR UV_API_KEY UV_AUTH_TOKEN \
+    UV_SYSTEM_CERTS UV_NATIVE_TLS UV_INSECURE_HOST UV_OFFLINE UV_HTTP_% UV_REQUEST_TIMEOUT UV_LOCK_TIMEOUT \
+    UV_CACHE_DIR UV_NO_CACHE UV_LINK_MODE UV_CONCURRENT_% \
+    PIP_INDEX_URL PIP_PYPI_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX \
+    PIP_CONFIG_FILE PIP_KEYRING_PROVIDER PIP_NO_INPUT \
+    PIP_CERT PIP_CLIENT_CERT PIP_TRUSTED_HOST PIP_USE_FEATURE PIP_USE_DEPRECATED \
+    PIP_PROXY PIP_TIMEOUT PIP_DEFAULT_TIMEOUT PIP_RETRIES PIP_RESUME_RETRIES PIP_CACHE_DIR PIP_NO_CACHE_DIR
+override CLEARED = $(filter-out $(KEPT),$(filter UV_% PIP_%,$(.VARIABLES))) \
+    VIRTUAL_ENV CONDA_PREFIX PYTHONHOME PYTHONPATH PYTHONPLATLIBDIR
+override ISOLATED = env $(foreach name,$(CLEARED),-u $(call QUOTED,$(name)))
+override INSTALL_INTO_VENV = $(ISOLATED) $(BIN)/uv pip install --python $(BIN)/python --system-certs --quiet
 
 setup: $(STAMP) ## make .venv from the lock files (every other target does it by itself when it is missing or stale)
 	@echo "environment: $(VENV), $$($(BIN)/python --version)"
 
 $(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "PYTHON must be Python 3.11 to 3.13, got %d.%d; use e.g. make setup PYTHON=python3.12" % v)'
+	@$(ISOLATED) $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "PYTHON must be Python 3.11 to 3.13, got %d.%d; use e.g. make setup PYTHON=python3.12" % v)'
 	@echo "making $(VENV) from the lock files (once)"
-	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	@$(ISOLATED) $(PYTHON) -m venv --clear $(VENV)
+	@$(ISOLATED) $(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
 	@set -e; locks="$(LOCKS)"; \
 	if [ -n "$(GPU)" ]; then \
 	    echo "an NVIDIA driver is present: installing the gpu extra"; locks="$$locks requirements-gpu.lock"; \
 	fi; \
 	for lock in $$locks; do set -- "$$@" -r "$$lock"; done; \
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --require-hashes "$$@"
-	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --no-deps --no-build-isolation --editable .
+	$(INSTALL_INTO_VENV) --require-hashes "$$@"
+	@$(INSTALL_INTO_VENV) --no-deps --no-build-isolation --editable .
 	@echo "$(PYTHON)" > $@
 
 # What `make export` writes with, beside the environment: an extra, installed when it is first wanted.
@@ -86,7 +106,7 @@ JAX := $(if $(findstring jax,$(value backend)),$(VENV)/.extra-jax$(GPU))
 
 $(VENV)/.extra-%: requirements-%.lock $(STAMP)
 	@echo "installing the $* extra (once)"
-	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --system-certs --quiet --require-hashes -r $<
+	@$(INSTALL_INTO_VENV) --require-hashes -r $<
 	@touch $@
 
 train: $(STAMP) $(JAX) ## train, evaluate, record: make train model=vgg16_inception [key=value ...]
@@ -168,7 +188,7 @@ readme-check: $(STAMP) ## run every command of the README
 	@$(BIN)/python scripts/readme.py --check
 
 lock: $(STAMP) ## resolve the dependencies anew into the lock files
-	@$(BIN)/python scripts/lock.py
+	@$(ISOLATED) $(BIN)/python scripts/lock.py
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-16s %s\n' "$$name" "$$text"; done
