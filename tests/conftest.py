@@ -6,8 +6,14 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +30,13 @@ FROM_MAKE = {
     "MFLAGS",
     "ARGS",
 }  # its words are not ours
+SERVER_PROCESS = "INCEPTION_TEST_SERVER_PROCESS"
 SECRET = "hunter2-in-the-address"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """TensorFlow's threads can be set only before its first operation, and some tests run whole trainings here."""
-    if {Path(item.path).stem for item in session.items} - {"test_config", "test_make", "test_checkpoint"}:
+    if {Path(item.path).stem for item in session.items} - {"test_config", "test_make", "test_setup", "test_checkpoint"}:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(THREADS)
@@ -121,6 +128,70 @@ def finish(place: Path) -> Finished:
     )
     assert done.code == 0, done.err
     return Finished(done, place / "run folder", uri)
+
+
+@dataclass
+class TrackingServer:
+    """A real `mlflow server`, through which artifacts go, too. artifacts: where it keeps them."""
+
+    uri: str
+    artifacts: Path
+
+
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> TrackingServer:
+    """One for the session, whichever worker wants it first; `pytest_sessionfinish` ends it."""
+    return once(tmp_path_factory, "tracking server", start_server)
+
+
+def start_server(place: Path) -> TrackingServer:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{place / 'mlflow.db'}",
+         "--artifacts-destination", str(place / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
+         "--workers", "1"],
+        cwd=place, stdout=(place / "server.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    Path(os.environ[SERVER_PROCESS]).write_text(str(process.pid))
+    server = TrackingServer(f"http://127.0.0.1:{port}", place / "artifacts")
+    wait_for(lambda: answers(f"{server.uri}/health") == b"OK", 120)
+    return server
+
+
+def pytest_configure() -> None:
+    """Where a worker of pytest-xdist leaves the number of the server's process for the session, which outlives it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ[SERVER_PROCESS] = str(Path(tempfile.mkdtemp(prefix="tests-"), "server"))
+
+
+def pytest_sessionfinish() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        number = Path(os.environ[SERVER_PROCESS])
+        if number.exists():
+            os.killpg(int(number.read_text()), signal.SIGTERM)
+        shutil.rmtree(number.parent)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(address: str) -> bytes:
+    """What a web address answers; nothing where nobody does."""
+    try:
+        return urllib.request.urlopen(address, timeout=5).read()
+    except OSError:
+        return b""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Fails where something that has to happen has not happened in a time that is generous on any machine."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not happened"
+        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -343,17 +342,10 @@ def test_a_mistake_exits_with_2_in_one_line_without_tensorflow():
     told = [line for line in done.err.splitlines() if not line.startswith("import time:")]
     assert (done.code, done.out) == (2, "")
     assert told == ["error: epochs must be a whole number, got three; use e.g. epochs=12"]
-    assert "| tensorflow" not in done.err
-    assert "| keras" not in done.err
-
-
-def test_a_mistake_is_answered_within_a_second():
-    def seconds() -> float:
-        start = time.perf_counter()
-        assert run_train("model=resnet").code == 2
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) <= 1.0
+    imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
+    assert "hydra" in imported
+    assert not imported & {"tensorflow", "keras", "mlflow", "numpy", "sklearn", "matplotlib", "optuna", "rich.console"}
+    assert len(imported) < 500  # a change that doubles the wait is seen; seconds would depend on the machine
 
 
 def test_check_says_yes_to_a_valid_config_and_trains_nothing(tmp_path: Path):

@@ -32,8 +32,8 @@ def ship(place: Path, run: Path, *words: str) -> tuple[Done, Path]:
     copy = place / "run"
     if not copy.exists():
         shutil.copytree(run, copy, symlinks=True)
-    store = {"INCEPTION_TEST_STORE": f"sqlite:///{place / 'mlflow.db'}"}
-    return run_command(sys.executable, "-m", "train.export", f"run={copy}", *words, env=store), copy
+    uri = f"tracking.uri=sqlite:///{place / 'mlflow.db'}"
+    return run_command(sys.executable, "-m", "train.export", f"run={copy}", uri, *words), copy
 
 
 @pytest.fixture(scope="session")
@@ -238,8 +238,8 @@ def test_what_a_converter_breaks_is_not_kept_and_stops_no_other(finished: Finish
     run = tmp_path / "run"
     shutil.copytree(finished.path, run, symlinks=True)
     (run / "export/keras").mkdir(parents=True)  # an earlier one
-    store = {"INCEPTION_TEST_STORE": f"sqlite:///{tmp_path / 'mlflow.db'}"}
-    done = run_command(sys.executable, "-c", BROKEN, f"run={run}", "format=all", env=store)
+    own = [f"run={run}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+    done = run_command(sys.executable, "-c", BROKEN, *own, "format=all")
     assert done.code == 1
     assert "not kept: it loses 0." in done.out
     assert "not kept: it could not be written" in done.out

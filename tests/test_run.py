@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def test_a_second_run_does_not_get_into_a_used_folder(finished: Finished):
         "error: run_dir must be a folder without a run, or with one of the same config, "
         f"got {finished.path}, where epochs was 2, is 12; model.width was 0.125, is 1.0; "
         "tracking.every_steps was 7, is 50; "
-        f"use another run_dir, or make resume run={finished.path}\n"
+        f"use another run_dir, or make resume run='{finished.path}'\n"
     )
     assert hashlib.sha256((finished.path / "summary.json").read_bytes()).hexdigest() == before
 
@@ -452,12 +453,14 @@ def test_a_sweep_gives_a_run_for_every_combination(tmp_path: Path):
     client = MlflowClient(uri)
     [experiment] = [e for e in client.search_experiments() if e.name == "sweep-test"]
     runs = client.search_runs([experiment.experiment_id])
-    assert sorted((r.data.params["model.name"], r.data.params["seed"]) for r in runs) == [
+    [sweep] = [run for run in runs if run.data.tags.get("kind") == "sweep"]
+    trials = [run for run in runs if run is not sweep]
+    assert sorted((run.data.params["model.name"], run.data.params["seed"]) for run in trials) == [
         ("vgg16", "0"), ("vgg16", "1"), ("vgg16_inception", "0"), ("vgg16_inception", "1"),
     ]  # fmt: skip
-    assert {r.info.status for r in runs} == {"FINISHED"}
-    for r in runs:
-        run_command("rm", "-r", r.data.tags["run_dir"])
+    assert (sweep.data.params["model"], sweep.data.params["seed"]) == ("vgg16,vgg16_inception", "0,1")
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    shutil.rmtree(Path(sweep.data.tags["run_dir"]).parent)
 
 
 @pytest.mark.slow

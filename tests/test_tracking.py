@@ -4,26 +4,69 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SECRET, Finished, run_command, run_train
+from conftest import (
+    ROOT,
+    SECRET,
+    Finished,
+    answers,
+    free_port,
+    message,
+    once,
+    run_command,
+    run_train,
+    wait_for,
+)
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from train.tracking import facts, store, uploader
+from train.tracking import address, facts, store, uploader
 from train.tracking.folder import Pulse, RunFolder, create, open_folder
 from train.tracking.journal import Journal, read_journal
+
+
+@dataclass
+class Recorded:
+    """The finished run, in a store."""
+
+    uri: str
+    finished: Finished
+
+
+@pytest.fixture(params=["file", "server"])
+def recorded(request: pytest.FixtureRequest, finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """In the SQLite file that it was recorded in as it ran; on a server, over HTTP, by `make sync`."""
+    if request.param == "file":
+        return Recorded(finished.uri, finished)
+    server = request.getfixturevalue("tracking_server")
+
+    def sync(_: Path) -> None:
+        done = run_command("make", "sync", f"run={finished.path}", f"uri={server.uri}")
+        assert done.code == 0, done.err
+
+    once(tmp_path_factory, "synced", sync)
+    return Recorded(server.uri, finished)
+
+
+@pytest.fixture(params=["file", "server"])
+def empty_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a store. On the server of the session an experiment has to have a name of its own."""
+    if request.param == "file":
+        return f"sqlite:///{tmp_path / 'mlflow.db'}"
+    return request.getfixturevalue("tracking_server").uri
 
 
 def the_run(uri: str, experiment: str = "inception") -> tuple[MlflowClient, Run]:
@@ -38,49 +81,49 @@ def history(client: MlflowClient, run: Run, name: str) -> list[tuple[int, float]
     return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
 
 
-def test_parameters_tags_and_status(finished: Finished):
-    _, run = the_run(finished.uri)
+def test_parameters_tags_and_status(recorded: Recorded):
+    _, run = the_run(recorded.uri)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "vgg16_inception seed 0"
     assert run.data.params["model.width"] == "0.125"
     assert run.data.params["optimizer.learning_rate"] == "0.01"
     assert run.data.params["model.blocks"] == "['conv_bn', 'conv_bn', 'inception_v1', 'conv_bn', 'inception_v3']"
     assert len(run.data.params) == 85
-    summary = finished.summary
+    summary = recorded.finished.summary
     for name in ("run_id", "config_hash", "data_fingerprint", "weights_sha256", "status"):
         assert run.data.tags[name] == summary[name]
     assert {"git.commit", "git.dirty", "host", "version.tensorflow", "version.keras"} <= set(run.data.tags)
 
 
-def test_metrics_have_their_true_steps(finished: Finished):
-    client, run = the_run(finished.uri)
+def test_metrics_have_their_true_steps(recorded: Recorded):
+    client, run = the_run(recorded.uri)
     expected: dict[str, list[tuple[int, float]]] = {}
-    for line in finished.journal:
+    for line in recorded.finished.journal:
         for name, value in line["values"].items():
             expected.setdefault(name, []).append((line["step"], value))
     assert {"train/main_accuracy", "train/aux_loss", "validation/main_accuracy", "learning_rate"} <= set(expected)
     assert {"images_per_second", "data_wait_fraction", "test/accuracy"} <= set(expected)
     best = max(value for _, value in expected["validation/main_accuracy"])
-    scores = json.loads((finished.path / "evaluation/test/scores.json").read_text())
+    scores = json.loads((recorded.finished.path / "evaluation/test/scores.json").read_text())
     more = {f"test/{name}": scores[name] for name in ("macro_f1", "macro_precision", "macro_recall", "roc_auc", "ece")}
     more |= dict(zip(("test/accuracy_low", "test/accuracy_high"), scores["accuracy_interval"], strict=True))
-    more |= {"best/validation_main_accuracy": best, "best/epoch": finished.summary["best"]["epoch"]}
+    more |= {"best/validation_main_accuracy": best, "best/epoch": recorded.finished.summary["best"]["epoch"]}
     assert set(run.data.metrics) == {*expected, *more}
     assert {name: run.data.metrics[name] for name in more} == more
     for name, points in expected.items():
         assert history(client, run, name) == points, name
 
 
-def test_the_data_set_has_our_digest(finished: Finished):
-    _, run = the_run(finished.uri)
+def test_the_data_set_has_our_digest(recorded: Recorded):
+    _, run = the_run(recorded.uri)
     [used] = run.inputs.dataset_inputs
     assert used.dataset.name == "digits"
-    assert used.dataset.digest == finished.summary["data_fingerprint"][:32]
+    assert used.dataset.digest == recorded.finished.summary["data_fingerprint"][:32]
     assert json.loads(used.dataset.profile)["train"] == 1281
 
 
-def test_artifacts_and_the_inference_model(finished: Finished):
-    client, run = the_run(finished.uri)
+def test_artifacts_and_the_inference_model(recorded: Recorded):
+    client, run = the_run(recorded.uri)
     names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert names >= {
         "config.yaml",
@@ -95,35 +138,35 @@ def test_artifacts_and_the_inference_model(finished: Finished):
     assert evaluated >= {f"evaluation/test/{name}" for name in ("scores.json", "predictions.csv", "confusion.png")}
     import mlflow
 
-    mlflow.set_tracking_uri(finished.uri)
+    mlflow.set_tracking_uri(recorded.uri)
     [output] = client.get_run(run.info.run_id).outputs.model_outputs
     model = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
     assert model.metadata.signature.inputs.inputs[0].shape == (-1, 32, 32, 1)
     assert model.metadata.signature.inputs.inputs[0].type == np.uint8
-    example = np.load(finished.path / "input_example.npy")
+    example = np.load(recorded.finished.path / "input_example.npy")
     assert np.asarray(model.predict(example)).shape == (1, 10)
+    [version] = client.search_model_versions("name = 'inception-digits'")
+    assert version.source == f"models:/{output.model_id}"
     champion = client.get_model_version_by_alias("inception-digits", "champion")
-    assert (champion.run_id, champion.tags["data"]) == (run.info.run_id, finished.summary["data_fingerprint"])
+    assert (champion.run_id, champion.tags["data"]) == (run.info.run_id, recorded.finished.summary["data_fingerprint"])
 
 
-def test_the_best_on_validation_is_the_champion_of_its_data(tmp_path: Path):
-    """A real registry; the model's file is not looked at when it is registered."""
-    from mlflow import MlflowClient
-
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client, numbers = MlflowClient(uri), []
+def test_the_best_on_validation_is_the_champion_of_its_data(empty_store: str):
+    client, is_champion = MlflowClient(empty_store), []
     runs = [("a", 0.9, "x"), ("b", 0.8, "x"), ("c", 0.95, "x"), ("d", 0.5, "y"), ("e", 0.4, "y")]
     for run_id, accuracy, data in runs:
         identity = {"run_id": run_id, "experiment": "lab", "name": run_id, "time": 1.0, "tags": {"data": "digits"}}
-        place = store.Store(uri, identity)
-        place._register(f"{tmp_path}", {"validation_main_accuracy": accuracy, "data_fingerprint": data})
-        numbers.append(client.get_model_version_by_alias("lab-digits", store.CHAMPION).run_id == place.mlflow_id)
-    assert numbers == [True, False, True, True, False]
+        place = store.Store(empty_store, identity)
+        model_id = place._logged_model(run_id).model_id
+        for _ in range(2):  # the second time adds nothing
+            place.register_model(model_id, {"validation_main_accuracy": accuracy, "data_fingerprint": data})
+        is_champion.append(client.get_model_version_by_alias("lab-digits", store.CHAMPION).run_id == place.mlflow_id)
+    assert is_champion == [True, False, True, True, False]
     assert len(client.search_model_versions("name = 'lab-digits'")) == 5
 
 
-def test_no_secret_in_the_store(finished: Finished):
-    _, run = the_run(finished.uri)
+def test_no_secret_in_the_store(recorded: Recorded):
+    _, run = the_run(recorded.uri)
     assert SECRET not in str(run.data.params) + str(run.data.tags)
     assert run.data.params["tracking.uri"] == "${oc.env:INCEPTION_TEST_STORE}"
 
@@ -249,13 +292,6 @@ def test_the_uploader_of_an_earlier_life_leaves_the_run_to_the_new_one(tmp_path:
     assert recorder.wait(30) == 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_an_uploader_that_died_is_started_again_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -271,9 +307,9 @@ def test_an_uploader_that_died_is_started_again_at_the_end(tmp_path: Path, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path):
+def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path, empty_store: str):
     """On this machine the lock tells, elsewhere the heartbeat; runs of other programs are left alone."""
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = empty_store
     elsewhere = {"host": "other"}
     kinds = {"alive": {}, "dead": {}, "ended": {}, "silent elsewhere": elsewhere, "heard elsewhere": elsewhere}
     folders = {}
@@ -281,24 +317,29 @@ def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path):
         (tmp_path / kind).mkdir()
         folder = folders[kind] = begun(tmp_path / kind)
         identity = folder.identity()
-        folder.write_json("run.json", identity | {"name": kind, "tags": identity["tags"] | tags})
+        new = {"name": kind, "tags": identity["tags"] | tags, "experiment": "reaped"}
+        folder.write_json("run.json", identity | new)
         record = uploader.Record(folder, uri)
         place = record.advance()
         age = {"silent elsewhere": 700, "heard elsewhere": 500}.get(kind, 0)
         place.client.set_tag(place.mlflow_id, "heartbeat", str(time.time() - age))
     client = MlflowClient(uri)
-    stranger = client.create_run(the_run_ids(uri)[1]).info.run_id
+    stranger = client.create_run(the_run_ids(uri, "reaped")[1]).info.run_id
     folders["ended"].write_json("summary.json", {"status": "finished"})  # its record is only not complete
     with folders["alive"].held():
         done = run_command("make", "reap", f"uri={uri}")
-    assert (done.code, done.err) == (0, "")
-    told = done.out.splitlines()
-    assert sorted(told[:-1]) == [
+    assert done.code == 0, done.err
+    told = [line for line in done.out.splitlines() if str(tmp_path) in line]  # others use the server, too
+    assert sorted(told) == [
         f"marked dead ({folders['dead'].path}): its process is gone",
         f"marked silent elsewhere ({folders['silent elsewhere'].path}): no sign of life for 12 minutes",
     ]
-    assert told[-1] == "2 runs marked as gone"
-    found = {run.info.run_name: run for run in client.search_runs([the_run_ids(uri)[1]]) if run.info.run_id != stranger}
+    assert re.fullmatch(r"\d+ runs marked as gone", done.last_line)
+    found = {
+        run.info.run_name: run
+        for run in client.search_runs([the_run_ids(uri, "reaped")[1]])
+        if run.info.run_id != stranger
+    }
     assert {name: run.info.status for name, run in found.items()} == {
         "alive": "RUNNING", "dead": "FAILED", "ended": "RUNNING", "silent elsewhere": "FAILED",
         "heard elsewhere": "RUNNING",
@@ -386,15 +427,13 @@ def test_the_uploaders_log_shows_no_secret(tmp_path: Path):
 
 
 def test_sync_finds_the_store_that_the_run_was_started_with(finished: Finished, tmp_path: Path):
-    from train.tracking.sync import stored_uri
-
     folder = RunFolder(tmp_path, "x")
     folder.write_yaml("config.yaml", {"tracking": {"uri": "sqlite:////place/mlflow.db"}})
-    assert stored_uri(folder) == "sqlite:////place/mlflow.db"
+    assert address.stored(folder) == "sqlite:////place/mlflow.db"
     folder.write_yaml("config.yaml", {"tracking": {"uri": None}})
-    assert stored_uri(folder) == store.default_uri(ROOT)
-    with pytest.raises(ValueError, match=r"uri must be given, since the run's was \$\{oc.env:INCEPTION_TEST_STORE\}"):
-        stored_uri(open_folder(finished.path))
+    assert address.stored(folder) == store.default_uri(ROOT)
+    told = "uri must be given, since the run's was ${oc.env:INCEPTION_TEST_STORE}; use make sync uri=ADDRESS"
+    assert message(address.stored, open_folder(finished.path)) == told
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
@@ -405,12 +444,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     assert (
         done.err.splitlines()[0] == f"error: run must be the folder of a run, got {tmp_path}; use e.g. run=runs/latest"
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
@@ -424,21 +457,11 @@ def serving(uri: str, port: int | None = None, end: signal.Signals = signal.SIGT
     try:
         assert server.stdout is not None
         assert f"http://127.0.0.1:{port}" in server.stdout.readline()
-        deadline = time.monotonic() + 60
-        while "<title>MLflow</title>" not in _page(port):
-            assert time.monotonic() < deadline, "the server does not answer"
-            time.sleep(0.3)
+        wait_for(lambda: b"<title>MLflow</title>" in answers(f"http://127.0.0.1:{port}/"), 120)
         yield port
     finally:
         os.killpg(server.pid, end)
         server.wait(20)
-
-
-def _page(port: int) -> str:
-    try:
-        return urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()
-    except OSError:
-        return ""
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ TensorFlow is imported only after everything that was typed has been found right
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hydra.types import RunMode
 from hydra_plugins.inception_laboratory import register
 from omegaconf import DictConfig, OmegaConf
 
-from train import command, compose
+from train import command, compose, terminal
 from train.config import ROOT
 from train.sweep import processes, trials
 from train.tracking.folder import open_folder
@@ -27,6 +28,7 @@ words: list[str] = []  # as they were typed
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def compose_and_run(node: DictConfig) -> None:
     """One run, or a trial of a sweep. Its faults end here, since Hydra would tell them in several lines."""
+    terminal.protect_output()  # in a cluster's job, which does not come by `main`
     try:
         code = run(frozen(node) if node.sweep.trial else node)
     except ValueError as fault:
@@ -40,7 +42,8 @@ def frozen(node: DictConfig) -> DictConfig:
     if launcher := os.environ.get(processes.PARENT):
         processes.end_with(int(launcher))  # which stops the trial at its next batch
     stored, folder = trials.frozen(node.sweep.trial)
-    found = compose.stored(stored, [])
+    typed = os.environ.get(processes.REFERENCES)  # of the launcher, which knows what was typed
+    found = compose.stored(stored, [], frozenset(map(tuple, json.loads(typed))) if typed else None)
     found.run_dir, found.sweep = folder, node.sweep
     address = os.environ.get(processes.ADDRESS)
     if address is not None and not OmegaConf.is_interpolation(found.tracking, "uri"):
@@ -54,7 +57,7 @@ def run(node: DictConfig) -> int:
     """Every check that needs no TensorFlow, then the run itself; its exit code."""
     private = compose.private(node)
     with compose.hiding(private):
-        config = compose.to_config(node)
+        config = compose.to_config(node, stored=node.sweep.trial is not None)
         from train import build, resume  # imported late: a mistake in what was typed is answered at once
         from train import run as story
 
@@ -73,7 +76,8 @@ def run(node: DictConfig) -> int:
 
 
 def main() -> None:
-    """Exit codes: 0 finished, 1 failed, 2 what was typed can't be run, 130 and 143 interrupted."""
+    """Exit codes: 0 finished, 1 failed, 2 what was typed can't be run, 129, 130 and 143 interrupted."""
+    terminal.protect_output()
     words[:] = sys.argv[1:]
     sys.argv[1:] = [word for word in words if word != CHECK]
     if {"-m", "--multirun"} & set(words):

@@ -33,7 +33,7 @@ def check_sources(config: Config) -> None:
     if importlib.util.find_spec(config.backend) is None:
         raise ConfigError(
             f"backend must be installed, got {config.backend}, which is not; use backend=tensorflow, or install the "
-            f"extra: .venv/bin/python -m uv pip install -r requirements-{config.backend}.lock"
+            f"extra: .venv/bin/python -m uv pip install --python .venv/bin/python -r requirements-{config.backend}.lock"
         )
     weights, teacher = config.model.weights, config.distill.teacher
     if weights not in (None, "imagenet") and not Path(weights).is_file():
@@ -249,7 +249,7 @@ def load_best(folder: RunFolder, config: Config) -> tuple[Any, Callable]:
 
     from train import step, views
 
-    model = keras.models.load_model(folder.best / "model.keras")
+    model = keras.models.load_model(folder.inside("best/model.keras"))
     predict = step.of(config.backend).predictor(model, jit=config.jit == "on")
     return model, views.averaged(predict, config.evaluate.views)
 

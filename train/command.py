@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from train import terminal
+
 Keys = TypeVar("Keys")
 
 
@@ -52,8 +54,12 @@ def tell(fault: str) -> int:
     return 2
 
 
-def run(story: Callable[[list[str]], int | None]) -> None:
-    """Runs a command's story on the words of the command line; a ValueError becomes one line and exit code 2."""
+def run(story: Callable[[list[str]], int | None], *, only_prints: bool = False) -> None:
+    """Runs a command's story on the words of the command line; a ValueError becomes one line and exit code 2.
+
+    only_prints: it leaves nothing else behind, so that it ends when nobody reads any more; every other goes on.
+    """
+    terminal.protect_output(needed=only_prints)
     try:
         code = story(sys.argv[1:])
     except ValueError as fault:

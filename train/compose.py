@@ -38,8 +38,10 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=name, node=node)
 
 
-def to_config(node: DictConfig) -> Config:
+def to_config(node: DictConfig, *, stored: bool = False) -> Config:
     """The composed node as dataclasses, every value checked, `data.image_size` filled in.
+
+    stored: whether the node comes from a folder, whose paths have been expanded and are taken as they stand.
 
     Raises: ConfigError.
     """
@@ -50,24 +52,30 @@ def to_config(node: DictConfig) -> Config:
     assert isinstance(config, Config)
     _refuse_added(config)
     check(config)
-    _expand_home(config)
+    if not stored:
+        _expand_home(config)
     _follow_links(config)
     config.data.image_size = schema.resolve_image_size(config)
     return config
 
 
+PATH_KEYS = ("data.root", "data.manual_dir", "data.file", "model.weights", "distill.teacher", "run_dir")
+
+
 def _expand_home(config: Config) -> None:
     """The shell leaves `~` alone in `data.root=~/images`."""
-    for part, name in (
-        (config.data, "root"),
-        (config.data, "manual_dir"),
-        (config.data, "file"),
-        (config.model, "weights"),
-        (config.distill, "teacher"),
-        (config, "run_dir"),
-    ):
+    for key in PATH_KEYS:
+        group, _, name = key.rpartition(".")
+        part = getattr(config, group) if group else config
         if getattr(part, name, None):
-            setattr(part, name, os.path.expanduser(getattr(part, name)))  # noqa: PTH111 - keeps the rest as typed
+            setattr(part, name, _expanded(key, getattr(part, name)))
+
+
+def _expanded(key: str, value: Any) -> Any:
+    """The value of a key, a path with the home directory in the place of `~`."""
+    if key in PATH_KEYS and isinstance(value, str):
+        return os.path.expanduser(value)  # noqa: PTH111 - keeps the rest as typed
+    return value
 
 
 def _follow_links(config: Config) -> None:
@@ -117,8 +125,11 @@ def apart() -> Iterator[None]:
         holder.hydra = before
 
 
-def stored(content: dict[str, Any], words: list[str]) -> DictConfig:
-    """The config that a run has stored, with these words in it.
+def stored(content: dict[str, Any], words: list[str], trusted: References | None = None) -> DictConfig:
+    """The config that a folder holds, with these words in it.
+
+    Anybody may have written the folder, and `${oc.env:SECRET}` in an address would send the secret there. A reference
+    in the content is resolved only where the same one is in `trusted`: was typed, or stands in conf/ (the default).
 
     Raises: ConfigError for a word that is no key of the run, and for a value that was not stored and is not given.
     """
@@ -127,10 +138,24 @@ def stored(content: dict[str, Any], words: list[str]) -> DictConfig:
         name = word.partition("=")[0]
         if name not in known:
             raise ConfigError(f"{name} is no key of this run; use one of run, accept, {', '.join(sorted(known))}")
+    typed = {word.partition("=")[0] for word in words}
+    try:
+        names = {group: content[group]["name"] for group in schema.GROUPS}
+        kinds = {group: schema.GROUPS[group][name] for group, name in names.items()}
+    except (KeyError, TypeError):
+        raise ConfigError("config.yaml does not hold a config of this program; put back the file of the run") from None
+    given = frozenset((key, text) for key, text in references(content) if key not in typed)
+    if given and trusted is None:
+        trusted = conf_references(names)
+    for key, text in sorted(given - (trusted or frozenset())):
+        raise ConfigError(
+            f"{key} is stored as {text}, which is looked up only where it is typed or stands in conf/; type a value, "
+            f"e.g. '{key}={text}'"
+        )
     try:
         node = OmegaConf.structured(Config)
-        for group, options in schema.GROUPS.items():
-            node[group] = OmegaConf.structured(options[content[group]["name"]])
+        for group, kind in kinds.items():
+            node[group] = OmegaConf.structured(kind)
         node = cast(DictConfig, OmegaConf.merge(node, content, _typed(words)))
     except FAULTS as fault:
         raise ConfigError(explain(fault, words)) from None
@@ -148,8 +173,35 @@ def _typed(words: list[str]) -> DictConfig:
     for word in OverridesParser.create().parse_overrides(words):
         if word.is_sweep_override():
             raise ConfigError(f"{word.key_or_group} must be one value, got {word.get_value_string()}; use one of them")
-        OmegaConf.update(found, word.key_or_group, word.value())
+        OmegaConf.update(found, word.key_or_group, _expanded(word.key_or_group, word.value()))
     return found
+
+
+References = frozenset[tuple[str, str]]  # dotted key, text with ${...}
+
+
+def references(content: dict[str, Any]) -> References:
+    """The texts of a config that refer to something else, those in lists too."""
+    return frozenset((key, text) for key, value in flatten(content).items() for text in _texts(value) if "${" in text)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for element in value.values() if isinstance(value, dict) else value:
+            yield from _texts(element)
+
+
+def conf_references(names: dict[str, str]) -> References:
+    """The references that conf/ holds now. names: the option that was chosen of each group."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register()
+    with apart(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+        node = hydra_compose("config", overrides=[f"{group}={name}" for group, name in names.items()])
+    return references(cast(dict, OmegaConf.to_container(node, resolve=False)))
 
 
 # --------------------------------------------------------------------------------------- what came from outside

@@ -102,4 +102,4 @@ def _times(other: int, own: int) -> str:
 
 
 if __name__ == "__main__":
-    command.run(show)
+    command.run(show, only_prints=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,7 @@ from train import assess, build, command, compose, loop, report, runtime
 from train.config import Config, Data, Distributed
 from train.progress import say
 from train.scores import Outcome
-from train.tracking import sync, uploader
+from train.tracking import address, uploader
 from train.tracking.folder import RunFolder, open_folder
 
 SPLITS = ("train", "validation", "test", "all")
@@ -49,13 +48,14 @@ def evaluate(words: list[str]) -> None:
     if not card:
         raise ValueError(f"run must have kept weights, got {keys.run}, which has none yet; go on with it: make resume")
     config, elsewhere = config_of(folder, card, others)
+    uri = address.of_run(folder, others)
     build.check_files(config)
-    config, notes = runtime.prepare(config, folder.path / "train.log")
+    config, notes = runtime.prepare(config, folder.inside("train.log"))
     say(*notes)
     dataset, _ = build.load_data(config, crops=False)
     build.check_fingerprint(config, dataset)
     split = whole(dataset) if keys.split == "all" else dataset.splits[keys.split]
-    place = folder.path / "evaluation" / name_of(config, keys.split, elsewhere)
+    place = folder.inside(f"evaluation/{name_of(config, keys.split, elsewhere)}")
     say(*dataset.notes, f"{place.name}: {len(split):,} examples of {dataset.name}")
     model, predict = build.load_best(folder, config)
     numbers = numbers_of(dataset.classes, card["classes"])
@@ -66,14 +66,14 @@ def evaluate(words: list[str]) -> None:
         assess.draw(place, split, outcome, found, model)
     show(found)
     report.write(folder, folder.read_json("summary.json", {}))
-    uri = sync.stored_uri(folder)
-    uploader.wait(uploader.start(folder, uri), folder, uri, config.tracking.wait_seconds)
+    uploader.complete(folder, uri, config.tracking.wait_seconds)
     print(place)
 
 
 def config_of(folder: RunFolder, card: dict[str, Any], words: list[str]) -> tuple[Config, bool]:
     """The run's config with these words in it, images as its network wants them; and whether it is about other data."""
-    stored = yaml.safe_load((folder.path / "config.yaml").read_text())
+    stored = folder.config()
+    stored["tracking"]["uri"] = None  # not needed to measure; see `address.of_run`
     chosen = [word for word in words if word.startswith("data=")]
     about = [word for word in words if word.startswith(("data=", "data."))]
     elsewhere = bool(chosen) or any(word.startswith(("data.root=", "data.file=")) for word in words)
@@ -81,7 +81,7 @@ def config_of(folder: RunFolder, card: dict[str, Any], words: list[str]) -> tupl
         data: Data = compose.compose([f"model={stored['model']['name']}", *about]).data
         stored["data"] = vars(data)
         words = [word for word in words if word not in about]
-    config = compose.to_config(compose.stored(stored, words))
+    config = compose.to_config(compose.stored(stored, words), stored=True)
     side, _, channels = card["input"]["shape"]
     fingerprint = None if elsewhere else card["data_fingerprint"]
     config.data = replace(config.data, image_size=side, channels=channels, fingerprint=fingerprint)

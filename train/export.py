@@ -31,7 +31,7 @@ from train.data.decode import resize
 from train.disk import write_atomically
 from train.progress import say
 from train.scores import bootstrap_interval, log_softmax
-from train.tracking import record, sync, uploader
+from train.tracking import address, record, uploader
 from train.tracking.folder import RunFolder, open_folder
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,9 @@ WIDE = 200  # characters, of what is no terminal
 MOST_CLASSES = 50  # named on the card
 
 
-WORDS = ("data.root", "data.file", "data.manual_dir", "data.directory", "threads", "tracking.wait_seconds")
+WORDS = (
+    "data.root", "data.file", "data.manual_dir", "data.directory", "threads", "tracking.uri", "tracking.wait_seconds",
+)  # fmt: skip
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Export:
     """`run`: the folder of a finished run. `format`: one of formats.FORMATS, or all. `quantize`: none, float16, int8.
 
     `export.max_accuracy_drop`: what a file may lose of the run's accuracy, from 0 to 1, or it is not kept. Other words
-    say where the run's data lies now, and how many threads may work: WORDS.
+    say where the run's data lies now, where its record goes, and how many threads may work: WORDS.
     """
 
     run: str = "runs/latest"
@@ -90,15 +92,16 @@ def export(words: list[str]) -> int:
     if folder.status() != "finished" or not folder.card():
         status = folder.status() or "not"
         raise ValueError(f"run must be finished, got {keys.run}, which is {status}; go on with it: make resume")
-    config, uri = config_of(folder, others), sync.stored_uri(folder)
+    config = config_of(folder, others)
+    uri = address.of_run(folder, others)
     build.check_files(config)
-    config, notes = runtime.prepare(config, folder.path / "train.log")
+    config, notes = runtime.prepare(config, folder.inside("train.log"))
     say(*notes)
     with record.log_file(folder):
         measured = measure(folder, config)
         rows = [told(folder, config, name, keys, measured) for name in chosen]
     show(rows)
-    uploader.wait(uploader.start(folder, uri), folder, uri, config.tracking.wait_seconds)
+    uploader.complete(folder, uri, config.tracking.wait_seconds)
     return int(any(row["refused"] for row in rows))
 
 
@@ -153,7 +156,7 @@ def told(folder: RunFolder, config: Config, name: str, keys: Export, measured: M
     """The summary of a format; what a converter breaks on is its own line, and the other formats are written."""
     label = name if keys.quantize == "none" else f"{name}-{keys.quantize}"
     say(f"{label}: writing, then reading it back")
-    place = folder.path / "export" / label
+    place = folder.inside(f"export/{label}")
     fresh = place.with_name(f".{label}")
     try:
         summary = one(folder, config, name, keys, measured, fresh)

@@ -127,7 +127,7 @@ class Progress:
 
 
 class Stops:
-    """SIGINT and SIGTERM: at once where nothing can be lost, between two batches within `deferred`.
+    """SIGINT, SIGTERM and SIGHUP: at once where nothing can be lost, between two batches within `deferred`.
 
     A second signal leaves at once in any case. Where Python can't run, in the middle of a long step, it is the process
     that ends a moment later, which loses no more than a kill.
@@ -135,6 +135,7 @@ class Stops:
 
     GRACE_SECONDS = 3.0
     REPEAT_SECONDS = 1.0  # the same one so soon is one wish: it goes to make and to all its children
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._number: int | None = None
@@ -144,14 +145,35 @@ class Stops:
 
     def _note(self, number: int, _: Any) -> None:
         first = self._number is None
-        if not first and self._repeats(number, self._number, self._noted):
+        if not first and self.repeats(number, self._number, self._noted):
             return
         self._number, self._noted = number, time.monotonic()
         if not (first and self._deferring):
             raise Interrupted(number, at_once=not first)
 
-    def _repeats(self, number: int, before: int | None, noted: float) -> bool:
-        return number == before and time.monotonic() - noted < self.REPEAT_SECONDS
+    @classmethod
+    def repeats(cls, number: int, before: int | None, noted: float) -> bool:
+        """Whether a signal asks for no more than the one before, which came at `noted`.
+
+        When a terminal closes, the kernel and the shell each send SIGHUP, and SIGTERM may follow from whoever ends the
+        session. SIGHUP comes from no person in a hurry, so it never counts as the second signal.
+        """
+        if number == signal.SIGHUP:
+            return True
+        return before in (number, signal.SIGHUP) and time.monotonic() - noted < cls.REPEAT_SECONDS
+
+    @classmethod
+    @contextmanager
+    def handled_by(cls, handler: Callable[[int, Any], None]) -> Iterator[None]:
+        """Takes the signals over, and gives them back. An ignored SIGHUP stays so: that is how nohup is asked for."""
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in cls.SIGNALS if not (nohup and number == signal.SIGHUP)]
+        before = {number: signal.signal(number, handler) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, former in before.items():
+                signal.signal(number, former)
 
     def number(self) -> int:
         """Of the signal that has come; 0 for none."""
@@ -163,30 +185,28 @@ class Stops:
 
     @contextmanager
     def listening(self) -> Iterator[Stops]:
-        """Takes the two signals over, and gives them back."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._leave_at_second, args=(reader,), daemon=True).start()
-        try:
-            yield self
-        finally:
-            signal.set_wakeup_fd(former)
-            os.close(writer)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        """Takes the signals over, and gives them back."""
+        with self.handled_by(self._note):
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            threading.Thread(target=self._leave_at_second, args=(reader,), daemon=True).start()
+            try:
+                yield self
+            finally:
+                signal.set_wakeup_fd(former)
+                os.close(writer)
 
     def _leave_at_second(self, reader: int) -> None:
         """In a thread: the number of every signal comes through a pipe, also while the main thread is busy."""
         first: tuple[int, float] | None = None
         while byte := os.read(reader, 1):
             number = byte[0]
-            if number not in (signal.SIGINT, signal.SIGTERM):
+            if number not in self.SIGNALS:
                 continue
             if first is None:
                 first = number, time.monotonic()
-            elif not self._repeats(number, *first) and not _closed(reader, self.GRACE_SECONDS):
+            elif not self.repeats(number, *first) and not _closed(reader, self.GRACE_SECONDS):
                 os._exit(128 + number)
         os.close(reader)
 

@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ import yaml
 
 from train import command, runtime
 from train.data.decode import View, decode, decode_resized, read_header
+from train.disk import OutsideError, inside, read_inside
 from train.formats.reading import FILES, read
 from train.stored import NewerError, refuse_newer
 
@@ -150,6 +152,7 @@ def load(run: Path, engine: str, *, many: bool) -> Network:
             decode, channels=channels, background=view.background, max_pixels=None
         )  # the file crops by itself
         return Network(answer, own, view, card["classes"], *limits, batch=1)
+    inside(run, "best/model.keras")
     model = loaded(run / "best/model.keras")
     answer = model.predict_on_batch if many else model
     return Network(
@@ -177,10 +180,10 @@ def loaded(path: Path) -> Any:
 def card_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the network is, and the run's `data`. Raises: ValueError where there is no network."""
     try:
-        refuse_newer(run, json.loads((run / "run.json").read_text()))
-        card = json.loads((run / "best/model.json").read_text())
-        return card, yaml.safe_load((run / "config.yaml").read_text())["data"]
-    except NewerError:
+        refuse_newer(run, json.loads(read_inside(run, "run.json")))
+        card = json.loads(read_inside(run, "best/model.json"))
+        return card, yaml.safe_load(read_inside(run, "config.yaml"))["data"]
+    except (NewerError, OutsideError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         raise ValueError(f"run must be the folder of a run that has weights, got {run}; use run=runs/latest") from None
@@ -188,11 +191,11 @@ def card_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def exported(run: Path) -> Callable[[np.ndarray], np.ndarray]:
     """Raises: ValueError where there is no such export, or one of another network, or no ONNX Runtime."""
-    path, again = run / "export/onnx" / FILES["onnx"], f"make export run={run} format=onnx"
+    path, again = inside(run, f"export/onnx/{FILES['onnx']}"), f"make export run={shlex.quote(str(run))} format=onnx"
     if not path.exists():
         raise ValueError(f"runtime=onnx must have the exported file, got no {path}; {again}")
-    known = json.loads(path.with_name("summary.json").read_text())["network"]
-    if known != hashlib.sha256((run / "best/model.json").read_bytes()).hexdigest():
+    known = json.loads(read_inside(run, "export/onnx/summary.json"))["network"]
+    if known != hashlib.sha256(read_inside(run, "best/model.json")).hexdigest():
         raise ValueError(f"runtime=onnx must have the run's best network, got an older one in {path}; {again}")
     try:
         return read("onnx", path)
@@ -315,4 +318,4 @@ def draw(path: Path, network: Network, kept: list[tuple[np.ndarray, np.ndarray]]
 
 
 if __name__ == "__main__":
-    command.run(predict)
+    command.run(predict, only_prints=True)

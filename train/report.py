@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from train import command
 from train.disk import write_atomically
 from train.stored import flatten
@@ -61,7 +59,7 @@ def write(folder: RunFolder, summary: dict[str, Any]) -> Path:
     from train.pictures.curves import learning_curves
     from train.pictures.style import png
 
-    lines = [line for line, _ in read_journal(folder.journal)] if folder.journal.exists() else []
+    lines = [line for line, _ in read_journal(folder.journal)]
     if not any("validation/loss" in line["values"] for line in lines):
         raise ValueError(f"run must have trained for an epoch, got {folder.path}; go on with it: make resume run=...")
     best = summary.get("best") or {}
@@ -80,13 +78,13 @@ def content(folder: RunFolder, summary: dict[str, Any], lines: list[dict[str, An
         "begun": time.strftime("%Y-%m-%d %H:%M", time.localtime(identity["time"])),
         "summary": summary,
         "tags": identity["tags"],
-        "config": flatten(yaml.safe_load((folder.path / "config.yaml").read_text())),
+        "config": flatten(folder.config()),
         "data": folder.read_json("dataset.json", {}),
         "cost": folder.read_json("cost.json", {}),
         "changes": summary.get("changes", []),
         "epochs": [line for line in lines if "validation/loss" in line["values"]],
         "evaluations": evaluations(folder),
-        "pictures": shown(folder.path, OF_THE_RUN),
+        "pictures": shown(folder, "", OF_THE_RUN),
         "most_classes": MOST_CLASSES,
         "headlines": HEADLINES,
     }
@@ -100,24 +98,19 @@ def evaluations(folder: RunFolder) -> list[dict[str, Any]]:
         {
             "name": place.name,
             "scores": folder.read_json(f"evaluation/{place.name}/scores.json", {}),
-            "pictures": shown(place, PICTURES),
+            "pictures": shown(folder, f"evaluation/{place.name}/", PICTURES),
         }
         for place in places
     ]
 
 
-def shown(place: Path, names: dict[str, str]) -> list[dict[str, str]]:
-    """Those pictures that are there, as addresses that hold the file itself, with what is said of them."""
+def shown(folder: RunFolder, prefix: str, names: dict[str, str]) -> list[dict[str, str]]:
+    """The pictures that exist, each with its caption and a `data:` address. prefix: of their names in the folder."""
     return [
-        {"name": Path(name).stem, "text": text, "address": embedded(place / name)}
+        {"name": Path(name).stem, "text": text, "address": embedded_bytes(folder.read_bytes(prefix + name))}
         for name, text in names.items()
-        if (place / name).exists()
+        if (folder.path / prefix / name).exists()
     ]
-
-
-def embedded(path: Path) -> str:
-    """A PNG file as an address."""
-    return embedded_bytes(path.read_bytes())
 
 
 def embedded_bytes(data: bytes) -> str:

@@ -6,15 +6,15 @@ The stored config is read, never conf/. Bits, journal and record become those of
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from train import command, compose
 from train.config import ROOT, Config, ConfigError, Sweep
 from train.ground import FREE, changed, unaccepted
 from train.stored import Private, flatten, to_dict
+from train.tracking import address
 from train.tracking.folder import RunFolder, newest_unfinished, open_folder
 
 OWN = ("run", "accept")
@@ -37,11 +37,11 @@ def resume(words: list[str]) -> int:
 
 def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: Sweep | None = None) -> int:
     """One more life; the exit code. sweep: what a sweep wants of it."""
-    stored = yaml.safe_load((folder.path / "config.yaml").read_text())
+    stored = folder.config()
     node = compose.stored(stored, words)
     private = compose.private(node)
     with compose.hiding(private):
-        config = compose.to_config(node)
+        config = compose.to_config(node, stored=True)
         config.sweep = sweep or config.sweep
         before, now = flatten(stored), flatten(to_dict(config, private))
         refuse_words(before, now, accepted)
@@ -49,8 +49,11 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
     if leads and folder.alive():
         raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
     if is_over(folder, before, now):
-        print(f"the run is finished: {folder.path}; to train longer: make resume run={folder.path} epochs=NUMBER")
+        again = f"make resume run={shlex.quote(str(folder.path))} epochs=NUMBER"
+        print(f"the run is finished: {folder.path}; to train longer: {again}")
         return 0
+    if leads and "tracking.uri" not in {split(word)[0] for word in words}:
+        address.use_stored(folder, config.tracking.uri)
     from train import build
     from train import run as story
 
@@ -73,7 +76,7 @@ def train_again(folder: RunFolder, config: Config, private: Private) -> int:
     if found := differing(folder, config, private):
         raise ConfigError(
             f"run_dir must be a folder without a run, or with one of the same config, got {folder.path}, where "
-            f"{'; '.join(found)}; use another run_dir, or make resume run={folder.path}"
+            f"{'; '.join(found)}; use another run_dir, or make resume run={shlex.quote(str(folder.path))}"
         )
     return go_on(folder, free_words(config, private), frozenset(), config.sweep)
 
@@ -85,10 +88,14 @@ def differing(folder: RunFolder, config: Config, private: Private) -> list[str]:
 
 
 def free_words(config: Config, private: Private) -> list[str]:
-    """What may differ in the folder of a run that is there, as words; an address keeps its password."""
+    """What may differ in the folder of a run that is there, and what refers to the environment, as words.
+
+    An address keeps its password.
+    """
     references = {name: value for name, value in private.stored.items() if value != compose.HIDDEN}
     typed = flatten(dataclasses.asdict(config)) | references
-    return [f"{name}={typed[name]}" for name in FREE if name != "run_dir" and typed.get(name) is not None]
+    names = dict.fromkeys((*FREE, *references))
+    return [f"{name}={typed[name]}" for name in names if name != "run_dir" and typed.get(name) is not None]
 
 
 def refuse_words(before: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> None:

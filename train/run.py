@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train import build, faults, loop, runtime
-from train.config import ROOT, Config
+from train.config import ROOT, Config, ConfigError
 from train.keeper import Follower, Keeper
 from train.progress import Quiet, Terminal, say
 from train.stored import Private
@@ -83,6 +83,7 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
             by_all = stop.by_all
         except Exception as fault:
             life.summary |= {"status": "failed", "failure": private.hide(f"{type(fault).__name__}: {fault}")}
+            life.summary["config_error"] = isinstance(fault, ConfigError)
             code = record.report(fault, folder, private)
             patience = 0 if isinstance(fault, LostError) else patience  # JAX may end the process before long
         if not life.begun:
@@ -93,8 +94,8 @@ def live(folder: RunFolder, config: Config, private: Private, accepted: frozense
             life.pulse.close()
         say("record: completing it in MLflow")
         uploader.wait(life.recorder, folder, config.tracking.uri or uploader.default_uri(ROOT), patience)
-        say(f"to go on: make resume run={record.short(folder.path)}" if code > 128 else "")
-        print(record.one_line(life.summary, folder), flush=True)
+        say(f"to go on: make resume run={record.shell_path(folder.path)}" if code > 128 else "")
+        say(record.one_line(life.summary, folder))
         return life.team.leave(code or unwritten or stops.code(), with_all=by_all)
 
 
@@ -304,5 +305,5 @@ def going_on_without(life: Life, what: str) -> Iterator[None]:
         yield
     except Exception as fault:
         log.exception("no %s", what)
-        path = record.short(life.folder.path)
+        path = record.shell_path(life.folder.path)
         say(f"warning: the {what} could not be made ({type(fault).__name__}: {fault}); later: make report run={path}")

@@ -61,7 +61,8 @@ def check(name: str, quantize: str) -> list[str]:
         if missing:
             raise ValueError(
                 f"format={one} must have {', '.join(FORMATS[one].packages)}, got no {', '.join(missing)}; "
-                f"install the extra {EXTRA}: .venv/bin/python -m uv pip install --python .venv/bin/python -r requirements-{EXTRA}.lock"
+                f"install the extra {EXTRA}: .venv/bin/python -m uv pip install --python .venv/bin/python "
+                f"-r requirements-{EXTRA}.lock"
             )
     return chosen
 

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.loop import Stops
 from train.sweep.trials import Trial
 
 PARENT = "INCEPTION_SWEEP_PROCESS"
 ADDRESS = "INCEPTION_SWEEP_ADDRESS"  # of the store, which may hold a password: it is in no trial's file
+REFERENCES = "INCEPTION_SWEEP_REFERENCES"  # to the environment, that were typed: in a trial's file they are only text
 PR_SET_PDEATHSIG = 1
 DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each
 TOO_LONG = "it took longer than sweep.minutes allows"
@@ -143,7 +145,7 @@ def judge(code: int, asked: str, trial: Trial, begun: float) -> Ended:
     if code < 0:
         name = signal.Signals(-code).name
         return Ended(code, f"ended by {name}", again=True, memory=name == "SIGKILL")
-    if code in (130, 143):
+    if code in (129, 130, 143):
         return Ended(code, "stopped by somebody else", again=True)
     memory = any(word in said for word in OUT_OF_MEMORY)
     return Ended(code, said or f"exit code {code}", again=memory, memory=memory)
@@ -215,25 +217,22 @@ class Slots:
 
 
 class Wish:
-    """What SIGINT and SIGTERM ask of a sweep: to stop after a checkpoint, and by a second one at once."""
+    """What a signal asks of a sweep: to stop after a checkpoint, and by a second one at once. See `Stops`."""
 
     def __init__(self) -> None:
         self.number, self.urgent, self._noted = 0, False, 0.0
 
     def _note(self, number: int, _: object) -> None:
-        if self.number and time.monotonic() > self._noted + 1:  # the same one so soon is one wish: make gets it, too
-            self.urgent = True
+        if self.number and Stops.repeats(number, self.number, self._noted):
+            return
+        self.urgent = bool(self.number)
         self.number, self._noted = number, time.monotonic()
 
     @contextmanager
     def heard(self) -> Iterator[Wish]:
-        """Takes the two signals over, and gives them back."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        """Takes the signals over, and gives them back."""
+        with Stops.handled_by(self._note):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def code(self) -> int:
         return 128 + self.number if self.number else 0

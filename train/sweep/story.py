@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -26,14 +27,14 @@ from train.report import PAGE
 from train.runtime import cores
 from train.stored import config_hash, to_dict, without_secrets
 from train.sweep import on_ray, search, space, trials
-from train.sweep.processes import ADDRESS, STOPPED, Ended, Slots, Wish, visible_gpus
+from train.sweep.processes import ADDRESS, REFERENCES, STOPPED, Ended, Slots, Wish, visible_gpus
 from train.sweep.record import SweepRecord
 from train.sweep.search import Plan
 from train.sweep.space import Axis
 from train.sweep.table import Table
 from train.sweep.trials import SweepFolder, Trial
 from train.tracking import uploader
-from train.tracking.record import short
+from train.tracking.record import shell_path, short
 
 JOBS = "jobs"  # where another launcher keeps what it has to keep
 FROZEN = ("search", "trials", "seeds", "first_epochs", "reduction")  # settings that say which trials there are
@@ -52,12 +53,16 @@ class Elsewhere:
 
 @dataclass
 class Sweep:
-    """One launcher's share of a sweep. elsewhere: who runs the trials, where they are not processes of this machine."""
+    """One launcher's share of a sweep. elsewhere: who runs the trials, where they are not processes of this machine.
+
+    trusted: references to the environment that were typed or stand in conf/ now.
+    """
 
     folder: SweepFolder
     config: Config
     elsewhere: Elsewhere | None
     wish: Wish
+    trusted: compose.References = frozenset()
     plan: Plan = field(init=False)
     failures: dict[int, tuple[Trial, str]] = field(default_factory=dict)
     again: list[Trial] = field(default_factory=list)
@@ -70,7 +75,7 @@ class Sweep:
 
 
 def sweep(words: list[str], config: Config, loader: Any, composed: Compose, elsewhere: Elsewhere | None) -> int:
-    """The exit code: 0 where all trials have finished, 1 where one has failed, 130 and 143 stopped.
+    """The exit code: 0 where all trials have finished, 1 where one has failed, 129, 130 and 143 stopped.
 
     words: as typed. config: what they have in common.
 
@@ -88,24 +93,29 @@ def sweep(words: list[str], config: Config, loader: Any, composed: Compose, else
     runs = ROOT / "runs" / config.tracking.experiment
     folder = trials.find(runs, words, config.run_dir, fresh=config.sweep.fresh)
     if folder is None or config.sweep.dry_run:
-        content, made = planned(words, config, loader, composed, local=elsewhere is None)
+        content, made, trusted = planned(words, config, loader, composed, local=elsewhere is None)
         if config.sweep.dry_run:
             say(*(f"{number}: {found['label']}" for number, found in enumerate(made, 1)), "the config is valid")
             return 0
         folder = trials.create(runs, words, config.run_dir, content, made)
     else:
         say(f"going on with a sweep as it was begun, whatever conf/ says now: {folder.path}")
+        trusted = frozenset()
+        if compose.references({name: folder.content[name] for name in ("axes", "bases")}):
+            trusted = typed_references(*bases(words, config, loader, composed, local=elsewhere is None))
+    os.environ[REFERENCES] = json.dumps(sorted(trusted))
     config = replace(config, sweep=replace(config.sweep, **folder.content["settings"]))
     wish = Wish()
     with folder.held(), nullcontext() if elsewhere else wish.heard():
-        return tell(Sweep(folder, config, elsewhere, wish))
+        return tell(Sweep(folder, config, elsewhere, wish, trusted))
 
 
 def tell(life: Sweep) -> int:
     """Runs what is left, and says what came of it."""
     folder, settings = life.folder, life.config.sweep
     storage = uploader.beside(life.config.tracking.uri, ROOT, "optuna.db")
-    life.plan = search.plan(folder, settings, partial(make, folder.content, settings), storage)
+    make_trials = partial(make, folder.content, settings, trusted=life.trusted)
+    life.plan = search.plan(folder, settings, make_trials, storage)
     slots = Slots(parallel(life.config), settings.minutes, gpus(life.config))
     here = f"{len(slots.places)} at a time, each on {len(slots.places[0].cores)} of {cores()} cores"
     where = f"handed over to {life.elsewhere.name}" if life.elsewhere else here
@@ -197,9 +207,24 @@ def tidy(life: Sweep) -> None:
 
 
 def crown(life: Sweep, crowned: list[Trial], work: Callable[[Callable[[], Trial | None]], None]) -> None:
-    """The best gets what the others went without, and the user has not decided on: test, report, model in MLflow."""
+    """The best gets what the others went without, and the user has not decided on: test, report, model in MLflow.
+
+    That is for the final word: not as long as a trial that failed may still be the best, nor for a second trial.
+    """
     keys = [name for name in QUIET if not typed(name, life.folder.content["identity"])]
-    if not keys or life.stopped:
+    if not keys or not crowned or life.stopped:
+        return
+    if retryable := [trial for trial, _ in life.failures.values() if not trial.summary().get("config_error")]:
+        words = " ".join(f"{name}=true" for name in keys)
+        say(
+            f"the best is not tested yet: {len(retryable)} failed and may still be better; use the same command again, "
+            f"or leave them out: make resume run={shell_path(crowned[0].folder)} {words}"
+        )
+        return
+    others = {trial.number for trial in life.folder.trials} - {trial.number for trial in crowned}
+    tested = [trial for trial in life.folder.trials if trial.number in others and "test" in trial.summary()]
+    if "evaluate.test" in keys and tested:
+        say(f"the best is not tested: {tested[0].label} was, when it was the best, and a split tests once")
         return
     word = f"sweep.final=[{','.join(keys)}]"
     left = [replace(trial, words=(word,)) for trial in crowned if not crowned_before(trial, keys)]
@@ -260,7 +285,7 @@ def close(life: Sweep, record: SweepRecord, crowned: list[Trial]) -> int:
     for found in crowned:
         test = found.summary().get("test")
         told = f", test accuracy {test['accuracy']:.4f}" if test else ""
-        say(f"best: {found.label}  validation accuracy {found.objective():.4f}{told}  run={short(found.folder)}")
+        say(f"best: {found.label}  validation accuracy {found.objective():.4f}{told}  run={shell_path(found.folder)}")
     left = life.plan.expected - states["finished"] - states["pruned"] - len(life.failures)
     counts = [f"{states['finished']} finished", f"{len(life.failures)} failed"]
     counts += [f"{states['pruned']} pruned"] * bool(states["pruned"])
@@ -275,36 +300,51 @@ def close(life: Sweep, record: SweepRecord, crowned: list[Trial]) -> int:
 
 def planned(
     words: list[str], config: Config, loader: Any, composed: Compose, *, local: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a new sweep is made from, and the trials that are known beforehand.
+) -> tuple[dict[str, Any], list[dict[str, Any]], compose.References]:
+    """What a new sweep is made from, the trials that are known beforehand, and the references that were typed.
 
     Raises: ConfigError for a trial that can't be run, also for one that a search may come to.
     """
     settings = config.sweep
-    words = [*words, *(f"{name}={value}" for name, value in settings.space.items() if not typed(name, words))]
-    common, axes = space.parse(words, loader)
-    common += [word for word in (f"{name}={value}" for name, value in QUIET.items()) if not typed(word, words)]
-    if local and config.threads is None and not typed("threads", words):
-        common.append(f"threads={max(1, cores() // parallel(config))}")
+    found, axes = bases(words, config, loader, composed, local=local)
+    trusted = typed_references(found, axes)
     content = {
         "settings": {name: getattr(settings, name) for name in FROZEN},
         "seed": config.seed,
         "epochs": config.epochs,
         "axes": [vars(axis) for axis in axes],
-        "bases": [{"words": words, "config": base(composed, [*common, *words])} for words in space.choices(axes)],
+        "bases": found,
     }
     refuse(axes, config)
     if settings.search != "grid":
         for point in space.corners(axes):
-            make(content, settings, point)
-        return content, []
+            make(content, settings, point, trusted)
+        return content, [], trusted
     made: dict[str, dict[str, Any]] = {}
     for number, point in enumerate(space.points(axes)):
-        for trial in make(content, settings, point):
+        for trial in make(content, settings, point, trusted):
             if trial["key"] in made:
                 say(f"given twice, run once: {trial['label']}")
             made.setdefault(trial["key"], trial | {"point": number})
-    return content, list(made.values())
+    return content, list(made.values()), trusted
+
+
+def bases(
+    words: list[str], config: Config, loader: Any, composed: Compose, *, local: bool
+) -> tuple[list[dict[str, Any]], list[Axis]]:
+    """The configs that trials are made from, one for each choice of files in conf/; and what differs between trials."""
+    space_words = (f"{name}={value}" for name, value in config.sweep.space.items() if not typed(name, words))
+    common, axes = space.parse([*words, *space_words], loader)
+    common += [word for word in (f"{name}={value}" for name, value in QUIET.items()) if not typed(word, words)]
+    if local and config.threads is None and not typed("threads", words):
+        common.append(f"threads={max(1, cores() // parallel(config))}")
+    return [{"words": words, "config": base(composed, [*common, *words])} for words in space.choices(axes)], axes
+
+
+def typed_references(bases: list[dict[str, Any]], axes: list[Axis]) -> compose.References:
+    """The references to the environment that were typed or stand in conf/."""
+    values = ({axis.key: list(axis.values)} for axis in axes)
+    return frozenset().union(*map(compose.references, (*(base["config"] for base in bases), *values)))
 
 
 def typed(name: str, words: Iterable[str]) -> bool:
@@ -349,7 +389,9 @@ def refuse(axes: list[Axis], config: Config) -> None:
         )
 
 
-def make(content: dict[str, Any], settings: schema.Sweep, point: dict[str, Any]) -> list[dict[str, Any]]:
+def make(
+    content: dict[str, Any], settings: schema.Sweep, point: dict[str, Any], trusted: compose.References
+) -> list[dict[str, Any]]:
     """The trials of a point, one for every seed, as they are frozen.
 
     Raises: ConfigError naming what is wrong with them.
@@ -358,14 +400,18 @@ def make(content: dict[str, Any], settings: schema.Sweep, point: dict[str, Any])
     [start] = [found["config"] for found in content["bases"] if sorted(found["words"]) == sorted(chosen)]
     values = {key: value for key, value in point.items() if key not in space.CHOOSES_FILES}
     if settings.seeds == 1:
-        return [trial(start, point, values)]
+        return [trial(start, point, values, trusted)]
     seeds = ({"seed": content["seed"] + number} for number in range(settings.seeds))
-    return [trial(start, point | seed, values | seed) for seed in seeds]
+    return [trial(start, point | seed, values | seed, trusted) for seed in seeds]
 
 
-def trial(start: dict[str, Any], point: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def trial(
+    start: dict[str, Any], point: dict[str, Any], values: dict[str, Any], trusted: compose.References
+) -> dict[str, Any]:
     """A trial as it is frozen: `start` with these values. Raises: ConfigError."""
-    node = compose.stored(start, [])
+    if unknown := compose.references(values) - trusted:  # of a sweep that goes on, from its folder
+        raise ConfigError(f"{min(unknown)[0]} refers to the environment, which was not typed; use another run_dir")
+    node = compose.stored(start, [], trusted)
     try:
         for name, value in values.items():
             OmegaConf.update(node, name, value)

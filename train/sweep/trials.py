@@ -156,8 +156,9 @@ class SweepFolder:
 
 
 def identity(words: Iterable[str]) -> list[str]:
-    """The words that make a sweep what it is, whatever their order and however it is run."""
-    return sorted(word for word in words if word.partition("=")[0] not in FREE)
+    """The words that make a sweep what it is, whatever their order and however it is run; of a key the last one."""
+    last = {word.partition("=")[0]: word for word in words}
+    return sorted(word for key, word in last.items() if key not in FREE)
 
 
 def find(runs: Path, words: Iterable[str], run_dir: str | None, *, fresh: bool) -> SweepFolder | None:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from train import faults
-from train.disk import point_link, write_atomically
+from train.disk import OutsideError, inside, point_link, read_inside, write_atomically
 from train.stored import NewerError, refuse_newer
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,17 @@ class RunFolder:
 
     path: Path
     run_id: str
+
+    def inside(self, name: str) -> Path:
+        """The real path of what the folder holds by that name.
+
+        Raises: OutsideError if a link leads out of the folder.
+        """
+        return inside(self.path, name)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Raises: OutsideError for what is not a regular file of the folder; OSError."""
+        return read_inside(self.path, name)
 
     @property
     def journal(self) -> Path:
@@ -50,9 +61,11 @@ class RunFolder:
         Raises: ValueError naming a file that is none of ours.
         """
         try:
-            return json.loads((self.path / name).read_text())
+            return json.loads(self.read_bytes(name))
         except FileNotFoundError:
             return otherwise
+        except OutsideError:
+            raise
         except ValueError:
             raise ValueError(f"{self.path / name} must hold JSON, as it was written; put it back") from None
 
@@ -97,7 +110,20 @@ class RunFolder:
 
     def identity(self) -> dict[str, Any]:
         """run.json."""
-        return json.loads((self.path / "run.json").read_text())
+        return json.loads(self.read_bytes("run.json"))
+
+    def config(self) -> dict[str, Any]:
+        """config.yaml as it stands there: whatever looks like a reference in it is text.
+
+        Raises: ValueError for a file that holds no config.
+        """
+        try:
+            content = yaml.safe_load(self.read_bytes("config.yaml"))
+        except yaml.YAMLError:
+            content = None
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.path / 'config.yaml'} does not hold a config; put back the file of the run")
+        return content
 
     def sweep(self) -> str | None:
         """The id of the sweep in whose folder it lies."""
@@ -123,7 +149,7 @@ class RunFolder:
 
     def best_sha256(self) -> str:
         """Says which network is in best/: of model.json, which names its epoch, accuracy and data."""
-        return hashlib.sha256((self.best / "model.json").read_bytes()).hexdigest()
+        return hashlib.sha256(self.read_bytes("best/model.json")).hexdigest()
 
     def status(self) -> str | None:
         """How the run's last life ended: finished, failed or interrupted; None if it lives, or died without a word."""
@@ -153,7 +179,7 @@ class RunFolder:
     def alive(self) -> bool:
         """Whether a process holds the run's lock."""
         try:
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
         try:
@@ -173,7 +199,7 @@ def _locked(path: Path, refusal: str | None) -> Iterator[None]:
     Raises: ValueError with the refusal if another process holds it, or saying that the file can't be written or locked.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as fault:
         raise ValueError(f"{path.parent} must be a folder that can be written ({fault.strerror})") from None
     try:
@@ -214,7 +240,7 @@ class Pulse:
         """A new life begins."""
         self.steps, self.lives = read_pulse(path)
         self.lives += 1
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         self._write()
 
     def beat(self) -> None:
@@ -266,10 +292,10 @@ def open_folder(path: Path) -> RunFolder:
     Raises: ValueError if none does, or one that a newer version has written.
     """
     try:
-        identity = json.loads((path / "run.json").read_text())
+        identity = json.loads(read_inside(path, "run.json"))
         refuse_newer(path, identity)
         return RunFolder(path.resolve(), identity["run_id"])
-    except NewerError:
+    except (NewerError, OutsideError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"run must be the folder of a run, got {path}; use e.g. run=runs/latest") from None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from train import faults
-from train.disk import sync_folder
+from train.disk import open_inside, read_inside, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ class Journal:
 
 def _append(path: Path, line: bytes) -> None:
     """The whole line, or nothing of it where the disk is full."""
-    with path.open("ab", buffering=0) as file:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             if file.write(line) != len(line):
@@ -104,7 +105,7 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def _cut_torn_line(path: Path) -> None:
-    content = path.read_bytes()
+    content = read_inside(path.parent, path.name)
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         log.warning("the last line of %s was being written when the run died, and is cut off", path)
@@ -145,7 +146,7 @@ def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], 
     """
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_inside(path.parent, path.name) as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):

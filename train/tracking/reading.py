@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from train.tracking.store import RUN_ID, database_path, pages, use_credentials, without_passwords
+from train.tracking.store import RUN_ID, connect, database_path, pages, without_passwords
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ def runs_of(uri: str, experiment: str) -> list[Recorded]:
 
 def _found(uri: str, experiment: str) -> tuple[list[Recorded] | None, str]:
     """The experiment's runs, None where there is no such one; and the names of all."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(use_credentials(uri))
+    client = connect(uri)
     there = {one.name: one.experiment_id for one in pages(client.search_experiments)}  # those that were not deleted
     runs = pages(client.search_runs, [there[experiment]]) if experiment in there else None
     found = None if runs is None else [_recorded(run) for run in runs if RUN_ID in run.data.tags]

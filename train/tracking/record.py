@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import logging
+import shlex
 import sys
 import time
 import traceback
@@ -43,7 +44,7 @@ def log_file(folder: RunFolder) -> Iterator[None]:
     terminal.addFilter(logging.Filter("train"))
     terminal.addFilter(lambda entry: entry.levelno == logging.WARNING)  # errors are told in one line of their own
     terminal.setFormatter(logging.Formatter("warning: %(message)s"))
-    handler = logging.FileHandler(folder.path / "train.log")
+    handler = logging.FileHandler(folder.inside("train.log"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -257,7 +258,7 @@ def report(fault: Exception, folder: RunFolder | None, private: Private) -> int:
         code = command.tell(private.hide(str(fault)))
         return code if isinstance(fault, ValueError) else 1
     if isinstance(fault, OSError) and fault.errno in FULL:
-        where = f" run={folder.path}" if folder else ""
+        where = f" run={shlex.quote(str(folder.path))}" if folder else ""
         place = fault.filename or (folder.path if folder else "the disk")  # prepared data may lie on one of its own
         command.tell(f"{place} can't be written ({fault.strerror}); mend that, then: make resume{where}")
         return 1
@@ -299,6 +300,11 @@ def one_line(summary: dict[str, Any], folder: RunFolder) -> str:
     if summary.get("train_images_per_second"):
         words["images_per_second"] = f"{summary['train_images_per_second']:.0f}"
     return " ".join(f"{name}={value}" for name, value in words.items()) + f" run={short(folder.path)}"
+
+
+def shell_path(path: Path) -> str:
+    """As one types it in a shell: short, and quoted where it has to be."""
+    return shlex.quote(str(short(path)))
 
 
 def short(path: Path) -> Path:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from train import command
-from train.config import ROOT
-from train.tracking import store, uploader
-from train.tracking.folder import RunFolder, open_folder
+from train.tracking import address, store, uploader
+from train.tracking.folder import open_folder
 
 
 @dataclass
@@ -28,7 +24,7 @@ def sync(words: list[str]) -> int:
     folder = open_folder(Path(keys.run))
     if folder.alive():
         raise ValueError(f"run must have ended, got {keys.run}, which is alive and is recorded as it goes")
-    uri = keys.uri or stored_uri(folder)
+    uri = keys.uri or address.stored(folder)
     try:
         with folder.recording(wait=False):
             uploader.Record(folder, uri).finish()
@@ -40,18 +36,6 @@ def sync(words: list[str]) -> int:
         ) from None
     print(f"the MLflow record of {keys.run} is complete")
     return 0
-
-
-def stored_uri(folder: RunFolder) -> str:
-    """The store that the run was started with; its password was not kept.
-
-    Raises: ValueError if the address refers to an environment variable that is not set.
-    """
-    stored = yaml.safe_load((folder.path / "config.yaml").read_text())["tracking"]["uri"]
-    uri = os.path.expandvars(stored.replace("${oc.env:", "${")) if stored else store.default_uri(ROOT)
-    if "$" in uri or "://" not in uri:
-        raise ValueError(f"uri must be given, since the run's was {stored}; use uri=ADDRESS")
-    return uri
 
 
 if __name__ == "__main__":

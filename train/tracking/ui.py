@@ -29,9 +29,16 @@ def ui(words: list[str]) -> int:
     refuse_taken(keys.port)
     uri = keys.uri or store.default_uri(ROOT)
     print(f"MLflow UI: http://127.0.0.1:{keys.port}   (Ctrl-C ends it)", flush=True)
-    words = ["server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(keys.port), "--workers", "1"]
+    words = ["server", "--host", "127.0.0.1", "--port", str(keys.port), "--workers", "1"]
     if (database := store.database_path(uri)) is not None:
         words += ["--default-artifact-root", (database.parent / "mlartifacts").as_uri()]
+        # From its own folder by a relative address: MLflow would make the folder that a quoted path names.
+        database.parent.mkdir(parents=True, exist_ok=True)
+        os.chdir(database.parent)
+        uri = f"sqlite:///{store.quoted(database.name)}"
+    words += ["--backend-store-uri", uri]
+    if store.SITE_PACKAGES:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (store.SITE_PACKAGES, os.environ.get("PYTHONPATH"))))
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *words])
 
 

@@ -10,12 +10,18 @@ import io
 import json
 import logging
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from train.disk import open_inside, write_atomically
 from train.stored import Private, passwords
 from train.tracking import store
 from train.tracking.folder import RunFolder, open_folder
@@ -25,6 +31,8 @@ from train.tracking.store import default_uri
 log = logging.getLogger(__name__)
 
 URI = "INCEPTION_TRACKING_URI"
+REFUSALS = "upload_refused.txt"  # a line for each part of the record that the store refuses for good
+REFUSED = 3  # exit code
 POLL_SECONDS = 0.5
 FLUSH_SECONDS = 5.0  # the journal's new lines go in one request: it and the server may share the trainer's cores
 BEAT_SECONDS = 30.0
@@ -60,7 +68,7 @@ __all__ = ["Record", "default_uri", "start", "wait"]
 def beside(uri: str | None, root: Path, name: str) -> str:
     """The address of a SQLite file beside that of the store, or beside the Makefile where it is a server."""
     path = store.database_path(uri or default_uri(root))
-    return f"sqlite:///{(path.parent if path else root) / name}"
+    return store.sqlite_uri((path.parent if path else root) / name)
 
 
 def start(folder: RunFolder, uri: str) -> subprocess.Popen | None:
@@ -81,52 +89,126 @@ def start(folder: RunFolder, uri: str) -> subprocess.Popen | None:
 
 def wait(process: subprocess.Popen | None, folder: RunFolder, uri: str, seconds: float) -> None:
     """Gives the uploader a while to complete the record; training is over and loses nothing by it."""
-    if process and process.poll():
+    if process and process.poll() not in (None, 0, REFUSED):
         process = start(folder, uri)  # it died on the way; a new one sends everything once more, which adds nothing
     try:
         code = process.wait(seconds) if process else 1
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         code = None
+    for line in refusals(folder):
+        print(f"warning: {line}", file=sys.stderr)
     if code != 0:
-        state = "is not complete: make sync run=" if code else "is completed in the background, or by: make sync run="
-        print(f"the MLflow record {state}{folder.path} ({folder.path / 'uploader.log'})", file=sys.stderr)
+        state = "is not complete" if code else "is completed in the background, or by"
+        again = f"make sync run={shlex.quote(str(folder.path))}"
+        print(f"the MLflow record {state}: {again} ({folder.path / 'uploader.log'})", file=sys.stderr)
+
+
+def complete(folder: RunFolder, uri: str | None, seconds: float) -> None:
+    """Adds to the record what has come since the run's end; uri: None where nobody knows the store."""
+    if uri is None:
+        again = f"make sync run={shlex.quote(str(folder.path))} uri=ADDRESS"
+        print(f"the MLflow record is not complete: {again}", file=sys.stderr)
+    else:
+        wait(start(folder, uri), folder, uri, seconds)
+
+
+def refusals(folder: RunFolder) -> list[str]:
+    """What the store has refused for good of the record, a line for each part, since it was last tried."""
+    path = folder.path / REFUSALS
+    return folder.read_bytes(REFUSALS).decode().splitlines() if path.exists() else []
+
+
+class RefusedError(ValueError):
+    """The store will never take a part of the record as it is."""
 
 
 class Record:
-    """Brings the MLflow run up to the folder's state, step by step; each call does what has not been done yet."""
+    """Brings the MLflow run up to the folder's state. Each part is sent once: a call does what has not been done yet.
+
+    A part that the store refuses for good is not sent again, told once, and does not keep back the other parts.
+    """
 
     def __init__(self, folder: RunFolder, uri: str):
         self.folder, self.uri = folder, uri
         self.store: store.Store | None = None
         self.offset = 0
-        self.logged: set[str] = set()
+        self.done: set[tuple] = set()  # parts that are in the store, each with what it was made from
+        self.refused: dict[str, str] = {}  # parts that it refused, and why
         self.best = -1.0
         self._next_beat = 0.0
-        self.life = folder.life()
+        self.attempt = folder.life()
+        (folder.path / REFUSALS).unlink(missing_ok=True)
 
     def advance(self) -> store.Store:
-        """Identity, parameters and data set, then the journal's new lines."""
+        """Identity, parameters and data set, then the journal's new lines.
+
+        Raises: RefusedError if the store does not take the run at all; whatever MLflow raises where it is away.
+        """
         if self.store is None:
-            self.identity = _read(self.folder.path / "run.json")
-            self.store = store.Store(self.uri, self.identity)
-            if self.folder.alive():
-                self.store.beat()
-                self._next_beat = time.monotonic() + BEAT_SECONDS
-        elif time.monotonic() > self._next_beat and self.folder.alive():
-            self.store.beat()
+            self.identity = self.folder.identity()
+            self._send("run", self._open)
+        place = self.store
+        if place is None:
+            raise RefusedError(self.refused["run"])
+        if time.monotonic() > self._next_beat and self.folder.alive():
+            self._send("heartbeat", place.beat)
             self._next_beat = time.monotonic() + BEAT_SECONDS
         sweep = self.identity["tags"].get("sweep")
-        if sweep and "sweep" not in self.logged and self.store.link(sweep):
-            self.logged.add("sweep")
-        for name, send in (("params.json", self.store.log_params), ("dataset.json", self.store.log_dataset)):
-            if name not in self.logged and (self.folder.path / name).exists():
-                send(_read(self.folder.path / name))
-                self.logged.add(name)
+        if sweep and ("sweep",) not in self.done:
+            self._send("sweep", lambda: self._link(place, sweep))
+        self._once("parameters", "params.json", lambda: place.log_params(self._read("params.json")))
+        self._once("data set", "dataset.json", lambda: place.log_dataset(self._read("dataset.json")))
+        self._send("metrics", self._send_metrics)
+        return place
+
+    def _open(self) -> None:
+        self.store = store.Store(self.uri, self.identity)
+
+    def _link(self, place: store.Store, sweep: str) -> None:
+        if place.link(sweep):
+            self.done.add(("sweep",))
+
+    def _send_metrics(self) -> None:
+        assert self.store
         lines = list(read_journal(self.folder.journal, self.offset))
         if lines:
             self.store.log_lines([self._with_best(line) for line, _ in lines])
             self.offset = lines[-1][1]
-        return self.store
+
+    def _once(self, part: str, name: str, send: Callable[[], None]) -> None:
+        """Sends what is made from a file of the folder, unless that file has been sent as it is now."""
+        path = self.folder.path / name
+        if not path.exists():
+            return
+        status = path.stat()
+        mark = (part, name, status.st_mtime_ns, status.st_size)
+        if mark not in self.done and self._send(part, send):
+            self.done.add(mark)
+
+    def _send(self, part: str, send: Callable[[], Any]) -> bool:
+        """Whether a part of the record was sent; one that is refused for good is told, and never sent again.
+
+        Raises: whatever MLflow raises where the store is away.
+        """
+        if part in self.refused:
+            return False
+        try:
+            send()
+        except Exception as error:
+            if not store.is_refusal(error):
+                raise
+            self._tell_refusal(part, error)
+            return False
+        return True
+
+    def _tell_refusal(self, part: str, error: Exception) -> None:
+        """Keeps it in the folder for whoever waits or asks later, and in train.log."""
+        said = " ".join(store.without_passwords(str(error) or type(error).__name__, self.uri).split())
+        self.refused[part] = f"not recorded in MLflow: {part}: {said[:500]}"
+        write_atomically(self.folder.path / REFUSALS, "".join(f"{line}\n" for line in self.refused.values()))
+        print(f"{time.strftime('%H:%M:%S')} {self.refused[part]}", flush=True)
+        with suppress(OSError, ValueError), self.folder.inside("train.log").open("a") as log_file:
+            log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} WARNING {__name__}: {self.refused[part]}\n")
 
     def _with_best(self, line: dict[str, Any]) -> dict[str, Any]:
         """The line, and the best there is by now where it is a new one."""
@@ -137,57 +219,88 @@ class Record:
         return {**line, "values": {**line["values"], BEST["accuracy"]: now, BEST["epoch"]: line["epoch"]}}
 
     def finish(self) -> None:
-        """All that a run has at its end, and how it ended: as its summary says, or without a word."""
-        place, identity = self.advance(), _read(self.folder.path / "run.json")
+        """All that a run has at its end, and how it ended: as its summary says, or without a word.
+
+        Raises: RefusedError naming what was refused, after everything else has been sent.
+        """
+        place, identity = self.advance(), self.folder.identity()
         status = self.folder.status()
         try:
-            for path in [self.folder.path / name for name in FILES]:
-                if path.exists():
-                    place.log_file(path)
+            for name in FILES:
+                self._file(place, name)
             for scores in sorted(self.folder.path.glob("evaluation/*/scores.json")):
-                self._evaluation(place, scores)
+                self._evaluation(place, scores.parent.name)
             for summary in sorted(self.folder.path.glob("export/[!.]*/summary.json")):
-                self._export(place, summary)
+                self._export(place, summary.parent.name)
             if identity["tags"].get("kind") == "sweep":
-                place.adopt(identity["run_id"])
+                self._send("trials", lambda: place.adopt(identity["run_id"]))
             if identity["log_model"] and status == "finished":  # others may go on to a better one
-                place.log_model(self.folder.best / "model.keras", identity["requirements"])
+                self._once("model", "best/model.json", lambda: self._model(place, identity["requirements"]))
         finally:  # the run's end is told even where its files can't be kept
             if status is not None:
-                place.finish(_read(self.folder.path / "summary.json"))
+                self._send("end", lambda: place.finish(self._read("summary.json")))
             elif not self.folder.alive():
-                store.mark_gone(place.client, place.mlflow_id)
+                self._send("end", lambda: store.mark_gone(place.client, place.mlflow_id))
+        if self.refused:
+            raise RefusedError("; ".join(self.refused.values()))
 
-    def _evaluation(self, place: store.Store, scores: Path) -> None:
+    def _model(self, place: store.Store, requirements: list[str]) -> None:
+        model_id = place.log_model(self.folder.inside("best/model.keras"), self.folder.best_sha256(), requirements)
+        place.register_model(model_id, self.folder.card())
+
+    def _file(self, place: store.Store, name: str, folder: str | None = None) -> None:
+        """Uploads a file of the folder: a copy, so that what was checked is what is sent."""
+
+        def send() -> None:
+            with TemporaryDirectory(prefix="upload-") as copies, open_inside(self.folder.path, name) as file:
+                copy = Path(copies, Path(name).name)
+                with copy.open("wb") as target:
+                    shutil.copyfileobj(file, target)
+                place.log_file(copy, folder)
+
+        self._once(f"file {name}", name, send)
+
+    def _evaluation(self, place: store.Store, name: str) -> None:
         """Numbers and files of one evaluation."""
-        name, found = scores.parent.name, _read(scores)
-        values = {score: found[score] for score in SCORES}
-        values |= dict(zip(("accuracy_low", "accuracy_high"), found["accuracy_interval"], strict=True))
-        self._log(place, name, values, scores)
-        for path in sorted(scores.parent.glob("[!.]*")):
-            place.log_file(path, f"evaluation/{name}")
+        part = f"evaluation/{name}"
 
-    def _export(self, place: store.Store, summary: Path) -> None:
+        def values() -> dict[str, Any]:
+            scores = self._read(f"{part}/scores.json")
+            interval = dict(zip(("accuracy_low", "accuracy_high"), scores["accuracy_interval"], strict=True))
+            return {score: scores[score] for score in SCORES} | interval
+
+        self._once(part, f"{part}/scores.json", lambda: self._log(place, name, values(), f"{part}/scores.json"))
+        for path in sorted((self.folder.path / part).glob("[!.]*")):
+            self._file(place, f"{part}/{path.name}", part)
+
+    def _export(self, place: store.Store, name: str) -> None:
         """Numbers and card of an exported file; the file itself stays where it is."""
-        name, found = f"export/{summary.parent.name}", _read(summary)
-        if found["network"] != self.folder.best_sha256():  # the run went on, to a better one
+        part = f"export/{name}"
+        summary = self._read(f"{part}/summary.json")
+        if summary["network"] != self.folder.best_sha256():  # the run went on, to a better one
             return
-        self._log(place, name, {key: found[key] for key in EXPORTED}, summary)
-        for path in (summary, summary.with_name("README.md")):
-            place.log_file(path, name)
+        values = {key: summary[key] for key in EXPORTED}
+        self._once(part, f"{part}/summary.json", lambda: self._log(place, part, values, f"{part}/summary.json"))
+        for file in ("summary.json", "README.md"):
+            self._file(place, f"{part}/{file}", part)
 
-    def _log(self, place: store.Store, name: str, values: dict[str, float | None], path: Path) -> None:
-        """Numbers of what came of the run, at its last step. path: where they are from."""
+    def _log(self, place: store.Store, name: str, values: dict[str, Any], source: str) -> None:
+        """Metrics of something that a file tells of, with the time of that file."""
         known = {f"{name}/{key}": value for key, value in values.items() if value is not None}
-        step = _read(self.folder.path / "summary.json")["steps"] if self.folder.status() else 0
-        place.log_once(known, time=path.stat().st_mtime, step=step)
+        step = self._read("summary.json")["steps"] if self.folder.status() else 0
+        place.log_once(known, time=(self.folder.path / source).stat().st_mtime, step=step)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return json.loads(self.folder.read_bytes(name))
 
 
 def follow(record: Record) -> int:
-    """Advances until the record is complete; 1 when the store stayed away for too long after the run's end."""
+    """Advances until the record is complete. 1: the store stayed away for too long after the run's end; REFUSED: it
+    does not take all of it.
+    """
     away_since: float | None = None
-    due, ended = 0.0, False
-    while record.folder.life() == record.life:  # a new life has an uploader of its own, which waits for this one to go
+    due, ended, said = 0.0, False, ""
+    while record.folder.life() == record.attempt:  # a new attempt has its own uploader, which waits for this one to go
         try:
             ended = record.folder.status() is not None or not record.folder.alive()
             if ended:
@@ -196,20 +309,19 @@ def follow(record: Record) -> int:
             if time.monotonic() > due:
                 record.advance()
                 due = time.monotonic() + FLUSH_SECONDS
-            away_since, pause = None, POLL_SECONDS
+            away_since, pause, said = None, POLL_SECONDS, ""
+        except RefusedError:
+            return REFUSED
         except Exception as fault:  # whatever MLflow raises: training must not notice, the record is completed later
-            print(f"{time.strftime('%H:%M:%S')} not recorded yet: {type(fault).__name__}: {fault}", flush=True)
-            pause = 5.0
+            if (outage := f"{type(fault).__name__}: {fault}") != said:
+                print(f"{time.strftime('%H:%M:%S')} not recorded yet: {outage}", flush=True)
+            pause, said = 5.0, outage
             if ended:
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > PATIENCE_SECONDS:
                     return 1
         time.sleep(pause)
     return 0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 class Scrubbed(io.TextIOBase):
@@ -220,7 +332,9 @@ class Scrubbed(io.TextIOBase):
         self._private = Private(secrets=dict.fromkeys(passwords(uri), "***"))
 
     def write(self, text: str) -> int:
-        return self._file.write(self._private.hide(text))
+        with suppress(OSError):  # a full disk must not end the uploader
+            self._file.write(self._private.hide(text))
+        return len(text)
 
     def flush(self) -> None:
         self._file.flush()
@@ -229,7 +343,7 @@ class Scrubbed(io.TextIOBase):
 def main() -> None:
     os.nice(NICENESS)
     folder, uri = open_folder(Path(sys.argv[1])), os.environ.pop(URI)
-    sys.stdout = sys.stderr = Scrubbed(folder.path / "uploader.log", uri)
+    sys.stdout = sys.stderr = Scrubbed(folder.inside("uploader.log"), uri)
     with folder.recording(wait=True):  # that of the life before may still be at work
         sys.exit(follow(Record(folder, uri)))
 

@@ -1,0 +1,82 @@
+"""Where the record of a run goes, when only the run's folder says so.
+
+Anybody may have written the folder. An address in it that is not this machine's own is named before anything is sent
+there, and gets none of the credentials that this machine keeps for MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from train import compose
+from train.config import ROOT
+from train.progress import say
+from train.stored import without_secrets
+from train.tracking.folder import RunFolder
+from train.tracking.store import default_uri
+
+KEY = "tracking.uri"
+CREDENTIALS = (
+    "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH",
+    "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+)  # fmt: skip
+CREDENTIALS_FILE = Path("~/.mlflow/credentials")
+
+
+def of_machine() -> str:
+    """The tracking address of this machine: what conf/ says now, or mlflow.db beside the Makefile."""
+    return compose.compose([]).tracking.uri or default_uri(ROOT)
+
+
+def of_run(folder: RunFolder, words: list[str]) -> str | None:
+    """The address for the record of a run, of the `key=value` words if it was typed.
+
+    None where the folder holds a reference to the environment, which says so: what was asked for can be done without
+    the address, and `make sync` can be told it later.
+    """
+    if typed := [word for word in words if word.partition("=")[0] == KEY]:
+        return compose.compose(typed).tracking.uri or default_uri(ROOT)
+    try:
+        return stored(folder)
+    except ValueError as error:
+        say(f"the record in MLflow has to wait: {error}")
+        return None
+
+
+def use_stored(folder: RunFolder, uri: str | None) -> str:
+    """An address that stands in the folder, None for the default; one that is not this machine's is named."""
+    if uri is None:
+        return default_uri(ROOT)
+    own = of_machine()
+    if uri != own:
+        withheld = _withhold_credentials()
+        say(
+            f"the record goes to {without_secrets(uri)}, as {folder.path / 'config.yaml'} says; this machine's is "
+            f"{without_secrets(own)}"
+            + (f" ({', '.join(withheld)} not sent; type the address to send them)" if withheld else "")
+        )
+    return uri
+
+
+def stored(folder: RunFolder) -> str:
+    """The address that the run was started with; its password was not kept.
+
+    Raises: ValueError where that is a reference to the environment which conf/ does not hold now.
+    """
+    uri = folder.config().get("tracking", {}).get("uri")
+    if "${" in str(uri) and (KEY, uri) in compose.conf_references({}):
+        return of_machine()
+    if uri is not None and ("${" in str(uri) or "://" not in str(uri)):
+        raise ValueError(f"uri must be given, since the run's was {uri}; use make sync uri=ADDRESS")
+    return use_stored(folder, uri)
+
+
+def _withhold_credentials() -> list[str]:
+    """Takes this machine's credentials for MLflow out of this process and those that it starts; their names."""
+    names = [name for name in CREDENTIALS if os.environ.pop(name, None) is not None]
+    if CREDENTIALS_FILE.expanduser().exists():
+        # MLflow reads the file where the environment has no user; there is no other way to tell it not to.
+        os.environ |= {"MLFLOW_TRACKING_USERNAME": "anonymous", "MLFLOW_TRACKING_PASSWORD": "anonymous"}
+        names.append(str(CREDENTIALS_FILE))
+    return names
