@@ -151,7 +151,7 @@ reap: $(STAMP) ## mark the runs in MLflow whose process is gone: make reap [uri=
 test: $(EXPORT) $(VENV)/.extra-jax ## the default tests (under 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
 
-test-all: $(EXPORT) $(VENV)/.extra-jax ## all tests, the long ones too
+test-all: $(EXPORT) $(VENV)/.extra-jax $(VENV)/.extra-ray ## all tests, the long ones too (ARGS="-m slow -n 2": those alone)
 	@$(BIN)/python -m pytest $(ARGS)
 
 torture: $(STAMP) ## kill real runs 200 times and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
@@ -184,8 +184,8 @@ format: $(STAMP) ## let ruff rewrite the code
 readme: $(STAMP) ## write the README's tables anew from the commands they name
 	@$(BIN)/python scripts/readme.py
 
-readme-check: $(STAMP) ## run every command of the README
-	@$(BIN)/python scripts/readme.py --check
+readme-check: $(STAMP) ## run every command of the README (ARGS=--quick: all but the long ones)
+	@$(BIN)/python scripts/readme.py --check $(ARGS)
 
 lock: $(STAMP) ## resolve the dependencies anew into the lock files
 	@$(ISOLATED) $(BIN)/python scripts/lock.py

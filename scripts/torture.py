@@ -2,6 +2,7 @@
 
     python scripts/torture.py --kills 200 --report torture.json
     python scripts/torture.py --kills 20 --forget seeds      (a control: has to find differences)
+    python scripts/torture.py --kills 1 --forget seeds,metrics --cases float32      (several, one after the other)
 
 Every life is started through the command line and ends by SIGKILL: at a drawn step, some milliseconds after one, or at
 a stage of starting, going on, rolling back or writing (journal, best weights, checkpoint). Some lives end by SIGTERM in
@@ -115,6 +116,7 @@ class Trial:
     kills: list[str] = field(default_factory=list)
     redone: list[int] = field(default_factory=list)  # steps that were lost by each death
     stops: int = 0
+    forget: str | None = None  # what each of its checkpoints loses, in a control
     damaged: int = 0
     torn: int = 0
     counts: bool = False  # killed at least once after a checkpoint and inside an epoch
@@ -135,8 +137,8 @@ class Ended:
 class Torturer:
     """Draws, kills, compares."""
 
-    def __init__(self, place: Path, seed: int, forget: str | None):
-        self.place, self.seed, self.forget = place, seed, forget
+    def __init__(self, place: Path, seed: int):
+        self.place, self.seed = place, seed
         self._references: dict[str, Ended] = {}
         self._locks = {case: threading.Lock() for case in CASES}
 
@@ -151,12 +153,12 @@ class Torturer:
                 self._references[case] = ended(folder)
             return self._references[case]
 
-    def trial(self, case: str, number: int, kills: int) -> Trial:
+    def trial(self, case: str, number: int, kills: int, forget: str | None) -> Trial:
         """A run that dies `kills` times, if it does not come to its end before."""
         untouched = self.reference(case)
-        trial = Trial(case, number)
+        trial = Trial(case, number, forget=forget)
         draw = random.Random(f"{self.seed}/{case}/{number}")
-        folder = self.place / f"{case} {number}"
+        folder = self.place / " ".join(filter(None, (case, str(number), forget)))
         damaged = False
         while True:
             begun = (folder / "run.json").exists()
@@ -261,8 +263,8 @@ class Torturer:
             damage(saved[-1] / draw.choice([checkpoint.ARRAYS, checkpoint.MANIFEST]), draw)
             trial.damaged += 1
             return True
-        if self.forget and saved:
-            forget(saved[-1], FORGET[self.forget])
+        if trial.forget and saved:
+            forget(saved[-1], FORGET[trial.forget])
         return False
 
     def _compare(self, trial: Trial, untouched: Ended, found: Ended, folder: Path) -> None:
@@ -386,9 +388,19 @@ def history(uri: str) -> dict[str, Any]:
 
 
 def torture(place: Path, cases: list[str], options: argparse.Namespace) -> list[Trial]:
-    """Trials, some at a time, until so many kills have been counted."""
-    torturer = Torturer(place, options.seed, options.forget)
+    """The trials; with controls those of each, one after the other."""
+    torturer, trials = Torturer(place, options.seed), []
     before = earlier(options.report) if options.go_on else []
+    for forget in options.forget or [None]:
+        done = [trial for trial in before if trial.forget == forget]
+        trials += until_killed(torturer, cases, options, forget, done)
+    return trials
+
+
+def until_killed(
+    torturer: Torturer, cases: list[str], options: argparse.Namespace, forget: str | None, before: list[Trial]
+) -> list[Trial]:
+    """Trials, some at a time, until so many kills have been counted."""
     trials = [trial for trial in before if not trial.differences]
     waiting = [(trial.case, trial.number) for trial in before if trial.differences]
     turn = threading.Lock()
@@ -409,7 +421,7 @@ def torture(place: Path, cases: list[str], options: argparse.Namespace) -> list[
 
     def work() -> None:
         while chosen := next_one():
-            trial = torturer.trial(*chosen, min(KILLS_PER_RUN, options.kills))
+            trial = torturer.trial(*chosen, min(KILLS_PER_RUN, options.kills), forget)
             with turn:
                 trials.append(trial)
                 tell(trial)
@@ -420,6 +432,10 @@ def torture(place: Path, cases: list[str], options: argparse.Namespace) -> list[
     return trials
 
 
+def listed(words: str) -> list[str]:
+    return words.split(",")
+
+
 def earlier(report: Path) -> list[Trial]:
     """The trials of a report."""
     return [Trial(**trial) for trial in json.loads(report.read_text())["trials"]]
@@ -428,7 +444,8 @@ def earlier(report: Path) -> list[Trial]:
 def tell(trial: Trial) -> None:
     verdict = "identical" if not trial.differences else "DIFFERING: " + "; ".join(trial.differences)
     print(
-        f"{time.strftime('%H:%M:%S')} {trial.case} {trial.number}: {len(trial.kills)} kills "
+        f"{time.strftime('%H:%M:%S')} {trial.case} {trial.number}{' without ' + trial.forget if trial.forget else ''}: "
+        f"{len(trial.kills)} kills "
         f"({', '.join(trial.kills)}), {trial.steps_executed} steps for {trial.steps}: {verdict}",
         flush=True,
     )
@@ -465,13 +482,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas")
-    parser.add_argument("--forget", choices=FORGET, help="the control: what every checkpoint loses")
+    names = ", ".join(FORGET)
+    parser.add_argument("--forget", type=listed, help=f"the control: what every checkpoint loses, of {names}")
     parser.add_argument("--report", type=Path, help="where the figures go, as JSON")
     parser.add_argument("--go-on", action="store_true", help="keep the report's identical trials, do the others again")
     options = parser.parse_args()
     if options.go_on and not (options.report and options.report.exists()):
         parser.error("--go-on needs a --report that is there")
-    cases = options.cases.split(",")
+    cases = listed(options.cases)
+    if unknown := set(options.forget or ()) - set(FORGET):
+        parser.error(f"--forget must be of {names}; got {min(unknown)}")
     if unknown := [case for case in cases if case not in CASES]:
         parser.error(f"--cases must be of {', '.join(CASES)}; got {unknown[0]}")
     begun = time.monotonic()

@@ -1,7 +1,7 @@
 """Kills a real sweep's launcher at drawn instants, starts it again, and compares its trials with an untouched sweep's.
 
     python scripts/torture_sweep.py --report torture_sweep.json        (20 trials, 10 kills: about 20 minutes)
-    python scripts/torture_sweep.py --trials 4 --kills 2
+    python scripts/torture_sweep.py --trials 4 --kills 2 --quick
     python scripts/torture_sweep.py --search                           (ASHA beside a grid of the same budget)
 
 The launcher is killed by SIGKILL and the same words are typed again. Of the trials one can't write its journal and
@@ -9,6 +9,9 @@ fails, one is killed by SIGKILL whenever it is seen, as by a kernel that lacks m
 and hangs. The last start is let alone: it has to tell three failures and leave everything else finished. Then the
 three are let alone, too, and the words are typed once more. What is compared: every trial's weights, journal, best
 epoch; and that MLflow has each run once, below one parent.
+
+--quick is for the tests: a network that is soon built, and a launcher that gives a trial that hangs less time. How long
+that is follows from the untouched sweep, so that a slow or busy machine takes nobody else for hanging.
 """
 
 from __future__ import annotations
@@ -33,18 +36,21 @@ SMALL = [
     "model=vgg16_inception", "model.width=0.1", "epochs=2", "steps_per_epoch=15", "batch_size=16",
     "checkpoint.every_steps=6", "precision=float32",
 ]  # fmt: skip
-HOSTILE = {"a journal that can't be written": -3, "killed": -2, "hanging": -1}  # which of the trials
+QUICK = [*SMALL[1:], "model=vgg16"]
+HOSTILE = {"a journal that can't be written": -2, "killed": -1, "hanging": 0}  # which of the trials
 LAUNCH_SECONDS = 3600
+QUICK_GRACE = "from train import __main__; from train.sweep import processes; processes.GRACE_SECONDS = 5.0; "
 
 
 class Launcher:
     """The sweep's command, as a person types it."""
 
-    def __init__(self, folder: Path, store: Path, words: list[str]):
+    def __init__(self, folder: Path, store: Path, words: list[str], *, quick: bool = False):
         self.folder = folder
+        program = ["-c", f"{QUICK_GRACE}__main__.main()"] if quick else ["-m", "train"]
         self._command = [
-            sys.executable, "-m", "train", "-m", *words, f"run_dir={folder}", f"tracking.uri=sqlite:///{store}",
-            "sweep.parallel=2", "sweep.minutes=1", "tracking.wait_seconds=600",
+            sys.executable, *program, "-m", *words, f"run_dir={folder}", f"tracking.uri=sqlite:///{store}",
+            "sweep.parallel=2", "tracking.wait_seconds=600",
         ]  # fmt: skip
         self.output = folder.with_suffix(".log")
 
@@ -94,9 +100,9 @@ def annoy(folder: Path, killed: int, hanging: int) -> None:
                 continue
 
 
-def torture(place: Path, trials: int, kills: int, seed: int) -> dict[str, Any]:
+def torture(place: Path, trials: int, kills: int, seed: int, *, quick: bool = False) -> dict[str, Any]:
     """The report. Ends the program if something is not as it has to be."""
-    words = [*SMALL, f"seed=range({trials})"]
+    words = [*(QUICK if quick else SMALL), f"seed=range({trials})"]
     untouched = Launcher(place / "untouched", place / "untouched.db", words)
     start = time.perf_counter()
     code, said = untouched.to_the_end()
@@ -105,8 +111,10 @@ def torture(place: Path, trials: int, kills: int, seed: int) -> dict[str, Any]:
     print(f"untouched: {trials} trials in {usual:.0f} s", flush=True)
 
     draw = random.Random(seed)
-    launcher = Launcher(place / "tortured", place / "tortured.db", words)
-    failing, killed, hanging = (trials + which for which in HOSTILE.values())
+    minutes = max(4 * usual / trials, 20 if quick else 60) / 60  # two at a time: twice as long as a trial takes
+    words.append(f"sweep.minutes={minutes:.2f}")
+    launcher = Launcher(place / "tortured", place / "tortured.db", words, quick=quick)
+    failing, killed, hanging = (which % trials for which in HOSTILE.values())
     (launcher.folder / f"{failing:03d}" / "metrics.jsonl").mkdir(parents=True)
     survivors = 0
     for number in range(kills):
@@ -212,6 +220,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20, help="at least 4")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--quick", action="store_true", help="what the tests do")
     parser.add_argument("--search", action="store_true", help="compare ASHA with a grid instead")
     parser.add_argument("--epochs", type=int, default=9, help="of a whole trial of --search")
     parser.add_argument("--report", type=Path, help="where the figures are written, as JSON")
@@ -220,7 +229,7 @@ def main() -> None:
         if arguments.search:
             found: Any = searches(Path(place), arguments.epochs)
         else:
-            found = torture(Path(place), arguments.trials, arguments.kills, arguments.seed)
+            found = torture(Path(place), arguments.trials, arguments.kills, arguments.seed, quick=arguments.quick)
     print(json.dumps(found, indent=1))
     if arguments.report:
         arguments.report.write_text(json.dumps(found, indent=1) + "\n")

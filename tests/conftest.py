@@ -164,8 +164,46 @@ def pytest_configure() -> None:
         os.environ[SERVER_PROCESS] = str(Path(tempfile.mkdtemp(prefix="tests-"), "server"))
 
 
-def pytest_sessionfinish() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--strict-skips", action="store_true", help="fail where a test was skipped that may not be")
+
+
+# Tests that may be skipped where they are counted: of data sets that are not in the repository, where there are none.
+EXPECTED_SKIPS = {
+    "tests/test_data.py::test_fashion_mnist_from_files",
+    "tests/test_data.py::test_sign_digits",
+    "tests/test_ingest.py::test_the_odd_images",
+    "tests/test_run.py::test_a_folder_of_photographs_is_learned",
+}
+skipped: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        skipped.add(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        skipped.add(report.nodeid)
+
+
+def unexpected_skips() -> list[str]:
+    return sorted(skipped - (set() if os.environ.get("INCEPTION_REAL_DATA") else EXPECTED_SKIPS))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--strict-skips"):
+        terminalreporter.section("skips")
+        terminalreporter.line(f"{len(skipped)} skipped, {len(unexpected_skips())} of them unexpected")
+        for name in unexpected_skips():
+            terminalreporter.line(f"unexpected: {name}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
+        if session.config.getoption("--strict-skips") and unexpected_skips():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
         number = Path(os.environ[SERVER_PROCESS])
         if number.exists():
             os.killpg(int(number.read_text()), signal.SIGTERM)

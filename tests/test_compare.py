@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-import sys
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import message, once, run_command
+from conftest import message, once
 
 from train.compare import HEADINGS, baseline_of, best_buys, compare, fitting, has, labels, row_of
 from train.tracking.reading import Recorded
@@ -241,21 +239,24 @@ def test_labels_tell_what_differs_and_nothing_else():
     assert labels(blocks) == ["model.blocks=[conv,a]", "model.blocks=[conv,b]"]
 
 
-@pytest.mark.slow
-def test_a_thousand_runs_take_seconds(tmp_path: Path):
-    from mlflow import MlflowClient
+def test_the_store_is_asked_as_often_for_many_runs_as_for_few(store: str, tmp_path: Path):
+    """What is asked for each run by itself takes minutes where there are thousands, or a server is far away."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
 
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client = MlflowClient(uri)
-    experiment = client.create_experiment("many")
-    usual = {f"key{number}": "value" for number in range(70)}
-    others = {f"metric{number}": 0.5 for number in range(30)}
-    for number in range(1000):
-        params = usual | {"model.name": "vgg16", "model.width": number // 5, "seed": number % 5}
-        add(client, experiment, number, params, others | {"test/accuracy": number / 1000, **costs(1e6 + number)})
-    begun = time.monotonic()
-    words = [f"uri={uri}", f"out={tmp_path / 'out'}", "experiment=many"]
-    done = run_command(sys.executable, "-m", "train.compare", *words)
-    assert done.code == 0, done.err
-    assert time.monotonic() - begun < 15
-    assert len(lines_of(tmp_path / "out")) == 200
+    asked: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        asked.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        counts = {}
+        for experiment, seeds in (("costs", 1), ("lab", 4)):
+            asked.clear()
+            compared(store, tmp_path / experiment, f"experiment={experiment}")
+            counts[experiment] = len(asked)
+            assert [row["seeds"].count(":") for row in lines_of(tmp_path / experiment)] == [seeds] * 3
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert 0 < counts["lab"] == counts["costs"]

@@ -258,22 +258,26 @@ def test_mixed_precision_keeps_ends_in_float32(name):
 
 LOADING = """
 import sys, keras, numpy as np
-network = keras.models.load_model("network.keras")
-np.save("output.npy", network.predict(np.load("pixels.npy"), verbose=0))
+for name in sys.argv[1:]:
+    network = keras.models.load_model(f"{name}.keras")
+    np.save(f"{name} output.npy", network.predict(np.load(f"{name} pixels.npy"), verbose=0))
 assert not [name for name in sys.modules if name.split(".")[0] == "train"]
 """
 
 
 # Three channels: the input of vgg16 is then turned to blue, green, red, which takes more than one layer.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_saved_network_loads_without_this_package(name, pixels, tmp_path):
-    network = models.inference(make(name, channels=3))
-    network.save(tmp_path / "network.keras")
-    np.save(tmp_path / "pixels.npy", images := pixels(name, 3))
+def test_saved_networks_load_without_this_package(pixels, tmp_path):
+    ours = {}
+    for name in NAMES:
+        network = models.inference(make(name, channels=3))
+        network.save(tmp_path / f"{name}.keras")
+        np.save(tmp_path / f"{name} pixels.npy", images := pixels(name, 3))
+        ours[name] = network.predict(images, verbose=0)
     bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    subprocess.run([sys.executable, "-c", LOADING], cwd=tmp_path, check=True, env=bare)
-    np.testing.assert_array_equal(np.load(tmp_path / "output.npy"), network.predict(images, verbose=0))
+    subprocess.run([sys.executable, "-c", LOADING, *NAMES], cwd=tmp_path, check=True, env=bare)
+    for name, output in ours.items():
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name} output.npy"), output, err_msg=name)
 
 
 # --- normalisation ---------------------------------------------------------------------------------------------------

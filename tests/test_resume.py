@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, THREADS, run_command
+from conftest import ROOT, THREADS, run_command, wait_for
 
 from train import checkpoint, compose, keeper, models, resume, run
 from train.config import ConfigError
@@ -394,11 +396,14 @@ def test_a_finished_run_says_so_before_tensorflow_is_loaded(tmp_path: Path, halt
     folder = tmp_path / "run"
     run_command("cp", "-r", str(halted), str(folder))
     (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
-    begun = time.monotonic()
     done = run_command("make", "resume", f"run={folder}")
     assert (done.code, done.err) == (0, "")
     assert done.out == f"the run is finished: {folder}; to train longer: make resume run={folder} epochs=NUMBER\n"
-    assert time.monotonic() - begun < 5
+    loaded = (
+        f"import sys; from train.resume import resume; code = resume(['run={folder}']);"
+        "print(code, *sorted({'tensorflow', 'keras', 'mlflow'} & set(sys.modules)))"
+    )
+    assert run_command(sys.executable, "-c", loaded).last_line == "0"
 
 
 def test_a_run_that_is_alive_is_refused(halted: Path):
@@ -531,7 +536,9 @@ def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(
 
 
 def test_sigterm_saves_and_resume_comes_to_the_same_bits(tmp_path: Path, untouched: tuple[Path, dict]):
-    """A real process, a real signal, a real store: exit code 143 within ten seconds, one MLflow run, twice alive."""
+    """A real process, a real signal, a real store: exit code 143 in the middle of training, one MLflow run, twice
+    alive.
+    """
     from mlflow import MlflowClient
 
     folder, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -546,14 +553,14 @@ def test_sigterm_saves_and_resume_comes_to_the_same_bits(tmp_path: Path, untouch
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    told = time.monotonic()
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (143, "")
-    assert time.monotonic() - told < 10
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 143, err
+    assert all("the MLflow record is " in line for line in err.splitlines())  # it may be late on a busy machine
     assert f"to go on: make resume run={folder}" in out
     summary = json.loads((folder / "summary.json").read_text())
     [saved] = (folder / "checkpoints").iterdir()
-    assert checkpoint.read(saved).content["progress"]["steps"] == summary["steps"] == summary["steps_executed"]
+    assert checkpoint.read(saved).content["progress"]["steps"] == summary["steps"] == summary["steps_executed"] < 12
+    assert "test" not in summary
 
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("inception")
@@ -563,10 +570,7 @@ def test_sigterm_saves_and_resume_comes_to_the_same_bits(tmp_path: Path, untouch
         [found] = client.search_runs([experiment.experiment_id])
         return found
 
-    deadline = time.monotonic() + 20
-    while recorded().info.status != "KILLED":
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for(lambda: recorded().info.status == "KILLED", 300)
     done = run_command("make", "resume", f"run={folder}")
     assert done.code == 0, done.err
     second = json.loads((folder / "summary.json").read_text())
@@ -579,7 +583,7 @@ def test_sigterm_saves_and_resume_comes_to_the_same_bits(tmp_path: Path, untouch
     assert [point.step for point in points] == [2, 4, 6, 8, 10, 12]
 
 
-def torture(*words: str, timeout: float = 600) -> tuple[int, str, dict[str, Any]]:
+def torture(*words: str, timeout: float = 3600) -> tuple[int, str, dict[str, Any]]:
     report = Path(words[-1])
     done = run_command(sys.executable, "scripts/torture.py", *words[:-1], "--report", str(report), timeout=timeout)
     return done.code, done.out + done.err, json.loads(report.read_text())
@@ -597,11 +601,14 @@ def test_killed_at_drawn_instants_it_ends_the_same(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["seeds", "optimizer", "metrics", "statistics"])
-def test_the_torture_notices_what_a_checkpoint_has_lost(lost: str, tmp_path: Path):
-    code, told, report = torture(
-        "--kills", "2", "--cases", "inception_v1", "--forget", lost, str(tmp_path / "report.json")
-    )
+def test_the_torture_notices_what_a_checkpoint_has_lost(tmp_path: Path):
+    """Each of these by itself, in a run that is killed once."""
+    lost = ["seeds", "optimizer", "metrics", "statistics"]
+    words = ["--kills", "1", "--workers", "1", "--cases", "dropout and augmentation", "--forget", ",".join(lost)]
+    code, told, report = torture(*words, str(tmp_path / "report.json"))
     assert code == 1, told
-    assert report["differing"] == report["kills"] >= 2  # a run that was begun is ended
-    assert "what differs is kept in" in told
+    assert report["differing"] == report["kills"] >= len(lost)
+    assert {trial["forget"] for trial in report["trials"] if trial["counts"]} == set(lost)
+    [kept] = re.findall(r"what differs is kept in (\S+)", told)
+    assert len(list(Path(kept).glob("* 1 *"))) >= len(lost)
+    shutil.rmtree(kept)

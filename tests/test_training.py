@@ -1123,8 +1123,9 @@ try:
         while True:
             time.sleep(0.01)
 except Interrupted as stop:
-    time.sleep(Stops.GRACE_SECONDS + 1)
-    sys.exit(7 if stop.at_once else 8)
+    while not stop.at_once:
+        time.sleep(0.01)
+    sys.exit(7)
 """
 
 
@@ -1151,9 +1152,9 @@ def test_a_second_signal_ends_a_process_that_is_stuck_and_spares_one_that_leaves
         start = time.monotonic()
         for process, (_, _, second, _) in zip(found, cases, strict=True):
             process.send_signal(second)
-        codes = [process.wait(timeout=Stops.GRACE_SECONDS + 2 - (time.monotonic() - start)) for process in found[:2]]
+        codes = [process.wait(timeout=120) for process in found[:2]]
         assert time.monotonic() - start >= Stops.GRACE_SECONDS  # who can leave by itself has so long
-        assert [*codes, found[2].wait(timeout=10)] == [code for *_, code in cases]
+        assert [*codes, found[2].wait(timeout=120)] == [code for *_, code in cases]
 
 
 def test_the_bar_shows_training_and_validation_together(monkeypatch: pytest.MonkeyPatch):

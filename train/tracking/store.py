@@ -338,15 +338,33 @@ def connect(uri: str) -> Any:
     """An MLflow client, with the credentials of the address in the environment."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(use_credentials(uri))
-    path = database_path(uri)
+    if (path := database_path(uri)) is None:
+        return MlflowClient(use_credentials(uri))
+    with _without_stray_folder(uri, path):
+        _make_default_experiment(uri, path)
+        client = MlflowClient(uri)
+        if quoted(str(path)) != str(path):
+            client.search_registered_models(max_results=1)  # the registry, too, opens the address when first asked
+        return client
+
+
+def _make_default_experiment(uri: str, path: Path) -> None:
+    """MLflow's own first experiment, in a new database: it would name the working directory, unquoted, in SQL."""
+    if not path.exists() or "'" in str(Path.cwd()):
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
+
+
+@contextmanager
+def _without_stray_folder(uri: str, path: Path) -> Iterator[None]:
+    """MLflow makes the folder that an address names before it is unquoted; it is removed again."""
     stray = Path(uri.removeprefix("sqlite:///")).parent
-    if path is not None and path.parent != stray.absolute() and not stray.exists():
-        client.search_experiments(max_results=1)  # MLflow makes the folder that an address names before it is unquoted
-        while not any(stray.iterdir()):
-            stray.rmdir()
-            stray = stray.parent
-    return client
+    is_stray = stray.absolute() != path.parent and not stray.exists()
+    yield
+    while is_stray and not any(stray.iterdir()):
+        stray.rmdir()
+        stray = stray.parent
 
 
 def default_uri(root: Path) -> str:
