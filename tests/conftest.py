@@ -224,7 +224,7 @@ def answers(address: str) -> bytes:
         return b""
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     """Fails where something that has to happen has not happened in a time that is generous on any machine."""
     deadline = time.monotonic() + seconds
     while not condition():

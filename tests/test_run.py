@@ -445,7 +445,8 @@ def test_a_sweep_gives_a_run_for_every_combination(tmp_path: Path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     done = run_command(
         "make", "sweep", "model=vgg16,vgg16_inception", "seed=0,1", "epochs=1", "steps_per_epoch=4", "model.width=0.1",
-        f"tracking.uri={uri}", "tracking.experiment=sweep-test", "tracking.log_model=false", timeout=600,
+        "evaluate.report=false", f"tracking.uri={uri}", "tracking.experiment=sweep-test", "tracking.log_model=false",
+        timeout=1800,
     )  # fmt: skip
     assert done.code == 0, done.err
     from mlflow import MlflowClient

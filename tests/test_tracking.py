@@ -237,7 +237,7 @@ def test_a_run_whose_process_is_killed_is_marked(tmp_path: Path):
     assert the_run(uri)[1].info.status == "RUNNING"
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    assert recorder.wait(30) == 0
+    assert recorder.wait(300) == 0
     client, run = the_run(uri)
     assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "the training process is gone")
     assert history(client, run, "train/loss") == [(5, 2.0)]
@@ -259,6 +259,7 @@ def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
     assert uploader.follow(uploader.Record(folder, uri)) == 0
     client, run = the_run(uri)
     assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "the training process is gone")
+    begun_at = int(time.time())
     with folder.held():
         with folder.recording(wait=False):
             recorder = uploader.start(folder, uri)
@@ -268,10 +269,10 @@ def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
             assert the_run(uri)[1].info.status == "FAILED"
         wait_for(lambda: the_run(uri)[1].info.status == "RUNNING")
         wait_for(lambda: "failure" not in the_run(uri)[1].data.tags)
-        assert float(the_run(uri)[1].data.tags["heartbeat"]) > time.time() - 30
+        assert float(the_run(uri)[1].data.tags["heartbeat"]) > begun_at
         journal.append(0, 2, {"train/loss": 2.0})
         folder.write_json("summary.json", {"status": "finished", "time": time.time(), "lives": 2})
-        assert recorder.wait(30) == 0
+        assert recorder.wait(300) == 0
     client, again = the_run(uri)
     assert again.info.run_id == run.info.run_id
     assert (again.info.status, again.data.tags["lives"]) == ("FINISHED", "2")
@@ -286,10 +287,10 @@ def test_the_uploader_of_an_earlier_life_leaves_the_run_to_the_new_one(tmp_path:
     recorder = uploader.start(folder, f"http://127.0.0.1:{free_port()}")
     assert recorder is not None
     log = folder.path / "uploader.log"
-    wait_for(lambda: log.exists() and "not recorded yet" in log.read_text(), 60)
+    wait_for(lambda: log.exists() and "not recorded yet" in log.read_text(), 300)
     assert recorder.poll() is None
     Pulse(folder.path / "heartbeat").close()
-    assert recorder.wait(30) == 0
+    assert recorder.wait(300) == 0
 
 
 @pytest.mark.slow
@@ -301,7 +302,7 @@ def test_an_uploader_that_died_is_started_again_at_the_end(tmp_path: Path, capsy
     recorder.kill()
     recorder.wait()
     folder.write_json("summary.json", {"status": "finished", "time": time.time()})
-    uploader.wait(recorder, folder, uri, 60)
+    uploader.wait(recorder, folder, uri, 600)
     client, run = the_run(uri)
     assert (run.info.status, history(client, run, "train/loss")) == ("FINISHED", [(1, 1.0)])
     assert capsys.readouterr().err == ""
@@ -400,7 +401,7 @@ def test_several_runs_may_start_at_once_on_a_store_that_is_not_there_yet(tmp_pat
         folder.write_json("summary.json", {"status": "finished", "time": time.time()})
         folders.append(folder)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    codes = [process.wait(120) for process in [uploader.start(folder, uri) for folder in folders] if process]
+    codes = [process.wait(300) for process in [uploader.start(folder, uri) for folder in folders] if process]
     assert codes == [0] * 4
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("inception")
@@ -478,10 +479,9 @@ def test_a_server_gets_the_whole_record(tmp_path: Path):
     with serving(f"sqlite:///{tmp_path / 'server/mlflow.db'}") as port:
         done = run_train(
             "model.width=0.1", "epochs=1", "steps_per_epoch=5", f"run_dir={tmp_path / 'run'}",
-            f"tracking.uri=http://me:hunter2@127.0.0.1:{port}",
+            f"tracking.uri=http://me:hunter2@127.0.0.1:{port}", "tracking.wait_seconds=600",
         )  # fmt: skip
-        assert done.code == 0, done.err
-        assert done.err == ""
+        assert (done.code, done.err) == (0, "")
         client, run = the_run(f"http://127.0.0.1:{port}")
         assert run.info.status == "FINISHED"
         assert len(client.get_run(run.info.run_id).outputs.model_outputs) == 1
@@ -512,7 +512,7 @@ def test_a_server_that_is_killed_before_during_and_after_a_run_loses_nothing(tmp
     with serving(store_uri, port, signal.SIGKILL):
         done = run_command("make", "sync", f"run={folder}", timeout=120)
         if "recorded by two" in done.err:  # the run's own uploader is just doing it
-            wait_for(lambda: the_run(f"http://127.0.0.1:{port}")[1].info.status == "FINISHED", 60)
+            wait_for(lambda: the_run(f"http://127.0.0.1:{port}")[1].info.status == "FINISHED", 300)
         else:
             assert done.code == 0, done.err
         client, run = the_run(f"http://127.0.0.1:{port}")
