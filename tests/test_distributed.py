@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 from conftest import FROM_MAKE, ROOT, Done, message, once
 
-from train import meeting
-from train.checkpoint import Checkpoints
+from train import checkpoint, meeting
 from train.compose import compose
 from train.config import ConfigError, Distributed
 from train.stored import Private, config_hash
@@ -241,7 +240,7 @@ TINY = {
     "model.width": 0.1, "model.blocks": "[conv_bn,conv_bn,inception_v1,conv_bn,conv_bn]", "augment": "flip_crop",
     "epochs": 2, "steps_per_epoch": 6, "batch_size": 16, "schedule": "constant",
     "optimizer.learning_rate": 1e-5,  # at the usual one a rounding grows a hundredfold with each of the first steps
-    "checkpoint.every_steps": 4, "tracking.every_steps": 3,
+    "checkpoint.every_steps": 4, "checkpoint.keep": 9, "tracking.every_steps": 3,
     "tracking.log_model": "false", "tracking.wait_seconds": 600, "evaluate.report": "false",
 }  # fmt: skip
 
@@ -292,8 +291,10 @@ def summary_of(place: Path) -> dict[str, Any]:
     return json.loads((place / "summary.json").read_text())
 
 
-def state_of(place: Path) -> dict[str, np.ndarray]:
-    found = Checkpoints(place / "checkpoints", keep=2).newest()
+def state_of(place: Path, name: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, by default of the last one."""
+    folder = place / "checkpoints"
+    found = checkpoint.read(folder / name) if name else checkpoint.Checkpoints(folder, keep=9).newest()
     assert found
     return dict(found.arrays)
 
@@ -339,14 +340,34 @@ def test_a_finished_run_is_finished_for_all(two: Path):
     assert summary_of(two)["lives"] == 1
 
 
+EARLY = "epoch-00000-batch-0000004"  # the first checkpoint, after four steps
+
+
 def same_numbers(one: Path, other: Path) -> None:
-    """Within the rounding of float32."""
-    assert distance(state_of(one), state_of(other)) < 1e-4
-    found, expected = summary_of(one), summary_of(other)
-    assert found["test"]["accuracy"] == expected["test"]["accuracy"]
-    assert found["test"]["examples"] == expected["test"]["examples"] == 340
-    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=1e-4)
-    assert found["best"]["epoch"] == expected["best"]["epoch"]
+    """Within the rounding of float32, whose unit is 6e-8, in the first steps.
+
+    Another order of a sum moves a value by some units of rounding. Sooner or later that makes a pooling window choose
+    another maximum, which changes a gradient by 1e-4 and more (seen between steps 4 and 9, by processor), and from
+    there the runs drift apart. So losses are compared over the first epoch, to 100 units and more, and weights after
+    four steps, where one such choice is allowed for; half of each batch is 200 times as far away.
+    """
+    assert distance(state_of(one, EARLY), state_of(other, EARLY)) < 1e-3
+    found, expected = first_epoch_of(one), first_epoch_of(other)
+    assert found.keys() == expected.keys() == {(3, "train/loss"), (6, "train/loss"), (6, "validation/loss")}
+    for place, value in expected.items():
+        assert found[place] == pytest.approx(value, rel=1e-5), place
+    assert summary_of(one)["test"]["examples"] == summary_of(other)["test"]["examples"] == 340
+
+
+def first_epoch_of(place: Path) -> dict[tuple[int, str], float]:
+    """The losses that the journal has of the first epoch, by step and name."""
+    lines = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+    return {
+        (line["step"], name): value
+        for line in lines
+        for name, value in line["values"].items()
+        if line["step"] <= 6 and name in ("train/loss", "validation/loss")
+    }
 
 
 @pytest.mark.slow
@@ -362,11 +383,12 @@ def test_four_processes_give_the_numbers_of_one(alone: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_two_devices_of_one_process_give_the_numbers_of_one(alone: Path, tmp_path: Path):
+def test_two_devices_of_one_process_give_the_numbers_of_one_and_of_two(alone: Path, two: Path, tmp_path: Path):
     [done] = train(tmp_path / "run", devices=2)
     assert done.code == 0, done.err
     assert "on: JAX, 2 x cpu, 1 threads, float32" in done.out
     same_numbers(alone, tmp_path / "run")
+    assert distance(state_of(two), state_of(tmp_path / "run")) < 1e-5  # to the end: the same sums in the same order
 
 
 @pytest.mark.slow
@@ -374,7 +396,9 @@ def test_half_of_each_batch_would_give_others(alone: Path, tmp_path: Path):
     """The control: what a process would come to by itself, with statistics and gradients of its own part alone."""
     [done] = train(tmp_path / "run", batch_size=8)
     assert done.code == 0, done.err
-    assert distance(state_of(alone), state_of(tmp_path / "run")) > 0.05
+    assert distance(state_of(alone, EARLY), state_of(tmp_path / "run", EARLY)) > 0.05
+    found, expected = first_epoch_of(alone), first_epoch_of(tmp_path / "run")
+    assert found[3, "train/loss"] != pytest.approx(expected[3, "train/loss"], rel=1e-3)
 
 
 @pytest.mark.slow
