@@ -148,7 +148,7 @@ sync: $(STAMP) ## complete the MLflow record of a run from its journal: make syn
 reap: $(STAMP) ## mark the runs in MLflow whose process is gone: make reap [uri=...] [minutes=10]
 	@$(BIN)/python -m train.tracking.reap $(WORDS)
 
-test: $(EXPORT) $(VENV)/.extra-jax ## the default tests (under 6 minutes on 2 cores)
+test: $(EXPORT) $(VENV)/.extra-jax ## the default tests (under 8 minutes on 2 quiet cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
 
 test-all: $(EXPORT) $(VENV)/.extra-jax $(VENV)/.extra-ray ## all tests, the long ones too (ARGS="-m slow -n 2": those alone)

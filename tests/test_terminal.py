@@ -442,6 +442,7 @@ def goes_on_to_its_end(started: OnTerminal, folder: Path, until: int) -> bool:
     return at < steps_done(folder) == STEPS
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_stops_a_run_in_order_and_with_nohup_not_at_all(folder: Path, untouched: dict[str, Any]):
     """First `make train | head -1` on a terminal that is closed later, with SIGTERM at once after its SIGHUP; then
     `make resume` on another terminal, with SIGHUP ignored.
