@@ -7,7 +7,6 @@ import json
 import math
 import pickle
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,15 @@ from train.engine import BACKENDS
 
 # --------------------------------------------------------------------------------------------------------- same steps
 
-QUICK = ("staged", "mixed_float16")  # in the default tests; what XLA compiles for the others takes a minute
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "mixed_float16": 2.0**-11, "mixed_bfloat16": 2.0**-8}
 CONFIDENCE = 4.0
 Courses = dict[str, dict[str, Any]]  # by backend
 
 
-def of_case(case: str, value: str = "") -> Any:
-    return pytest.param(value or case, marks=() if case in QUICK else pytest.mark.slow)
-
-
 @pytest.fixture(scope="session")
-def courses_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Courses]:
-    """Courses of a case and of those that run with it: one process of each backend for all of them."""
-
-    def find(case: str) -> Courses:
-        together = [other for other in steps.CASES if (other in QUICK) == (case in QUICK)]
-        return once(tmp_path_factory, f"courses-with-{together[0]}", lambda place: run_steps(place, together))
-
-    return find
+def courses(tmp_path_factory: pytest.TempPathFactory) -> Courses:
+    """Courses of all cases: one process of each backend, in which XLA compiles for a minute and more."""
+    return once(tmp_path_factory, "courses", lambda place: run_steps(place, list(steps.CASES)))
 
 
 def run_steps(place: Path, cases: list[str]) -> Courses:
@@ -95,10 +84,10 @@ def largest_excess(course: dict[str, Any], reference: dict[str, Any], precision:
     return max((excess(name, np.asarray(value, float)), name) for name, value in exact.items())
 
 
-@pytest.mark.parametrize("case", [of_case(case) for case in steps.CASES])
-def test_both_backends_take_the_same_steps(case: str, courses_with: Callable[[str], Courses]):
+@pytest.mark.slow
+@pytest.mark.parametrize("case", steps.CASES)
+def test_both_backends_take_the_same_steps(case: str, courses: Courses):
     """In float64, where agreement within rounding leaves no room for another rule."""
-    courses = courses_with(case)
     reference = courses["tensorflow"]["float64"][case]
     found = courses["jax"]["float64"][case]["course"]
     excess, name = largest_excess(found, reference, "float64", case)
@@ -107,10 +96,10 @@ def test_both_backends_take_the_same_steps(case: str, courses_with: Callable[[st
     assert found["fault"] is reference["course"]["fault"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [of_case(case) for case in steps.CASES if "rectified" not in steps.CASES[case]])
-def test_lower_precision_takes_the_same_steps(case: str, backend: str, courses_with: Callable[[str], Courses]):
-    courses = courses_with(case)
+@pytest.mark.parametrize("case", [case for case in steps.CASES if "rectified" not in steps.CASES[case]])
+def test_lower_precision_takes_the_same_steps(case: str, backend: str, courses: Courses):
     reference = courses["tensorflow"]["float64"][case]
     precision = steps.CASES[case].get("policy", "float32")
     found = courses[backend]["rounded"][case]
@@ -125,11 +114,11 @@ def test_lower_precision_takes_the_same_steps(case: str, backend: str, courses_w
     assert found.get("skips_overflow", True)
 
 
-@pytest.mark.parametrize("rule", [of_case(case, rule) for rule, (case, _) in steps.WRONG.items()])
-def test_a_wrong_rule_does_not_take_the_same_steps(rule: str, courses_with: Callable[[str], Courses]):
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", steps.WRONG)
+def test_a_wrong_rule_does_not_take_the_same_steps(rule: str, courses: Courses):
     """The comparisons above can fail: each bound is smaller than what a wrong rule changes."""
     case, _ = steps.WRONG[rule]
-    courses = courses_with(case)
     wrong = courses["tensorflow"]["wrong"][rule]["course"]
     reference = courses["tensorflow"]["float64"][case]
     for precision in {"float64", "float32", steps.CASES[case].get("policy", "float32")}:
