@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -812,6 +813,32 @@ def test_an_interrupted_sweep_says_what_is_left_and_goes_on(tmp_path: Path):
     assert done.code == 0, done.err
     assert "sweep: 2 finished, 0 failed, " in done.out
     assert json.loads((path / "000/summary.json").read_text())["lives"] == 2
+
+
+@pytest.mark.slow
+def test_what_a_sweep_with_a_failure_says_tests_its_best_once(tmp_path: Path):
+    """The command that it prints is run as it stands; then the failed trial can be run, and nothing is tested again."""
+    path = tmp_path / "sweep"
+    words = [*SMALL, "epochs=1", "steps_per_epoch=2", "seed=0,1", f"run_dir={path}",
+             f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", "tracking.wait_seconds=600"]  # fmt: skip
+    (path / "001/metrics.jsonl").mkdir(parents=True)
+    done = run_train("-m", *words)
+    assert done.code == 1
+    [line] = [line for line in done.out.splitlines() if line.startswith("the best is not tested yet: 1 failed and ")]
+    assert tested(path) == []
+    done = run_command(*shlex.split(line.partition("leave them out: ")[2]))
+    assert done.code == 0, done.err
+    assert tested(path) == ["000"]
+    (path / "001/metrics.jsonl").rmdir()
+    done = run_train("-m", *words)
+    assert done.code == 0, done.err
+    assert "sweep: 2 finished, 0 failed, " in done.out
+    assert tested(path) == ["000"]
+
+
+def tested(path: Path) -> list[str]:
+    """The trials that have seen the test split."""
+    return sorted(file.parent.name for file in path.glob("*/summary.json") if "test" in json.loads(file.read_text()))
 
 
 @pytest.mark.slow
