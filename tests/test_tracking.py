@@ -151,18 +151,22 @@ def test_artifacts_and_the_inference_model(recorded: Recorded):
     assert (champion.run_id, champion.tags["data"]) == (run.info.run_id, recorded.finished.summary["data_fingerprint"])
 
 
+EXPERIMENT = 'it\'s: a "lab", 50%'
+
+
 def test_the_best_on_validation_is_the_champion_of_its_data(empty_store: str):
+    name = "it's- a 'lab', 50%-digits"
     client, is_champion = MlflowClient(empty_store), []
     runs = [("a", 0.9, "x"), ("b", 0.8, "x"), ("c", 0.95, "x"), ("d", 0.5, "y"), ("e", 0.4, "y")]
     for run_id, accuracy, data in runs:
-        identity = {"run_id": run_id, "experiment": "lab", "name": run_id, "time": 1.0, "tags": {"data": "digits"}}
+        identity = {"run_id": run_id, "experiment": EXPERIMENT, "name": run_id, "time": 1.0, "tags": {"data": "digits"}}
         place = store.Store(empty_store, identity)
         model_id = place._logged_model(run_id).model_id
         for _ in range(2):  # the second time adds nothing
             place.register_model(model_id, {"validation_main_accuracy": accuracy, "data_fingerprint": data})
-        is_champion.append(client.get_model_version_by_alias("lab-digits", store.CHAMPION).run_id == place.mlflow_id)
+        is_champion.append(client.get_model_version_by_alias(name, store.CHAMPION).run_id == place.mlflow_id)
     assert is_champion == [True, False, True, True, False]
-    assert len(client.search_model_versions("name = 'lab-digits'")) == 5
+    assert len(client.search_model_versions(f'name = "{name}"')) == 5
 
 
 def test_no_secret_in_the_store(recorded: Recorded):

@@ -220,6 +220,7 @@ class Store:
         run = self.client.get_run(self.mlflow_id)
         experiment = self.client.get_experiment(run.info.experiment_id).name
         name = f"{experiment}-{run.data.tags['data']}".replace(":", "-")  # which names may not have
+        name = name.replace('"', "'")  # which a filter can't hold: MLflow's grammar has no escapes
         with _alone(self.uri):
             self._create_registered_model(name, f"inference models of {experiment}")
             source = f"models:/{model_id}"
@@ -240,8 +241,7 @@ class Store:
                 raise
 
     def _versions(self, name: str) -> list[Any]:
-        quoted = name.replace("'", "\\'")
-        return list(pages(self.client.search_model_versions, f"name = '{quoted}'"))
+        return list(pages(self.client.search_model_versions, f'name = "{name}"'))
 
     def _best_version(self, name: str, data: str) -> str:
         """The number of the version with the highest validation accuracy on that data, of equal ones the first."""
@@ -362,7 +362,7 @@ def _without_stray_folder(uri: str, path: Path) -> Iterator[None]:
     stray = Path(uri.removeprefix("sqlite:///")).parent
     is_stray = stray.absolute() != path.parent and not stray.exists()
     yield
-    while is_stray and not any(stray.iterdir()):
+    while is_stray and stray.is_dir() and not any(stray.iterdir()):
         stray.rmdir()
         stray = stray.parent
 
