@@ -494,8 +494,9 @@ def test_the_best_is_tested_when_no_failed_trial_may_be_better(tmp_path: Path, c
     trained(third, 3, 0.9, "failed")
     assert crowned(folder, capsys, third) == (
         [],
-        "the best is not tested yet: 1 failed and may still be better; use the same command again, or leave them out: "
-        f"make resume run={first.folder} evaluate.test=true evaluate.report=true tracking.log_model=true\n",
+        "the best trial is not tested yet, since failed ones (1) may still beat it; run the same command again, or "
+        f"test it now: make resume run={first.folder} "
+        "evaluate.test=true evaluate.report=true tracking.log_model=true\n",
     )
     summary = json.loads((third.folder / "summary.json").read_text())
     (third.folder / "summary.json").write_text(json.dumps(summary | {"config_error": True}))
@@ -510,7 +511,7 @@ def test_a_second_trial_is_not_tested(tmp_path: Path, capsys: pytest.CaptureFixt
     summary = json.loads((first.folder / "summary.json").read_text())
     (first.folder / "summary.json").write_text(json.dumps(summary | {"test": {"accuracy": 0.5}}))
     trained(second, 9, 0.6)
-    said = "the best is not tested: n=0 was, when it was the best, and a split tests once\n"
+    said = "the best trial is not tested: the test split was already used for n=0\n"
     assert crowned(folder, capsys) == ([], said)
 
 
@@ -824,19 +825,19 @@ def test_what_a_sweep_with_a_failure_says_tests_its_best_once(tmp_path: Path):
     (path / "001/metrics.jsonl").mkdir(parents=True)
     done = run_train("-m", *words)
     assert done.code == 1
-    [line] = [line for line in done.out.splitlines() if line.startswith("the best is not tested yet: 1 failed and ")]
-    assert tested(path) == []
-    done = run_command(*shlex.split(line.partition("leave them out: ")[2]))
+    [line] = [line for line in done.out.splitlines() if line.startswith("the best trial is not tested yet, ")]
+    assert trials_that_saw_the_test(path) == []
+    done = run_command(*shlex.split(line.partition("test it now: ")[2]))
     assert done.code == 0, done.err
-    assert tested(path) == ["000"]
+    assert trials_that_saw_the_test(path) == ["000"]
     (path / "001/metrics.jsonl").rmdir()
     done = run_train("-m", *words)
     assert done.code == 0, done.err
     assert "sweep: 2 finished, 0 failed, " in done.out
-    assert tested(path) == ["000"]
+    assert trials_that_saw_the_test(path) == ["000"]
 
 
-def tested(path: Path) -> list[str]:
+def trials_that_saw_the_test(path: Path) -> list[str]:
     """The trials that have seen the test split."""
     return sorted(file.parent.name for file in path.glob("*/summary.json") if "test" in json.loads(file.read_text()))
 

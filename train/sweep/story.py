@@ -217,14 +217,14 @@ def crown(life: Sweep, crowned: list[Trial], work: Callable[[Callable[[], Trial 
     if retryable := [trial for trial, _ in life.failures.values() if not trial.summary().get("config_error")]:
         words = " ".join(f"{name}=true" for name in keys)
         say(
-            f"the best is not tested yet: {len(retryable)} failed and may still be better; use the same command again, "
-            f"or leave them out: make resume run={shell_path(crowned[0].folder)} {words}"
+            f"the best trial is not tested yet, since failed ones ({len(retryable)}) may still beat it; run the same "
+            f"command again, or test it now: make resume run={shell_path(crowned[0].folder)} {words}"
         )
         return
     others = {trial.number for trial in life.folder.trials} - {trial.number for trial in crowned}
     tested = [trial for trial in life.folder.trials if trial.number in others and "test" in trial.summary()]
     if "evaluate.test" in keys and tested:
-        say(f"the best is not tested: {tested[0].label} was, when it was the best, and a split tests once")
+        say(f"the best trial is not tested: the test split was already used for {tested[0].label}")
         return
     word = f"sweep.final=[{','.join(keys)}]"
     left = [replace(trial, words=(word,)) for trial in crowned if not crowned_before(trial, keys)]
