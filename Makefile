@@ -11,6 +11,8 @@ ARGS :=
 QUICK :=
 SHELL := /bin/sh
 MAKEFLAGS += --no-print-directory
+# A recipe may call make (a test, a script): the words that were typed for this make are not for that one.
+unexport MAKEFLAGS MFLAGS
 
 VENV := .venv
 BIN := $(VENV)/bin

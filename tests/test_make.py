@@ -56,6 +56,14 @@ def test_words_in_args_follow_as_the_shell_reads_them():
     assert handed_over("seed=3", "ARGS=--check '~augment' +x=1") == ["seed=3", "--check", "~augment", "+x=1"]
 
 
+@pytest.mark.parametrize(("exported", "inner"), [("", []), ("export MAKEFLAGS", ["seed=3", "--check"])])
+def test_a_make_that_a_recipe_calls_has_no_words_of_the_outer_one(tmp_path: Path, exported: str, inner: list[str]):
+    (tmp_path / "recipe.mk").write_text(f"{exported}\ntrain:\n\t@make -n resume\n")
+    done = make("-f", "Makefile", "-f", str(tmp_path / "recipe.mk"), "train", "seed=3", "ARGS=--check")
+    handed_on = done.out.split("-m train.resume", 1)[1].splitlines()[0]
+    assert handed_on.replace("'", "").split() == inner
+
+
 def test_quoted_values_reach_the_config():
     done = make("train", "model=vgg16", "model.width=0.5", "tracking.experiment='it, has: [all] $x'", "ARGS=--cfg job")
     config = yaml.safe_load(done.out)

@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pytest
-from conftest import ROOT, Done, answers, free_port, run_command, run_train, wait_for
+from conftest import FROM_MAKE, ROOT, Done, answers, free_port, run_command, run_train, wait_for
 from PIL import Image
 
 from train.tracking.store import connect, database_path, sqlite_uri
@@ -78,24 +78,35 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(project: Path, *words: str) -> Done:
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     done = subprocess.run(
-        ["make", *words], cwd=project, env=environment | {"UV_SYSTEM_PYTHON": "1"}, capture_output=True, text=True,
-        timeout=900, check=False,
-    )  # fmt: skip
+        ["make", *words], cwd=project, env=environment(), capture_output=True, text=True, timeout=900, check=False
+    )
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def environment() -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
+    return inherited | {"UV_SYSTEM_PYTHON": "1"}
+
+
 @contextmanager
-def running(project: Path, *words: str) -> Iterator[None]:
-    process = subprocess.Popen(
-        ["make", *words], cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+def running(project: Path, *words: str) -> Iterator[Callable[[str], bool]]:
+    """Gives a function that says whether an address answers, and fails once the command has ended."""
+    with (project / "server.log").open("w+") as log:
+        process = subprocess.Popen(
+            ["make", *words], cwd=project, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+
+        def serves(address: str) -> bool:
+            assert process.poll() is None, Path(log.name).read_text()
+            return answers(address) != b""
+
+        try:
+            yield serves
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(60)
 
 
 @pytest.mark.slow
@@ -115,8 +126,8 @@ def test_the_project_works_in_an_odd_folder(project: Path):
     assert len(client.search_model_versions("name = 'inception-digits'")) == 2
 
     port, example = free_port(), np.load(project / "runs/latest/input_example.npy")
-    with running(project, "serve", "run=runs/latest", f"port={port}"):
-        wait_for(lambda: reached(f"http://127.0.0.1:{port}/ping"), 300)
+    with running(project, "serve", "run=runs/latest", f"port={port}") as serves:
+        wait_for(lambda: serves(f"http://127.0.0.1:{port}/health"), 300)
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", json.dumps({"inputs": example.tolist()}).encode(),
             {"Content-Type": "application/json"},
@@ -125,16 +136,9 @@ def test_the_project_works_in_an_odd_folder(project: Path):
     assert len(answer["predictions"][0]["probabilities"]) == 10
 
     port = free_port()
-    with running(project, "ui", f"port={port}"):
+    with running(project, "ui", f"port={port}") as serves:
         address = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get-by-name?experiment_name=inception"
-        wait_for(lambda: answers(address) != b"", 300)
+        wait_for(lambda: serves(address), 300)
         found = json.loads(answers(address))
     assert found["experiment"]["artifact_location"] == f"file://{quote(str(project))}/mlartifacts/inception"
     assert [path.name for path in project.parent.iterdir()] == [NAME]
-
-
-def reached(address: str) -> bool:
-    try:
-        return urllib.request.urlopen(address, timeout=5).status == 200
-    except OSError:
-        return False
