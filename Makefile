@@ -142,13 +142,13 @@ cost: $(STAMP) ## layers, parameters, multiply-accumulates, activations: make co
 	@$(BIN)/python -m train.cost $(WORDS)
 
 ui: $(STAMP) ## the MLflow UI on 127.0.0.1: make ui [port=5000]
-	@$(BIN)/python -m train.tracking.ui $(WORDS)
+	@$(BIN)/python -m train.ui $(WORDS)
 
 sync: $(STAMP) ## complete the MLflow record of a run from its journal: make sync run=runs/latest
-	@$(BIN)/python -m train.tracking.sync $(WORDS)
+	@$(BIN)/python -m train.sync $(WORDS)
 
 reap: $(STAMP) ## mark the runs in MLflow whose process is gone: make reap [uri=...] [minutes=10]
-	@$(BIN)/python -m train.tracking.reap $(WORDS)
+	@$(BIN)/python -m train.reap $(WORDS)
 
 test: $(EXPORT) $(VENV)/.extra-jax ## the default tests (under 8 minutes on 2 quiet cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)

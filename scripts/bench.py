@@ -3,7 +3,7 @@
     python scripts/bench.py --report scripts/figures/speed.json
     python scripts/bench.py --torch PYTHON --jax PYTHON               (interpreters that have them)
     python scripts/bench.py --models vgg16_inception --rounds 1
-    python scripts/bench.py --settings                               (what `auto` means here: train/fastest.json)
+    python scripts/bench.py --settings                               (makes train/runtime/auto_settings.json)
     python scripts/bench.py --guard                                  (one ratio, against the kept figures)
 
 Every measurement is a process of its own; they take turns, round by round, and medians are compared, with the range of
@@ -254,13 +254,13 @@ NETWORKS = ("vgg16", "vgg16_inception", "inception_v1", "inception_v3", "incepti
 
 
 def settings(root: Path, models: list[str], rounds: int) -> None:
-    """Writes train/fastest.json anew for this kind of device: precision, XLA, and the share of the cores."""
-    from train import runtime
-    from train.config import SMALLEST_IMAGE
+    """Measures precision, XLA and threads for this kind of device, and writes train/runtime/auto_settings.json."""
+    from train.config.schema import SMALLEST_IMAGE
+    from train.runtime import setup
 
     here = machine()
     device = "gpu" if here["gpu"] else "cpu"
-    kind, tasks = runtime.device_kind("tensorflow", device), {task.model: task for task in GPU_TASKS if here["gpu"]}
+    kind, tasks = setup.device_kind("tensorflow", device), {task.model: task for task in GPU_TASKS if here["gpu"]}
     for model in models:
         side = SMALLEST_IMAGE[model]
         task = tasks.get(model, Task(model, side, 1, 64, 9, ("data=digits", f"data.image_size={side}")))
@@ -274,9 +274,9 @@ def settings(root: Path, models: list[str], rounds: int) -> None:
         row = dict(zip(("precision", "jit", "cores"), best, strict=True))
         times = medians[best] / medians[PLAIN]
         row["why"] = f"{times:.2f} times as fast as float32 without XLA on {here['processor']}, {here['cores']} cores"
-        table = json.loads(runtime.FASTEST.read_text()) if runtime.FASTEST.exists() else {}
+        table = json.loads(setup.FASTEST.read_text()) if setup.FASTEST.exists() else {}
         table.setdefault(kind, {})[model] = row
-        runtime.FASTEST.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        setup.FASTEST.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def speed_of(candidate: tuple[str, str, float], place: Place, cores: int) -> float:
@@ -309,10 +309,10 @@ def there(names: list[str], found: dict[str, str]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    from train import runtime
+    from train.runtime import setup
 
     gpu = Path("/proc/driver/nvidia/version").exists()
-    return {"processor": runtime.processor("tensorflow", "cpu"), "cores": runtime.cores(), "gpu": gpu}
+    return {"processor": setup.processor("tensorflow", "cpu"), "cores": setup.cores(), "gpu": gpu}
 
 
 # ------------------------------------------------------------------------------------------------------------- told

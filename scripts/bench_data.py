@@ -57,12 +57,13 @@ def bare(folder: Path, threads: int) -> Callable[[], Iterable]:
 def ours(folder: Path, threads: int, name: str, **chosen: Any) -> Callable[[], Iterable]:
     """This project's stream of training batches."""
     from train import data
-    from train.data import augment, pipeline, pixels
+    from train.data import pipeline, pixel_cache
+    from train.data.augmentation import policy
 
     side, batch = chosen.pop("side", SIDE), chosen.pop("batch", BATCH)
-    augmentation = augment.build(name, **chosen)
+    augmentation = policy.build(name, **chosen)
     dataset = data.load("folder", str(folder.parent / "data"), image_size=side, channels=3, root=str(folder))
-    dataset, _ = pixels.place(dataset, "auto", 1.0, crops=augmentation.crop is not None)
+    dataset, _ = pixel_cache.place(dataset, "auto", 1.0, crops=augmentation.crop is not None)
     epochs = iter(range(1000))
 
     def epoch() -> Any:
@@ -321,12 +322,13 @@ def make_records(folder: Path, number: int) -> None:
 def open_and_read(folder: Path) -> dict[str, float]:
     """Opens the set and draws 200 batches; the second opening counts, since the first one looks at everything."""
     from train import data
-    from train.data import augment, pipeline, pixels
+    from train.data import pipeline, pixel_cache
+    from train.data.augmentation import policy
 
     dataset = data.load("digits", str(folder), image_size=32, channels=1)
-    dataset, _ = pixels.place(dataset, "none", 0.0, crops=False)
+    dataset, _ = pixel_cache.place(dataset, "none", 0.0, crops=False)
     stream = pipeline.train_batches(
-        dataset.train, batch_size=BATCH, seed=0, epoch=0, augmentation=augment.build("flip_crop"), num_classes=10
+        dataset.train, batch_size=BATCH, seed=0, epoch=0, augmentation=policy.build("flip_crop"), num_classes=10
     )
     for _ in stream.take(200 if len(dataset.train) > 200 * BATCH else 20):
         pass
@@ -353,7 +355,7 @@ def memory(sizes: Iterable[int]) -> list[dict[str, Any]]:
 
 def odd(folder: Path) -> list[dict[str, Any]]:
     """What becomes of every file that the folder's `index.json` lists, by what Pillow takes it for."""
-    from train.data.ingest import Limits, look
+    from train.data.ingestion.validation import Limits, look
 
     kinds: dict[str, Counter] = {}
     for entry in json.loads((folder / "index.json").read_text()):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from train.pictures.style import BLUE, figure, png
+from train.evaluation.plots.style import BLUE, figure, png
 
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = {

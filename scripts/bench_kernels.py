@@ -2,8 +2,8 @@
 
     python scripts/bench_kernels.py                 (about a minute)
 
-For convolutions of the networks, batch 64, both ways in turn, medians; and where the rule of train/step/kernels.py
-puts each.
+For convolutions of the networks, batch 64, both ways in turn, medians; and where the rule of
+train/training/step/fused_kernels.py puts each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES = [
 def main() -> None:
     import tensorflow as tf
 
-    from train.step.kernels import POSITIONS_PER_FILTER, filter_gradient, is_faster_as_product
+    from train.training.step.fused_kernels import POSITIONS_PER_FILTER, filter_gradient, is_faster_as_product
 
     def own(images: Any, upstream: Any, shape: tuple[int, ...]) -> Any:
         return tf.raw_ops.Conv2DBackpropFilter(

@@ -71,7 +71,7 @@ def server(place: Path) -> Iterator[str]:
     """A real MLflow server over SQLite on 127.0.0.1; its address."""
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "train.tracking.ui", f"port={port}", f"uri=sqlite:///{place / 'server/mlflow.db'}"],
+        [sys.executable, "-m", "train.ui", f"port={port}", f"uri=sqlite:///{place / 'server/mlflow.db'}"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"

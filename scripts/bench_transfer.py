@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from train.statistics import mean_of, paired
+from train.evaluation.statistics import mean_of, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = [

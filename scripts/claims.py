@@ -33,12 +33,12 @@ from typing import Any
 from claims_picture import picture
 from claims_verdicts import MEASURES, Answer, Rows, Trial, answers, told, verdict
 
-from train.compose import command_of, compose
-from train.config import Claim, Config
-from train.disk import write_atomically
-from train.pictures.style import png
-from train.stored import Private, flatten, to_dict
-from train.sweep.processes import end_with
+from train.config.composition import command_of, compose
+from train.config.schema import Claim, Config
+from train.config.serialization import Private, flatten, to_dict
+from train.evaluation.plots.style import png
+from train.storage.atomic import write_atomically
+from train.sweep.workers import end_with
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "conf/experiment/claims"
@@ -109,7 +109,7 @@ def run(trial: Trial) -> dict[str, Any]:
 
     A run that a signal stopped ends its process too, as the signal asked.
     """
-    from train import run as story
+    from train.run import train_and_evaluate as story
 
     folder = RUNS / trial.key
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def run(trial: Trial) -> dict[str, Any]:
 def story_of(story: Any, words: list[str]) -> int:
     """What `make train` does with these words; a run that was interrupted goes on."""
     from train import resume
-    from train.tracking.folder import open_folder
+    from train.tracking.run_dir import open_folder
 
     config: Config = compose(words)
     folder = Path(str(config.run_dir))

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from train.pictures.style import BLUE, GREY, ORANGE, RED, figure
+from train.evaluation.plots.style import BLUE, GREY, ORANGE, RED, figure
 
 COLOURS = {"supported": BLUE, "not supported": RED, "undecided at this size": ORANGE}
 MARKS = {"supported": "o", "not supported": "X", "undecided at this size": "D"}

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from train.config import Claim, Expectation
-from train.statistics import Difference, Mean, mean_of, paired
+from train.config.schema import Claim, Expectation
+from train.evaluation.statistics import Difference, Mean, mean_of, paired
 
 MEASURES = (
     "test_accuracy", "test_loss", "mean_validation_accuracy", "gradient_norm", "parameters", "macs",

@@ -22,12 +22,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-from train import config as schema
-from train import runtime
-from train.checks import describe_limits
-from train.compose import as_typed, compose
-from train.report import big
-from train.stored import flatten
+from train.config import schema as schema
+from train.config.composition import as_typed, compose
+from train.config.serialization import flatten
+from train.config.validation import describe_limits
+from train.evaluation.html import big
+from train.runtime import setup
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -379,7 +379,7 @@ TABLES = {
 
 def written() -> str:
     """The README with its tables as the code has them now."""
-    with runtime.output_into(Path(os.devnull), 2):  # TensorFlow's libraries talk while they are loaded
+    with setup.output_into(Path(os.devnull), 2):  # TensorFlow's libraries talk while they are loaded
         return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", README.read_text())
 
 

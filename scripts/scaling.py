@@ -71,18 +71,20 @@ def counted() -> dict[str, int]:
 
 def count() -> None:
     """In a process of its own, with two devices that a processor passes for."""
-    from train import build, engine, models
-    from train.compose import compose
+    from train import models
+    from train.config.composition import compose
+    from train.run import factory
+    from train.runtime import backends
 
     words = ["model=inception_v3", "backend=jax", "device=cpu", "devices=2", "precision=float32", "jit=on"]
     config = compose([*words, "threads=2", "data.image_size=75", "model.width=0.03", "batch_size=2"])
-    engine.of("jax").join(config)
-    engine.of("jax").set_up(config)
+    backends.of("jax").join(config)
+    backends.of("jax").set_up(config)
     import jax
     import numpy as np
 
     model = models.build("inception_v3", (75, 75, 3), 10, width=0.03, aux_weight=0.3)
-    step = build.training_step(config, model, models.inference(model), 100, None)
+    step = factory.training_step(config, model, models.inference(model), 100, None)
     compiled: list[str] = []
     whole = jax.jit
 

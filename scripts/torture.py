@@ -40,11 +40,11 @@ import h5py
 import numpy as np
 import yaml
 
-from train import checkpoint
-from train.faults import ASKED
-from train.stored import flatten
-from train.tracking.folder import read_pulse
+from train.config.serialization import flatten
+from train.storage.fault_injection import ASKED
 from train.tracking.journal import TIMED, comparable
+from train.tracking.run_dir import read_pulse
+from train.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCHS, INTERVAL = 15, 3, 6

@@ -39,7 +39,7 @@ SMALL = [
 QUICK = [*SMALL[1:], "model=vgg16"]
 HOSTILE = {"a journal that can't be written": -2, "killed": -1, "hanging": 0}  # which of the trials
 LAUNCH_SECONDS = 3600
-QUICK_GRACE = "from train import __main__; from train.sweep import processes; processes.GRACE_SECONDS = 5.0; "
+QUICK_GRACE = "from train import __main__; from train.sweep import workers; workers.GRACE_SECONDS = 5.0; "
 
 
 class Launcher:

@@ -36,7 +36,13 @@ SECRET = "hunter2-in-the-address"
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """TensorFlow's threads can be set only before its first operation, and some tests run whole trainings here."""
-    if {Path(item.path).stem for item in session.items} - {"test_config", "test_make", "test_setup", "test_checkpoint"}:
+    if {Path(item.path).stem for item in session.items} - {
+        "test_architecture",
+        "test_config",
+        "test_make",
+        "test_setup",
+        "test_checkpoint",
+    }:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(THREADS)

@@ -22,9 +22,11 @@ import keras
 import numpy as np
 from keras import layers
 
-from train import engine, losses, models, optim, step
-from train.config import Config
-from train.step.layerwise import Plan
+from train import models
+from train.config.schema import Config
+from train.runtime import backends
+from train.training import losses, optimizers, step
+from train.training.step.layerwise_lr import Plan
 
 Tensors = dict[str, np.ndarray]
 Course = dict[str, Any]
@@ -122,9 +124,9 @@ def make_step(case: str, policy: str, **changes: Any) -> Any:
         teacher.set_weights(draw_weights({w.path: np.array(w.value) for w in teacher.weights}, seed=5).values())
     model = build_network(policy, rectified=rectified)
     halved = {"epoch_steps": STEPS, "warmup_epochs": 0, "factor": 0.5, "milestones": [0.5]}  # from the third step on
-    rate = optim.build_schedule("step", stages=[(1, peak)], **halved)
+    rate = optimizers.build_schedule("step", stages=[(1, peak)], **halved)
     common = {"weight_decay": 0.0, "gradient_clip": None, "gradient_accumulation": 1, "ema": None}
-    optimizer = optim.build(name, rate, **RULES[name] | common | chosen)
+    optimizer = optimizers.build(name, rate, **RULES[name] | common | chosen)
     if own_policy == "mixed_float16" and policy == "float64":  # Keras does so by itself under the mixed policy only
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
     outputs = tuple(model.output)
@@ -274,10 +276,10 @@ def use_float64() -> None:
         dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"  # Keras makes it float32 on JAX, whatever JAX allows
         jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than running
     else:
-        from train.step import kernels
+        from train.training.step import fused_kernels
 
-        kernels.normalises_channels = lambda _: False  # the fused kernel has no float64; Keras's operations have
-        kernels.POSITIONS_PER_FILTER["float64"] = kernels.POSITIONS_PER_FILTER["float32"]
+        fused_kernels.normalises_channels = lambda _: False  # the fused kernel has no float64; Keras's operations have
+        fused_kernels.POSITIONS_PER_FILTER["float64"] = fused_kernels.POSITIONS_PER_FILTER["float32"]
 
 
 def run(cases: list[str]) -> dict[str, dict[str, Any]]:
@@ -298,7 +300,7 @@ def run(cases: list[str]) -> dict[str, dict[str, Any]]:
 
 def main(folder: Path, cases: list[str]) -> None:
     backend = keras.backend.backend()
-    engine.of(backend).set_up(Config(device="cpu"))
+    backends.of(backend).set_up(Config(device="cpu"))
     (folder / f"{backend}.pickle").write_bytes(pickle.dumps(run(cases)))
 
 

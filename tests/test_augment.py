@@ -10,7 +10,8 @@ import tensorflow as tf
 from conftest import message
 from PIL import Image
 
-from train.data import augment, crop, decode, mix, order, paint
+from train.data import decode, sampling
+from train.data.augmentation import mixup_cutmix, policy, randaugment, random_resized_crop
 
 CENTRE = 0.5
 LEAST, MOST = 0.0, 0.999
@@ -43,43 +44,43 @@ def in_map(apply, *inputs):
 
 
 def test_an_unknown_name_is_refused():
-    assert message(augment.build, "flipcrop") == (
+    assert message(policy.build, "flipcrop") == (
         "augment must be one of none, crop, flip_crop, inception, randaugment, got flipcrop; use augment=crop"
     )
 
 
 def test_every_name_has_its_stages():
     def stages(name, **options):
-        built = augment.build(name, **options)
+        built = policy.build(name, **options)
         return built.crop, built.paint, [move.purpose for move in built.moves], built.mix
 
     assert stages("none") == (None, None, [], None)
     assert stages("crop") == stages("flip_crop") == (None, None, ["augment"], None)
-    assert stages("inception") == (crop.Crop(0.08, 4 / 3, 1.0, True), None, [], None)
-    assert stages("randaugment") == (None, paint.Paint(2, 9.0), ["augment"], None)
-    mixed = (None, None, ["augment", "erase"], mix.Mix(0.2, 1.0))
+    assert stages("inception") == (random_resized_crop.Crop(0.08, 4 / 3, 1.0, True), None, [], None)
+    assert stages("randaugment") == (None, randaugment.Paint(2, 9.0), ["augment"], None)
+    mixed = (None, None, ["augment", "erase"], mixup_cutmix.Mix(0.2, 1.0))
     assert stages("crop", erase=0.25, mixup=0.2, cutmix=1.0) == mixed
-    assert stages("none", cutmix=0.5)[3] == mix.Mix(0.0, 0.5)
+    assert stages("none", cutmix=0.5)[3] == mixup_cutmix.Mix(0.0, 0.5)
 
 
 def test_options_reach_what_they_are_of():
-    assert augment.build("inception", least_area=0.3, most_stretch=2.0, color=0.5, mirror=False).crop == crop.Crop(
-        0.3, 2.0, 0.5, False
-    )
-    built = augment.build("randaugment", ops=3, magnitude=15.0, pad=0.25, mirror=False)
-    assert built.paint == paint.Paint(3, 15.0)
+    assert policy.build(
+        "inception", least_area=0.3, most_stretch=2.0, color=0.5, mirror=False
+    ).crop == random_resized_crop.Crop(0.3, 2.0, 0.5, False)
+    built = policy.build("randaugment", ops=3, magnitude=15.0, pad=0.25, mirror=False)
+    assert built.paint == randaugment.Paint(3, 15.0)
     assert built.moves[0].apply.keywords == {"pad": 0.25, "mirror": False}
-    assert augment.build("flip_crop", pad=0.0).moves[0].apply.keywords == {"pad": 0.0, "mirror": True}
-    assert augment.build("none", erase=0.3).moves[0].apply.keywords == {"probability": 0.3}
+    assert policy.build("flip_crop", pad=0.0).moves[0].apply.keywords == {"pad": 0.0, "mirror": True}
+    assert policy.build("none", erase=0.3).moves[0].apply.keywords == {"probability": 0.3}
     with pytest.raises(TypeError, match="magnitude"):
-        augment.build("crop", magnitude=3)
+        policy.build("crop", magnitude=3)
 
 
 # ------------------------------------------------------------------------------------------------------------- shifts
 
 
 def shift(images, draws, name="crop", **options):
-    [move] = augment.build(name, **options).moves
+    [move] = policy.build(name, **options).moves
     return move.apply(images, draws)
 
 
@@ -114,10 +115,10 @@ def test_flip_crop_moves_pixels(draw, moved):
 
 
 MOVES = {
-    "crop": augment.build("crop").moves[0],
-    "flip_crop": augment.build("flip_crop").moves[0],
-    "randaugment": augment.build("randaugment").moves[0],
-    "erase": augment.build("none", erase=0.5).moves[0],
+    "crop": policy.build("crop").moves[0],
+    "flip_crop": policy.build("flip_crop").moves[0],
+    "randaugment": policy.build("randaugment").moves[0],
+    "erase": policy.build("none", erase=0.5).moves[0],
 }
 
 
@@ -126,7 +127,7 @@ MOVES = {
 def test_moves_are_the_same_eagerly_and_in_a_map(name, channels):
     move = MOVES[name]
     images = np.stack([noise(16, 16, channels, seed) for seed in range(32)])
-    draws = order.uniform_rows(0, move.purpose, 0, 32, move.columns)
+    draws = sampling.uniform_rows(0, move.purpose, 0, 32, move.columns)
     eager = move.apply(tf.constant(images), tf.constant(draws))
     np.testing.assert_array_equal(eager, in_map(move.apply, images, draws))
     assert eager.dtype == tf.uint8
@@ -140,7 +141,7 @@ def test_moves_are_the_same_eagerly_and_in_a_map(name, channels):
 def test_shifts_and_flips_are_even():
     images = np.zeros((4000, 16, 16, 1), np.uint8)
     images[:, 8, 8] = 255  # where it lands tells the shift
-    draws = order.uniform_rows(0, "augment", 0, 4000, augment.SHIFT_DRAWS)
+    draws = sampling.uniform_rows(0, "augment", 0, 4000, policy.SHIFT_DRAWS)
     moved = shift(images, draws).numpy()[..., 0]
     counts = (moved == 255).sum(axis=0)
     assert (counts[6:11, 6:11] > 100).all()
@@ -162,11 +163,11 @@ COVER = 251  # nothing in the images below is of this value
 
 
 def erase(images, draws, probability=1.0):
-    return augment.erased(images, draws, probability=probability).numpy()
+    return policy.erased(images, draws, probability=probability).numpy()
 
 
 def erase_draws(count, seed=0):
-    return order.uniform_rows(seed, "erase", 0, count, augment.ERASE_DRAWS)
+    return sampling.uniform_rows(seed, "erase", 0, count, policy.ERASE_DRAWS)
 
 
 def grounds(count, side, channels=1):
@@ -236,12 +237,12 @@ def test_the_share_of_erased_images_is_the_probability():
 
 
 def test_without_erasing_there_is_no_such_move():
-    assert augment.build("none", erase=0.0).moves == ()
+    assert policy.build("none", erase=0.0).moves == ()
 
 
 # ---------------------------------------------------------------------------------------------------------- painting
 
-NAMES = tuple(paint.CHANGES)
+NAMES = tuple(randaugment.CHANGES)
 WITHOUT_STRENGTH = ("identity", "autocontrast", "equalize")
 ONE_DIRECTION = ("solarize", "posterize")
 BOTH_DIRECTIONS = tuple(name for name in NAMES if name not in WITHOUT_STRENGTH + ONE_DIRECTION)
@@ -250,7 +251,7 @@ FORTH, BACK = 0.0, 0.999
 
 def painted(pixels, *names, magnitude=30.0, direction=FORTH):
     draws = np.array([((NAMES.index(name) + 0.5) / len(NAMES), direction) for name in names], np.float32)
-    return paint.Paint(len(names), magnitude).apply(pixels, draws.ravel())
+    return randaugment.Paint(len(names), magnitude).apply(pixels, draws.ravel())
 
 
 def test_there_are_fourteen_changes():
@@ -405,7 +406,7 @@ def test_there_are_as_many_changes_as_ops():
     pixels[:, 20] = 255
     one = np.array([(NAMES.index("translate_x") + 0.5) / 14, FORTH], np.float32)
     for ops in (1, 2, 3, 4):
-        chosen = paint.Paint(ops, 5.0)  # 3 pixels each time
+        chosen = randaugment.Paint(ops, 5.0)  # 3 pixels each time
         assert chosen.columns == 2 * ops
         found = chosen.apply(pixels, np.tile(one, ops))
         assert found[0, :, 0].tolist().index(255) == 20 - 3 * ops
@@ -424,9 +425,9 @@ def test_the_draw_picks_evenly_among_the_fourteen(monkeypatch):
 
         return change
 
-    monkeypatch.setattr(paint, "CHANGES", {name: counting(name) for name in NAMES})
-    chosen, pixels = paint.Paint(2, 9.0), np.zeros((1, 1, 1), np.uint8)
-    for row in order.uniform_rows(0, "paint", 0, 14_000, chosen.columns):
+    monkeypatch.setattr(randaugment, "CHANGES", {name: counting(name) for name in NAMES})
+    chosen, pixels = randaugment.Paint(2, 9.0), np.zeros((1, 1, 1), np.uint8)
+    for row in sampling.uniform_rows(0, "paint", 0, 14_000, chosen.columns):
         chosen.apply(pixels, row)
     assert sum(picked.values()) == 28_000
     assert min(picked.values()) > 1850  # 2000 each, and their standard deviation is 43
@@ -440,8 +441,8 @@ def test_the_draw_picks_evenly_among_the_fourteen(monkeypatch):
 
 def test_painting_is_the_same_eagerly_and_in_a_map():
     images = np.stack([noise(16, 16, 3, seed) for seed in range(16)])
-    chosen = paint.Paint(2, 9.0)
-    draws = order.uniform_rows(0, "paint", 0, 16, chosen.columns)
+    chosen = randaugment.Paint(2, 9.0)
+    draws = sampling.uniform_rows(0, "paint", 0, 16, chosen.columns)
     eager = np.stack([chosen.apply(*pair) for pair in zip(images, draws, strict=True)])
     stream = tf.data.Dataset.from_tensor_slices((images, draws))
     mapped = stream.map(lambda image, draw: tf.numpy_function(chosen.apply, [image, draw], tf.uint8))
@@ -451,7 +452,7 @@ def test_painting_is_the_same_eagerly_and_in_a_map():
 
 # ----------------------------------------------------------------------------------------------- colours of a crop
 
-CROP = augment.inception().crop
+CROP = policy.inception().crop
 COLUMNS = ("area", "stretch", "y", "x", "mirror", "brightness", "contrast", "saturation", "hue")
 LAST = np.float32(1) - np.float32(2**-24)  # the largest draw
 
@@ -480,14 +481,14 @@ def distorted_by_hand(pixels, draws, color=1.0, every=8):
 def distort(pixels, draws, color=1.0):
     """What the map says, neither clipped nor rounded."""
     channels = pixels.shape[-1]
-    [colors] = augment.inception(color=color).crop.color_maps(draws, channels)
+    [colors] = policy.inception(color=color).crop.color_maps(draws, channels)
     mean = pixels[::8].mean(axis=(0, 1))
     return pixels @ colors[:, :channels].T + colors[:, channels:-1] @ mean + colors[:, -1]
 
 
 def finish(pixels, draws, side=None, mirrored=False, **options):
     """`pixels` as a crop of its own size, or of another."""
-    chosen = augment.inception(**options).crop
+    chosen = policy.inception(**options).crop
     [colors] = chosen.color_maps(draws, pixels.shape[-1])
     return filled(chosen, pixels, mirrored, colors, side or len(pixels))
 
@@ -512,7 +513,7 @@ ROUNDED = 0.5 + 2e-3
 def test_colours_are_distorted_by_the_definition(channels, color):
     pixels = noise(40, 40, channels)
     pixels[::8] //= 2  # their mean is another than that of all rows
-    for row in order.uniform_rows(0, "crop", 0, 50, crop.DRAWS):
+    for row in sampling.uniform_rows(0, "crop", 0, 50, random_resized_crop.DRAWS):
         expected, wrong = (distorted_by_hand(pixels.astype(float), row, color, every) for every in (8, 1))
         np.testing.assert_allclose(distort(pixels.astype(float), row[None], color), expected, atol=2e-3)
         found = finish(pixels, row[None], color=color)
@@ -562,13 +563,13 @@ def test_without_strength_colours_stay(channels):
     np.testing.assert_allclose(distort(pixels.astype(float), extreme, color=0.0), pixels, atol=1e-4)
     np.testing.assert_array_equal(finish(pixels, drawn()), pixels)
     np.testing.assert_array_equal(finish(pixels, extreme, color=0.0), pixels)
-    for maps in (CROP.color_maps(drawn(), channels), augment.inception(color=0.0).crop.color_maps(extreme, channels)):
+    for maps in (CROP.color_maps(drawn(), channels), policy.inception(color=0.0).crop.color_maps(extreme, channels)):
         np.testing.assert_allclose(maps, [np.eye(channels, 2 * channels + 1)], atol=1e-7)
 
 
 def test_grey_stays_grey_whatever_hue_and_saturation():
     pixels = np.repeat(noise(16, 16, 1), 3, axis=2)
-    for row in order.uniform_rows(0, "crop", 0, 20, crop.DRAWS):
+    for row in sampling.uniform_rows(0, "crop", 0, 20, random_resized_crop.DRAWS):
         exact, found = distort(pixels.astype(float), row[None]), finish(pixels, row[None])
         np.testing.assert_allclose(exact, exact[..., :1].repeat(3, axis=2), atol=2e-3)
         assert far(found, exact) < ROUNDED
@@ -576,7 +577,7 @@ def test_grey_stays_grey_whatever_hue_and_saturation():
 
 
 def test_maps_of_many_examples_are_those_of_each():
-    draws = order.uniform_rows(0, "crop", 0, 10, crop.DRAWS)
+    draws = sampling.uniform_rows(0, "crop", 0, 10, random_resized_crop.DRAWS)
     for channels in (1, 3):
         maps = CROP.color_maps(draws, channels)
         assert maps.shape == (10, channels, 2 * channels + 1)
@@ -596,7 +597,7 @@ def test_pixels_are_rounded_once_half_to_even(shape, channels):
     np.testing.assert_array_equal(still, np.rint(resized))
     if shape == (64, 64):  # means of four: a quarter of them end in a half
         assert (still != np.floor(resized + 0.5)).mean() > 0.1
-    for row in order.uniform_rows(0, "crop", 0, 5, crop.DRAWS):
+    for row in sampling.uniform_rows(0, "crop", 0, 5, random_resized_crop.DRAWS):
         [colors] = CROP.color_maps(row[None], channels)
         expected, twice = (
             np.clip(np.rint(distort(values.astype(float), row[None])), 0, 255) for values in (resized, np.rint(resized))
@@ -624,8 +625,8 @@ def test_what_is_above_255_is_255_and_what_is_below_0_is_0(channels):
 
 
 def boxes(size, count=2000, **options):
-    chosen = augment.inception(**options).crop
-    draws = order.uniform_rows(5, "crop", 0, count, crop.DRAWS)
+    chosen = policy.inception(**options).crop
+    draws = sampling.uniform_rows(5, "crop", 0, count, random_resized_crop.DRAWS)
     return chosen.boxes(np.tile(np.array(size, np.int32), (count, 1)), draws)
 
 
@@ -677,7 +678,7 @@ def test_of_an_odd_shaped_image_no_box_is_longer_than_it_may_be_nor_the_whole(si
 @pytest.mark.parametrize("size", [*SIZES, *ODD, (1, 1), (2, 3), (7, 5)])
 def test_boxes_are_inside_the_image(size):
     ends = np.array(np.meshgrid(*[[0, LAST]] * 4), np.float32).reshape(4, -1).T
-    extreme = CROP.boxes(np.tile(size, (len(ends), 1)), np.pad(ends, ((0, 0), (0, crop.DRAWS - 4))))
+    extreme = CROP.boxes(np.tile(size, (len(ends), 1)), np.pad(ends, ((0, 0), (0, random_resized_crop.DRAWS - 4))))
     for found in (boxes(size), extreme):
         assert found.dtype == np.int32
         assert found.min() >= 0
@@ -688,7 +689,7 @@ def test_boxes_are_inside_the_image(size):
 def test_all_places_are_reached_the_last_row_and_column_too():
     for area in (0, 0.3, 0.5, 0.8):
         draws = drawn(area=area).repeat(3000, axis=0)
-        draws[:, 2:4] = order.uniform_rows(5, "crop", 0, 3000, 2)
+        draws[:, 2:4] = sampling.uniform_rows(5, "crop", 0, 3000, 2)
         found = CROP.boxes(np.tile([7, 9], (3000, 1)), draws)
         [(height, width)] = {tuple(extent) for extent in found[:, 2:].tolist()}
         places = {(y, x) for y in range(8 - height) for x in range(10 - width)}
@@ -700,20 +701,20 @@ def test_all_places_are_reached_the_last_row_and_column_too():
 
 def test_boxes_by_given_draws():
     """Half of the area of 400x300 is 60000; as wide as the image it is 200 high, a stretch of 1.5."""
-    whole = augment.inception(least_area=0.0, most_stretch=2.0).crop
+    whole = policy.inception(least_area=0.0, most_stretch=2.0).crop
     height, width = math.sqrt(60000 / math.sqrt(0.5 * 1.5)), math.sqrt(60000 * math.sqrt(0.5 * 1.5))
     assert (round(height), round(width)) == (263, 228)
     np.testing.assert_array_equal(box((400, 300), whole, area=0.5), [69, 36, 263, 228])
     np.testing.assert_array_equal(box((400, 300), whole, area=0.5, stretch=0, y=0, x=0), [0, 0, 346, 173])
     np.testing.assert_array_equal(box((400, 300), whole, area=0.5, stretch=1, y=0, x=0), [0, 0, 200, 300])
     np.testing.assert_array_equal(box((400, 300), whole, area=0.125, stretch=1, y=LAST, x=0.25), [313, 32, 87, 173])
-    np.testing.assert_array_equal(box((400, 300), augment.inception(least_area=1.0).crop, stretch=0), [0, 0, 400, 300])
+    np.testing.assert_array_equal(box((400, 300), policy.inception(least_area=1.0).crop, stretch=0), [0, 0, 400, 300])
     np.testing.assert_array_equal(box((1000, 50), area=1, y=0.5), [467, 0, 67, 50])
 
 
 def test_draws_of_boxes_are_even():
     """The area always; the stretch where every one of them fits."""
-    draws = order.uniform_rows(5, "crop", 0, 4000, crop.DRAWS)
+    draws = sampling.uniform_rows(5, "crop", 0, 4000, random_resized_crop.DRAWS)
     _, _, height, width = CROP.boxes(np.tile([3000, 3000], (4000, 1)), draws).T.astype(float)
     area = height * width / 9e6
     np.testing.assert_allclose(area, 0.08 + 0.92 * draws[:, 0], atol=1e-3)
@@ -748,7 +749,7 @@ def test_boxes_cover_the_image_evenly():
 def test_a_box_is_a_function_of_its_draws():
     np.testing.assert_array_equal(boxes((90, 120), 200), boxes((90, 120), 200))
     assert len({tuple(box) for box in boxes((900, 1200), 200).tolist()}) == 200
-    draws = order.uniform_rows(5, "crop", 0, 20, crop.DRAWS)
+    draws = sampling.uniform_rows(5, "crop", 0, 20, random_resized_crop.DRAWS)
     sizes = np.random.default_rng(0).integers(1, 500, (20, 2), dtype=np.int32)
     together = CROP.boxes(sizes, draws)
     for number, found in enumerate(together):
@@ -765,9 +766,9 @@ def test_an_image_of_one_pixel_is_a_box():
 def cut(image, box, side=32):
     """As it is cut in a stream: `image` is a JPEG, or pixels."""
     box = np.array(box, np.int32)
-    part = crop.part_of(box, side)
-    small = decode.decode_jpeg(image, part) if isinstance(image, bytes) else crop.shrunk(image, part)
-    found = crop.cut(small, box, part)
+    part = random_resized_crop.part_of(box, side)
+    small = decode.decode_jpeg(image, part) if isinstance(image, bytes) else random_resized_crop.shrunk(image, part)
+    found = random_resized_crop.cut(small, box, part)
     assert found.dtype == np.uint8
     return found
 
@@ -775,8 +776,8 @@ def cut(image, box, side=32):
 def test_a_crop_is_halved_while_it_is_no_smaller_than_it_is_to_become():
     parts = {1: 1, 31: 1, 32: 1, 63: 1, 64: 2, 127: 2, 128: 4, 255: 4, 256: 8, 511: 8, 512: 8, 5000: 8}
     for length, part in parts.items():
-        assert crop.part_of(np.array([3, 4, length, 9999]), 32) == part
-        assert crop.part_of(np.array([3, 4, 9999, length]), 32) == part
+        assert random_resized_crop.part_of(np.array([3, 4, length, 9999]), 32) == part
+        assert random_resized_crop.part_of(np.array([3, 4, 9999, length]), 32) == part
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
@@ -809,10 +810,10 @@ def test_a_mirrored_crop_is_exactly_the_mirror_image(plain, channels):
 
 
 def test_every_second_one_is_mirrored():
-    draws = order.uniform_rows(0, "crop", 0, 4000, crop.DRAWS)
+    draws = sampling.uniform_rows(0, "crop", 0, 4000, random_resized_crop.DRAWS)
     np.testing.assert_array_equal(CROP.mirrored(draws), draws[:, COLUMNS.index("mirror")] < 0.5)
     assert 0.47 < CROP.mirrored(draws).mean() < 0.53
-    assert not augment.inception(mirror=False).crop.mirrored(draws).any()
+    assert not policy.inception(mirror=False).crop.mirrored(draws).any()
 
 
 def test_pixels_are_cut_resized_coloured_clipped_and_rounded_once():
@@ -882,7 +883,7 @@ def test_raw_pixels_are_made_smaller_by_averaging(box, channels):
 def test_raw_pixels_of_any_size_are_made_smaller_as_a_jpeg_is(size):
     data = jpeg(photo(*size))
     for part in (2, 4, 8):
-        found = crop.shrunk(decode.decode(data, 3), part)
+        found = random_resized_crop.shrunk(decode.decode(data, 3), part)
         assert found.shape == decode.decode_jpeg(data, part).shape
         assert np.abs(found.astype(float) - decode.decode_jpeg(data, part)).mean() < 1.5
 
@@ -905,7 +906,7 @@ def test_boxes_at_the_ends_of_an_image_are_whole_at_every_fraction(size):
             for value in (0, LAST):
                 for area in (0, 0.5, LAST):
                     own = box(size, area=area, y=value, x=value)
-                    part = crop.part_of(own, side)
+                    part = random_resized_crop.part_of(own, side)
                     assert cut(image, own, side).shape == (own[2] // part, own[3] // part, 3)
 
 
@@ -913,7 +914,7 @@ def test_boxes_at_the_ends_of_an_image_are_whole_at_every_fraction(size):
 
 
 def mixed(images, labels, draws, **alphas):
-    chosen = mix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
+    chosen = mixup_cutmix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
     found = chosen.apply(tf.constant(images), tf.constant(labels), tf.constant(draws, tf.float32))
     return tuple(part.numpy() for part in found)
 
@@ -926,7 +927,7 @@ def some_batch(count=8, side=16, channels=3, classes=5):
 
 def test_mixup_is_exact():
     images, labels = some_batch()
-    draws = mix.Mix(0.4, 0.0).draws(0, 0, 8)
+    draws = mixup_cutmix.Mix(0.4, 0.0).draws(0, 0, 8)
     share = draws[:, :1].astype(float)
     found, dense = mixed(images, labels, draws, mixup=0.4)
     partner = np.roll(images, -1, axis=0).astype(float)
@@ -938,7 +939,7 @@ def test_mixup_is_exact():
 
 def test_mixup_by_given_shares():
     images, labels = some_batch(4)
-    draws = np.full((4, mix.COLUMNS), 0.5, np.float32)
+    draws = np.full((4, mixup_cutmix.COLUMNS), 0.5, np.float32)
     draws[:, 0] = (1.0, 0.0, 0.5, 0.25)
     found, dense = mixed(images, labels, draws, mixup=1.0)
     np.testing.assert_array_equal(found[0], images[0])
@@ -954,7 +955,7 @@ def test_cutmix_labels_have_the_share_of_the_covered_pixels(channels):
     images, _ = some_batch(count, side, channels)
     images = images // 2 + 128 * (np.arange(count) % 2).astype(np.uint8)[:, None, None, None]  # who a pixel is of
     labels = np.eye(count, dtype=np.float32)
-    found, dense = mixed(images, labels, mix.Mix(0.0, 1.0).draws(0, 0, count), cutmix=1.0)
+    found, dense = mixed(images, labels, mixup_cutmix.Mix(0.0, 1.0).draws(0, 0, count), cutmix=1.0)
     partner = np.roll(images, -1, axis=0)
     covered = ((found >= 128) != (np.arange(count) % 2)[:, None, None, None]).all(axis=3)
     np.testing.assert_array_equal(found, np.where(covered[..., None], partner, images))
@@ -989,7 +990,7 @@ def test_with_both_each_is_for_one_half():
     count = 2000
     images = np.zeros((count, 4, 4, 1), np.uint8)
     images[::2] = 200
-    draws = mix.Mix(1.0, 1.0).draws(0, 0, count)
+    draws = mixup_cutmix.Mix(1.0, 1.0).draws(0, 0, count)
     found, dense = mixed(images, np.eye(2, dtype=np.float32)[np.arange(count) % 2], draws, mixup=1.0, cutmix=1.0)
     pasted = draws[:, 2] < 0.5
     assert 0.46 < pasted.mean() < 0.54
@@ -1003,7 +1004,7 @@ def test_with_both_each_is_for_one_half():
 
 @pytest.mark.parametrize(("alphas", "only"), [({"mixup": 0.3}, "mixup"), ({"cutmix": 0.7}, "cutmix")])
 def test_an_alpha_of_zero_leaves_it_out(alphas, only):
-    chosen = mix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
+    chosen = mixup_cutmix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
     draws = chosen.draws(0, 0, 200)
     images = np.zeros((200, 8, 8, 1), np.uint8)
     images[::2] = 255
@@ -1015,13 +1016,13 @@ def test_an_alpha_of_zero_leaves_it_out(alphas, only):
 
 
 def test_without_alphas_nothing_is_mixed():
-    assert augment.build("flip_crop", mixup=0.0, cutmix=0.0).mix is None
+    assert policy.build("flip_crop", mixup=0.0, cutmix=0.0).mix is None
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 8.0])
 def test_shares_come_from_their_beta_distribution(alpha):
-    draws = mix.Mix(alpha, 2 * alpha).draws(0, 0, 20_000).astype(float)
-    assert draws.shape == (20_000, mix.COLUMNS)
+    draws = mixup_cutmix.Mix(alpha, 2 * alpha).draws(0, 0, 20_000).astype(float)
+    assert draws.shape == (20_000, mixup_cutmix.COLUMNS)
     for column, own in ((0, alpha), (1, 2 * alpha)):
         assert draws[:, column].mean() == pytest.approx(0.5, abs=0.015)
         assert draws[:, column].var() == pytest.approx(1 / (4 * (2 * own + 1)), rel=0.05)
@@ -1031,20 +1032,22 @@ def test_shares_come_from_their_beta_distribution(alpha):
 
 
 def test_shares_are_a_function_of_seed_and_epoch():
-    chosen = mix.Mix(0.2, 1.0)
+    chosen = mixup_cutmix.Mix(0.2, 1.0)
     first = chosen.draws(0, 0, 100)
     assert first.dtype == np.float32
     np.testing.assert_array_equal(first, chosen.draws(0, 0, 100))
     assert (first != chosen.draws(0, 1, 100)).all()
     assert (first != chosen.draws(1, 0, 100)).all()
-    np.testing.assert_array_equal(first[:, 2:], mix.Mix(0.2, 0.0).draws(0, 0, 100)[:, 2:])
+    np.testing.assert_array_equal(first[:, 2:], mixup_cutmix.Mix(0.2, 0.0).draws(0, 0, 100)[:, 2:])
 
 
 @pytest.mark.parametrize("side", [16, 37, 224])
 @pytest.mark.parametrize("alphas", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
 def test_mixed_labels_sum_to_one_and_pixels_stay_in_range(alphas, side):
     images, labels = some_batch(8, side)
-    found, dense = mixed(images, labels, mix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas)).draws(0, 0, 8), **alphas)
+    found, dense = mixed(
+        images, labels, mixup_cutmix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas)).draws(0, 0, 8), **alphas
+    )
     assert (found.shape, found.dtype) == (images.shape, np.float32)
     assert (dense.shape, dense.dtype) == (labels.shape, np.float32)
     np.testing.assert_allclose(dense.sum(axis=1), 1, atol=1e-6)
@@ -1056,7 +1059,7 @@ def test_mixed_labels_sum_to_one_and_pixels_stay_in_range(alphas, side):
 
 def test_mixing_is_the_same_eagerly_and_in_a_map():
     images, labels = some_batch(32)
-    chosen = mix.Mix(0.4, 1.0)
+    chosen = mixup_cutmix.Mix(0.4, 1.0)
     draws = chosen.draws(0, 0, 32)
     eager = mixed(images, labels, draws, mixup=0.4, cutmix=1.0)
     for one, other in zip(eager, in_map(chosen.apply, images, labels, draws), strict=True):

@@ -16,10 +16,10 @@ import pytest
 import steps
 from conftest import ROOT, Done, message, once, run_command
 
-from train import build
-from train.compose import compose
-from train.config import SMALLEST_IMAGE
-from train.engine import BACKENDS
+from train.config.composition import compose
+from train.config.schema import SMALLEST_IMAGE
+from train.run import factory
+from train.runtime.backends import BACKENDS
 
 # --------------------------------------------------------------------------------------------------------- same steps
 
@@ -186,6 +186,6 @@ def test_what_a_backend_can_not_do(words: list[str], said: str):
 
 def test_a_backend_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    said = message(build.check_sources, compose(["backend=jax"]))
+    said = message(factory.check_sources, compose(["backend=jax"]))
     assert said.startswith("backend must be installed, got jax, which is not; use backend=tensorflow, or install the ")
     assert (ROOT / "requirements-jax.lock").name in said

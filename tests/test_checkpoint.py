@@ -27,20 +27,11 @@ from conftest import ROOT, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.checkpoint import (
-    ARRAYS,
-    DAMAGED,
-    MANIFEST,
-    UNFINISHED,
-    Checkpoints,
-    DamagedError,
-    Interval,
-    read,
-)
-from train.disk import point_link, write_atomically
-from train.loop import Progress
-from train.tracking.folder import Pulse, RunFolder, newest_unfinished
+from train.storage.atomic import point_link, write_atomically
 from train.tracking.journal import FIRST, Journal, ReplayError, read_journal
+from train.tracking.run_dir import Pulse, RunFolder, newest_unfinished
+from train.training.checkpoint import ARRAYS, DAMAGED, MANIFEST, UNFINISHED, Checkpoints, DamagedError, Interval, read
+from train.training.loop import Progress
 
 FULL = "No space left on device"
 
@@ -348,7 +339,7 @@ def test_what_is_read_is_what_was_saved_or_nothing(one: Path, data: st.DataObjec
 READ_AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from train.checkpoint import Checkpoints
+from train.training.checkpoint import Checkpoints
 os.chdir(sys.argv[1])
 if os.geteuid() == 0:  # who may read everything
     os.seteuid(65534)
@@ -374,7 +365,7 @@ SAVE = """
 import sys
 from pathlib import Path
 import numpy as np
-from train.checkpoint import Checkpoints
+from train.training.checkpoint import Checkpoints
 kept = Checkpoints(Path(sys.argv[1]), keep=1)
 kept.save(sys.argv[2], {"weights": np.arange(5000, dtype=np.float32)}, {"epoch": 2})
 kept.close()
@@ -909,8 +900,10 @@ def test_the_pulse_is_as_old_as_the_last_step(tmp_path: Path):
 
 def test_the_pulse_outlives_a_kill(tmp_path: Path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom train import faults\nfrom train.tracking.folder import Pulse\n"
-        "pulse = Pulse(Path(sys.argv[1]))\nfor _ in range(99):\n    pulse.beat()\n    faults.point('step', pulse.steps)"
+        "import sys\nfrom pathlib import Path\nfrom train.storage import fault_injection\n"
+        "from train.tracking.run_dir import Pulse\n"
+        "pulse = Pulse(Path(sys.argv[1]))\nfor _ in range(99):\n    pulse.beat()\n"
+        "    fault_injection.point('step', pulse.steps)"
     )
     path = tmp_path / "heartbeat"
     for life, step in enumerate((12, 30), 1):
@@ -934,7 +927,7 @@ def a_run(path: Path, began: float = 0.0, status: str | None = None) -> RunFolde
 HOLD = """
 import sys, time
 from pathlib import Path
-from train.tracking.folder import open_folder
+from train.tracking.run_dir import open_folder
 with open_folder(Path(sys.argv[1])).held():
     print("held", flush=True)
     time.sleep(60)

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 from conftest import ROOT, run_command, run_train
 
-from train.compose import compose
-from train.config import Claim, Expectation
+from train.config.composition import compose
+from train.config.schema import Claim, Expectation
 
 sys.path.insert(0, str(ROOT / "scripts"))  # processes of a pool find what they are told to run by its module
 NAMES = sorted(path.stem for path in (ROOT / "conf/experiment/claims").glob("[!_]*.yaml"))

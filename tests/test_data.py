@@ -20,9 +20,11 @@ from conftest import message
 from PIL import Image
 
 import train.data
-import train.data.folder
-from train.data import dataset, decode, fingerprint, ingest, prepared, records
-from train.runtime import cores
+import train.data.sources.folder
+from train.data import dataset, decode, fingerprint, pixel_cache
+from train.data.ingestion import validation
+from train.data.sources import record_readers, tfds
+from train.runtime.setup import cores
 
 REAL = os.environ.get("INCEPTION_REAL_DATA")
 needs_real_data = pytest.mark.skipif(
@@ -121,8 +123,8 @@ def broken(count, total, named, advice=None):
 @pytest.fixture
 def looked(monkeypatch):
     """Whatever is looked at from here on, by content."""
-    seen, look = [], ingest.look
-    monkeypatch.setattr(ingest, "look", lambda data, *others: seen.append(data) or look(data, *others))
+    seen, look = [], validation.look
+    monkeypatch.setattr(validation, "look", lambda data, *others: seen.append(data) or look(data, *others))
     return seen
 
 
@@ -286,7 +288,7 @@ def test_no_network(tmp_path, monkeypatch):
     def unreachable(request, timeout):
         raise OSError(f"asked {request.get_method()} with {timeout} s")
 
-    monkeypatch.setattr(prepared.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(tfds.urllib.request, "urlopen", unreachable)
     assert message(train.data.load, "mnist", str(tmp_path), image_size=28, channels=1) == (
         f"{FILES} where data=mnist can't be downloaded, got none "
         "(storage.googleapis.com is out of reach: asked HEAD with 5 s); "
@@ -319,7 +321,7 @@ def test_disk_fills_up_while_preparing(tmp_path, monkeypatch):
     def fill(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prepared, "_download_and_prepare", fill)
+    monkeypatch.setattr(tfds, "_download_and_prepare", fill)
     said = message(load_digits, tmp_path)
     assert said.startswith(f"data=digits must have about 1 MiB of free space in {tmp_path}, got ")
 
@@ -383,7 +385,7 @@ def test_the_index_of_records_is_made_once(tfrecord, monkeypatch):
     assert places.shape == (1797, 3)
     data = tfrecord.read_bytes()
     assert places[:, 2].sum() + 16 * 1797 == len(data)
-    monkeypatch.setattr(records, "_check_all", refuse)
+    monkeypatch.setattr(record_readers, "_check_all", refuse)
     assert load_digits(data_dir).fingerprint == DIGITS_FINGERPRINT
     os.utime(tfrecord, ns=(1, 1))
     with pytest.raises(AssertionError, match="made again"):
@@ -927,7 +929,7 @@ def test_a_file_changed_after_opening_is_named(folder, tmp_path):
         f"every example must be readable, got {path} " + said.format("changed since the data set was opened")
     )
     path.unlink()
-    assert message(lambda: split.images) == (
+    assert message(lambda: pixel_cache.images(split)) == (
         f"every example must be readable, got {path} " + said.format("No such file or directory")
     )
 

@@ -13,8 +13,10 @@ from conftest import Finished, message, run_command
 from test_fine_tune import digits, train
 from test_training import begin_anew, sgd, step_of
 
-from train import build, losses, models
-from train.compose import compose
+from train import models
+from train.config.composition import compose
+from train.run import factory
+from train.training import losses
 
 
 def softened(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -94,15 +96,15 @@ def test_another_teacher_in_the_same_place_is_refused(teacher: Path, tmp_path: P
 
 
 def test_teachers_that_can_not_teach(finished: Finished, tmp_path: Path):
-    said = message(build.check_sources, compose([f"distill.teacher={tmp_path}"]))
+    said = message(factory.check_sources, compose([f"distill.teacher={tmp_path}"]))
     assert said.startswith(f"distill.teacher must be the folder of a finished run, got {tmp_path}")
     copy = tmp_path / "unfinished"
     shutil.copytree(finished.path, copy, symlinks=True)
     (copy / "summary.json").unlink()
     assert "distill.teacher must be the folder of a finished run" in message(
-        build.check_sources, compose([f"distill.teacher={copy}"])
+        factory.check_sources, compose([f"distill.teacher={copy}"])
     )
     words = [f"distill.teacher={finished.path}", "data.image_size=48"]
     assert "distill.teacher must look at images of this run's shape, [48, 48, 1], got [32, 32, 1]" in message(
-        build.check_sources, compose(words)
+        factory.check_sources, compose(words)
     )

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from conftest import FROM_MAKE, ROOT, Done, message, once
 
-from train import checkpoint, meeting
-from train.compose import compose
-from train.config import ConfigError, Distributed
-from train.stored import Private, config_hash
-from train.team import Team
+from train.config.composition import compose
+from train.config.schema import ConfigError, Distributed
+from train.config.serialization import Private, config_hash
+from train.distributed import rendezvous
+from train.distributed.process_group import Team
+from train.training import checkpoint
 
 # ------------------------------------------------------------------------------------------------------ the meeting
 
@@ -41,7 +42,7 @@ def met(*groups: tuple[int, int], patience: float = 1.0) -> list[str]:
 
     def come(index: int, processes: int) -> str:
         try:
-            meeting.meet(Distributed(coordinator=place, index=index, processes=processes, wait_seconds=patience))
+            rendezvous.meet(Distributed(coordinator=place, index=index, processes=processes, wait_seconds=patience))
         except ConfigError as fault:
             return str(fault)
         return ""
@@ -89,12 +90,12 @@ def test_one_leaves_again_and_comes_back():
 
     def lead(patience: float) -> None:
         group = Distributed(coordinator=place, processes=3, wait_seconds=patience)
-        found.append(message(meeting.meet, group) if patience < 5 else str(meeting.meet(group)))
+        found.append(message(rendezvous.meet, group) if patience < 5 else str(rendezvous.meet(group)))
 
     def come_and_go() -> None:
         while True:
             try:
-                with socket.create_connection(meeting.address(place), 5) as line:
+                with socket.create_connection(rendezvous.address(place), 5) as line:
                     line.sendall(json.dumps({"index": 1, "processes": 3}).encode() + b"\n")
                     time.sleep(0.3)
                 return
@@ -105,7 +106,8 @@ def test_one_leaves_again_and_comes_back():
     leader.start()
     come_and_go()
     others = [
-        threading.Thread(target=meeting.meet, args=(Distributed(place, 3, index, 20),), daemon=True) for index in (1, 2)
+        threading.Thread(target=rendezvous.meet, args=(Distributed(place, 3, index, 20),), daemon=True)
+        for index in (1, 2)
     ]
     for one in others:
         one.start()
@@ -124,7 +126,7 @@ def test_who_talks_otherwise_is_no_process():
     found: list[str] = []
 
     def lead() -> None:
-        meeting.meet(Distributed(coordinator=place, processes=2, wait_seconds=10))
+        rendezvous.meet(Distributed(coordinator=place, processes=2, wait_seconds=10))
         found.append("met")
 
     leader = threading.Thread(target=lead)
@@ -132,12 +134,12 @@ def test_who_talks_otherwise_is_no_process():
     for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"index": "first"}\n', b""):
         while True:
             try:
-                with socket.create_connection(meeting.address(place), 5) as line:
+                with socket.create_connection(rendezvous.address(place), 5) as line:
                     line.sendall(noise)
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
-    meeting.meet(Distributed(coordinator=place, index=1, processes=2, wait_seconds=10))
+    rendezvous.meet(Distributed(coordinator=place, index=1, processes=2, wait_seconds=10))
     leader.join(20)
     assert found == ["met"]
 
@@ -153,26 +155,26 @@ def test_who_answers_otherwise_is_not_process_0():
             line.close()
 
         threading.Thread(target=chat, daemon=True).start()
-        said = message(meeting.meet, Distributed(coordinator=place, index=1, processes=2, wait_seconds=1))
+        said = message(rendezvous.meet, Distributed(coordinator=place, index=1, processes=2, wait_seconds=1))
     assert "which must be running, got 127.0.0.1:" in said
 
 
 def test_the_address_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = f"127.0.0.1:{taken.getsockname()[1]}"
-        said = message(meeting.meet, Distributed(coordinator=place, processes=2, wait_seconds=1))
+        said = message(rendezvous.meet, Distributed(coordinator=place, processes=2, wait_seconds=1))
     assert f"distributed.coordinator must be an address of process 0 that is free, got {place} (Address already" in said
 
 
 def test_an_address():
-    assert meeting.address("node1:4711") == ("node1", 4711)
-    assert meeting.address("[::1]:80") == ("::1", 80)
+    assert rendezvous.address("node1:4711") == ("node1", 4711)
+    assert rendezvous.address("[::1]:80") == ("::1", 80)
     for wrong in ("node1", "node1:", ":4711", "node1:http", "node1:70000"):
-        assert f"distributed.coordinator must be HOST:PORT, got {wrong}; use" in message(meeting.address, wrong)
-    assert meeting.bound_to("127.0.0.1:4711") == meeting.bound_to("localhost:4711") == "127.0.0.1:4711"
-    assert meeting.bound_to("node1:4711") == meeting.bound_to("10.0.0.1:4711") == "0.0.0.0:4711"
-    assert meeting.bound_to("[::1]:4711") == "[::1]:4711"
-    assert meeting.bound_to("[2001:db8::1]:4711") == "[::]:4711"
+        assert f"distributed.coordinator must be HOST:PORT, got {wrong}; use" in message(rendezvous.address, wrong)
+    assert rendezvous.bound_to("127.0.0.1:4711") == rendezvous.bound_to("localhost:4711") == "127.0.0.1:4711"
+    assert rendezvous.bound_to("node1:4711") == rendezvous.bound_to("10.0.0.1:4711") == "0.0.0.0:4711"
+    assert rendezvous.bound_to("[::1]:4711") == "[::1]:4711"
+    assert rendezvous.bound_to("[2001:db8::1]:4711") == "[::]:4711"
 
 
 MANY = ["backend=jax", "distributed.processes=2", "distributed.coordinator=node1:4711"]

@@ -15,7 +15,7 @@ from conftest import Done, Finished, message, once, run_command
 from PIL import Image
 
 from train.evaluate import evaluate
-from train.report import big
+from train.evaluation.html import big
 
 PICTURES = {"confusion.png", "reliability.png", "classes.png", "mistakes.png", "attention.png"}
 

@@ -18,10 +18,10 @@ from conftest import ROOT, Done, Finished, message, once, run_command
 from PIL import Image
 
 from train import formats, models
-from train.command import parse
+from train.cli.arguments import parse
 from train.data.decode import decode, resize
 from train.export import Export, export, refusal
-from train.models.complete import complete, in_float32, preprocessing
+from train.models.deployment import complete, in_float32, preprocessing
 
 TEST_EXAMPLES = 340
 QUICK = ("onnx", "tflite")  # need no TensorFlow

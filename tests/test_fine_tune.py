@@ -14,12 +14,12 @@ import tensorflow as tf
 from conftest import Finished, message, run_train
 from test_training import begin_anew, compiled, sgd, step_of
 
-from train import config as schema
 from train import models
-from train.compose import command_of, compose
-from train.step.layerwise import Plan
-from train.step.tensorflow import Step
-from train.stored import flatten
+from train.config import schema as schema
+from train.config.composition import command_of, compose
+from train.config.serialization import flatten
+from train.training.step.layerwise_lr import Plan
+from train.training.step.tensorflow import Step
 
 TINY = ("model.width=0.05", "steps_per_epoch=4", "batch_size=8", "tracking.wait_seconds=0", "tracking.log_model=false",
         "evaluate.test=false", "checkpoint.every_steps=1", "precision=float32")  # fmt: skip
@@ -91,16 +91,16 @@ def test_stages_have_their_epochs():
 
 def test_a_part_that_is_set_free_begins_as_adam_begins():
     """The first update of a weight is the learning rate, whenever it comes (Kingma & Ba 2015, section 2.1)."""
-    from train import optim
-    from train.step.layerwise import scaled
+    from train.training import optimizers
+    from train.training.step.layerwise_lr import scaled
 
     begin_anew("float32")
     late, head = (keras.layers.Dense(3, kernel_initializer="ones", name=name) for name in ("late", "head"))
     for layer in (late, head):
         layer.build((None, 2))
-    rate = optim.build_schedule("constant", stages=[(1, 0.1)], epoch_steps=100, warmup_epochs=0)
+    rate = optimizers.build_schedule("constant", stages=[(1, 0.1)], epoch_steps=100, warmup_epochs=0)
     rules = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-9, "weight_decay": 0.0}
-    optimizer = optim.build("adamw", rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules)
+    optimizer = optimizers.build("adamw", rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules)
     optimizer.build([*late.trainable_variables, *head.trainable_variables])
     plan = Plan({"late": [late], "head": [head]}, ((1, "head"), (1, "all")), 1.0, 50)
     gradients = [tf.ones((2, 3)), tf.ones(3)]
@@ -141,16 +141,16 @@ def test_every_part_learns_at_its_own_rate(decay: float = 0.5):
 @pytest.mark.parametrize("name", schema.GROUPS["optimizer"])
 def test_weights_decay_at_the_rate_of_their_part(name: str):
     """With no gradient at all only the decay moves a weight."""
-    from train import optim
-    from train.step.layerwise import scaled
+    from train.training import optimizers
+    from train.training.step.layerwise_lr import scaled
 
     begin_anew("float32")
     layer = keras.layers.Dense(3, kernel_initializer="ones")
     layer.build((None, 2))
     config = compose([f"optimizer={name}", "optimizer.weight_decay=0.5"])
     rules = {name: value for name, value in schema.options(config.optimizer).items() if name != "learning_rate"}
-    rate = optim.build_schedule("constant", stages=[(1, 0.1)], epoch_steps=10, warmup_epochs=0)
-    optimizer = optim.build(name, rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules)
+    rate = optimizers.build_schedule("constant", stages=[(1, 0.1)], epoch_steps=10, warmup_epochs=0)
+    optimizer = optimizers.build(name, rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules)
     optimizer.build(layer.trainable_variables)
     plan = Plan({"late": [layer], "middle": [], "head": []}, ((1, "all"),), 0.5)
     with scaled(optimizer, plan, 0):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from train.config import ConfigError
-from train.ground import FREE, changed, refuse_changes, unaccepted
+from train.config.compatibility import FREE, changed, refuse_changes, unaccepted
+from train.config.schema import ConfigError
 
 WAS = {"epochs": 2, "batch_size": 32, "code": "abc", "gone": 1}
 IS = {"epochs": 2, "batch_size": 64, "code": "def", "come": 2}

@@ -26,7 +26,7 @@ from PIL import Image
 
 from train import data
 from train.data.decode import FORMATS, decode, read_header
-from train.data.ingest import Limits, Look, look
+from train.data.ingestion.validation import Limits, Look, look
 
 REAL = os.environ.get("INCEPTION_REAL_DATA")
 NO_IMAGE = "no image of a known format (JPEG, PNG, GIF, BMP, WEBP)"
@@ -286,7 +286,7 @@ LOAD = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30,) * 2)  # of addresses, of which TensorFlow alone takes most
 from train import data
-from train.data.pixels import in_memory
+from train.data.pixel_cache import in_memory
 found = data.load(
     "folder", sys.argv[2], image_size=32, channels=3, root=sys.argv[1], on_error="skip", max_skipped=500, on_leak="warn"
 )

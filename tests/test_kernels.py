@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from train import models, optim
-from train.step.kernels import UPDATES, faster
+from train import models
+from train.training import optimizers
+from train.training.step.fused_kernels import UPDATES, faster
 
 SHAPE = (5, 6, 7, 8)
 
@@ -244,6 +245,6 @@ def test_every_optimizer_of_the_laboratory_has_one():
         "adamw": {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7},
         "rmsprop": {"rho": 0.9, "momentum": 0.9, "epsilon": 1.0},
     }
-    assert own.keys() == optim.OPTIMIZERS.keys()
+    assert own.keys() == optimizers.OPTIMIZERS.keys()
     for name, choice in own.items():
-        assert type(optim.build(name, lambda _: 0.1, **options, **choice)) in UPDATES
+        assert type(optimizers.build(name, lambda _: 0.1, **options, **choice)) in UPDATES

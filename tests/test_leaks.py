@@ -10,8 +10,8 @@ from conftest import message
 from PIL import Image
 
 import train.data
-from train.data import leaks, verdicts
-from train.data.ingest import likeness
+from train.data.ingestion import duplicates, example_index
+from train.data.ingestion.validation import likeness
 
 SPLITS = ("train", "validation", "test")
 DROP = "data.on_leak=drop leaves them out"
@@ -322,7 +322,7 @@ def test_flat_pictures_have_no_hash():
 
 def table(digests, found):
     """What is known of examples with these digests, hashes and thumbnails."""
-    draft = verdicts.Draft(len(digests))
+    draft = example_index.Draft(len(digests))
     for row, (content, (hashed, thumbnail)) in enumerate(zip(digests, found, strict=True)):
         draft.fill(row, sha256=content, likeness=hashed, thumbnail=thumbnail)
     names = [str(row) for row in range(len(digests))]
@@ -338,7 +338,7 @@ def pairs_of(found):
     rows = np.arange(len(found))
     splits = {"train": rows[:1], "validation": rows[:0], "test": rows[1:]}
     known = table([digest(row) for row in rows], found)
-    return leaks.find_leaks(splits, known, np.zeros(len(found), np.int32)).alike
+    return duplicates.find_leaks(splits, known, np.zeros(len(found), np.int32)).alike
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_leaks_are_those_that_comparing_every_pair_finds(seed):
     splits = {name: np.flatnonzero(place == number) for number, name in enumerate(SPLITS)}
     known = table([digest(number) for number in numbers], [(value, bytes(64)) for value in hashes])
 
-    found = leaks.find_leaks(splits, known, labels)
+    found = duplicates.find_leaks(splits, known, labels)
 
     alike, shared, conflicts = set(), set(), set()
     for one, other in itertools.permutations(range(count), 2):
@@ -403,7 +403,7 @@ def test_leaks_are_those_that_comparing_every_pair_finds(seed):
     assert all(numbers[one] == numbers[kept] and place[kept] > place[one] for one, kept in found.shared)
     assert sorted(numbers[group[0]] for group in found.conflicts) == sorted(conflicts)
 
-    kept = leaks.without_leaks(splits, found)
+    kept = duplicates.without_leaks(splits, found)
     np.testing.assert_array_equal(kept["test"], splits["test"])
     gone = set(range(count)) - {row for rows in kept.values() for row in rows.tolist()}
     assert gone == shared | {row for row in range(count) if numbers[row] in conflicts and place[row] < 2}

@@ -11,7 +11,7 @@ from conftest import message
 from PIL import Image
 
 import train.data
-from train.data import ingest
+from train.data.ingestion import validation
 
 TABLE = "data.file must be a table of path, label and split, got"
 
@@ -33,8 +33,8 @@ def root(tmp_path):
 @pytest.fixture
 def looked(monkeypatch):
     """Whatever is looked at from here on, by content."""
-    seen, look = [], ingest.look
-    monkeypatch.setattr(ingest, "look", lambda data, *others: seen.append(data) or look(data, *others))
+    seen, look = [], validation.look
+    monkeypatch.setattr(validation, "look", lambda data, *others: seen.append(data) or look(data, *others))
     return seen
 
 

@@ -14,8 +14,8 @@ import tensorflow as tf
 from train import models
 from train.models import blocks, heads
 from train.models import weights as weights_files
-from train.models.applications import fixed_names
 from train.models.cost import totals
+from train.models.keras_applications import fixed_names
 from train.models.weights import symbolic
 
 NAMES = tuple(models.BUILDERS)

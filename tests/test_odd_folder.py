@@ -17,7 +17,7 @@ import pytest
 from conftest import FROM_MAKE, ROOT, Done, answers, free_port, run_command, run_train, wait_for
 from PIL import Image
 
-from train.tracking.store import connect, database_path, sqlite_uri
+from train.tracking.mlflow_store import connect, database_path, sqlite_uri
 
 NAME = "a b%20c?d#é'\""
 TINY = ("model=vgg16", "model.width=0.1", "epochs=1", "steps_per_epoch=4", "batch_size=8", "tracking.wait_seconds=600")

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from train import models
-from train.models.cam import first_filters, grad_cam, last_map
-from train.pictures import curves, gallery, outcome, rows, style
-from train.scores import Outcome, scores
+from train.evaluation.metrics import Outcome, scores
+from train.evaluation.plots import classification, comparison, image_grids, learning_curves, style
+from train.models.grad_cam import first_filters, grad_cam, last_map
 
 
 def pixels(figure: Any) -> np.ndarray:
@@ -34,9 +34,9 @@ def said(classes: int, examples: int = 400) -> tuple[Outcome, dict[str, Any]]:
 def test_outcomes_of_any_number_of_classes_fit_on_a_page(classes: int):
     found, numbers = said(classes)
     for figure in (
-        outcome.confusion(numbers["confusion"], list(found.classes)),
-        outcome.reliability(numbers["calibration"], numbers["ece"]),
-        outcome.per_class(numbers["classes"]),
+        classification.confusion(numbers["confusion"], list(found.classes)),
+        classification.reliability(numbers["calibration"], numbers["ece"]),
+        classification.per_class(numbers["classes"]),
     ):
         height, width = pixels(figure).shape[:2]
         assert 180 < height < 1800
@@ -44,18 +44,18 @@ def test_outcomes_of_any_number_of_classes_fit_on_a_page(classes: int):
 
 
 def test_the_numbers_of_the_matrix_are_in_it():
-    figure = outcome.confusion([[5, 0], [2, 731]], ["a", "b"])
+    figure = classification.confusion([[5, 0], [2, 731]], ["a", "b"])
     assert {text.get_text() for text in figure.axes[0].texts} == {"5", "2", "731"}
     matrix, names = np.diag(range(50)), [f"c{n}" for n in range(50)]
     matrix[49, 48:] = 7, 3
-    large = outcome.confusion(matrix.tolist(), names)
+    large = classification.confusion(matrix.tolist(), names)
     assert [label.get_text() for label in large.axes[1].get_yticklabels()] == ["c49 → c48"]
 
 
 def test_a_class_without_examples_has_no_bar():
     _, numbers = said(3)
     numbers["classes"][1] |= {"f1": None}
-    figure = outcome.per_class(numbers["classes"])
+    figure = classification.per_class(numbers["classes"])
     assert len(figure.axes[0].patches) == 2
 
 
@@ -71,7 +71,7 @@ def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epoch
         line(1, 20, train__loss=1.9, train__main_loss=1.0, train__aux_loss=2.0, validation__loss=0.5,
              validation__main_accuracy=0.7, train__main_accuracy=0.8, learning_rate=0.0),
     ]  # fmt: skip
-    loss, accuracy, rate = (made.axes[0] for made in curves.learning_curves(lines, 1).values())
+    loss, accuracy, rate = (made.axes[0] for made in learning_curves.learning_curves(lines, 1).values())
     drawn = {one.get_label(): one.get_xydata().tolist() for one in loss.lines}
     assert drawn["train, main"] == [[1, 2.0], [2, 1.0]]
     assert drawn["validation"] == [[1, 1.5], [2, 0.5]]
@@ -83,17 +83,17 @@ def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epoch
 
 
 def test_without_a_mistake_that_is_said():
-    figure = gallery.mistakes(np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
+    figure = image_grids.mistakes(np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
     assert "no mistakes" in figure.axes[0].texts[0].get_text()
 
 
 def test_mistakes_and_filters_of_any_channels():
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
-    figure = gallery.mistakes(images, ["a"] * 7, [("b", 0.9)] * 7, ["name"] * 7)
+    figure = image_grids.mistakes(images, ["a"] * 7, [("b", 0.9)] * 7, ["name"] * 7)
     assert sum(bool(axes.images) for axes in figure.axes) == 7
     for channels in (1, 3, 5):
         kernel = np.random.default_rng(0).normal(size=(3, 3, channels, 70))
-        assert sum(bool(axes.images) for axes in gallery.filters(kernel, "conv").axes) == gallery.FILTERS
+        assert sum(bool(axes.images) for axes in image_grids.filters(kernel, "conv").axes) == image_grids.FILTERS
 
 
 # --------------------------------------------------------------------------------------------------------- Grad-CAM
@@ -150,7 +150,7 @@ def test_the_first_filters_are_those_of_the_first_convolution():
 
 def test_rows_and_the_front_are_drawn_for_one_seed_and_for_many():
     from train.compare import Row
-    from train.statistics import mean_of
+    from train.evaluation.statistics import mean_of
 
     def row(label: str, values: list[float], macs: float, *, best: bool) -> Row:
         figures = {"parameters": 1.0, "macs": macs, "images_per_second": 1.0, "memory": 1.0}
@@ -161,15 +161,15 @@ def test_rows_and_the_front_are_drawn_for_one_seed_and_for_many():
         row("b", [0.99], 9e8, best=True),
         row("c", [0.5], 2e8, best=False),
     ]
-    axes = rows.front(shown, "test/accuracy").axes[0]
+    axes = comparison.front(shown, "test/accuracy").axes[0]
     assert axes.get_xscale() == "log"
     assert {text.get_text() for text in axes.texts} == {"a", "b", "c"}
-    many = rows.seeds(shown * 40, "test/accuracy")
+    many = comparison.seeds(shown * 40, "test/accuracy")
     assert "the first 60 of 120" in many.axes[0].get_title(loc="left")
     unknown = [row("a", [0.9], float("nan"), best=False)]
-    assert "no run has its multiply-accumulates" in rows.front(unknown, "x").axes[0].texts[0].get_text()
+    assert "no run has its multiply-accumulates" in comparison.front(unknown, "x").axes[0].texts[0].get_text()
 
 
 def test_nothing_needs_a_screen(tmp_path: Path):
-    (tmp_path / "picture.png").write_bytes(style.png(gallery.filters(np.ones((3, 3, 1, 2)), "conv")))
+    (tmp_path / "picture.png").write_bytes(style.png(image_grids.filters(np.ones((3, 3, 1, 2)), "conv")))
     assert Image.open(tmp_path / "picture.png").format == "PNG"

@@ -24,10 +24,10 @@ from conftest import ROOT, Done, Finished, message, run_command
 from PIL import Image
 from test_export import shipped  # noqa: F401 (a fixture)
 
+from train.config.serialization import LAYOUT
 from train.predict import found, predict, ranked
 from train.serve import Served
-from train.stored import LAYOUT
-from train.tracking.folder import open_folder
+from train.tracking.run_dir import open_folder
 
 HEAVY = (
     "mlflow",
@@ -35,8 +35,8 @@ HEAVY = (
     "tensorflow_datasets",
     "hydra",
     "sklearn",
-    "train.run",
-    "train.loop",
+    "train.run.train_and_evaluate",
+    "train.training.loop",
     "optuna",
     "pandas",
 )

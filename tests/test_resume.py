@@ -17,15 +17,18 @@ import pytest
 import yaml
 from conftest import ROOT, THREADS, run_command, wait_for
 
-from train import checkpoint, compose, keeper, models, resume, run
-from train.config import ConfigError
+from train import models, resume
+from train.config import composition
+from train.config.compatibility import refuse_changes
+from train.config.schema import ConfigError
+from train.config.serialization import Private, to_dict
 from train.data import pipeline
-from train.ground import refuse_changes
-from train.loop import DivergedError, Stops
-from train.stored import Private, to_dict
-from train.tracking import record, uploader
-from train.tracking.folder import RunFolder, create, open_folder
+from train.run import state, train_and_evaluate
+from train.tracking import run_metadata, uploader
 from train.tracking.journal import ReplayError, comparable
+from train.tracking.run_dir import RunFolder, create, open_folder
+from train.training import checkpoint
+from train.training.loop import DivergedError, Stops
 
 # The quickest network to build.
 TINY = [
@@ -53,25 +56,25 @@ class Dead(BaseException):
 
 def begin(folder: Path, *words: str) -> dict[str, Any]:
     """The first life of a run; its summary."""
-    config = compose.compose([f"run_dir='{folder}'", f"threads={THREADS}", *TINY, *words])
+    config = composition.compose([f"run_dir='{folder}'", f"threads={THREADS}", *TINY, *words])
     return life(create(config.run_dir, ROOT / "runs", "tests", latest=False), config, Private())
 
 
 def go_on(folder: Path, *words: str, accepted: str = "") -> dict[str, Any]:
     """One more life, with the stored config and these words."""
     stored = yaml.safe_load((folder / "config.yaml").read_text())
-    node = compose.stored(stored, list(words))
+    node = composition.stored(stored, list(words))
     return life(
         open_folder(folder),
-        compose.to_config(node),
-        compose.private(node),
+        composition.to_config(node),
+        composition.private(node),
         frozenset(filter(None, accepted.split(","))),
     )
 
 
 def life(folder: RunFolder, config: Any, private: Private, accepted: frozenset[str] = frozenset()) -> dict[str, Any]:
-    told = run.Life(folder, config, private, Stops(), accepted, record.begin(folder, config))
-    run.tell(told)
+    told = train_and_evaluate.Life(folder, config, private, Stops(), accepted, run_metadata.begin(folder, config))
+    train_and_evaluate.tell(told)
     return told.summary
 
 
@@ -87,7 +90,7 @@ def dying(monkeypatch: pytest.MonkeyPatch):
             if where == name and (passed[where] if at is None else at) == number:
                 raise Dead
 
-        monkeypatch.setattr(keeper.faults, "point", point)
+        monkeypatch.setattr(state.faults, "point", point)
 
     return die
 
@@ -132,9 +135,9 @@ def test_loading_threads_prefetch_and_logging_change_no_bit(
 
 def test_compute_threads_belong_to_the_config():
     """They change bits, so that the same hash must not stand for both."""
-    from train.stored import config_hash
+    from train.config.serialization import config_hash
 
-    one, two = (compose.compose([f"threads={number}"]) for number in (1, 2))
+    one, two = (composition.compose([f"threads={number}"]) for number in (1, 2))
     assert config_hash(one, Private()) != config_hash(two, Private())
 
 
@@ -275,7 +278,7 @@ def halted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (where, at) == ("step", 7):
             raise Dead
 
-    patch.setattr(keeper.faults, "point", point)
+    patch.setattr(state.faults, "point", point)
     folder = tmp_path_factory.mktemp("halted") / "run"
     with pytest.raises(Dead):
         begin(folder, EVERY)
@@ -412,7 +415,7 @@ def test_a_run_that_is_alive_is_refused(halted: Path):
 
 
 def test_training_into_the_folder_of_another_config_is_refused(halted: Path):
-    config = compose.compose([f"run_dir={halted}", f"threads={THREADS}", *TINY, EVERY, "seed=5", "optimizer=adamw"])
+    config = composition.compose([f"run_dir={halted}", f"threads={THREADS}", *TINY, EVERY, "seed=5", "optimizer=adamw"])
     with pytest.raises(ConfigError) as caught:
         resume.train_again(open_folder(halted), config, Private())
     assert "optimizer.name was sgd, is adamw; " in str(caught.value)
@@ -421,22 +424,24 @@ def test_training_into_the_folder_of_another_config_is_refused(halted: Path):
 
 def test_training_again_takes_what_may_differ_from_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PICTURES", str(tmp_path))
-    config = compose.compose(["data=folder", f"data.root={tmp_path}", "tracking.uri=http://me:secret@h:1", "seed=3"])
+    config = composition.compose(
+        ["data=folder", f"data.root={tmp_path}", "tracking.uri=http://me:secret@h:1", "seed=3"]
+    )
     reference = Private({"data.root": "${oc.env:PICTURES}"}, {})
     for private, root in ((Private(), tmp_path), (reference, "${oc.env:PICTURES}")):
         words = resume.free_words(config, private)
         assert f"data.root={root}" in words and "tracking.uri=http://me:secret@h:1" in words
-        node = compose.stored(to_dict(config, Private()), words)
-        assert compose.to_config(node).data == config.data
+        node = composition.stored(to_dict(config, Private()), words)
+        assert composition.to_config(node).data == config.data
     assert not any(word.startswith(("seed", "run_dir", "data.manual_dir")) for word in words)
 
 
 def test_a_value_from_the_environment_that_was_not_stored_has_to_be_given(halted: Path):
     stored = yaml.safe_load((halted / "config.yaml").read_text())
-    stored["tracking"]["uri"] = compose.HIDDEN
+    stored["tracking"]["uri"] = composition.HIDDEN
     with pytest.raises(ConfigError, match=r"tracking.uri must be given again, since it was not stored; use tracking"):
-        compose.stored(stored, [])
-    assert compose.stored(stored, ["tracking.uri=http://h:1"]).tracking.uri == "http://h:1"
+        composition.stored(stored, [])
+    assert composition.stored(stored, ["tracking.uri=http://h:1"]).tracking.uri == "http://h:1"
 
 
 # ----------------------------------------------------------------------------------------------- numbers gone bad
@@ -512,10 +517,10 @@ def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(
                 while True:
                     file.write(bytes(4096))
 
-    monkeypatch.setattr(keeper.faults, "point", point)
-    config = compose.compose([f"run_dir={disk / 'run'}", f"threads={THREADS}", *TINY, EVERY])
+    monkeypatch.setattr(state.faults, "point", point)
+    config = composition.compose([f"run_dir={disk / 'run'}", f"threads={THREADS}", *TINY, EVERY])
     folder = create(config.run_dir, ROOT / "runs", "tests", latest=False)
-    assert run.live(folder, config, Private()) == 1
+    assert train_and_evaluate.live(folder, config, Private()) == 1
     told = capsys.readouterr().err
     assert answer.format(disk / "run") in told
     assert "Traceback" not in told

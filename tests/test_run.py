@@ -23,13 +23,14 @@ import yaml
 from conftest import ROOT, SECRET, THREADS, Finished, run_command, run_train
 from PIL import Image
 
-from train import build, run, runtime
-from train.compose import compose
-from train.config import ConfigError
-from train.loop import Stops
-from train.stored import Private
-from train.tracking import record, uploader
-from train.tracking.folder import create, open_folder
+from train.config.composition import compose
+from train.config.schema import ConfigError
+from train.config.serialization import Private
+from train.run import factory, train_and_evaluate
+from train.runtime import setup
+from train.tracking import run_metadata, uploader
+from train.tracking.run_dir import create, open_folder
+from train.training.loop import Stops
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +44,8 @@ def in_process(folder: Path, *words: str) -> dict[str, Any]:
     config = compose([f"run_dir={folder}", f"threads={THREADS}", "evaluate.report=false", *words])
     there = (folder / "run.json").exists()
     place = open_folder(folder) if there else create(config.run_dir, ROOT / "runs", "tests", latest=False)
-    life = run.Life(place, config, Private(), Stops(), summary=record.begin(place, config))
-    run.tell(life)
+    life = train_and_evaluate.Life(place, config, Private(), Stops(), summary=run_metadata.begin(place, config))
+    train_and_evaluate.tell(life)
     return life.summary
 
 
@@ -131,12 +132,13 @@ def test_the_data_is_described(finished: Finished):
 def test_the_first_batch_is_drawn_as_the_network_sees_it(finished: Finished):
     """Its 32 examples on a white sheet, each pixel shown as 2x2."""
     from train import data
-    from train.data import augment, pipeline
+    from train.data import pipeline
+    from train.data.augmentation import policy
 
     sheet = np.asarray(Image.open(finished.path / "augmented.png").resize((270, 134), Image.Resampling.NEAREST))
     split = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).train
     [(images, _)] = pipeline.train_batches(
-        split, batch_size=32, seed=0, epoch=0, augmentation=augment.build("crop"), num_classes=10
+        split, batch_size=32, seed=0, epoch=0, augmentation=policy.build("crop"), num_classes=10
     ).take(1)
     for number, image in enumerate(images.numpy()):
         top, left = 34 * (number // 8), 34 * (number % 8)
@@ -146,19 +148,19 @@ def test_the_first_batch_is_drawn_as_the_network_sees_it(finished: Finished):
 
 def test_other_data_than_was_asked_for_is_refused(tmp_path: Path):
     config = compose([f"run_dir={tmp_path}", "data.fingerprint=0123"])
-    dataset, _ = build.load_data(config, crops=False)
+    dataset, _ = factory.load_data(config, crops=False)
     with pytest.raises(ConfigError) as refused:
-        build.check_fingerprint(config, dataset)
+        factory.check_fingerprint(config, dataset)
     assert str(refused.value) == (
         f"data.fingerprint must be that of the data, {dataset.fingerprint}, got 0123; "
         "use the data of the earlier run, or data.fingerprint=null"
     )
-    build.check_fingerprint(compose([f"data.fingerprint={dataset.fingerprint}"]), dataset)
+    factory.check_fingerprint(compose([f"data.fingerprint={dataset.fingerprint}"]), dataset)
 
 
 def test_a_run_that_waited_for_its_data_says_so():
-    assert run.waiting(0.049) == ""
-    assert run.waiting(0.314) == (
+    assert train_and_evaluate.waiting(0.049) == ""
+    assert train_and_evaluate.waiting(0.314) == (
         "the input bound this run: 31% of the training time was spent waiting for data; use a larger "
         "data.ram_budget, data.cache=disk, a cheaper augment, smaller files, or more processor cores"
     )
@@ -382,7 +384,7 @@ def test_a_data_set_prepared_on_the_way_changes_no_bit(tmp_path: Path):
 
 def test_our_warnings_are_seen_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Such as classifier layers of a weight file that don't fit and start anew; other packages' stay in train.log."""
-    with record.log_file(create(str(tmp_path / "run"), tmp_path, "x", latest=False)):
+    with run_metadata.log_file(create(str(tmp_path / "run"), tmp_path, "x", latest=False)):
         logging.getLogger("train.models.weights").warning("predictions starts anew")
         logging.getLogger("train.models.weights").info("loaded")
         logging.getLogger("elsewhere").warning("noise")
@@ -394,9 +396,9 @@ def test_our_warnings_are_seen_on_the_terminal(tmp_path: Path, capsys: pytest.Ca
 
 def test_two_runs_of_a_process_stand_on_the_same_ground(tmp_path: Path):
     log = tmp_path / "log"
-    runtime.prepare(compose([f"threads={THREADS}"]), log)
+    setup.prepare(compose([f"threads={THREADS}"]), log)
     with pytest.raises(ConfigError, match=f"threads must be the same for all runs of a process, got 1 after {THREADS}"):
-        runtime.prepare(compose(["threads=1"]), log)
+        setup.prepare(compose(["threads=1"]), log)
 
 
 def test_accumulating_over_more_steps_than_there_are_is_refused(tmp_path: Path):

@@ -7,8 +7,17 @@ import pytest
 from conftest import message
 from sklearn import metrics
 
-from train import views
-from train.scores import Outcome, answers, bootstrap_interval, calibration, evaluate, headline, log_softmax, scores
+from train.evaluation import test_time_augmentation
+from train.evaluation.metrics import (
+    Outcome,
+    answers,
+    bootstrap_interval,
+    calibration,
+    evaluate,
+    headline,
+    log_softmax,
+    scores,
+)
 
 CLASSES = ("cat", "dog", "eel")
 # Six answers: right, right, wrong and sure, right, wrong, right.
@@ -105,18 +114,20 @@ def lit() -> np.ndarray:
 
 
 def test_one_view_is_the_network_itself():
-    assert views.averaged(brightness, "one") is brightness
+    assert test_time_augmentation.averaged(brightness, "one") is brightness
 
 
 def test_mirrored_answers_are_averaged_as_probabilities():
-    found = np.exp(views.averaged(brightness, "mirror")(lit()))
+    found = np.exp(test_time_augmentation.averaged(brightness, "mirror")(lit()))
     np.testing.assert_allclose(found, 0.5)  # what speaks for left speaks for right in the mirror
 
     def asymmetric(images: np.ndarray) -> np.ndarray:
         return np.stack([images[:, 0, 0, 0] / 50.0, np.zeros(len(images))], 1)
 
     plain, mirrored = (np.exp(log_softmax(asymmetric(pixels))) for pixels in (lit(), lit()[:, :, ::-1]))
-    np.testing.assert_allclose(np.exp(views.averaged(asymmetric, "mirror")(lit())), (plain + mirrored) / 2)
+    np.testing.assert_allclose(
+        np.exp(test_time_augmentation.averaged(asymmetric, "mirror")(lit())), (plain + mirrored) / 2
+    )
 
 
 def test_ten_crops_are_ten_and_keep_the_size():
@@ -126,9 +137,9 @@ def test_ten_crops_are_ten_and_keep_the_size():
         seen.append(images)
         return brightness(images)
 
-    assert views.averaged(predict, "ten_crop")(lit()).shape == (3, 2)
+    assert test_time_augmentation.averaged(predict, "ten_crop")(lit()).shape == (3, 2)
     assert [(images.shape, images.dtype) for images in seen] == [((3, 8, 8, 1), np.uint8)] * 10
     np.testing.assert_array_equal(seen[5], seen[0][:, :, ::-1])
     corner = np.zeros((1, 16, 16, 1), np.uint8)
     corner[0, 0, 0] = 255
-    assert [bool(view(corner).any()) for view in views.CROPS] == [False, True, False, False, False]
+    assert [bool(view(corner).any()) for view in test_time_augmentation.CROPS] == [False, True, False, False, False]

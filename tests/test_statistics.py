@@ -6,7 +6,7 @@ import pytest
 from conftest import message
 from scipy import stats
 
-from train.statistics import mean_of, paired
+from train.evaluation.statistics import mean_of, paired
 
 ONE = {0: 0.91, 1: 0.93, 2: 0.90, 3: 0.95, 4: 0.92}
 OTHER = {0: 0.90, 1: 0.90, 2: 0.91, 3: 0.93, 5: 0.10}

@@ -15,7 +15,8 @@ from conftest import message
 from PIL import Image
 
 import train.data
-from train.data import augment, crop, dataset, decode, order, pipeline
+from train.data import dataset, decode, pipeline, pixel_cache, sampling
+from train.data.augmentation import policy, random_resized_crop
 
 BATCH = 16
 PLACES = ("memory", "disk", "none")
@@ -99,7 +100,7 @@ def take(stream):
 
 
 def epoch_of(split, **options):
-    defaults = {"batch_size": BATCH, "seed": 1, "epoch": 0, "num_classes": 3, "augmentation": augment.crop()}
+    defaults = {"batch_size": BATCH, "seed": 1, "epoch": 0, "num_classes": 3, "augmentation": policy.crop()}
     return take(pipeline.train_batches(split, **(defaults | options)))
 
 
@@ -136,38 +137,38 @@ class Counting:
 
 
 def test_order_covers_every_index_once_and_differs_by_epoch_and_seed():
-    first = order.permutation(0, 0, 1000)
+    first = sampling.permutation(0, 0, 1000)
     np.testing.assert_array_equal(np.sort(first), np.arange(1000))
-    np.testing.assert_array_equal(first, order.permutation(0, 0, 1000))
+    np.testing.assert_array_equal(first, sampling.permutation(0, 0, 1000))
     for seed, epoch in ((0, 1), (1, 0)):
-        assert (first != order.permutation(seed, epoch, 1000)).mean() > 0.99
+        assert (first != sampling.permutation(seed, epoch, 1000)).mean() > 0.99
 
 
 def test_draws_are_pinned():
-    np.testing.assert_array_equal(order.permutation(0, 0, 8), [5, 1, 6, 7, 0, 2, 4, 3])
-    np.testing.assert_array_equal(order.balanced(0, 0, np.array([0, 0, 0, 0, 0, 1, 2, 2])), [0, 2, 5, 7, 6, 3, 5, 5])
+    np.testing.assert_array_equal(sampling.permutation(0, 0, 8), [5, 1, 6, 7, 0, 2, 4, 3])
+    np.testing.assert_array_equal(sampling.balanced(0, 0, np.array([0, 0, 0, 0, 0, 1, 2, 2])), [0, 2, 5, 7, 6, 3, 5, 5])
     np.testing.assert_array_equal(
-        order.uniform_rows(3, "augment", 2, 10, 3)[0], np.array([0.8530739, 0.56678474, 0.8276501], np.float32)
+        sampling.uniform_rows(3, "augment", 2, 10, 3)[0], np.array([0.8530739, 0.56678474, 0.8276501], np.float32)
     )
     np.testing.assert_array_equal(
-        order.uniform_rows(3, "crop", 2, 10, 3)[0], np.array([0.09266347, 0.8025931, 0.58499205], np.float32)
+        sampling.uniform_rows(3, "crop", 2, 10, 3)[0], np.array([0.09266347, 0.8025931, 0.58499205], np.float32)
     )
-    draws = order.uniform_rows(3, "crop", 2, 10, crop.DRAWS)
+    draws = sampling.uniform_rows(3, "crop", 2, 10, random_resized_crop.DRAWS)
     np.testing.assert_array_equal(INCEPTION.crop.boxes(np.array([[900, 1200]] * 10), draws)[0], [300, 297, 387, 461])
 
 
 def test_one_more_column_of_draws_leaves_the_others_as_they_were():
-    wide, narrow = order.uniform_rows(3, "augment", 2, 10, 3), order.uniform_rows(3, "augment", 2, 10, 2)
+    wide, narrow = sampling.uniform_rows(3, "augment", 2, 10, 3), sampling.uniform_rows(3, "augment", 2, 10, 2)
     np.testing.assert_array_equal(wide[:, :2], narrow)
     assert wide.dtype == np.float32
     assert wide.min() >= 0
     assert wide.max() < 1
-    assert (wide != order.uniform_rows(3, "other", 2, 10, 3)).all()
+    assert (wide != sampling.uniform_rows(3, "other", 2, 10, 3)).all()
 
 
 def test_draws_of_seeds_purposes_and_epochs_differ():
     rows = {
-        order.uniform_rows(seed, purpose, epoch, 1, 3).tobytes()
+        sampling.uniform_rows(seed, purpose, epoch, 1, 3).tobytes()
         for seed in range(10)
         for purpose in ("crop", "mix")
         for epoch in range(10)
@@ -178,7 +179,7 @@ def test_draws_of_seeds_purposes_and_epochs_differ():
 @pytest.mark.parametrize("counts", [(20, 50, 90), (1, 1, 98), (7, 7, 7), (3, 0, 97), (1, 2, 2)])
 def test_a_balanced_order_has_every_class_equally_often(counts):
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], counts))
-    drawn = order.balanced(0, 0, labels)
+    drawn = sampling.balanced(0, 0, labels)
     assert drawn.shape == labels.shape
     often = np.bincount(labels[drawn], minlength=3)[np.array(counts) > 0]
     assert often.max() - often.min() <= 1
@@ -189,19 +190,19 @@ def test_a_balanced_order_has_every_class_equally_often(counts):
 
 def test_an_order_that_is_not_balanced_is_told_from_one_that_is():
     labels = np.repeat([0, 1, 2], (20, 50, 90))
-    often = np.bincount(labels[order.permutation(0, 0, 160)])
+    often = np.bincount(labels[sampling.permutation(0, 0, 160)])
     np.testing.assert_array_equal(often, [20, 50, 90])
-    np.testing.assert_array_equal(np.sort(np.bincount(labels[order.balanced(0, 0, labels)])), [53, 53, 54])
+    np.testing.assert_array_equal(np.sort(np.bincount(labels[sampling.balanced(0, 0, labels)])), [53, 53, 54])
 
 
 def test_a_balanced_order_is_a_function_of_seed_and_epoch_and_is_mixed():
     labels = np.repeat([0, 1, 2], (20, 50, 90))
-    first = order.balanced(0, 0, labels)
-    np.testing.assert_array_equal(first, order.balanced(0, 0, labels))
+    first = sampling.balanced(0, 0, labels)
+    np.testing.assert_array_equal(first, sampling.balanced(0, 0, labels))
     for seed, epoch in ((0, 1), (1, 0)):
-        assert (first != order.balanced(seed, epoch, labels)).mean() > 0.9
+        assert (first != sampling.balanced(seed, epoch, labels)).mean() > 0.9
     in_large = [
-        set(order.balanced(0, epoch, labels)[labels[order.balanced(0, epoch, labels)] == 2]) for epoch in (0, 1)
+        set(sampling.balanced(0, epoch, labels)[labels[sampling.balanced(0, epoch, labels)] == 2]) for epoch in (0, 1)
     ]
     assert in_large[0] != in_large[1]  # others are left out the next time
     for quarter in np.split(labels[first], 4):
@@ -212,25 +213,25 @@ def test_a_balanced_order_is_a_function_of_seed_and_epoch_and_is_mixed():
 
 
 def test_an_epoch(train_split):
-    batches = epoch_of(train_split, augmentation=augment.none(), batch_size=15)
+    batches = epoch_of(train_split, augmentation=policy.none(), batch_size=15)
     assert [batch[0].shape for batch in batches] == [(15, 8, 8, 3)] * 10  # the last ten examples are no whole batch
     assert batches[0][0].dtype == np.uint8
     assert batches[0][1].dtype == np.float32
-    places = order.permutation(1, 0, 160)[:150]
+    places = sampling.permutation(1, 0, 160)[:150]
     expected = np.stack([train_split.example(place) for place in places])
     np.testing.assert_array_equal(images_of(batches), expected)
     np.testing.assert_array_equal(labels_of(batches), np.eye(3)[train_split.labels[places]])
 
 
 def test_an_epoch_sees_every_example_once(train_split):
-    seen = sorted(image.tobytes() for image in images_of(epoch_of(train_split, augmentation=augment.none())))
+    seen = sorted(image.tobytes() for image in images_of(epoch_of(train_split, augmentation=policy.none())))
     assert len(set(seen)) == 160
     assert seen == sorted(train_split.example(index).tobytes() for index in range(160))
 
 
 AUGMENTATIONS = {
-    "flip_crop_erase": augment.build("flip_crop", erase=0.5),
-    "randaugment_mixed": augment.build("randaugment", mixup=0.2, cutmix=1.0),
+    "flip_crop_erase": policy.build("flip_crop", erase=0.5),
+    "randaugment_mixed": policy.build("randaugment", mixup=0.2, cutmix=1.0),
 }
 
 
@@ -249,21 +250,21 @@ def test_a_stream_is_a_function_of_seed_and_epoch(train_split, augmentation):
 
 
 def test_every_example_is_changed_by_its_own_draws(train_split):
-    chosen = augment.build("randaugment", erase=0.5)
-    places = order.permutation(1, 3, 160)
-    rows = order.uniform_rows(1, "paint", 3, 160, chosen.paint.columns)
+    chosen = policy.build("randaugment", erase=0.5)
+    places = sampling.permutation(1, 3, 160)
+    rows = sampling.uniform_rows(1, "paint", 3, 160, chosen.paint.columns)
     expected = np.stack([chosen.paint.apply(train_split.example(place), rows[place]) for place in places])
     for move in chosen.moves:
-        expected = move.apply(expected, order.uniform_rows(1, move.purpose, 3, 160, move.columns)[places]).numpy()
+        expected = move.apply(expected, sampling.uniform_rows(1, move.purpose, 3, 160, move.columns)[places]).numpy()
     np.testing.assert_array_equal(images_of(epoch_of(train_split, augmentation=chosen, epoch=3)), expected)
 
 
 def test_another_epoch_changes_an_example_in_another_way(train_split):
     def shifted(epoch):
         images = images_of(epoch_of(train_split, epoch=epoch))
-        return images[np.argsort(order.permutation(1, epoch, 160))]
+        return images[np.argsort(sampling.permutation(1, epoch, 160))]
 
-    still = train_split.images
+    still = pixel_cache.images(train_split)
     alike = [(shifted(0) == other).all(axis=(1, 2, 3)).mean() for other in (shifted(1), still)]
     np.testing.assert_allclose(alike, 1 / 9, atol=0.08)  # one of the 3 x 3 shifts
 
@@ -302,7 +303,7 @@ def test_a_share_reads_nothing_of_the_others(train_split):
     store = Counting(train_split.store)
     split = replace(train_split, store=store, pixels="none")
     assert len(epoch_of(split, share=(1, 2))) == 10
-    own = split.rows[order.permutation(1, 0, 160)].reshape(10, 2, 8)[:, 1]
+    own = split.rows[sampling.permutation(1, 0, 160)].reshape(10, 2, 8)[:, 1]
     assert sorted(store.rows) == sorted(own.reshape(-1).tolist())
 
 
@@ -339,7 +340,7 @@ def test_resuming_decodes_nothing_of_what_is_done(train_split, monkeypatch):
     split = replace(train_split, store=store, pixels="none")
     assert len(epoch_of(split, first_batch=8)) == 2
     assert len(decoded) == 32
-    assert sorted(store.rows) == sorted(split.rows[order.permutation(1, 0, 160)[128:]].tolist())
+    assert sorted(store.rows) == sorted(split.rows[sampling.permutation(1, 0, 160)[128:]].tolist())
     decoded.clear()
     assert len(epoch_of(split)) == 10
     assert len(decoded) == 160
@@ -349,31 +350,32 @@ def test_resuming_decodes_nothing_of_what_is_done(train_split, monkeypatch):
 def test_deterministic_mode_leaves_the_bits_alone(train_split, photos):
     code = (
         "import sys, hashlib, tensorflow as tf, train.data as d; from dataclasses import replace;"
-        "from train.data import augment, pipeline;"
+        "from train.data import pipeline; from train.data.augmentation import policy;"
         "tf.config.experimental.enable_op_determinism(); tf.keras.utils.set_random_seed(0);"
         "noise, photos = (d.load('folder', sys.argv[i + 1], image_size=size, channels=3, root=sys.argv[i]).train"
         " for i, size in ((1, 8), (3, 32)));"
         "options = dict(batch_size=16, seed=1, epoch=0, num_classes=3);"
         "say = lambda split, chosen: print(hashlib.sha256(b''.join(part.numpy().tobytes() for batch in"
         " pipeline.train_batches(split, augmentation=chosen, **options) for part in batch)).hexdigest());"
-        "[say(replace(noise, pixels=place), augment.build('randaugment', cutmix=1.0)) for place in ('memory', 'none')];"
-        "say(replace(photos, pixels='files'), augment.inception())"
+        "[say(replace(noise, pixels=place), policy.build('randaugment', cutmix=1.0)) for place in ('memory', 'none')];"
+        "say(replace(photos, pixels='files'), policy.inception())"
     )
     places = [part for split in (train_split, photos) for part in (split.origin, split.folder.parent)]
     command = [sys.executable, "-c", code, *map(str, places)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd()).stdout.split()
-    mixed = digest(epoch_of(train_split, augmentation=augment.build("randaugment", cutmix=1.0)))
-    assert said == [mixed, mixed, digest(epoch_of(photos, augmentation=augment.inception()))]
+    mixed = digest(epoch_of(train_split, augmentation=policy.build("randaugment", cutmix=1.0)))
+    assert said == [mixed, mixed, digest(epoch_of(photos, augmentation=policy.inception()))]
 
 
 @pytest.mark.slow
 def test_batches_are_on_the_device_that_wants_them_and_the_same(train_split):
     code = (
-        "import sys, tensorflow as tf, train.data as d; from train.data import augment, pipeline;"
+        "import sys, tensorflow as tf, train.data as d; from train.data import pipeline;"
+        "from train.data.augmentation import policy;"
         "[cpu] = tf.config.list_physical_devices('CPU');"
         "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2);"
         "split = d.load('folder', sys.argv[2], image_size=8, channels=3, root=sys.argv[1]).train;"
-        "there = pipeline.train_batches(split, augmentation=augment.crop(), batch_size=16, seed=1, epoch=0,"
+        "there = pipeline.train_batches(split, augmentation=policy.crop(), batch_size=16, seed=1, epoch=0,"
         " num_classes=3).take(2);"
         "pairs = list(zip(pipeline.on_device(there, 'CPU:1'), there, strict=True));"
         "print(len(pairs), {t.device[-5:] for pair in pairs for t in pair[0]},"
@@ -390,12 +392,13 @@ def test_an_epoch_begins_without_a_copy_of_the_pixels(train_split):
     """1,000 images at 224 px, 144 MiB; in a process of its own, since freed memory would be taken first."""
     code = (
         "import sys, numpy as np, tensorflow as tf, train.data as d; from dataclasses import replace;"
-        "from train.data import augment, pipeline; tf.config.experimental.enable_op_determinism();"
+        "from train.data import pipeline; from train.data.augmentation import policy;"
+        "from train.data.pixel_cache import images; tf.config.experimental.enable_op_determinism();"
         "split = d.load('folder', sys.argv[2], image_size=224, channels=3, root=sys.argv[1]).train;"
         "many = replace(split, rows=np.resize(split.rows, 1000), labels=np.resize(split.labels, 1000));"
         "own = lambda: int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) // 1024;"
-        "mine = own(); many.images; held = own() - mine;"
-        "stream = pipeline.train_batches(many, augmentation=augment.none(), batch_size=4, seed=1, epoch=0,"
+        "mine = own(); images(many); held = own() - mine;"
+        "stream = pipeline.train_batches(many, augmentation=policy.none(), batch_size=4, seed=1, epoch=0,"
         " num_classes=3); mine = own(); next(iter(stream)); print(held, own() - mine)"
     )
     command = [sys.executable, "-c", code, str(train_split.origin), str(train_split.folder.parent)]
@@ -440,8 +443,8 @@ def streams_of(split):
     options = {"batch_size": 4, "seed": 0, "epoch": 0, "num_classes": 3}
     none, files = replace(split, pixels="none"), replace(split, pixels="files")
     yield pipeline.eval_batches(none, batch_size=4, num_classes=3)
-    yield pipeline.train_batches(none, augmentation=augment.randaugment(), **options)
-    yield pipeline.train_batches(files, augmentation=augment.inception(), **options)
+    yield pipeline.train_batches(none, augmentation=policy.randaugment(), **options)
+    yield pipeline.train_batches(files, augmentation=policy.inception(), **options)
 
 
 def test_a_broken_file_in_the_stream_is_named(folder, tmp_path):
@@ -491,7 +494,7 @@ def test_an_image_above_the_usual_limit_is_read_where_the_user_allows_it(folder,
 # --------------------------------------------------------------------------------- crops out of the encoded images
 
 
-INCEPTION = augment.inception()
+INCEPTION = policy.inception()
 
 
 def crops(split, **options):
@@ -517,14 +520,14 @@ def test_crops_resumed_at_a_batch_are_the_tail_and_nothing_else_is_read(photos):
     tail = crops(replace(photos, store=store), first_batch=6)
     assert same(batches[6:], tail)
     assert not same(batches[5:8], tail)
-    assert sorted(store.rows) == sorted(photos.rows[order.permutation(1, 0, 38)[24:36]].tolist())
+    assert sorted(store.rows) == sorted(photos.rows[sampling.permutation(1, 0, 38)[24:36]].tolist())
 
 
 def test_another_epoch_gives_other_crops(photos):
     first, second = (crops(photos, epoch=epoch, batch_size=38) for epoch in (0, 1))
-    one, other = (by_index(batches, order.permutation(1, epoch, 38)) for epoch, batches in ((0, first), (1, second)))
+    one, other = (by_index(batches, sampling.permutation(1, epoch, 38)) for epoch, batches in ((0, first), (1, second)))
     assert not any(np.array_equal(one[index], other[index]) for index in range(38))
-    again = by_index(crops(photos, batch_size=38), order.permutation(1, 0, 38))
+    again = by_index(crops(photos, batch_size=38), sampling.permutation(1, 0, 38))
     assert all(np.array_equal(one[index], again[index]) for index in range(38))
 
 
@@ -535,7 +538,7 @@ def test_an_example_has_the_same_crop_whatever_the_batch_size(photos):
         np.testing.assert_array_equal(images, whole[: len(images)])
 
 
-PLAIN_CROP = augment.inception(color=0.0, mirror=False)
+PLAIN_CROP = policy.inception(color=0.0, mirror=False)
 
 
 def test_crops_differ_from_example_to_example(tmp_path):
@@ -551,7 +554,7 @@ def test_crops_differ_from_example_to_example(tmp_path):
 
 
 def box_of(index, size, epoch=0):
-    draws = order.uniform_rows(1, "crop", epoch, 38, crop.DRAWS)
+    draws = sampling.uniform_rows(1, "crop", epoch, 38, random_resized_crop.DRAWS)
     [(top, left, height, width)] = PLAIN_CROP.crop.boxes(np.array([size]), draws[index : index + 1])
     return slice(top, top + height), slice(left, left + width)
 
@@ -578,16 +581,16 @@ def cropped_by_hand(pixels, box, side=32):
 def test_what_is_no_plain_jpeg_is_cropped_from_the_pixels_of_pillow(photos, name):
     [index] = [index for index in range(38) if photos.id_of(index).endswith(name)]
     assert not photos.is_plain(index)
-    found = by_index(crops(photos, batch_size=38, augmentation=PLAIN_CROP), order.permutation(1, 0, 38))[index]
+    found = by_index(crops(photos, batch_size=38, augmentation=PLAIN_CROP), sampling.permutation(1, 0, 38))[index]
     pixels = decode.decode(photos.read([index])[0], 3)
     assert pixels.shape == ((130, 90, 3) if name == "turned.jpg" else (90, 130, 3))
     np.testing.assert_array_equal(found, cropped_by_hand(pixels, box_of(index, pixels.shape[:2])))
 
 
 def test_a_crop_has_the_colours_of_its_own_draws(photos):
-    own = order.uniform_rows(1, "crop", 0, 38, crop.DRAWS)
+    own = sampling.uniform_rows(1, "crop", 0, 38, random_resized_crop.DRAWS)
     maps, turned = INCEPTION.crop.color_maps(own, 3), own[:, 4] < 0.5
-    found = by_index(crops(photos, batch_size=38), order.permutation(1, 0, 38))
+    found = by_index(crops(photos, batch_size=38), sampling.permutation(1, 0, 38))
     names = [index for index in range(38) if photos.id_of(index).endswith((".png", "cmyk.jpg", "turned.jpg"))]
     assert len(names) == 5
     for index in names:
@@ -600,7 +603,7 @@ def test_a_crop_has_the_colours_of_its_own_draws(photos):
 
 def test_a_turned_jpeg_would_be_another_picture_without_turning(photos):
     [index] = [index for index in range(38) if photos.id_of(index).endswith("turned.jpg")]
-    found = by_index(crops(photos, batch_size=38, augmentation=PLAIN_CROP), order.permutation(1, 0, 38))[index]
+    found = by_index(crops(photos, batch_size=38, augmentation=PLAIN_CROP), sampling.permutation(1, 0, 38))[index]
     stored = np.asarray(Image.open(io.BytesIO(photos.read([index])[0])))
     wrong = cropped_by_hand(stored, box_of(index, stored.shape[:2]))
     assert np.abs(found.astype(int) - wrong).mean() > 10
@@ -617,7 +620,7 @@ def test_a_plain_jpeg_is_cropped_to_the_pixels_of_pillow(photos, name):
     for halved in {*large}:
         epoch = large.index(halved)
         whole = crops(photos, batch_size=38, augmentation=PLAIN_CROP, epoch=epoch)
-        found = by_index(whole, order.permutation(1, epoch, 38))[index].astype(int)
+        found = by_index(whole, sampling.permutation(1, epoch, 38))[index].astype(int)
         expected = cropped_by_hand(pixels, boxes[epoch])
         assert np.abs(found - expected).mean() <= (1.5 if halved else 0)
         if not halved:
@@ -630,7 +633,7 @@ def test_crops_of_grey_images(photos):
     batches = crops(grey)
     assert batches[0][0].shape == (4, 32, 32, 1)
     assert same(batches, crops(grey, threads=1))
-    found = by_index(crops(grey, batch_size=38, augmentation=PLAIN_CROP), order.permutation(1, 0, 38))
+    found = by_index(crops(grey, batch_size=38, augmentation=PLAIN_CROP), sampling.permutation(1, 0, 38))
     for index in (index for index in range(38) if photos.id_of(index).endswith((".png", "cmyk.jpg", "/grey.jpg"))):
         pixels = decode.decode(photos.read([index])[0], 1)
         expected = cropped_by_hand(pixels, box_of(index, pixels.shape[:2]))
@@ -658,7 +661,7 @@ def test_all_classes_weigh_the_same_and_the_mean_is_one(train_split):
 
 def test_weights_are_the_third_element_of_a_batch(train_split):
     batches = epoch_of(train_split, class_weights=True)
-    places = order.permutation(1, 0, 160)
+    places = sampling.permutation(1, 0, 160)
     assert [len(batch) for batch in batches] == [3] * 10
     expected = (np.array([160 / 60, 160 / 150, 160 / 270]))[train_split.labels[places]].astype(np.float32)
     np.testing.assert_array_equal(np.concatenate([batch[2] for batch in batches]), expected)
@@ -666,18 +669,18 @@ def test_weights_are_the_third_element_of_a_batch(train_split):
 
 
 def test_a_balanced_epoch(train_split):
-    batches = epoch_of(train_split, balanced=True, augmentation=augment.none())
-    places = order.balanced(1, 0, train_split.labels)
+    batches = epoch_of(train_split, balanced=True, augmentation=policy.none())
+    places = sampling.balanced(1, 0, train_split.labels)
     np.testing.assert_array_equal(images_of(batches), np.stack([train_split.example(place) for place in places]))
     np.testing.assert_array_equal(labels_of(batches).argmax(axis=1), train_split.labels[places])
     np.testing.assert_array_equal(np.sort(labels_of(batches).sum(axis=0)), [53, 53, 54])
-    assert same(batches[4:], epoch_of(train_split, balanced=True, augmentation=augment.none(), first_batch=4))
-    assert not same(batches, epoch_of(train_split, balanced=True, augmentation=augment.none(), epoch=1))
+    assert same(batches[4:], epoch_of(train_split, balanced=True, augmentation=policy.none(), first_batch=4))
+    assert not same(batches, epoch_of(train_split, balanced=True, augmentation=policy.none(), epoch=1))
 
 
 @pytest.mark.parametrize(("options", "mixed"), [({"mixup": 0.4}, 1.0), ({"cutmix": 1.0}, 0.5), ({}, 0.0)])
 def test_mixed_batches_are_floats_with_dense_labels_that_sum_to_one(train_split, options, mixed):
-    batches = epoch_of(train_split, augmentation=augment.build("none", **options))
+    batches = epoch_of(train_split, augmentation=policy.build("none", **options))
     assert {batch[0].dtype for batch in batches} == {np.dtype(np.float32 if mixed else np.uint8)}
     assert {batch[1].dtype for batch in batches} == {np.dtype(np.float32)}
     np.testing.assert_allclose(labels_of(batches).sum(axis=1), 1, atol=1e-6)
@@ -688,9 +691,9 @@ def test_mixed_batches_are_floats_with_dense_labels_that_sum_to_one(train_split,
 
 
 def test_the_partner_is_the_next_example_of_the_batch(train_split):
-    still = epoch_of(train_split, augmentation=augment.none())
-    mixing = augment.build("none", mixup=0.4)
-    shares = mixing.mix.draws(1, 0, 160)[order.permutation(1, 0, 160), :1].reshape(10, BATCH, 1)
+    still = epoch_of(train_split, augmentation=policy.none())
+    mixing = policy.build("none", mixup=0.4)
+    shares = mixing.mix.draws(1, 0, 160)[sampling.permutation(1, 0, 160), :1].reshape(10, BATCH, 1)
     for batch, (images, labels), own in zip(epoch_of(train_split, augmentation=mixing), still, shares, strict=True):
         expected = own * labels + (1 - own) * np.roll(labels, -1, axis=0)
         np.testing.assert_allclose(batch[1], expected, atol=1e-6)
@@ -708,7 +711,7 @@ def test_copies_of_a_balanced_epoch_are_changed_in_different_ways(tmp_path):
             for number in range(count):
                 photo(60, 60, next(seeds)).save(root / part / name / f"{number}.png")
     split = train.data.load("folder", str(tmp_path / "data"), image_size=32, channels=3, root=str(root)).train
-    for chosen in (augment.crop(pad=0.5), PLAIN_CROP):
+    for chosen in (policy.crop(pad=0.5), PLAIN_CROP):
         part = replace(split, pixels="files") if chosen.crop else split
         [(images, labels)] = crops(part, batch_size=12, augmentation=chosen, balanced=True, num_classes=2)
         dogs = images[labels[:, 1] == 1]

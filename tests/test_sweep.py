@@ -21,22 +21,22 @@ import pytest
 from conftest import ROOT, Done, message, once, run_command, run_train
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from train.compose import quoted
-from train.config import Config, Sweep
-from train.sweep import processes, search, space, story, trials
-from train.sweep.processes import Ended, Slots, Wish, judge
-from train.sweep.space import Axis
+from train.config.composition import quoted
+from train.config.schema import Config, Sweep
+from train.sweep import run, search, search_space, trials, workers
+from train.sweep.search_space import Axis
 from train.sweep.trials import SweepFolder, Trial
+from train.sweep.workers import Ended, Slots, Wish, judge
 
 # ------------------------------------------------------------------------------------------------------- the words
 
 
 def axes_of(*words: str) -> list[Axis]:
-    return space.parse(words, None)[1]
+    return search_space.parse(words, None)[1]
 
 
 def test_words_become_axes():
-    common, axes = space.parse(
+    common, axes = search_space.parse(
         [
             "epochs=3", "model=vgg16,inception_v3", "seed=range(1,4)", "batch_size=choice(16,32)",
             "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "model.width=interval(0.1,1)",
@@ -54,11 +54,11 @@ def test_words_become_axes():
         "optimizer.learning_rate": (1e-4, 0.1, True), "model.width": (0.1, 1.0, False),
     }  # fmt: skip
     assert [axis.key for axis in axes if axis.chooses_files] == ["model"]
-    assert space.choices(axes) == [["model=vgg16"], ["model=inception_v3"]]
+    assert search_space.choices(axes) == [["model=vgg16"], ["model=inception_v3"]]
 
 
 def test_the_last_axis_turns_fastest():
-    found = list(space.points(axes_of("model=vgg16,inception_v3", "seed=0,1")))
+    found = list(search_space.points(axes_of("model=vgg16,inception_v3", "seed=0,1")))
     assert [(point["model"], point["seed"]) for point in found] == [
         ("vgg16", 0), ("vgg16", 1), ("inception_v3", 0), ("inception_v3", 1),
     ]  # fmt: skip
@@ -66,7 +66,7 @@ def test_the_last_axis_turns_fastest():
 
 def test_corners_have_every_value_and_both_ends():
     axes = axes_of("model=vgg16,inception_v3", "batch_size=8,16,32", "model.width=interval(0.1,1)")
-    found = list(space.corners(axes))
+    found = list(search_space.corners(axes))
     assert len(found) == 6
     for model in ("vgg16", "inception_v3"):
         ours = [point for point in found if point["model"] == model]
@@ -178,8 +178,8 @@ def test_trials_come_by_number_however_many_there_are(tmp_path: Path):
 def test_half_the_batch_is_another_run_of_the_trial(tmp_path: Path):
     folder = made(tmp_path, 1)
     [trial] = folder.trials
-    half = story.halved(folder, trial)
-    quarter = story.halved(folder, half)
+    half = run.halved(folder, trial)
+    quarter = run.halved(folder, half)
     assert [found.config["batch_size"] for found in (trial, half, quarter)] == [32, 16, 8]
     assert [found.folder.name for found in (trial, half, quarter)] == ["000", "000-batch16", "000-batch8"]
     assert folder.trials == [quarter]
@@ -423,22 +423,22 @@ def test_what_exit_codes_mean(tmp_path: Path):
     assert judge(-9, "", trial, 5.0) == Ended(-9, "ended by SIGKILL", again=True, memory=True)
     assert judge(-11, "", trial, 5.0) == Ended(-11, "ended by SIGSEGV", again=True)
     assert judge(143, "", trial, 5.0) == Ended(143, "stopped by somebody else", again=True)
-    assert judge(143, processes.TOO_LONG, trial, 5.0) == Ended(143, processes.TOO_LONG)
+    assert judge(143, workers.TOO_LONG, trial, 5.0) == Ended(143, workers.TOO_LONG)
     output.write_text("error: ResourceExhaustedError; the whole story is in train.log\n")
     assert judge(1, "", trial, 5.0) == Ended(
         1, "ResourceExhaustedError; the whole story is in train.log", again=True, memory=True
     )
     output.write_text("")
     assert judge(1, "", trial, 5.0).why == "exit code 1"
-    for time_, found in ((4.0, Ended(143, processes.TOO_LONG)), (6.0, Ended(0))):  # of this start, or of one before
+    for time_, found in ((4.0, Ended(143, workers.TOO_LONG)), (6.0, Ended(0))):  # of this start, or of one before
         (trial.folder / "run.json").write_text(json.dumps({"run_id": "x"}))
         (trial.folder / "summary.json").write_text(json.dumps({"status": "finished", "time": time_}))
-        assert judge(143, processes.TOO_LONG, trial, 5.0) == found
+        assert judge(143, workers.TOO_LONG, trial, 5.0) == found
 
 
-def alone(folder: SweepFolder, **settings: Any) -> story.Sweep:
+def alone(folder: SweepFolder, **settings: Any) -> run.Sweep:
     """A sweep as its launcher has it in hand."""
-    life = story.Sweep(folder, Config(sweep=Sweep(**settings)), None, Wish())
+    life = run.Sweep(folder, Config(sweep=Sweep(**settings)), None, Wish())
     life.plan = search.Grid(folder)
     return life
 
@@ -452,10 +452,10 @@ def test_what_was_killed_goes_on_again_and_what_is_wrong_does_not(tmp_path: Path
     first, second = folder.trials
     life = alone(folder, retries=2)
     for _ in range(2):
-        assert story.take(life, first, KILLED)
-        assert story.following(life) == first  # before what has not begun
-    assert story.take(life, first, KILLED)
-    assert story.take(life, second, WRONG)
+        assert run.take(life, first, KILLED)
+        assert run.following(life) == first  # before what has not begun
+    assert run.take(life, first, KILLED)
+    assert run.take(life, second, WRONG)
     assert life.again == []
     assert [(trial.number, why) for trial, why in life.failures.values()] == [(0, KILLED.why), (1, WRONG.why)]
 
@@ -464,25 +464,25 @@ def test_half_the_batch_only_where_that_was_asked_for(tmp_path: Path):
     folder = made(tmp_path, 1)
     for asked, size in ((False, 32), (True, 16)):
         life = alone(folder, halve_batch=asked)
-        story.take(life, folder.trials[0], KILLED)
+        run.take(life, folder.trials[0], KILLED)
         [again] = life.again
         assert again.config["batch_size"] == size
 
 
 def test_the_first_failure_stops_a_sweep_that_wants_it(tmp_path: Path):
     folder = made(tmp_path, 2)
-    assert story.take(alone(folder), folder.trials[0], WRONG)
+    assert run.take(alone(folder), folder.trials[0], WRONG)
     life = alone(folder, fail_fast=True)
-    assert not story.take(life, folder.trials[0], WRONG)
+    assert not run.take(life, folder.trials[0], WRONG)
     trained(folder.trials[1], 9, 0.5)
-    story.crown(life, story.best(life), pytest.fail)  # nothing more is begun
+    run.crown(life, run.best(life), pytest.fail)  # nothing more is begun
 
 
 def crowned(folder: SweepFolder, capsys: pytest.CaptureFixture, *failed: Trial) -> tuple[list[int], str]:
     """The trials that get what only the best gets, and what is said of it."""
     life = alone(folder)
     life.failures = {trial.number: (trial, "x") for trial in failed}
-    story.crown(life, story.best(life), lambda _: None)
+    run.crown(life, run.best(life), lambda _: None)
     return [trial.number for trial in life.again], capsys.readouterr().out
 
 
@@ -537,7 +537,7 @@ def runs(process: int) -> bool:
 @pytest.mark.parametrize("heeds", [True, False])
 def test_it_is_the_signal_that_ends_trials_with_their_launcher(heeds: bool):
     """Without asking for it a process lives on."""
-    code = "from train.sweep.processes import end_with; import os, time; "
+    code = "from train.sweep.workers import end_with; import os, time; "
     code += f"{'end_with(os.getppid())' if heeds else 'end_with'}; print('asked', flush=True); time.sleep(60)"
     launcher = subprocess.Popen([sys.executable, "-c", ORPHAN, code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout
@@ -563,12 +563,12 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch):
 def test_every_trial_has_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(processes, "DRIVER", tmp_path)
+    monkeypatch.setattr(workers, "DRIVER", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert processes.visible_gpus() == ("0", "1")
+    assert workers.visible_gpus() == ("0", "1")
     for named, found in (("3,5", ("3", "5")), ("-1", ()), ("", ()), ("GPU-8a", ("GPU-8a",))):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-        assert processes.visible_gpus() == found
+        assert workers.visible_gpus() == found
     assert [slot.gpu for slot in Slots(3, gpus=("3", "5")).places] == ["3", "5", "3"]
     assert [slot.gpu for slot in Slots(2).places] == [None, None]
 
@@ -744,7 +744,7 @@ def has_every_run_once(swept: Swept) -> None:
 @pytest.fixture
 def trial(tmp_path: Path, swept: Swept, monkeypatch: pytest.MonkeyPatch) -> Trial:
     """One that has not begun."""
-    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.5)
     content = json.loads((swept.path / "trials/000.json").read_text())
     del content["number"]
     content["config"]["tracking"]["uri"] = f"sqlite:///{tmp_path / 'mlflow.db'}"  # its record is nobody else's
@@ -770,7 +770,7 @@ def test_a_trial_that_hangs_is_ended(trial: Trial):
             assert slot.process
             slot.process.send_signal(signal.SIGSTOP)
 
-    assert work(slots, trial, watch) == [Ended(-9, processes.TOO_LONG)]
+    assert work(slots, trial, watch) == [Ended(-9, workers.TOO_LONG)]
 
 
 @pytest.mark.parametrize("so_far", ["waiting", "running"])
@@ -779,11 +779,11 @@ def test_a_trial_that_hangs_and_has_lost_its_launcher_is_ended(so_far: str, tria
     slot.start(trial, None)
     assert slot.process
     assert eventually(lambda: trial.state() == so_far, 300)
-    assert eventually(lambda: processes.process_of(trial), 60)
+    assert eventually(lambda: workers.process_of(trial), 60)
     slot.process.send_signal(signal.SIGSTOP)
-    assert work(Slots(1, minutes=0.01), trial, slot.process.poll) == [Ended(1, processes.TOO_LONG)]
+    assert work(Slots(1, minutes=0.01), trial, slot.process.poll) == [Ended(1, workers.TOO_LONG)]
     assert slot.process.wait(60) == -signal.SIGKILL
-    assert processes.process_of(trial) is None
+    assert workers.process_of(trial) is None
 
 
 @pytest.mark.slow

@@ -19,12 +19,15 @@ from typing import Any
 import pytest
 from conftest import ROOT, THREADS, Done, run_command
 
-from train import checkpoint, compose, run, terminal
-from train.loop import Interrupted, Stops
-from train.stored import Private
-from train.sweep.processes import Wish, judge
-from train.tracking import record, uploader
-from train.tracking.folder import create
+from train.cli import terminal
+from train.config import composition
+from train.config.serialization import Private
+from train.run import train_and_evaluate
+from train.sweep.workers import Wish, judge
+from train.tracking import run_metadata, uploader
+from train.tracking.run_dir import create
+from train.training import checkpoint
+from train.training.loop import Interrupted, Stops
 
 DEADLINE_SECONDS = 120.0  # of whatever has to happen; nothing is asserted about how long it takes
 
@@ -91,8 +94,8 @@ class OnTerminal:
 STORY = """
 import os, sys, time
 from pathlib import Path
-from train import terminal
-from train.progress import Terminal, say
+from train.cli import terminal
+from train.cli.progress import Terminal, say
 protected, gone, finished = sys.argv[1] == "protected", Path(sys.argv[2]), Path(sys.argv[3])
 if protected:
     terminal.protect_output()
@@ -179,7 +182,7 @@ def test_a_process_outlasts_whoever_reads_its_output(start: Any, when: str, tmp_
 # TensorFlow and others write to descriptor 1, past Python's stream.
 CLOSED = """
 import os, sys
-from train import terminal
+from train.cli import terminal
 if sys.argv[1] == "protected":
     terminal.protect_output()
     sys.stdout.flush()
@@ -203,7 +206,7 @@ def test_streams_that_are_closed_from_the_start_do_not_write_into_files(tmp_path
 PROPERTIES = """
 import os, sys
 from pathlib import Path
-from train import terminal
+from train.cli import terminal
 before = [(stream.isatty(), stream.encoding, stream.fileno(), stream.writable()) for stream in (sys.stdout, sys.stderr)]
 terminal.protect_output()
 protected = sys.stdout
@@ -240,12 +243,12 @@ def test_streams_that_a_program_has_put_in_place_stay():
 PRINTS = """
 import sys
 from pathlib import Path
-from train import command
+from train.cli import arguments
 def story(words):
     for number in range(100_000):
         print("line", number)
     print("done", file=sys.stderr)
-command.run(story, only_prints=sys.argv.pop() == "prints")
+arguments.run(story, only_prints=sys.argv.pop() == "prints")
 """
 
 
@@ -326,7 +329,7 @@ def test_where_it_was_ignored_at_the_start_it_stays_ignored():
 # A mutex that is locked already is waited for in one call: Python runs no handler until it ends.
 STUCK = """
 import ctypes
-from train.loop import Stops
+from train.training.loop import Stops
 Stops.GRACE_SECONDS, Stops.REPEAT_SECONDS = 0.1, 60.0
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 with Stops().listening() as stops, stops.deferred():
@@ -395,12 +398,12 @@ def steps_done(folder: Path) -> int:
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The summary of a run whose output nobody takes away."""
     folder = tmp_path_factory.mktemp("untouched") / "run"
-    config = compose.compose([*TINY, f"run_dir={folder}"])
+    config = composition.compose([*TINY, f"run_dir={folder}"])
     made = create(config.run_dir, ROOT / "runs", "tests", latest=False)
-    life = run.Life(made, config, Private(), Stops(), summary=record.begin(made, config))
+    life = train_and_evaluate.Life(made, config, Private(), Stops(), summary=run_metadata.begin(made, config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploader, "start", lambda *_: None)
-        run.tell(life)
+        train_and_evaluate.tell(life)
     return life.summary
 
 
@@ -498,7 +501,8 @@ def test_a_run_without_its_output_trains_to_the_same_bits(
 
 UNPROTECTED = """
 import sys
-from train import __main__, terminal
+from train import __main__
+from train.cli import terminal
 terminal.protect_output = lambda: None
 __main__.main()
 """

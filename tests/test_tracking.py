@@ -33,9 +33,9 @@ from conftest import (
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from train.tracking import address, facts, store, uploader
-from train.tracking.folder import Pulse, RunFolder, create, open_folder
+from train.tracking import address, environment, mlflow_store, uploader
 from train.tracking.journal import Journal, read_journal
+from train.tracking.run_dir import Pulse, RunFolder, create, open_folder
 
 
 @dataclass
@@ -160,11 +160,11 @@ def test_the_best_on_validation_is_the_champion_of_its_data(empty_store: str):
     runs = [("a", 0.9, "x"), ("b", 0.8, "x"), ("c", 0.95, "x"), ("d", 0.5, "y"), ("e", 0.4, "y")]
     for run_id, accuracy, data in runs:
         identity = {"run_id": run_id, "experiment": EXPERIMENT, "name": run_id, "time": 1.0, "tags": {"data": "digits"}}
-        place = store.Store(empty_store, identity)
+        place = mlflow_store.Store(empty_store, identity)
         model_id = place._logged_model(run_id).model_id
         for _ in range(2):  # the second time adds nothing
             place.register_model(model_id, {"validation_main_accuracy": accuracy, "data_fingerprint": data})
-        is_champion.append(client.get_model_version_by_alias(name, store.CHAMPION).run_id == place.mlflow_id)
+        is_champion.append(client.get_model_version_by_alias(name, mlflow_store.CHAMPION).run_id == place.mlflow_id)
     assert is_champion == [True, False, True, True, False]
     assert len(client.search_model_versions(f'name = "{name}"')) == 5
 
@@ -417,7 +417,7 @@ def test_several_runs_may_start_at_once_on_a_store_that_is_not_there_yet(tmp_pat
 def test_credentials_stay_out_of_what_mlflow_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
-    assert store.use_credentials("http://me:p%40ss@host:5000/x") == "http://host:5000/x"
+    assert mlflow_store.use_credentials("http://me:p%40ss@host:5000/x") == "http://host:5000/x"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "p@ss"
 
@@ -436,7 +436,7 @@ def test_sync_finds_the_store_that_the_run_was_started_with(finished: Finished, 
     folder.write_yaml("config.yaml", {"tracking": {"uri": "sqlite:////place/mlflow.db"}})
     assert address.stored(folder) == "sqlite:////place/mlflow.db"
     folder.write_yaml("config.yaml", {"tracking": {"uri": None}})
-    assert address.stored(folder) == store.default_uri(ROOT)
+    assert address.stored(folder) == mlflow_store.default_uri(ROOT)
     told = "uri must be given, since the run's was ${oc.env:INCEPTION_TEST_STORE}; use make sync uri=ADDRESS"
     assert message(address.stored, open_folder(finished.path)) == told
 
@@ -456,7 +456,7 @@ def serving(uri: str, port: int | None = None, end: signal.Signals = signal.SIGT
     """`make ui` over a store, until it answers; its port. In the end all its processes get the signal `end`."""
     port = port or free_port()
     server = subprocess.Popen(
-        [sys.executable, "-m", "train.tracking.ui", f"port={port}", f"uri={uri}"],
+        [sys.executable, "-m", "train.ui", f"port={port}", f"uri={uri}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -473,7 +473,7 @@ def serving(uri: str, port: int | None = None, end: signal.Signals = signal.SIGT
 def test_the_ui_answers_on_loopback(finished: Finished):
     """A real server over the finished run's store; a taken port is one line."""
     with serving(finished.uri) as port:
-        taken = run_command(sys.executable, "-m", "train.tracking.ui", f"port={port}")
+        taken = run_command(sys.executable, "-m", "train.ui", f"port={port}")
         assert (taken.code, taken.err) == (2, f"error: port must be free, got {port}; use e.g. port={port + 1}\n")
 
 
@@ -583,7 +583,7 @@ def test_a_sweep_finds_the_runs_that_were_recorded_before_it(tmp_path: Path):
 
 def test_a_note_is_the_command_in_lines_that_a_shell_takes_for_one():
     words = ["make", "train", *(f"key{number}=value" for number in range(20)), "model.blocks=[a,b]", "x=it's one"]
-    note = facts.note(shlex.join(words))["mlflow.note.content"]
+    note = environment.note(shlex.join(words))["mlflow.note.content"]
     lines = note.removeprefix("```sh\n").removesuffix("\n```").splitlines()
     assert len(lines) > 2
     assert max(map(len, lines)) <= 110

@@ -17,9 +17,9 @@ from conftest import TrackingServer, once, run_command, run_train
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 
-from train.tracking import store, uploader
-from train.tracking.folder import RunFolder, create
+from train.tracking import mlflow_store, uploader
 from train.tracking.journal import Journal
+from train.tracking.run_dir import RunFolder, create
 
 TINY = ("model=vgg16", "model.width=0.1", "epochs=2", "steps_per_epoch=4", "batch_size=8", "tracking.every_steps=1")
 
@@ -99,7 +99,7 @@ def test_its_model_is_registered_once(resumed: Path, tracking_server: TrackingSe
     assert [output.model_id for output in found.run.outputs.model_outputs] == [model.model_id]
     [version] = found.client.search_model_versions("name = 'resumed-digits'")
     assert (version.source, version.run_id) == (f"models:/{model.model_id}", found.run.info.run_id)
-    assert found.client.get_model_version_by_alias("resumed-digits", store.CHAMPION).version == version.version
+    assert found.client.get_model_version_by_alias("resumed-digits", mlflow_store.CHAMPION).version == version.version
     card = json.loads((resumed / "best/model.json").read_text())
     assert version.tags == {
         "validation_main_accuracy": str(card["validation_main_accuracy"]), "data": card["data_fingerprint"],
@@ -145,7 +145,7 @@ def test_what_the_server_refuses_for_good_is_told_once_and_keeps_nothing_else_ba
     """A parameter can't be changed in MLflow: here somebody has written another one."""
     folder = ended_run(tmp_path, "refused")
     folder.write_text("train.log", "a line\n")
-    place = store.Store(tracking_server.uri, folder.identity())
+    place = mlflow_store.Store(tracking_server.uri, folder.identity())
     place.client.log_param(place.mlflow_id, "epochs", "99")
     folder.write_json("params.json", {"epochs": 2})
 
@@ -197,7 +197,7 @@ def test_a_database_without_tables_is_no_outage(tmp_path: Path):
 def refused_by(cause: Callable[[], object]) -> bool:
     with pytest.raises(Exception) as caught:
         cause()
-    return store.is_refusal(caught.value)
+    return mlflow_store.is_refusal(caught.value)
 
 
 def test_outages_are_not_taken_for_refusals(tracking_server: TrackingServer, tmp_path: Path):

@@ -24,12 +24,14 @@ import tensorflow as tf
 from conftest import ROOT
 from rich.console import Console
 
-from train import losses, models, optim, progress
-from train.checkpoint import Interval
-from train.loop import DivergedError, Interrupted, Loop, Progress, Stopper, Stops
-from train.scores import cross_entropy, evaluate, rank_of_truth
-from train.step.base import LEAST_LOSS_SCALE
-from train.step.tensorflow import Step
+from train import models
+from train.cli import progress
+from train.evaluation.metrics import cross_entropy, evaluate, rank_of_truth
+from train.training import losses, optimizers
+from train.training.checkpoint import Interval
+from train.training.loop import DivergedError, Interrupted, Loop, Progress, Stopper, Stops
+from train.training.step.base import LEAST_LOSS_SCALE
+from train.training.step.tensorflow import Step
 
 CLASSES = 3
 EXAMPLES = 8
@@ -83,14 +85,14 @@ def dense_model(aux: bool = False, dropout: float = 0.0, flaw: str | None = None
     return keras.Model(images, outputs)
 
 
-def constant_rate(rate: float) -> optim.Rate:
-    return optim.build_schedule("constant", stages=[(1, rate)], epoch_steps=100, warmup_epochs=0)
+def constant_rate(rate: float) -> optimizers.Rate:
+    return optimizers.build_schedule("constant", stages=[(1, rate)], epoch_steps=100, warmup_epochs=0)
 
 
 def sgd(rate: float | Callable = 0.1, momentum: float = 0.0, **common) -> keras.optimizers.Optimizer:
     given = {"weight_decay": 0.0, "gradient_clip": None, "gradient_accumulation": 1, "ema": None} | common
     schedule = constant_rate(rate) if isinstance(rate, float) else rate
-    return optim.build("sgd", schedule, momentum=momentum, nesterov=False, **given)
+    return optimizers.build("sgd", schedule, momentum=momentum, nesterov=False, **given)
 
 
 def compiled(model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **loss) -> keras.Model:
@@ -249,7 +251,7 @@ def test_averaged_weights_are_swapped_in_and_back_to_the_bit(policy: str):
 
 
 def rates(name: str, steps: list[int], warmup: float = 0.0, **options) -> list[float]:
-    rate = optim.build_schedule(name, stages=[(10, 0.8)], epoch_steps=10, warmup_epochs=warmup, **options)
+    rate = optimizers.build_schedule(name, stages=[(10, 0.8)], epoch_steps=10, warmup_epochs=warmup, **options)
     return [round(float(rate(step)), 6) for step in steps]
 
 
@@ -263,7 +265,7 @@ def test_schedules_give_these_rates():
 
 
 def test_every_stage_has_its_own_schedule():
-    rate = optim.build_schedule(
+    rate = optimizers.build_schedule(
         "cosine", stages=[(2, 0.8), (3, 0.2)], epoch_steps=10, warmup_epochs=0.5, final_fraction=0.0
     )
     found = {step: round(float(rate(step)), 6) for step in (0, 4, 5, 19, 20, 24, 25, 49)}
@@ -276,7 +278,7 @@ def test_every_stage_has_its_own_schedule():
 
 def test_a_factor_of_one_changes_no_bit_of_a_rate_and_another_multiplies_it():
     decay = keras.optimizers.schedules.CosineDecay(0.3, 90, alpha=0.1)
-    rate = optim.Rate(optim.Staged([(100, optim.warmed(decay, 10))]))
+    rate = optimizers.Rate(optimizers.Staged([(100, optimizers.warmed(decay, 10))]))
     for step in map(tf.constant, np.arange(100, dtype="float32")):
         bare = decay(tf.maximum(step - 10, 0.0)) * tf.minimum((step + 1) / 10, 1.0)
         rate.factor.assign(1.0)
@@ -294,17 +296,19 @@ def test_a_factor_of_one_changes_no_bit_of_a_weight():
         return step.weights_sha256()
 
     decay = keras.optimizers.schedules.CosineDecay(0.3, 5)
-    slowed = optim.Rate(decay)
+    slowed = optimizers.Rate(decay)
     slowed.factor.assign(0.5)
     decay.factor = keras.Variable(1.0)  # the step wants one to write down; the schedule by itself does not read it
-    assert weights(optim.Rate(decay)) == weights(decay) != weights(slowed)
+    assert weights(optimizers.Rate(decay)) == weights(decay) != weights(slowed)
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="schedule must be one of constant, cosine, exponential, step, got linear"):
-        optim.build_schedule("linear", stages=[(1, 1.0)], epoch_steps=1, warmup_epochs=0)
+        optimizers.build_schedule("linear", stages=[(1, 1.0)], epoch_steps=1, warmup_epochs=0)
     with pytest.raises(ValueError, match="optimizer must be one of sgd, adamw, rmsprop, got lion"):
-        optim.build("lion", constant_rate(1), weight_decay=0, gradient_clip=None, gradient_accumulation=1, ema=None)
+        optimizers.build(
+            "lion", constant_rate(1), weight_decay=0, gradient_clip=None, gradient_accumulation=1, ema=None
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ step
@@ -426,7 +430,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_trainee(kind: str, seed: int) -> Step:
     policy, options = KINDS[kind]
     begin_anew(policy, seed)
-    rate = optim.build_schedule("cosine", stages=[(1, 0.3)], epoch_steps=20, warmup_epochs=0.1, final_fraction=0.0)
+    rate = optimizers.build_schedule("cosine", stages=[(1, 0.3)], epoch_steps=20, warmup_epochs=0.1, final_fraction=0.0)
     model = compiled(dense_model(aux=True, dropout=0.5), sgd(rate, momentum=0.9, **options))
     if policy == "mixed_float16":
         model.optimizer.dynamic_growth_steps = 2  # or the scale would stand still for the first 2,000
@@ -1106,7 +1110,7 @@ def test_validation_heeds_a_signal_too():
 # A lock that is held already is waited for in one call: signals don't end it, and Python runs nothing until it ends.
 STUCK = """
 import ctypes
-from train.loop import Stops
+from train.training.loop import Stops
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 with Stops().listening() as stops, stops.deferred():
     lock(mutex)
@@ -1116,7 +1120,7 @@ with Stops().listening() as stops, stops.deferred():
 
 LEAVING = """
 import sys, time
-from train.loop import Interrupted, Stops
+from train.training.loop import Interrupted, Stops
 try:
     with Stops().listening() as stops, stops.deferred():
         print("ready", flush=True)

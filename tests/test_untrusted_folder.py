@@ -17,11 +17,13 @@ from conftest import Finished, message, run_command, run_train
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
-from train import compose, evaluate, export, predict, report
-from train.disk import OutsideError, open_inside
+from train import evaluate, export, predict
+from train.config import composition
+from train.evaluation import report
+from train.storage.atomic import OutsideError, open_inside
 from train.tracking import uploader
-from train.tracking.folder import RunFolder, open_folder
 from train.tracking.journal import Journal
+from train.tracking.run_dir import RunFolder, open_folder
 
 SECRET = "s3cr3t-of-this-machine"
 NAME = "INCEPTION_TEST_SECRET"
@@ -102,7 +104,7 @@ def test_a_reference_in_any_key_has_to_be_typed(key: str, received: RunFolder, m
     content = received.config()
     group, _, name = key.partition(".")
     content[group][name] = [REFERENCES[0]] * 5 if name == "blocks" else REFERENCES[0]
-    told = message(compose.stored, content, [])
+    told = message(composition.stored, content, [])
     if key == "data.name":
         assert told.startswith("config.yaml does not hold a config of this program")
         return
@@ -116,17 +118,19 @@ def test_what_is_typed_or_trusted_is_looked_up(received: RunFolder, monkeypatch:
     monkeypatch.setenv(NAME, SECRET)
     content = received.config()
     content["tracking"]["experiment"] = REFERENCES[0]
-    typed = compose.stored(content, [f"tracking.experiment={REFERENCES[0]}"])
-    trusted = compose.stored(content, [], frozenset({("tracking.experiment", REFERENCES[0])}))
+    typed = composition.stored(content, [f"tracking.experiment={REFERENCES[0]}"])
+    trusted = composition.stored(content, [], frozenset({("tracking.experiment", REFERENCES[0])}))
     assert typed.tracking.experiment == trusted.tracking.experiment == SECRET
-    message(compose.stored, content, [], frozenset({("data.root", REFERENCES[0])}))
+    message(composition.stored, content, [], frozenset({("data.root", REFERENCES[0])}))
 
 
 def test_home_is_not_put_into_a_stored_path(received: RunFolder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     content = received.config() | {"run_dir": "~/a"}
-    assert compose.to_config(compose.stored(content, []), stored=True).run_dir == "~/a"
-    assert compose.to_config(compose.stored(content, ["run_dir='~/b'"]), stored=True).run_dir == "/home/somebody/b"
+    assert composition.to_config(composition.stored(content, []), stored=True).run_dir == "~/a"
+    assert (
+        composition.to_config(composition.stored(content, ["run_dir='~/b'"]), stored=True).run_dir == "/home/somebody/b"
+    )
 
 
 def test_a_trial_refers_to_nothing_that_was_not_typed(received: RunFolder, tmp_path: Path, stranger: Stranger):

@@ -16,10 +16,11 @@ from hydra.types import RunMode
 from hydra_plugins.inception_laboratory import register
 from omegaconf import DictConfig, OmegaConf
 
-from train import command, compose, terminal
-from train.config import ROOT
-from train.sweep import processes, trials
-from train.tracking.folder import open_folder
+from train.cli import arguments, terminal
+from train.config import composition
+from train.config.schema import ROOT
+from train.sweep import trials, workers
+from train.tracking.run_dir import open_folder
 
 CHECK = "--check"
 words: list[str] = []  # as they were typed
@@ -32,20 +33,20 @@ def compose_and_run(node: DictConfig) -> None:
     try:
         code = run(frozen(node) if node.sweep.trial else node)
     except ValueError as fault:
-        code = command.tell(str(fault))
+        code = arguments.tell(str(fault))
     if HydraConfig.get().mode != RunMode.MULTIRUN:  # in a cluster's job: the sweep reads in the folder how it ended
         sys.exit(code)
 
 
 def frozen(node: DictConfig) -> DictConfig:
     """The config of a trial, in the place of what conf/ says."""
-    if launcher := os.environ.get(processes.PARENT):
-        processes.end_with(int(launcher))  # which stops the trial at its next batch
+    if launcher := os.environ.get(workers.PARENT):
+        workers.end_with(int(launcher))  # which stops the trial at its next batch
     stored, folder = trials.frozen(node.sweep.trial)
-    typed = os.environ.get(processes.REFERENCES)  # of the launcher, which knows what was typed
-    found = compose.stored(stored, [], frozenset(map(tuple, json.loads(typed))) if typed else None)
+    typed = os.environ.get(workers.REFERENCES)  # of the launcher, which knows what was typed
+    found = composition.stored(stored, [], frozenset(map(tuple, json.loads(typed))) if typed else None)
     found.run_dir, found.sweep = folder, node.sweep
-    address = os.environ.get(processes.ADDRESS)
+    address = os.environ.get(workers.ADDRESS)
     if address is not None and not OmegaConf.is_interpolation(found.tracking, "uri"):
         found.tracking.uri = address
     for name in node.sweep.final:
@@ -55,14 +56,15 @@ def frozen(node: DictConfig) -> DictConfig:
 
 def run(node: DictConfig) -> int:
     """Every check that needs no TensorFlow, then the run itself; its exit code."""
-    private = compose.private(node)
-    with compose.hiding(private):
-        config = compose.to_config(node, stored=node.sweep.trial is not None)
-        from train import build, resume  # imported late: a mistake in what was typed is answered at once
-        from train import run as story
+    private = composition.private(node)
+    with composition.hiding(private):
+        config = composition.to_config(node, stored=node.sweep.trial is not None)
+        from train import resume
+        from train.run import factory  # imported late: a mistake in what was typed is answered at once
+        from train.run import train_and_evaluate as story
 
-        build.check_files(config)
-        build.check_sources(config)
+        factory.check_files(config)
+        factory.check_sources(config)
     if CHECK in words:
         print("the config is valid")
         return 0
@@ -83,14 +85,14 @@ def main() -> None:
     if {"-m", "--multirun"} & set(words):
         sys.argv += of_a_sweep()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing several lines and leaving
-    compose.register()
+    composition.register()
     register()
     try:
         compose_and_run()
-    except compose.FAULTS as fault:
-        sys.exit(command.tell(compose.explain(fault, words)))
+    except composition.FAULTS as fault:
+        sys.exit(arguments.tell(composition.explain(fault, words)))
     except ValueError as fault:
-        sys.exit(command.tell(str(fault)))
+        sys.exit(arguments.tell(str(fault)))
     except KeyboardInterrupt:  # before the run took the signals over
         sys.exit(130)
 

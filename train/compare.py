@@ -19,13 +19,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from train import command
-from train.config import GROUPS, ROOT
-from train.disk import write_atomically
-from train.report import big, embedded_bytes, page
-from train.statistics import Difference, Mean, mean_of, paired
-from train.stored import variant
-from train.tracking.reading import Recorded, runs_of
+from train.cli import arguments
+from train.config.schema import GROUPS, ROOT
+from train.config.serialization import variant
+from train.evaluation.html import big, embedded_bytes, page
+from train.evaluation.statistics import Difference, Mean, mean_of, paired
+from train.storage.atomic import write_atomically
+from train.tracking.mlflow_query import Recorded, runs_of
 from train.tracking.uploader import default_uri
 
 TEST, VALIDATION = "test/accuracy", "best/validation_main_accuracy"
@@ -109,7 +109,7 @@ def compare(words: list[str]) -> None:
 def read(words: list[str]) -> tuple[Compare, dict[str, str]]:
     """This command's own words, and those that choose runs, by key."""
     own = [word for word in words if word.partition("=")[0] in Compare.__dataclass_fields__]
-    keys, chosen = command.parse(Compare, own), {}
+    keys, chosen = arguments.parse(Compare, own), {}
     for word in words:
         if "=" not in word:
             raise ValueError(f"words must be key=value, got {word}; use e.g. experiment=inception model=vgg16")
@@ -351,8 +351,8 @@ def as_csv(fields: list[Field]) -> str:
 
 def write(out: Path, experiment: str, fields: list[Field], metric: str, notes: list[str]) -> list[Path]:
     """compare.html and compare.csv."""
-    from train.pictures import rows as pictures
-    from train.pictures.style import png
+    from train.evaluation.plots import comparison as pictures
+    from train.evaluation.plots.style import png
 
     out.mkdir(parents=True, exist_ok=True)
     shown = [
@@ -371,4 +371,4 @@ def write(out: Path, experiment: str, fields: list[Field], metric: str, notes: l
 
 
 if __name__ == "__main__":
-    command.run(compare)
+    arguments.run(compare)

@@ -13,8 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from train import command, compose, runtime
-from train.config import options, resolve_image_size
+from train.cli import arguments
+from train.config import composition
+from train.config.schema import options, resolve_image_size
+from train.runtime import setup
 
 CLASSES = "classes"
 
@@ -29,10 +31,10 @@ def read(words: list[str]) -> tuple[Any, tuple[int, int, int], int]:
     """
     own = [word for word in words if word.startswith(f"{CLASSES}=")]
     others = [word for word in words if word not in own]
-    config = compose.compose(others)
+    config = composition.compose(others)
     names = {word.partition("=")[0] for word in others}
-    classes = command.parse(Cost, own).classes
-    runtime.load("tensorflow", Path(os.devnull))  # only now: a mistake is answered at once
+    classes = arguments.parse(Cost, own).classes
+    setup.load("tensorflow", Path(os.devnull))  # only now: a mistake is answered at once
     from train.models import NATIVE_SIZE
 
     side = resolve_image_size(config) if "data.image_size" in names else NATIVE_SIZE[config.model.name]
@@ -102,4 +104,4 @@ def _times(other: int, own: int) -> str:
 
 
 if __name__ == "__main__":
-    command.run(show, only_prints=True)
+    arguments.run(show, only_prints=True)

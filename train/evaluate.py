@@ -17,12 +17,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import assess, build, command, compose, loop, report, runtime
-from train.config import Config, Data, Distributed
-from train.progress import say
-from train.scores import Outcome
+from train.cli import arguments
+from train.cli.progress import say
+from train.config.schema import Config
+from train.evaluation import report, results
+from train.evaluation.metrics import Outcome
+from train.run import factory, stored_runs
+from train.runtime import setup
 from train.tracking import address, uploader
-from train.tracking.folder import RunFolder, open_folder
+from train.tracking.run_dir import open_folder
+from train.training import loop
 
 SPLITS = ("train", "validation", "test", "all")
 
@@ -40,55 +44,34 @@ def evaluate(words: list[str]) -> None:
 
     Raises: ValueError where the run has no weights yet, or the data has classes that it does not know.
     """
-    keys, others = command.parse_some(Evaluate, words)
+    keys, others = arguments.parse_some(Evaluate, words)
     if keys.split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {keys.split}")
     folder = open_folder(Path(keys.run))
     card = folder.card()
     if not card:
         raise ValueError(f"run must have kept weights, got {keys.run}, which has none yet; go on with it: make resume")
-    config, elsewhere = config_of(folder, card, others)
+    config, elsewhere = stored_runs.config_of(folder, card, others)
     uri = address.of_run(folder, others)
-    build.check_files(config)
-    config, notes = runtime.prepare(config, folder.inside("train.log"))
+    factory.check_files(config)
+    config, notes = setup.prepare(config, folder.inside("train.log"))
     say(*notes)
-    dataset, _ = build.load_data(config, crops=False)
-    build.check_fingerprint(config, dataset)
+    dataset, _ = factory.load_data(config, crops=False)
+    factory.check_fingerprint(config, dataset)
     split = whole(dataset) if keys.split == "all" else dataset.splits[keys.split]
     place = folder.inside(f"evaluation/{name_of(config, keys.split, elsewhere)}")
     say(*dataset.notes, f"{place.name}: {len(split):,} examples of {dataset.name}")
-    model, predict = build.load_best(folder, config)
+    model, predict = factory.load_best(folder, config)
     numbers = numbers_of(dataset.classes, card["classes"])
-    with build.naming_broken_examples():
-        logits, truth = build.answers(config, split, len(dataset.classes), predict, loop.Stops())
+    with factory.naming_broken_examples():
+        logits, truth = factory.answers(config, split, len(dataset.classes), predict, loop.Stops())
         outcome = Outcome(logits, numbers[truth], card["classes"])
-        found = assess.assess(place, split, outcome)
-        assess.draw(place, split, outcome, found, model)
+        found = results.assess(place, split, outcome)
+        results.draw(place, split, outcome, found, model)
     show(found)
     report.write(folder, folder.read_json("summary.json", {}))
     uploader.complete(folder, uri, config.tracking.wait_seconds)
     print(place)
-
-
-def config_of(folder: RunFolder, card: dict[str, Any], words: list[str]) -> tuple[Config, bool]:
-    """The run's config with these words in it, images as its network wants them; and whether it is about other data."""
-    stored = folder.config()
-    stored["tracking"]["uri"] = None  # not needed to measure; see `address.of_run`
-    chosen = [word for word in words if word.startswith("data=")]
-    about = [word for word in words if word.startswith(("data=", "data."))]
-    elsewhere = bool(chosen) or any(word.startswith(("data.root=", "data.file=")) for word in words)
-    if chosen:
-        data: Data = compose.compose([f"model={stored['model']['name']}", *about]).data
-        stored["data"] = vars(data)
-        words = [word for word in words if word not in about]
-    config = compose.to_config(compose.stored(stored, words), stored=True)
-    side, _, channels = card["input"]["shape"]
-    fingerprint = None if elsewhere else card["data_fingerprint"]
-    config.data = replace(config.data, image_size=side, channels=channels, fingerprint=fingerprint)
-    config.devices, config.distributed = "1", Distributed()  # which are for training
-    if elsewhere:
-        config.data.train_per_class = None  # which is said of the run's own
-    return config, elsewhere
 
 
 def name_of(config: Config, split: str, elsewhere: bool) -> str:
@@ -136,4 +119,4 @@ def show(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(evaluate)
+    arguments.run(evaluate)

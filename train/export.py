@@ -25,14 +25,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import build, command, evaluate, formats, loop, report, runtime
-from train.config import Config
+from train import formats
+from train.cli import arguments
+from train.cli.progress import say
+from train.config.schema import Config
 from train.data.decode import resize
-from train.disk import write_atomically
-from train.progress import say
-from train.scores import bootstrap_interval, log_softmax
-from train.tracking import address, record, uploader
-from train.tracking.folder import RunFolder, open_folder
+from train.evaluation import html
+from train.evaluation.metrics import bootstrap_interval, log_softmax
+from train.run import factory, stored_runs
+from train.runtime import setup
+from train.storage.atomic import write_atomically
+from train.tracking import address, run_metadata, uploader
+from train.tracking.run_dir import RunFolder, open_folder
+from train.training import loop
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +89,7 @@ def export(words: list[str]) -> int:
 
     Raises: ValueError for a run that has not finished, an unknown format, one that lacks its packages.
     """
-    keys, others = command.parse_some(Export, words)
+    keys, others = arguments.parse_some(Export, words)
     chosen = formats.check(keys.format, keys.quantize)
     if not 0 <= keys.max_accuracy_drop <= 1:
         raise ValueError(f"export.max_accuracy_drop must be from 0 to 1, got {keys.max_accuracy_drop}; use e.g. 0.01")
@@ -94,10 +99,10 @@ def export(words: list[str]) -> int:
         raise ValueError(f"run must be finished, got {keys.run}, which is {status}; go on with it: make resume")
     config = config_of(folder, others)
     uri = address.of_run(folder, others)
-    build.check_files(config)
-    config, notes = runtime.prepare(config, folder.inside("train.log"))
+    factory.check_files(config)
+    config, notes = setup.prepare(config, folder.inside("train.log"))
     say(*notes)
-    with record.log_file(folder):
+    with run_metadata.log_file(folder):
         measured = measure(folder, config)
         rows = [told(folder, config, name, keys, measured) for name in chosen]
     show(rows)
@@ -111,7 +116,7 @@ def config_of(folder: RunFolder, words: list[str]) -> Config:
         if word.partition("=")[0] not in WORDS:
             own = [item.metadata.get("word", item.name) for item in fields(Export)]
             raise ValueError(f"words must be key=value with a key of {', '.join((*own, *WORDS))}; got {word}")
-    config, _ = evaluate.config_of(
+    config, _ = stored_runs.config_of(
         folder, folder.card(), ["evaluate.views=one", "device=cpu", "backend=tensorflow", "jit=off", *words]
     )
     config.data = replace(config.data, fingerprint=folder.card()["data_fingerprint"])
@@ -120,18 +125,18 @@ def config_of(folder: RunFolder, words: list[str]) -> Config:
 
 def measure(folder: RunFolder, config: Config) -> Measured:
     """The run's network on its test split, as `make evaluate` does it, and once more in float32."""
-    from train.models.complete import complete, in_float32
-    from train.step.tensorflow import Step
+    from train.models.deployment import complete, in_float32
+    from train.training.step.tensorflow import Step
 
-    dataset, _ = build.load_data(config, crops=False)
-    build.check_fingerprint(config, dataset)
+    dataset, _ = factory.load_data(config, crops=False)
+    factory.check_fingerprint(config, dataset)
     classes = tuple(folder.card()["classes"])
     say(*dataset.notes, f"test: {len(dataset.test):,} examples of {dataset.name}, the run's own network")
-    network, predict = build.load_best(folder, config)
-    with build.naming_broken_examples():
-        logits, truth = build.answers(config, dataset.test, len(classes), predict, loop.Stops())
+    network, predict = factory.load_best(folder, config)
+    with factory.naming_broken_examples():
+        logits, truth = factory.answers(config, dataset.test, len(classes), predict, loop.Stops())
         exact = Step.predictor(in_float32(network), jit=False)
-        reference, _ = build.answers(config, dataset.test, len(classes), exact, loop.Stops())
+        reference, _ = factory.answers(config, dataset.test, len(classes), exact, loop.Stops())
     accuracy = float((logits.argmax(axis=1) == truth).mean())
     shippable = complete(network, config.data.crop_fraction)
     return Measured(shippable, dataset, classes, truth, accuracy, np.exp(log_softmax(reference)))
@@ -162,7 +167,7 @@ def told(folder: RunFolder, config: Config, name: str, keys: Export, measured: M
         summary = one(folder, config, name, keys, measured, fresh)
     except Exception as fault:  # converters have many kinds
         log.exception("%s could not be exported", label)
-        command.tell(f"{label}: {type(fault).__name__}: {fault}")
+        arguments.tell(f"{label}: {type(fault).__name__}: {fault}")
         summary = {"refused": "it could not be written"}
     for old in (place, fresh) if summary["refused"] else (place,):
         shutil.rmtree(old, ignore_errors=True)
@@ -188,7 +193,7 @@ def one(folder: RunFolder, config: Config, name: str, keys: Export, measured: Me
         "time": time.time(),
         "bytes": size_of(file),
         "sha256": sha256_of(file),
-        "processor": runtime.processor("tensorflow", "cpu"),
+        "processor": setup.processor("tensorflow", "cpu"),
         "threads": config.threads,
         **examined(formats.read(name, file, config.threads), measured, images),
     }
@@ -248,7 +253,7 @@ def card(folder: RunFolder, summary: dict[str, Any], crop_fraction: float) -> st
     """What it is, how good it is, how to load it. Source: Mitchell et al. 2019 (Model Cards for Model Reporting)."""
     best = folder.card()
     side, _, channels = best["input"]["shape"]
-    return report.page(
+    return html.page(
         "card.md",
         export=summary,
         run=folder.read_json("summary.json", {}),
@@ -302,4 +307,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(export)
+    arguments.run(export)

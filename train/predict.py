@@ -11,33 +11,19 @@ answered all the same, and the exit code is 1. With runtime=onnx the exported fi
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
-import shlex
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
-from train import command, runtime
-from train.data.decode import View, decode, decode_resized, read_header
-from train.disk import OutsideError, inside, read_inside
-from train.formats.reading import FILES, read
-from train.stored import NewerError, refuse_newer
+from train.cli import arguments
+from train.run.predictor import BATCH, RUNTIMES, Network, answers, load, ranked
 
-RUNTIMES = ("keras", "onnx")
 OUTPUTS = ("table", "jsonl")
-BATCH = 32
-AHEAD = 4 * BATCH  # pictures that are decoded while others are answered
 SHOWN = 24  # pictures that attention is drawn for
 
 
@@ -57,26 +43,9 @@ class Predict:
     attention: str = ""
 
 
-@dataclass(frozen=True)
-class Network:
-    """predict: uint8 [N, H, W, C] -> probabilities [N, classes]. view: what it looks at in a picture.
-
-    decode: a picture's bytes as `predict` wants them; where that leaves them in their own sizes, `batch` is 1.
-    """
-
-    predict: Callable[[np.ndarray], np.ndarray]
-    decode: Callable[[bytes], np.ndarray]
-    view: View
-    classes: list[str]
-    max_bytes: int
-    max_pixels: int
-    batch: int = BATCH
-    model: Any = None
-
-
 def predict(words: list[str]) -> int:
     """1 where a picture could not be read. Raises: ValueError for what can't be run at all."""
-    keys = checked(command.parse(Predict, words))
+    keys = checked(arguments.parse(Predict, words))
     paths = list(found(keys.images))
     network = load(Path(keys.run), keys.runtime, many=len(paths) > BATCH)
     tell = TELLERS[keys.output](paths, network.classes, min(keys.top, len(network.classes)))
@@ -138,137 +107,10 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(folder / path for path in below if not any(part.startswith(".") for part in path.parts))
 
 
-def load(run: Path, engine: str, *, many: bool) -> Network:
-    """engine: one of RUNTIMES. many: whether it pays to compile. Raises: ValueError where there is no network."""
-    card, config = card_of(run)
-    side, _, channels = card["input"]["shape"]
-    view = View(side, channels, tuple(config["background"]), config["crop_fraction"])
-    limits = config["max_bytes"], config["max_pixels"]
-    if engine == "onnx":
-        answer = exported(run)
-        if view.crop_fraction == 1:
-            return Network(answer, partial(decode_resized, view=view), view, card["classes"], *limits)
-        own = partial(
-            decode, channels=channels, background=view.background, max_pixels=None
-        )  # the file crops by itself
-        return Network(answer, own, view, card["classes"], *limits, batch=1)
-    inside(run, "best/model.keras")
-    model = loaded(run / "best/model.keras")
-    answer = model.predict_on_batch if many else model
-    return Network(
-        lambda images: softmax(np.asarray(answer(images))), partial(decode_resized, view=view), view, card["classes"],
-        *limits, model=model,
-    )  # fmt: skip
-
-
-def loaded(path: Path) -> Any:
-    """The Keras model. Raises: ValueError for a file that is damaged, or has code in it."""
-    runtime.load("tensorflow", Path(os.devnull))  # without what it does not need, and without its chatter
-    import keras
-    import tensorflow as tf
-
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)  # others want some of it, too
-    try:
-        model = keras.models.load_model(path)
-    except Exception as fault:  # Keras has many
-        raise ValueError(f"run must have weights that can be read, got {path} ({type(fault).__name__})") from fault
-    model.jit_compile = False  # which would compile anew for every number of pictures
-    return model
-
-
-def card_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the network is, and the run's `data`. Raises: ValueError where there is no network."""
-    try:
-        refuse_newer(run, json.loads(read_inside(run, "run.json")))
-        card = json.loads(read_inside(run, "best/model.json"))
-        return card, yaml.safe_load(read_inside(run, "config.yaml"))["data"]
-    except (NewerError, OutsideError):
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        raise ValueError(f"run must be the folder of a run that has weights, got {run}; use run=runs/latest") from None
-
-
-def exported(run: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Raises: ValueError where there is no such export, or one of another network, or no ONNX Runtime."""
-    path, again = inside(run, f"export/onnx/{FILES['onnx']}"), f"make export run={shlex.quote(str(run))} format=onnx"
-    if not path.exists():
-        raise ValueError(f"runtime=onnx must have the exported file, got no {path}; {again}")
-    known = json.loads(read_inside(run, "export/onnx/summary.json"))["network"]
-    if known != hashlib.sha256(read_inside(run, "best/model.json")).hexdigest():
-        raise ValueError(f"runtime=onnx must have the run's best network, got an older one in {path}; {again}")
-    try:
-        return read("onnx", path)
-    except ImportError:
-        raise ValueError(f"runtime=onnx must have the extra export, got no onnxruntime; {again}") from None
-    except Exception as fault:  # it has many
-        raise ValueError(f"runtime=onnx must have a file that can be read, got {path}; {again}") from fault
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
-
-
 # ----------------------------------------------------------------------------------------------------------- answers
 
 
-def answers(network: Network, paths: list[Path]) -> Iterator[tuple[Path, np.ndarray | Exception, np.ndarray]]:
-    """Of every picture, in their order: its pixels, or why it can't be read, and its probabilities."""
-    pictures = decoded(network, paths)
-    while batch := list(islice(pictures, network.batch)):
-        whole = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
-        said = iter(network.predict(np.stack(whole)) if whole else ())
-        for path, pixels in batch:
-            yield path, pixels, next(said) if isinstance(pixels, np.ndarray) else np.empty(0)
-
-
-def decoded(network: Network, paths: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray | Exception]]:
-    """In their order, by all cores; so many ahead at most."""
-    ahead = AHEAD if network.batch > 1 else 1  # a picture in its own size may be large
-    ahead = AHEAD if network.batch > 1 else 1  # a picture in its own size may be large
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: deque[tuple[Path, Future]] = deque()
-        for path in paths:
-            waiting.append((path, pool.submit(picture, network, path)))
-            if len(waiting) > ahead:
-                name, future = waiting.popleft()
-                yield name, future.result()
-        for name, future in waiting:
-            yield name, future.result()
-
-
-def picture(network: Network, path: Path) -> np.ndarray | Exception:
-    """Pixels as the network wants them, or what is wrong."""
-    try:
-        if not path.is_file():
-            raise ValueError("it is no file")
-        refuse_large(network, path.stat().st_size)
-        return pixels_of(network, path.read_bytes())
-    except (OSError, ValueError) as fault:
-        return fault
-
-
-def pixels_of(network: Network, data: bytes) -> np.ndarray:
-    """Encoded bytes as the network wants them. Raises: ValueError for what is no picture, or one too large."""
-    refuse_large(network, len(data))
-    read_header(data, network.max_pixels)
-    return network.decode(data)
-
-
-def refuse_large(network: Network, size: int) -> None:
-    if size > network.max_bytes:
-        raise ValueError(f"{size:,} bytes are more than the limit of {network.max_bytes:,}")
-
-
 # ------------------------------------------------------------------------------------------------------------- shown
-
-
-def ranked(probabilities: np.ndarray, classes: list[str], top: int) -> list[tuple[str, float]]:
-    """The most likely classes; among equal ones the lower index first."""
-    return [
-        (classes[number], float(probabilities[number])) for number in np.argsort(-probabilities, kind="stable")[:top]
-    ]
 
 
 def as_table(paths: list[Path], classes: list[str], top: int) -> Callable[[Path, np.ndarray], None]:
@@ -303,19 +145,19 @@ TELLERS = {"table": as_table, "jsonl": as_jsonl}
 
 
 def draw(path: Path, network: Network, kept: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    from train.disk import write_atomically
-    from train.models.cam import grad_cam
-    from train.pictures import gallery
-    from train.pictures.style import png
+    from train.evaluation.plots import image_grids
+    from train.evaluation.plots.style import png
+    from train.models.grad_cam import grad_cam
+    from train.storage.atomic import write_atomically
 
     images, said = (np.stack(part) for part in zip(*kept, strict=True))
     numbers = said.argmax(axis=1)
     maps, layer = grad_cam(network.model, images, numbers)
     titles = [network.classes[number] for number in numbers]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, png(gallery.attention(images, maps, titles, layer)))
+    write_atomically(path, png(image_grids.attention(images, maps, titles, layer)))
     print(f"attention: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    command.run(predict, only_prints=True)
+    arguments.run(predict, only_prints=True)

@@ -10,12 +10,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from train import command, compose
-from train.config import ROOT, Config, ConfigError, Sweep
-from train.ground import FREE, changed, unaccepted
-from train.stored import Private, flatten, to_dict
+from train.cli import arguments
+from train.config import composition
+from train.config.compatibility import FREE, changed, unaccepted
+from train.config.schema import ROOT, Config, ConfigError, Sweep
+from train.config.serialization import Private, flatten, to_dict
 from train.tracking import address
-from train.tracking.folder import RunFolder, newest_unfinished, open_folder
+from train.tracking.run_dir import RunFolder, newest_unfinished, open_folder
 
 OWN = ("run", "accept")
 LATER = ("evaluate.test", "evaluate.report", "tracking.log_model")  # what a finished run may still be asked for
@@ -38,10 +39,10 @@ def resume(words: list[str]) -> int:
 def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: Sweep | None = None) -> int:
     """One more life; the exit code. sweep: what a sweep wants of it."""
     stored = folder.config()
-    node = compose.stored(stored, words)
-    private = compose.private(node)
-    with compose.hiding(private):
-        config = compose.to_config(node, stored=True)
+    node = composition.stored(stored, words)
+    private = composition.private(node)
+    with composition.hiding(private):
+        config = composition.to_config(node, stored=True)
         config.sweep = sweep or config.sweep
         before, now = flatten(stored), flatten(to_dict(config, private))
         refuse_words(before, now, accepted)
@@ -54,11 +55,11 @@ def go_on(folder: RunFolder, words: list[str], accepted: frozenset[str], sweep: 
         return 0
     if leads and "tracking.uri" not in {split(word)[0] for word in words}:
         address.use_stored(folder, config.tracking.uri)
-    from train import build
-    from train import run as story
+    from train.run import factory
+    from train.run import train_and_evaluate as story
 
-    build.check_files(config)
-    build.check_sources(config)
+    factory.check_files(config)
+    factory.check_sources(config)
     return story.live(folder, config, private, accepted) if leads else story.follow(config, private)
 
 
@@ -92,7 +93,7 @@ def free_words(config: Config, private: Private) -> list[str]:
 
     An address keeps its password.
     """
-    references = {name: value for name, value in private.stored.items() if value != compose.HIDDEN}
+    references = {name: value for name, value in private.stored.items() if value != composition.HIDDEN}
     typed = flatten(dataclasses.asdict(config)) | references
     names = dict.fromkeys((*FREE, *references))
     return [f"{name}={typed[name]}" for name in names if name != "run_dir" and typed.get(name) is not None]
@@ -116,4 +117,4 @@ def split(word: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    command.run(resume)
+    arguments.run(resume)

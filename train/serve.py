@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from train import command, predict
+from train.cli import arguments
 from train.data.decode import resize
-from train.tracking import serving
+from train.run import predictor
+from train.tracking import mlflow_server
 
 INPUTS = "inputs must be base64 of image files, or one array [N, H, W, C] of whole numbers in 0..255"
 
@@ -35,16 +36,16 @@ class Serve:
 
 def serve(words: list[str]) -> None:
     """Becomes the server. Raises: ValueError for a run without weights, or a port that is taken."""
-    keys = command.parse(Serve, words)
-    predict.card_of(Path(keys.run))
-    serving.become(__spec__.name, Path(keys.run).resolve(), keys.port)
+    keys = arguments.parse(Serve, words)
+    predictor.card_of(Path(keys.run))
+    mlflow_server.become(__spec__.name, Path(keys.run).resolve(), keys.port)
 
 
 class Served:
     """What MLflow's server asks, from several threads at once."""
 
     def __init__(self, run: Path):
-        self.network = predict.load(run, "keras", many=True)
+        self.network = predictor.load(run, "keras", many=True)
         self.lock = threading.Lock()  # the network uses all cores for one request
         self.network.predict(np.zeros((1, *self.network.view.shape), np.uint8))  # compiles
 
@@ -53,11 +54,11 @@ class Served:
         try:
             images = self.images(given)
         except (ValueError, TypeError) as fault:
-            raise serving.bad_request(str(fault)) from None
+            raise mlflow_server.bad_request(str(fault)) from None
         found: list[np.ndarray] = []
-        for start in range(0, len(images), predict.BATCH):
+        for start in range(0, len(images), predictor.BATCH):
             with self.lock:
-                found.extend(self.network.predict(images[start : start + predict.BATCH]))
+                found.extend(self.network.predict(images[start : start + predictor.BATCH]))
         return [self.answer(probabilities) for probabilities in found]
 
     def images(self, given: Any) -> np.ndarray:
@@ -82,12 +83,12 @@ class Served:
 
     def picture(self, number: int, text: Any) -> np.ndarray:
         try:
-            return predict.pixels_of(self.network, base64.b64decode(text, validate=True))
+            return predictor.pixels_of(self.network, base64.b64decode(text, validate=True))
         except (ValueError, TypeError, binascii.Error) as fault:
             raise ValueError(f"{INPUTS}, got number {number}: {fault}") from None
 
     def answer(self, probabilities: np.ndarray) -> dict[str, Any]:
-        [(name, share)] = predict.ranked(probabilities, self.network.classes, 1)
+        [(name, share)] = predictor.ranked(probabilities, self.network.classes, 1)
         every = dict(zip(self.network.classes, map(float, probabilities), strict=True))
         return {"class": name, "probability": share, "probabilities": every}
 
@@ -98,4 +99,4 @@ def _load_pyfunc(path: str) -> Served:
 
 
 if __name__ == "__main__":
-    command.run(serve)
+    arguments.run(serve)

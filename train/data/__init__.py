@@ -13,8 +13,8 @@ The only room that knows TFDS. Importing it is cheap: TensorFlow and TFDS are im
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from train.data.check import check
-from train.data.source import SOURCES, Source
+from train.data.catalog import SOURCES, Source
+from train.data.sources.checks import check
 
 if TYPE_CHECKING:
     from train.data.dataset import Dataset
@@ -58,7 +58,7 @@ def load(
     check(name, root=root, manual_dir=manual_dir, file=file, data_dir=data_dir)
     from train.data.dataset import open_dataset
     from train.data.decode import View
-    from train.data.ingest import Limits
+    from train.data.ingestion.validation import Limits
 
     return open_dataset(
         name,

@@ -11,13 +11,13 @@ import numpy as np
 
 from train.data.decode import View, decode, decode_jpeg, decode_resized
 from train.data.fingerprint import digest, fingerprint
-from train.data.folder import list_folder
-from train.data.ingest import Limits, ingest
-from train.data.leaks import Leaks, find_leaks, sentences, without_leaks
-from train.data.manifest import list_manifest
-from train.data.parts import SPLITS, FileStore, Listing, Store
-from train.data.prepared import list_prepared
-from train.data.verdicts import Column, Verdicts
+from train.data.ingestion.duplicates import Leaks, find_leaks, sentences, without_leaks
+from train.data.ingestion.example_index import Column, Verdicts
+from train.data.ingestion.validation import Limits, ingest
+from train.data.sources.folder import list_folder
+from train.data.sources.listing import SPLITS, FileStore, Listing, Store
+from train.data.sources.manifest import list_manifest
+from train.data.sources.tfds import list_prepared
 
 NAMED = 3
 CHUNK = 10_000  # rows that are taken out of the table at once
@@ -29,7 +29,7 @@ class Split:
     """Examples 0..N-1 of one part.
 
     store, verdicts: of the whole set, by row. rows: int64 [N], the examples' rows. labels: int32 [N]. origin: what an
-    error puts before a name. folder: where decoded pixels may be kept. pixels: where they are (train.data.pixels).
+    error puts before a name. folder: where decoded pixels may be kept. pixels: where they are (train.data.pixel_cache).
     """
 
     name: str
@@ -63,13 +63,6 @@ class Split:
     def id_of(self, index: int) -> str:
         """TFDS part and number, or the path relative to the root."""
         return self.verdicts.text("path", self.rows[index])
-
-    @cached_property
-    def images(self) -> np.ndarray:
-        """All examples, uint8 [N, image_size, image_size, channels]; decoded once. Raises: ValueError as `example`."""
-        from train.data.pixels import in_memory
-
-        return in_memory(self)
 
     def read(self, indices: Iterable[int]) -> list[bytes]:
         """The encoded bytes of several examples.

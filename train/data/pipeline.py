@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from train.data import crop, order
-from train.data.augment import Augmentation
-from train.data.crop import Crop
+from train.data import sampling
+from train.data.augmentation import random_resized_crop
+from train.data.augmentation.mixup_cutmix import Mix
+from train.data.augmentation.policy import Augmentation
+from train.data.augmentation.randaugment import Paint
+from train.data.augmentation.random_resized_crop import Crop
 from train.data.dataset import Split
-from train.data.mix import Mix
-from train.data.paint import Paint
-from train.data.pixels import aligned, reader
-from train.runtime import cores
+from train.data.pixel_cache import aligned, reader
+from train.runtime.setup import cores
 
 PREFETCH = 2  # batches; fixed, because an automatic depth takes memory as it likes
 
@@ -67,7 +68,9 @@ def train_batches(
     if not 0 <= first_batch <= steps:
         raise ValueError(f"first_batch must be in 0..{steps}, got {first_batch}; use the next batch of the epoch")
     threads = threads or cores()
-    indices = order.balanced(seed, epoch, split.labels) if balanced else order.permutation(seed, epoch, len(split))
+    indices = (
+        sampling.balanced(seed, epoch, split.labels) if balanced else sampling.permutation(seed, epoch, len(split))
+    )
     # An example that comes more than once is changed in another way each time: its draws are those of its place.
     places = np.stack([indices, np.arange(len(indices)) if balanced else indices], axis=1)
     places = places[first_batch * batch_size : steps * batch_size].reshape(-1, batch_size, 2)
@@ -140,7 +143,7 @@ class _Draws:
         self._seed, self._epoch, self._examples = seed, epoch, examples
 
     def table(self, purpose: str, columns: int) -> np.ndarray:
-        return order.uniform_rows(self._seed, purpose, self._epoch, self._examples, columns)
+        return sampling.uniform_rows(self._seed, purpose, self._epoch, self._examples, columns)
 
     def rows(self, purpose: str, columns: int) -> Any:
         return _constant(self.table(purpose, columns))
@@ -166,7 +169,7 @@ def _whole(split: Split) -> Callable[[np.ndarray], np.ndarray]:
 
 def _cropper(split: Split, crop_: Crop, draw: _Draws) -> Callable[[np.ndarray], np.ndarray]:
     """places int64 [N, 2] -> crops of the encoded images, uint8 [N, S, S, C]."""
-    view, draws = split.view, draw.table(crop.PURPOSE, crop.DRAWS)
+    view, draws = split.view, draw.table(random_resized_crop.PURPOSE, random_resized_crop.DRAWS)
 
     def crops(places: np.ndarray) -> np.ndarray:
         indices, own = places[:, 0], draws[places[:, 1]]
@@ -178,9 +181,11 @@ def _cropper(split: Split, crop_: Crop, draw: _Draws) -> Callable[[np.ndarray], 
         boxes, mirrored = crop_.boxes(np.array(sizes), own), crop_.mirrored(own)
         colors = crop_.color_maps(own, view.channels)
         for number, (index, data, whole) in enumerate(zip(indices, encoded, pixels, strict=True)):
-            part = crop.part_of(boxes[number], view.image_size)
-            small = split.decode_plain(index, data, part) if whole is None else crop.shrunk(whole, part)
-            crop_.finish(crop.cut(small, boxes[number], part), mirrored[number], colors[number], images[number])
+            part = random_resized_crop.part_of(boxes[number], view.image_size)
+            small = split.decode_plain(index, data, part) if whole is None else random_resized_crop.shrunk(whole, part)
+            crop_.finish(
+                random_resized_crop.cut(small, boxes[number], part), mirrored[number], colors[number], images[number]
+            )
         return images
 
     return crops

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.formats import writing
-from train.formats.loading import PACKAGES, lines_of
-from train.formats.reading import FILES, READERS, read
-from train.formats.writing import Content
+from train.formats import converters
+from train.formats.converters import Content
+from train.formats.runtimes import FILES, READERS, read
+from train.formats.usage_snippets import PACKAGES, lines_of
 
 __all__ = [
     "FILES", "FORMATS", "PACKAGES", "QUANTIZATIONS", "READERS", "Content", "Format", "check", "lines_of", "read",
@@ -36,10 +36,10 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "keras": Format(writing.write_keras),
-    "saved_model": Format(writing.write_saved_model),
-    "onnx": Format(writing.write_onnx, ("onnx", "tf2onnx", "onnxruntime"), QUANTIZATIONS),
-    "tflite": Format(writing.write_tflite, ("ai_edge_litert",), QUANTIZATIONS),
+    "keras": Format(converters.write_keras),
+    "saved_model": Format(converters.write_saved_model),
+    "onnx": Format(converters.write_onnx, ("onnx", "tf2onnx", "onnxruntime"), QUANTIZATIONS),
+    "tflite": Format(converters.write_tflite, ("ai_edge_litert",), QUANTIZATIONS),
 }
 
 

@@ -12,7 +12,7 @@ from train.models.heads import HEADS
 from train.models.inception_resnet_v2 import inception_resnet_v2
 from train.models.inception_v1 import inception_v1
 from train.models.inception_v3 import inception_v3
-from train.models.parts import parts
+from train.models.layer_groups import parts
 from train.models.vgg16 import STAGES, vgg16
 from train.models.vgg16_inception import vgg16_inception
 from train.models.weights import load as load_weights

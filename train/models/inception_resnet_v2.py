@@ -3,8 +3,8 @@
 import keras
 
 from train.models import heads
-from train.models.applications import copy
 from train.models.blocks import images, normalize_symmetric
+from train.models.keras_applications import copy
 from train.models.weights import symbolic
 
 

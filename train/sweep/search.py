@@ -12,9 +12,9 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any, Protocol
 
-from train.config import Sweep
-from train.progress import say
-from train.sweep.space import Axis
+from train.cli.progress import say
+from train.config.schema import Sweep
+from train.sweep.search_space import Axis
 from train.sweep.trials import SweepFolder, Trial
 
 ATTEMPTS = 20  # to find a point that has not been tried

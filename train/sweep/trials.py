@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.compose import quoted
-from train.config import ConfigError
-from train.disk import write_atomically
-from train.tracking.folder import RunFolder, open_folder
+from train.config.composition import quoted
+from train.config.schema import ConfigError
+from train.storage.atomic import write_atomically
 from train.tracking.journal import read_journal
+from train.tracking.run_dir import RunFolder, open_folder
 
 OBJECTIVE = "validation_main_accuracy"
 METRIC = "validation/main_accuracy"

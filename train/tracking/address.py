@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from train import compose
-from train.config import ROOT
-from train.progress import say
-from train.stored import without_secrets
-from train.tracking.folder import RunFolder
-from train.tracking.store import default_uri
+from train.cli.progress import say
+from train.config import composition
+from train.config.schema import ROOT
+from train.config.serialization import without_secrets
+from train.tracking.mlflow_store import default_uri
+from train.tracking.run_dir import RunFolder
 
 KEY = "tracking.uri"
 CREDENTIALS = (
@@ -26,7 +26,7 @@ CREDENTIALS_FILE = Path("~/.mlflow/credentials")
 
 def of_machine() -> str:
     """The tracking address of this machine: what conf/ says now, or mlflow.db beside the Makefile."""
-    return compose.compose([]).tracking.uri or default_uri(ROOT)
+    return composition.compose([]).tracking.uri or default_uri(ROOT)
 
 
 def of_run(folder: RunFolder, words: list[str]) -> str | None:
@@ -36,7 +36,7 @@ def of_run(folder: RunFolder, words: list[str]) -> str | None:
     the address, and `make sync` can be told it later.
     """
     if typed := [word for word in words if word.partition("=")[0] == KEY]:
-        return compose.compose(typed).tracking.uri or default_uri(ROOT)
+        return composition.compose(typed).tracking.uri or default_uri(ROOT)
     try:
         return stored(folder)
     except ValueError as error:
@@ -65,7 +65,7 @@ def stored(folder: RunFolder) -> str:
     Raises: ValueError where that is a reference to the environment which conf/ does not hold now.
     """
     uri = folder.config().get("tracking", {}).get("uri")
-    if "${" in str(uri) and (KEY, uri) in compose.conf_references({}):
+    if "${" in str(uri) and (KEY, uri) in composition.conf_references({}):
         return of_machine()
     if uri is not None and ("${" in str(uri) or "://" not in str(uri)):
         raise ValueError(f"uri must be given, since the run's was {uri}; use make sync uri=ADDRESS")

@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train import faults
-from train.disk import open_inside, read_inside, sync_folder
+from train.storage import fault_injection
+from train.storage.atomic import open_inside, read_inside, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Journal:
             _append(self.path, (json.dumps(line) + "\n").encode())
             self._total += 1
             self.lines = self._total
-        faults.point("journal")
+        fault_injection.point("journal")
 
 
 def _append(path: Path, line: bytes) -> None:

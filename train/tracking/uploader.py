@@ -21,12 +21,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from train.disk import open_inside, write_atomically
-from train.stored import Private, passwords
-from train.tracking import store
-from train.tracking.folder import RunFolder, open_folder
+from train.config.serialization import Private, passwords
+from train.storage.atomic import open_inside, write_atomically
+from train.tracking import mlflow_store
 from train.tracking.journal import read_journal
-from train.tracking.store import default_uri
+from train.tracking.mlflow_store import default_uri
+from train.tracking.run_dir import RunFolder, open_folder
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ __all__ = ["Record", "default_uri", "start", "wait"]
 
 def beside(uri: str | None, root: Path, name: str) -> str:
     """The address of a SQLite file beside that of the store, or beside the Makefile where it is a server."""
-    path = store.database_path(uri or default_uri(root))
-    return store.sqlite_uri((path.parent if path else root) / name)
+    path = mlflow_store.database_path(uri or default_uri(root))
+    return mlflow_store.sqlite_uri((path.parent if path else root) / name)
 
 
 def start(folder: RunFolder, uri: str) -> subprocess.Popen | None:
@@ -130,7 +130,7 @@ class Record:
 
     def __init__(self, folder: RunFolder, uri: str):
         self.folder, self.uri = folder, uri
-        self.store: store.Store | None = None
+        self.store: mlflow_store.Store | None = None
         self.offset = 0
         self.done: set[tuple] = set()  # parts that are in the store, each with what it was made from
         self.refused: dict[str, str] = {}  # parts that it refused, and why
@@ -139,7 +139,7 @@ class Record:
         self.attempt = folder.life()
         (folder.path / REFUSALS).unlink(missing_ok=True)
 
-    def advance(self) -> store.Store:
+    def advance(self) -> mlflow_store.Store:
         """Identity, parameters and data set, then the journal's new lines.
 
         Raises: RefusedError if the store does not take the run at all; whatever MLflow raises where it is away.
@@ -162,9 +162,9 @@ class Record:
         return place
 
     def _open(self) -> None:
-        self.store = store.Store(self.uri, self.identity)
+        self.store = mlflow_store.Store(self.uri, self.identity)
 
-    def _link(self, place: store.Store, sweep: str) -> None:
+    def _link(self, place: mlflow_store.Store, sweep: str) -> None:
         if place.link(sweep):
             self.done.add(("sweep",))
 
@@ -195,7 +195,7 @@ class Record:
         try:
             send()
         except Exception as error:
-            if not store.is_refusal(error):
+            if not mlflow_store.is_refusal(error):
                 raise
             self._tell_refusal(part, error)
             return False
@@ -203,7 +203,7 @@ class Record:
 
     def _tell_refusal(self, part: str, error: Exception) -> None:
         """Keeps it in the folder for whoever waits or asks later, and in train.log."""
-        said = " ".join(store.without_passwords(str(error) or type(error).__name__, self.uri).split())
+        said = " ".join(mlflow_store.without_passwords(str(error) or type(error).__name__, self.uri).split())
         self.refused[part] = f"not recorded in MLflow: {part}: {said[:500]}"
         write_atomically(self.folder.path / REFUSALS, "".join(f"{line}\n" for line in self.refused.values()))
         print(f"{time.strftime('%H:%M:%S')} {self.refused[part]}", flush=True)
@@ -240,15 +240,15 @@ class Record:
             if status is not None:
                 self._send("end", lambda: place.finish(self._read("summary.json")))
             elif not self.folder.alive():
-                self._send("end", lambda: store.mark_gone(place.client, place.mlflow_id))
+                self._send("end", lambda: mlflow_store.mark_gone(place.client, place.mlflow_id))
         if self.refused:
             raise RefusedError("; ".join(self.refused.values()))
 
-    def _model(self, place: store.Store, requirements: list[str]) -> None:
+    def _model(self, place: mlflow_store.Store, requirements: list[str]) -> None:
         model_id = place.log_model(self.folder.inside("best/model.keras"), self.folder.best_sha256(), requirements)
         place.register_model(model_id, self.folder.card())
 
-    def _file(self, place: store.Store, name: str, folder: str | None = None) -> None:
+    def _file(self, place: mlflow_store.Store, name: str, folder: str | None = None) -> None:
         """Uploads a file of the folder: a copy, so that what was checked is what is sent."""
 
         def send() -> None:
@@ -260,7 +260,7 @@ class Record:
 
         self._once(f"file {name}", name, send)
 
-    def _evaluation(self, place: store.Store, name: str) -> None:
+    def _evaluation(self, place: mlflow_store.Store, name: str) -> None:
         """Numbers and files of one evaluation."""
         part = f"evaluation/{name}"
 
@@ -273,7 +273,7 @@ class Record:
         for path in sorted((self.folder.path / part).glob("[!.]*")):
             self._file(place, f"{part}/{path.name}", part)
 
-    def _export(self, place: store.Store, name: str) -> None:
+    def _export(self, place: mlflow_store.Store, name: str) -> None:
         """Numbers and card of an exported file; the file itself stays where it is."""
         part = f"export/{name}"
         summary = self._read(f"{part}/summary.json")
@@ -284,7 +284,7 @@ class Record:
         for file in ("summary.json", "README.md"):
             self._file(place, f"{part}/{file}", part)
 
-    def _log(self, place: store.Store, name: str, values: dict[str, Any], source: str) -> None:
+    def _log(self, place: mlflow_store.Store, name: str, values: dict[str, Any], source: str) -> None:
         """Metrics of something that a file tells of, with the time of that file."""
         known = {f"{name}/{key}": value for key, value in values.items() if value is not None}
         step = self._read("summary.json")["steps"] if self.folder.status() else 0

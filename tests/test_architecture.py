@@ -1,0 +1,174 @@
+"""The packages of `train/` import each other as docs/architecture.md says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PAGE = (ROOT / "docs/architecture.md").read_text()
+COMMANDS = "commands"
+CROSSING = {("__main__", "resume"), ("__main__", "sweep")}  # it starts whatever was typed
+WITHOUT_CONFIG = ("data", "models", "training", "formats")
+Sources = dict[str, str]  # of every module, by its dotted name
+
+
+@cache
+def layers() -> list[list[str]]:
+    """Packages by layer, the topmost first."""
+    [block] = re.findall(r"^```text\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return [line.split(" | ") for line in block.splitlines()]
+
+
+@cache
+def library_walls() -> dict[str, list[str]]:
+    """For each library the modules that may import it."""
+    rows = re.findall(r"^\| `(\w+)` \| (`train\..*`) \|$", PAGE, re.MULTILINE)
+    return {library: re.findall(r"`([\w.]+)`", modules) for library, modules in rows}
+
+
+def read_sources(root: Path) -> Sources:
+    found = {}
+    for path in sorted((root / "train").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return found
+
+
+@cache
+def names_of(source: str) -> list[tuple[str, str]]:
+    """What a source imports, at any depth: (module, name out of it or ""); a relative import as module `.`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [("." if node.level else str(node.module), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            found += [(name, "") for name in re.findall(r"train\.[\w.]*\w", ast.unparse(node.args[0]))]
+    return found
+
+
+def imports_of(source: str, modules: Iterable[str]) -> set[str]:
+    """The modules that a source imports."""
+    return {f"{module}.{name}" if f"{module}.{name}" in modules else module for module, name in names_of(source)}
+
+
+def package_of(module: str) -> str:
+    """`train.data.decode` -> `data`; a file at the top of train/ is its own name."""
+    return module.split(".")[1] if module.count(".") else "train"
+
+
+def is_command(package: str, sources: Sources) -> bool:
+    return not any(module.startswith(f"train.{package}.") for module in sources) and package != "__main__"
+
+
+def layer_of(package: str, sources: Sources) -> int:
+    """Raises: ValueError for a package that the page does not list."""
+    name = COMMANDS if is_command(package, sources) else package
+    for number, layer in enumerate(layers()):
+        if name in layer:
+            return number
+    raise ValueError(f"{package} is not listed in docs/architecture.md")
+
+
+def violations(sources: Sources) -> list[str]:
+    """Imports that the page does not allow, as `importer -> imported`."""
+    found = []
+    for module, source in sources.items():
+        for imported in imports_of(source, sources):
+            if not is_allowed(module, imported, sources):
+                found.append(f"{module} -> {imported}")
+    return found
+
+
+def is_allowed(module: str, imported: str, sources: Sources) -> bool:
+    library = imported.split(".")[0]
+    if not library:
+        return False  # a relative import
+    if library != "train":
+        allowed = library_walls().get(library, [module])
+        return any(module == name or module.startswith(f"{name}.") for name in allowed)
+    own, other = package_of(module), package_of(imported)
+    if own == other or (own, other) in CROSSING or module == "train":
+        return True
+    if own in WITHOUT_CONFIG and other == "config":
+        return False
+    return layer_of(own, sources) < layer_of(other, sources)
+
+
+def cycles(sources: Sources) -> list[list[str]]:
+    """Modules that import each other, directly or through others."""
+    graph = {module: imports_of(source, sources) & set(sources) - {module} for module, source in sources.items()}
+    while ends := [module for module, imported in graph.items() if not imported & set(graph)]:
+        for module in ends:
+            del graph[module]
+    return [sorted(graph)] if graph else []
+
+
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    return read_sources(ROOT)
+
+
+def test_every_package_is_listed_once(sources: Sources):
+    listed = [name for layer in layers() for name in layer]
+    packages = {package_of(module) for module in sources} - {"train"}
+    expected = {COMMANDS if is_command(package, sources) else package for package in packages}
+    assert sorted(listed) == sorted(expected)
+    table = re.findall(r"^\| `(\w+)` \| (?!`train)", PAGE, re.MULTILINE)
+    assert sorted(table) == sorted(expected - {COMMANDS, "__main__"})
+
+
+def test_imports_go_down(sources: Sources):
+    assert violations(sources) == []
+
+
+def test_no_two_files_import_each_other(sources: Sources):
+    assert cycles(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("train.config.schema", "from train import data"),
+        ("train.config.schema", "from train.runtime import jax"),
+        ("train.models.blocks", "from train.run import factory"),
+        ("train.training.losses", "from train.sweep import search"),
+        ("train.data.pipeline", "from train.models import blocks\nfrom train.training import losses"),
+        ("train.data.pipeline", "from train.config.schema import Config"),
+        ("train.tracking.journal", "def write():\n    import train.training.losses"),
+        ("train.tracking.journal", "from train.runtime import setup"),
+        ("train.evaluation.metrics", "from train.data import decode"),
+        ("train.export", "from train import evaluate"),
+        ("train.export", "from train.sweep import search"),
+        ("train.run.factory", "from train import cost"),
+        ("train.runtime.setup", "importlib.import_module(f'train.run.{name}')"),
+        ("train.training.loop", "import mlflow"),
+        ("train.run.factory", "from hydra import compose"),
+        ("train.config.schema", "import hydra.errors"),
+        ("train.models.weights", "import tensorflow_datasets"),
+        ("train.training.optimizers", "from . import losses"),
+    ],
+)
+def test_an_import_that_is_not_allowed_is_found(sources: Sources, module: str, line: str):
+    changed = sources | {module: f"{sources[module]}\n{line}\n"}
+    assert violations(changed), line
+
+
+def test_a_package_that_is_not_listed_is_refused(sources: Sources):
+    changed = sources | {"train.helpers": "", "train.helpers.strings": "from train.storage import atomic"}
+    with pytest.raises(ValueError, match="helpers is not listed"):
+        violations(changed)
+
+
+def test_files_that_import_each_other_are_found(sources: Sources):
+    name = "train.data.fingerprint"
+    changed = sources | {name: f"{sources[name]}\ndef late():\n    from train.data import dataset\n"}
+    assert name in cycles(changed)[0]
+    assert "train.data.dataset" in cycles(changed)[0]

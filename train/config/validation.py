@@ -1,0 +1,270 @@
+"""Every value of a config held against its key's range, and the keys against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from train.config.schema import (  # fmt: skip
+    ALL_PARTS,
+    GROUPS,
+    HEAD_PART,
+    PARTS,
+    SMALLEST_IMAGE,
+    UPPER_PARTS,
+    Checkpoint,
+    Config,
+    ConfigError,
+    Data,
+    Model,
+    Tracking,
+)
+from train.config.serialization import without_secrets
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Holds every value against its key's range, and the keys against each other.
+
+    Raises: ConfigError naming the key, the value and what is allowed.
+    """
+    for item in fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        if is_dataclass(value):
+            check(value, name + ".")
+        elif isinstance(value, list):
+            for number, element in enumerate(value):
+                if is_dataclass(element):
+                    check(element, f"{name}[{number}].")
+                else:
+                    _check_value(name, element, item)
+        elif value is not None:
+            _check_value(name, value, item)
+    if isinstance(config, Config):
+        _check_together(config)
+
+
+def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
+    choices, limits = item.metadata["choices"], item.metadata["limits"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value}; use e.g. {name}={_example(item)}")
+    if choices and value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")
+    too_low = _violates(value, limits["least"], lambda v, x: v < x) or _violates(
+        value, limits["above"], lambda v, x: v <= x
+    )
+    too_high = _violates(value, limits["most"], lambda v, x: v > x) or _violates(
+        value, limits["below"], lambda v, x: v >= x
+    )
+    if too_low or too_high:
+        raise ConfigError(f"{name} must be {describe_limits(item)}, got {value}; use e.g. {name}={_example(item)}")
+
+
+def _violates(value: Any, limit: float | None, test: Any) -> bool:
+    return limit is not None and test(value, limit)
+
+
+def _example(item: dataclasses.Field) -> Any:
+    limits = item.metadata["limits"]
+    if item.default_factory is not MISSING:
+        return "[" + ",".join(map(str, item.default_factory())) + "]"
+    default = item.default if item.default is not MISSING else None
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return default
+    return limits["least"] if limits["least"] is not None else 0.5
+
+
+def describe_limits(item: dataclasses.Field) -> str:
+    """A key's range in words: "at least 0 and below 1"."""
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    limits = item.metadata["limits"].items()
+    return " and ".join(f"{words[name]} {limit:.10g}" for name, limit in limits if limit is not None)
+
+
+def _check_together(config: Config) -> None:
+    _check_names(config)
+    _check_blocks(config.model)
+    _check_image_size(config.model, config.data)
+    if config.data.validation_fraction + config.data.test_fraction >= 1:
+        raise ConfigError(
+            "data.validation_fraction and data.test_fraction must leave examples for training (sum below 1), "
+            f"got {config.data.validation_fraction:g} + {config.data.test_fraction:g}"
+        )
+    _check_data(config.data)
+    if config.schedule.warmup_epochs > config.epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs must be at most epochs ({config.epochs}), got {config.schedule.warmup_epochs:g}; "
+            f"use e.g. schedule.warmup_epochs={min(1, config.epochs)}"
+        )
+    milestones = getattr(config.schedule, "milestones", [])
+    if milestones != sorted(set(milestones)):
+        raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
+    _check_interval(config.checkpoint)
+    _check_stages(config)
+    _check_backend(config)
+    _check_devices(config)
+    _check_jit(config)
+    _check_rollback(config)
+    _check_tracking(config.tracking)
+
+
+def _check_data(data: Data) -> None:
+    if len(data.background) != 3:
+        raise ConfigError(
+            f"data.background must be red, green and blue, got {data.background}; use data.background=[255,255,255]"
+        )
+    if data.balanced and data.class_weights:
+        raise ConfigError("data.balanced and data.class_weights exclude each other, got both; use one of them")
+
+
+def _check_stages(config: Config) -> None:
+    stages, allowed = config.fine_tune.stages, (ALL_PARTS, UPPER_PARTS, *PARTS[config.model.name], HEAD_PART)
+    if not stages:
+        if config.fine_tune.layer_decay != 1:
+            raise ConfigError("fine_tune.layer_decay must go with fine_tune.stages, got none; use experiment=fine_tune")
+        return
+    if config.model.weights is None:
+        raise ConfigError("fine_tune.stages must go with weights to start from, got none; use model.weights=PATH")
+    if config.early_stopping.metric is not None:
+        raise ConfigError(
+            "early_stopping.metric must be null with fine_tune.stages, which all have their epochs, "
+            f"got {config.early_stopping.metric}; leave it away"
+        )
+    for number, stage in enumerate(stages):
+        if stage.from_part not in allowed:
+            raise ConfigError(
+                f"fine_tune.stages[{number}].from_part must be one of {', '.join(allowed)}, got {stage.from_part}"
+            )
+        if config.schedule.warmup_epochs > stage.epochs:
+            raise ConfigError(
+                f"schedule.warmup_epochs must be at most the epochs of every stage, {stage.epochs} of "
+                f"fine_tune.stages[{number}], got {config.schedule.warmup_epochs:g}; use 0"
+            )
+    if config.epochs < (planned := sum(stage.epochs for stage in stages)):
+        raise ConfigError(
+            f"epochs must be at least those of fine_tune.stages, {planned}, got {config.epochs}; use epochs={planned}"
+        )
+
+
+def _check_interval(checkpoint: Checkpoint) -> None:
+    given = [
+        f"checkpoint.{name}={getattr(checkpoint, name):g}"
+        for name in ("every_epochs", "every_steps", "every_minutes")
+        if getattr(checkpoint, name) is not None
+    ]
+    if len(given) > 1:
+        raise ConfigError(
+            f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(given)}; "
+            "use exactly one, or none for every epoch"
+        )
+
+
+def _check_backend(config: Config) -> None:
+    """JAX compiles everything, and knows only shares of a GPU's memory."""
+    if config.backend == "jax" and config.jit == "off":
+        raise ConfigError("jit must be auto or on with backend=jax, which compiles everything, got off; use jit=auto")
+    if config.backend == "jax" and config.gpu_memory is not None:
+        raise ConfigError(
+            f"gpu_memory must be null with backend=jax, which takes what it comes to need, got {config.gpu_memory}"
+        )
+
+
+def _check_devices(config: Config) -> None:
+    group = config.distributed
+    if config.devices != "all" and not (config.devices.isdigit() and int(config.devices)):
+        raise ConfigError(f"devices must be a number from 1 on, or all, got {config.devices}; use devices=all")
+    for name, value in {"devices": config.devices, "distributed.processes": str(group.processes)}.items():
+        if value != "1" and config.backend != "jax":
+            raise ConfigError(f"{name} must be 1 with backend={config.backend}, got {value}; use backend=jax")
+    if group.index >= group.processes:
+        raise ConfigError(
+            f"distributed.index must be below distributed.processes ({group.processes}), got {group.index}; "
+            "number them from 0"
+        )
+    if group.processes > 1 and group.coordinator is None:
+        raise ConfigError(
+            "distributed.coordinator must be given where there are several processes, got none; "
+            "use e.g. distributed.coordinator=node1:4711"
+        )
+    if group.processes > 1 and config.checkpoint.every_minutes is not None:
+        raise ConfigError(
+            "checkpoint.every_minutes must be null with several processes, which have no clock in common, "
+            f"got {config.checkpoint.every_minutes:g}; use checkpoint.every_steps"
+        )
+    if config.devices.isdigit():
+        check_batch(config)
+
+
+def check_batch(config: Config) -> None:
+    """Raises: ConfigError where a batch can't be cut into equal parts."""
+    devices = int(config.devices) * config.distributed.processes
+    if config.batch_size % devices:
+        less = config.batch_size // devices * devices
+        raise ConfigError(
+            f"batch_size must be a multiple of the devices that share it, {devices}, got {config.batch_size}; "
+            f"use batch_size={less or devices}"
+        )
+
+
+def _check_jit(config: Config) -> None:
+    """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here pools so."""
+    if config.backend == "tensorflow" and config.jit == "on" and config.deterministic:
+        raise ConfigError("jit=on must go with deterministic=false, got true; use both words, or jit=off")
+
+
+def _check_rollback(config: Config) -> None:
+    if config.on_divergence == "rollback" and config.checkpoint.every_minutes is not None:
+        raise ConfigError(
+            "on_divergence=rollback must find its checkpoints at the same steps in every run, "
+            "got checkpoint.every_minutes; use checkpoint.every_steps or checkpoint.every_epochs"
+        )
+
+
+def _check_names(config: Config) -> None:
+    """A name typed into a group that was made for another one would build something else than was chosen."""
+    for group, names in GROUPS.items():
+        chosen = getattr(config, group)
+        if names.get(chosen.name) is not type(chosen):
+            raise ConfigError(f"{group}.name must not be typed, got {chosen.name}; use {group}={chosen.name}")
+
+
+def _check_blocks(model: Model) -> None:
+    blocks = getattr(model, "blocks", None)
+    if blocks is not None and len(blocks) != 5:
+        raise ConfigError(
+            f"model.blocks must name five blocks, got {len(blocks)}; "
+            "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]"
+        )
+
+
+def _check_image_size(model: Model, data: Data) -> None:
+    smallest = SMALLEST_IMAGE[model.name]
+    if data.image_size is not None and data.image_size < smallest:
+        raise ConfigError(
+            f"data.image_size must be at least {smallest} for {model.name}, got {data.image_size}; "
+            f"use data.image_size={smallest}"
+        )
+
+
+def _check_tracking(tracking: Tracking) -> None:
+    if not re.fullmatch(r"[^./\\\s][^/\\\n\0]*", tracking.experiment) or tracking.experiment == "latest":
+        raise ConfigError(
+            "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
+            f"got {tracking.experiment!r}; use e.g. tracking.experiment=inception"
+        )
+    if tracking.uri is None:
+        return
+    try:
+        parts = urlsplit(tracking.uri)
+    except ValueError:
+        parts = urlsplit("")
+    web = parts.scheme in ("http", "https") and parts.hostname
+    database = parts.scheme.split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql") and (parts.path or parts.netloc)
+    if not (web or database):
+        raise ConfigError(
+            "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's address), "
+            f"got {without_secrets(tracking.uri)!r}; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db"
+        )

@@ -1,0 +1,156 @@
+"""Augmentations by name. Every change is a function of an example's pixels and of its own draws.
+
+The draws belong to (seed, purpose, epoch, index), so that an example is changed in the same way wherever it comes in a
+batch and wherever a run goes on. There are four places where something can be done to it, in this order:
+
+    crop   an encoded image -> uint8 [S, S, C]       fused with decoding (crop.py)
+    paint  uint8 [S, S, C] -> uint8 [S, S, C]        one image at a time, by Pillow (paint.py)
+    move   uint8 [B, S, S, C] -> uint8 [B, S, S, C]  whole batches (here)
+    mix    images and labels of a batch -> float32   with their neighbours, after everything has been rounded (mix.py)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import tensorflow as tf
+
+from train.data.augmentation.mixup_cutmix import Mix
+from train.data.augmentation.randaugment import Paint
+from train.data.augmentation.random_resized_crop import Crop
+
+
+@dataclass(frozen=True)
+class Move:
+    """A change of whole batches: apply(images uint8 [B, S, S, C], draws float32 [B, columns] in [0, 1)) -> images."""
+
+    purpose: str
+    columns: int
+    apply: Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to the examples of the training split."""
+
+    crop: Crop | None = None
+    paint: Paint | None = None
+    moves: tuple[Move, ...] = ()
+    mix: Mix | None = None
+
+
+def build(name: str, *, erase: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, **options: Any) -> Augmentation:
+    """The augmentation of that name.
+
+    erase: in [0, 1], probability of erasing a rectangle. mixup, cutmix: alpha of their Beta distributions, 0: without.
+    options: of the function behind the name.
+
+    Raises: ValueError for a name that is none.
+    """
+    if name not in AUGMENTS:
+        raise ValueError(f"augment must be one of {', '.join(AUGMENTS)}, got {name}; use augment=crop")
+    found = AUGMENTS[name](**options)
+    erasing = (Move("erase", ERASE_DRAWS, partial(erased, probability=erase)),) if erase else ()
+    mixing = Mix(mixup, cutmix) if mixup or cutmix else None
+    return Augmentation(found.crop, found.paint, (*found.moves, *erasing), mixing)
+
+
+def none() -> Augmentation:
+    """The images as they are."""
+    return Augmentation()
+
+
+def crop(pad: float = 1 / 8) -> Augmentation:
+    """Padded crop."""
+    return Augmentation(moves=(Move("augment", SHIFT_DRAWS, partial(shifted, pad=pad, mirror=False)),))
+
+
+def flip_crop(pad: float = 1 / 8) -> Augmentation:
+    """Padded crop, and every second image mirrored."""
+    return Augmentation(moves=(Move("augment", SHIFT_DRAWS, partial(shifted, pad=pad, mirror=True)),))
+
+
+def inception(
+    least_area: float = 0.08, most_stretch: float = 4 / 3, color: float = 1.0, mirror: bool = True
+) -> Augmentation:
+    """Random resized crop with distorted colours, mirrored: see crop.py."""
+    return Augmentation(crop=Crop(least_area, most_stretch, color, mirror))
+
+
+def randaugment(ops: int = 2, magnitude: float = 9.0, pad: float = 1 / 8, mirror: bool = True) -> Augmentation:
+    """RandAugment after a padded crop would cut off what it moves in, so it comes before; see paint.py."""
+    return Augmentation(
+        paint=Paint(ops, magnitude), moves=(Move("augment", SHIFT_DRAWS, partial(shifted, pad=pad, mirror=mirror)),)
+    )
+
+
+AUGMENTS: dict[str, Callable[..., Augmentation]] = {
+    "none": none,
+    "crop": crop,
+    "flip_crop": flip_crop,
+    "inception": inception,
+    "randaugment": randaugment,
+}
+
+# ------------------------------------------------------------------------------------------------ changes of batches
+
+SHIFT_DRAWS = 3  # vertical, horizontal, mirror
+
+
+def shifted(images: Any, draws: Any, *, pad: float, mirror: bool) -> Any:
+    """Shifts every image by up to `pad` of its side in each direction; what comes in at an edge is its reflection.
+
+    Source: padded crop of He et al., "Deep Residual Learning for Image Recognition" (2015), section 4.2, which pads 4
+    pixels at 32. Reflected instead of filled, so that no data set gets edges that it does not have. Pixels are only
+    moved, never mixed: no rounding.
+    pad: in [0, 0.5]. mirror: turns every second image left to right, for images whose mirror image is one of the same
+    class.
+    """
+    rows = _shift(images.shape[1], draws[:, 0], pad)
+    columns = _shift(images.shape[2], draws[:, 1], pad)
+    if mirror:
+        columns = tf.where(draws[:, 2:3] < 0.5, columns[:, ::-1], columns)
+    return tf.gather(tf.gather(images, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
+
+
+def _shift(side: int, draws: Any, pad: float) -> Any:
+    """Source index of every output row: int32 [B, side], shifted by -border..border, reflected at the edges."""
+    if not 0 <= pad <= 0.5:
+        raise ValueError(f"pad must be a fraction of the side in 0..0.5, got {pad}; use augment.pad=0.125")
+    border = min(round(pad * side), side - 1)
+    choices = 2 * border + 1
+    offset = tf.minimum(tf.cast(draws * choices, tf.int32), choices - 1) - border
+    index = tf.abs(tf.range(side)[None, :] + offset[:, None])
+    return (side - 1) - tf.abs((side - 1) - index)
+
+
+ERASE_DRAWS = 8  # whether, area, stretch, place (2), colour (3)
+ERASED_AREA = (0.02, 0.4)
+ERASED_STRETCH = (0.3, 1 / 0.3)
+
+
+def erased(images: Any, draws: Any, *, probability: float) -> Any:
+    """Covers a rectangle of some images with one colour.
+
+    Source: Zhong et al., "Random Erasing Data Augmentation" (2017), section 3.2, whose areas and stretches these are; a
+    random colour per rectangle instead of one per pixel.
+    """
+    side, channels = images.shape[1], images.shape[3]
+    area = ERASED_AREA[0] + draws[:, 1] * (ERASED_AREA[1] - ERASED_AREA[0])
+    stretch = ERASED_STRETCH[0] * (ERASED_STRETCH[1] / ERASED_STRETCH[0]) ** draws[:, 2]
+    height = tf.minimum(tf.sqrt(area * stretch), 1.0) * side
+    width = tf.minimum(tf.sqrt(area / stretch), 1.0) * side
+    inside = tf.logical_and(
+        _between(side, draws[:, 3] * (side - height), height)[:, :, None],
+        _between(side, draws[:, 4] * (side - width), width)[:, None, :],
+    )
+    inside = tf.logical_and(inside, (draws[:, 0] < probability)[:, None, None])[..., None]
+    color = tf.cast(draws[:, 5 : 5 + channels] * 256, tf.uint8)[:, None, None, :]
+    return tf.where(inside, color, images)
+
+
+def _between(side: int, start: Any, length: Any) -> Any:
+    """bool [B, side]: whether the middle of a pixel lies in start..start+length."""
+    middle = tf.range(side, dtype=tf.float32)[None, :] + 0.5
+    return tf.logical_and(middle >= start[:, None], middle < (start + length)[:, None])

@@ -1,0 +1,106 @@
+"""Own images: a table of paths and labels, CSV with a head line or JSON lines.
+
+    path,label,split
+    cats/one.jpg,cat,train
+
+`split` may be left out, for the whole table or in single lines: train, validation (or val), test. Paths are relative to
+`data.root`, by default the table's own folder.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from train.data.ingestion.example_index import place_of
+from train.data.sources.folder import list_files
+from train.data.sources.folder_layout import PARTS
+from train.data.sources.listing import Listing
+
+COLUMNS = ("path", "label", "split")
+
+
+def list_manifest(file: str, root: str | None, data_dir: str) -> Listing:
+    """Every line, in the table's order; classes are the sorted labels.
+
+    Raises: ValueError that names the line, in one line.
+    """
+    place = Path(file)
+    try:
+        lines = list(_lines(place))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.file must be readable, got {file} ({_reason(error)}); use data.file=PATH") from error
+    seen: dict[str, int] = {}
+    for number, path, _, _ in lines:
+        if path in seen:
+            raise _fault(place, number, f"{path} once more, as in line {seen[path]}", "each path once")
+        seen[path] = number
+    classes = tuple(sorted({label for _, _, label, _ in lines}))
+    if len(classes) < 2:
+        raise ValueError(f"data.file must have at least two labels, got {len(classes)} in {file}; use a full table")
+    splits = [split for _, _, _, split in lines]
+    if any(splits) and "train" not in splits:
+        raise ValueError(f"data.file must have lines of split train, got none in {file}; use split=train")
+    number_of = {name: label for label, name in enumerate(classes)}
+    return list_files(
+        Path(root) if root else place.parent,
+        [path for _, path, _, _ in lines],
+        [split or ("train" if any(splits) else "") for split in splits],
+        [number_of[label] for _, _, label, _ in lines],
+        classes,
+        place_of(data_dir, "manifest", place),
+    )
+
+
+def _lines(place: Path) -> Iterator[tuple[int, str, str, str]]:
+    """(number of the line, path, label, split or "")."""
+    with place.open(encoding="utf-8-sig", newline="") as file:
+        for number, entry in _csv(place, file) if place.suffix.lower() == ".csv" else _json(place, file):
+            _refuse_columns(place, number, entry)
+            for name in ("path", "label"):
+                if entry.get(name) in (None, ""):
+                    raise _fault(place, number, f"no {name}", f"a {name} in every line")
+            split = str(entry.get("split") or "")
+            if split and split not in PARTS:
+                raise _fault(place, number, f"split {split}", f"one of {', '.join(PARTS)}")
+            yield number, str(entry["path"]), str(entry["label"]), PARTS.get(split, "")
+
+
+def _csv(place: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
+    lines = csv.reader(file, strict=True)
+    try:
+        head = next(lines, [])
+        _refuse_columns(place, 1, head)
+        for entry in filter(None, lines):
+            if len(entry) > len(head):
+                raise _fault(place, lines.line_num, f"{entry[len(head)]} behind the last column", "as many as above")
+            yield lines.line_num, dict(zip(head, entry, strict=False))
+    except csv.Error as error:
+        raise _fault(place, lines.line_num, str(error), "CSV with a head line path,label") from error
+
+
+def _json(place: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict):
+            raise _fault(place, number, line.strip()[:40], 'lines like {"path": "a.jpg", "label": "cat"}')
+        yield number, entry
+
+
+def _refuse_columns(place: Path, number: int, names: Iterable[str]) -> None:
+    strange = sorted(set(names) - set(COLUMNS))
+    if strange:
+        raise _fault(place, number, strange[0], f"the columns {', '.join(COLUMNS)}")
+
+
+def _fault(place: Path, number: int, got: str, use: str) -> ValueError:
+    return ValueError(f"data.file must be a table of path, label and split, got {got} in {place}:{number}; use {use}")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or "no UTF-8"

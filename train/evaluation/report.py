@@ -1,0 +1,94 @@
+"""Everything about a run on one page, a file that needs nothing else."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from train.config.serialization import flatten
+from train.evaluation.html import embedded_bytes, page
+from train.storage.atomic import write_atomically
+from train.tracking.journal import read_journal
+from train.tracking.run_dir import RunFolder
+
+PAGE = "report.html"
+# Of an evaluation, in the order of the page, and what stands beside each.
+PICTURES = {
+    "confusion.png": "Who is taken for whom. Rows are true classes; colours are shares of the row.",
+    "reliability.png": "How far its confidence can be believed: on the dotted line it is right as often as it says.",
+    "classes.png": "F1 of each class, the lowest first.",
+    "mistakes.png": "Mistakes it was most sure of. Look here for wrong labels first.",
+    "attention.png": "Where in the image the evidence for the predicted class lies (Grad-CAM, Selvaraju et al. 2017).",
+}
+OF_THE_RUN = {
+    "loss.png": "Of training, with its auxiliary heads, and validation. The dotted line: the weights that were kept.",
+    "accuracy.png": "Of training: as it went, with augmentation; of validation: after each epoch.",
+    "learning_rate.png": "After every step that was logged.",
+    "augmented.png": "The first batch, as the network saw it.",
+    "filters.png": "Filters of the first convolution, each in its own range.",
+}
+HEADLINES = ("accuracy", "top5_accuracy", "loss", "macro_f1", "macro_precision", "macro_recall", "roc_auc", "ece")
+MOST_CLASSES = 50  # rows of the table of classes
+
+
+def write(folder: RunFolder, summary: dict[str, Any]) -> Path:
+    """Draws what the journal has, and writes the page; its path. summary: as it will be or is in summary.json.
+
+    Raises: ValueError for a run whose journal has no epoch.
+    """
+    from train.evaluation.plots.learning_curves import learning_curves
+    from train.evaluation.plots.style import png
+
+    lines = [line for line, _ in read_journal(folder.journal)]
+    if not any("validation/loss" in line["values"] for line in lines):
+        raise ValueError(f"run must have trained for an epoch, got {folder.path}; go on with it: make resume run=...")
+    best = summary.get("best") or {}
+    for name, curve in learning_curves(lines, best.get("epoch")).items():
+        write_atomically(folder.path / f"{name}.png", png(curve))
+    write_atomically(folder.path / PAGE, page("report.html", **content(folder, summary, lines)))
+    return folder.path / PAGE
+
+
+def content(folder: RunFolder, summary: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page is made of."""
+    identity = folder.identity()
+    return {
+        "name": identity["name"],
+        "command": identity.get("command", ""),
+        "begun": time.strftime("%Y-%m-%d %H:%M", time.localtime(identity["time"])),
+        "summary": summary,
+        "tags": identity["tags"],
+        "config": flatten(folder.config()),
+        "data": folder.read_json("dataset.json", {}),
+        "cost": folder.read_json("cost.json", {}),
+        "changes": summary.get("changes", []),
+        "epochs": [line for line in lines if "validation/loss" in line["values"]],
+        "evaluations": evaluations(folder),
+        "pictures": shown(folder, "", OF_THE_RUN),
+        "most_classes": MOST_CLASSES,
+        "headlines": HEADLINES,
+    }
+
+
+def evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    """Every one there is: its name, scores and pictures; the test first."""
+    found = (path.parent for path in folder.path.glob("evaluation/*/scores.json"))
+    places = sorted(found, key=lambda place: (place.name != "test", place.name))
+    return [
+        {
+            "name": place.name,
+            "scores": folder.read_json(f"evaluation/{place.name}/scores.json", {}),
+            "pictures": shown(folder, f"evaluation/{place.name}/", PICTURES),
+        }
+        for place in places
+    ]
+
+
+def shown(folder: RunFolder, prefix: str, names: dict[str, str]) -> list[dict[str, str]]:
+    """The pictures that exist, each with its caption and a `data:` address. prefix: of their names in the folder."""
+    return [
+        {"name": Path(name).stem, "text": text, "address": embedded_bytes(folder.read_bytes(prefix + name))}
+        for name, text in names.items()
+        if (folder.path / prefix / name).exists()
+    ]

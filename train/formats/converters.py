@@ -1,0 +1,192 @@
+"""A complete network (train.models.deployment) into a file of each format."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PRECISE = ("preprocessing", "probabilities")  # parts of the graph, by name, that are never quantized
+LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in parts of 65,536, as Pillow rounds it
+CLASSES = "classes"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is written. classes: in the order of the answers. background: red, green, blue behind what is transparent.
+
+    quantize: none, float16 or int8. images: uint8 [N, H, W, C], by which int8 finds the range of every activation.
+    """
+
+    model: Any
+    classes: Sequence[str]
+    background: Sequence[int]
+    quantize: str
+    images: np.ndarray
+
+
+def write_keras(content: Content, path: Path) -> None:
+    content.model.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- TensorFlow
+
+
+def write_saved_model(content: Content, path: Path) -> None:
+    """Signatures: `serving_default` of images, `encoded` of strings [N], each a JPEG or a PNG.
+
+    Both answer with `probabilities` and `classes`, the names beside them, [N, classes].
+    """
+    import tensorflow as tf
+    from keras.export import ExportArchive
+
+    model, channels = content.model, content.model.input_shape[-1]
+    names = tf.constant(list(content.classes))
+
+    def answer(probabilities: Any) -> dict[str, Any]:
+        return {"probabilities": probabilities, CLASSES: tf.tile(names[None], [tf.shape(probabilities)[0], 1])}
+
+    def serve(images: Any) -> dict[str, Any]:
+        return answer(model(images, training=False))
+
+    def encoded(encoded: Any) -> dict[str, Any]:
+        kind = tf.TensorSpec([len(content.classes)], tf.float32)
+        found = tf.map_fn(
+            lambda data: model(_decoded(data, channels, content.background)[None], training=False)[0],
+            encoded,
+            fn_output_signature=kind,
+        )
+        return answer(found)
+
+    archive = ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", serve, [tf.TensorSpec(model.input_shape, tf.uint8, "images")])
+    archive.add_endpoint("encoded", encoded, [tf.TensorSpec([None], tf.string, "encoded")])
+    archive.write_out(str(path), verbose=False)
+
+
+def _decoded(data: Any, channels: int, background: Sequence[int]) -> Any:
+    """A string as uint8 [H, W, channels], to the bits of train.data.decode where EXIF says nothing."""
+    import tensorflow as tf
+
+    def png() -> Any:
+        pixels = tf.cast(tf.io.decode_png(data, channels=4), tf.int32)
+        opaque = pixels[..., 3:]
+        mixed = pixels[..., :3] * opaque + tf.constant(list(background)) * (255 - opaque)
+        return (mixed + 127) // 255
+
+    def jpeg() -> Any:
+        return tf.cast(tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE"), tf.int32)
+
+    colour = tf.cond(tf.io.is_jpeg(data), jpeg, png)
+    if channels == 1:
+        colour = (tf.reduce_sum(colour * tf.constant(LUMA), axis=-1, keepdims=True) + 32768) // 65536
+    return tf.cast(colour, tf.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ONNX
+
+
+def write_onnx(content: Content, path: Path) -> None:
+    """Input `images`, output `probabilities`; the classes are JSON in the metadata `classes`."""
+    import onnx
+
+    content.model.export(path, format="onnx", verbose=False)
+    graph = onnx.load(path)
+    _rename_output(graph, "probabilities")
+    if content.quantize == "float16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        graph = convert_float_to_float16(graph, keep_io_types=True, node_block_list=_onnx_nodes(graph))
+    if content.quantize == "int8":
+        graph = _onnx_int8(graph, content.images)
+    onnx.helper.set_model_props(graph, {CLASSES: json.dumps(list(content.classes))})
+    onnx.save(graph, path)
+
+
+def _onnx_nodes(graph: Any) -> list[str]:
+    """The names of those in PRECISE."""
+    return [node.name for node in graph.graph.node if any(part in node.name for part in PRECISE)]
+
+
+def _rename_output(graph: Any, name: str) -> None:
+    [output] = graph.graph.output
+    for node in graph.graph.node:
+        for edges in (node.input, node.output):
+            edges[:] = [name if edge == output.name else edge for edge in edges]
+    output.name = name
+
+
+def _onnx_int8(graph: Any, images: np.ndarray) -> Any:
+    """Weights and activations; what is in PRECISE stays as it was."""
+    import onnx
+    from onnxruntime import quantization as onnx_quantization
+
+    class Images(onnx_quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.batches, None)
+            return None if image is None else {"images": image[None]}
+
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "int8.onnx"
+        onnx_quantization.quantize_static(
+            graph, path, Images(), per_channel=True, op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            nodes_to_exclude=_onnx_nodes(graph),
+        )  # fmt: skip
+        return onnx.load(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- TFLite
+
+
+def write_tflite(content: Content, path: Path) -> None:
+    import tensorflow as tf
+
+    with tempfile.TemporaryDirectory() as place:
+        content.model.export(place, format="tf_saved_model", verbose=False)
+
+        def converter() -> Any:
+            made = tf.lite.TFLiteConverter.from_saved_model(place)
+            made.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+            if content.quantize != "none":
+                made.optimizations = [tf.lite.Optimize.DEFAULT]
+            if content.quantize == "float16":
+                made.target_spec.supported_types = [tf.float16]
+            return made
+
+        path.write_bytes(
+            _tflite_int8(converter, content.images) if content.quantize == "int8" else converter().convert()
+        )
+
+
+def _tflite_int8(converter: Callable[[], Any], images: np.ndarray) -> bytes:
+    """Weights and activations; what is in PRECISE stays as it was."""
+    import tensorflow as tf
+
+    floating = converter()
+    floating.optimizations = []
+    whole = converter()
+    whole.representative_dataset = lambda: ([image[None]] for image in images)
+    options = tf.lite.experimental.QuantizationDebugOptions(denylisted_nodes=_tflite_nodes(floating.convert()))
+    debugger = tf.lite.experimental.QuantizationDebugger(
+        converter=whole, debug_dataset=whole.representative_dataset, debug_options=options
+    )
+    return debugger.get_nondebug_quantized_model()
+
+
+def _tflite_nodes(content: bytes) -> list[str]:
+    """The names of those in PRECISE, as the converter knows them: by what they give. The answer has none of its own."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    network = Interpreter(model_content=content)
+    names = [tensor["name"] for tensor in network.get_tensor_details()]
+    answers = [output["name"] for output in network.get_output_details()]
+    return [name for name in names if name in answers or any(part in name for part in PRECISE)]

@@ -1,0 +1,64 @@
+"""TensorFlow: one device, threads of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from train.config.schema import Config
+
+NAME = "TensorFlow"
+JIT = "off"  # what `jit=auto` means where nothing has been measured
+
+
+def join(_config: Config) -> None:
+    """There is one process."""
+
+
+def count(_device: str) -> int:
+    """Devices of a kind that a run may use."""
+    return 1
+
+
+def gpus() -> list[Any]:
+    return tf.config.list_physical_devices("GPU")
+
+
+def capability(gpu: Any) -> tuple[int, int]:
+    """NVIDIA's compute capability; (0, 0) where it is not known."""
+    return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
+
+
+def describe(gpu: Any) -> str:
+    """The model of a GPU."""
+    return tf.config.experimental.get_device_details(gpu).get("device_name", "gpu")
+
+
+def set_up(config: Config) -> None:
+    """Devices, memory, threads and determinism."""
+    if config.device == "gpu":
+        gpu = gpus()[0]
+        if config.gpu_memory is None:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        else:
+            limit = tf.config.LogicalDeviceConfiguration(memory_limit=config.gpu_memory)
+            tf.config.set_logical_device_configuration(gpu, [limit])
+        tf.config.set_visible_devices([gpu], "GPU")
+    else:
+        tf.config.set_visible_devices([], "GPU")
+    tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest memory of the GPU in use since `forget_peak_memory`; None without one."""
+    if not tf.config.get_visible_devices("GPU"):
+        return None
+    return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+
+
+def forget_peak_memory() -> None:
+    if tf.config.get_visible_devices("GPU"):
+        tf.config.experimental.reset_memory_stats("GPU:0")

@@ -1,0 +1,87 @@
+"""Keras's own `train_step` inside a `tf.function`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from train.training.step import base
+from train.training.step.fused_kernels import faster
+from train.training.step.layerwise_lr import scaled
+
+
+class Step(base.Step):
+    """See the base; state lives in variables, which the graph changes in place."""
+
+    COUNTER = "int64"
+
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self._check = tf.function(lambda: base.all_finite([v.value for v in self._watched]), autograph=False)
+
+    @staticmethod
+    def predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray]:
+        # One graph for every batch size: the last batch of a split is smaller, and tracing a deep one takes seconds.
+        signature = [tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)]
+        run = tf.function(
+            lambda images: model(images, training=False), input_signature=signature, jit_compile=jit, autograph=False
+        )
+        return lambda images: run(images).numpy()
+
+    def __call__(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
+        if self._stage is None:
+            self.begin_epoch(0)
+        self._train(images, labels, *weights)
+
+    def _trace(self, stage: int) -> Callable:
+        # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
+        step = tf.function(self._watched_step, jit_compile=self._jit, autograph=False)
+        with faster(self.model, self._optimizer), scaled(self._optimizer, self._plan, stage):
+            return step.get_concrete_function(*(tf.TensorSpec(*given) for given in self._given))
+
+    def _watched_step(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
+        """Keras's own step, and beside it, on the device, which step was the first with something not finite."""
+        self._count.assign_add(1)
+        scale = self.model.optimizer.dynamic_scale.value if self._scaling else 1.0
+        with _gradients_of(self.model.optimizer) as gradients:
+            truth, *weighing = (dict.fromkeys(self._outputs, values) for values in (labels, *weights))
+            truth = self._taught(truth, images)
+            found = self.model.train_step((images, truth, *weighing))
+        if self._norms is not None:
+            self._norms.assign(base.norms(gradients, self.model.trainable_variables) / scale)
+        finite = [
+            base.all_finite([found["loss"]]),  # the mean so far: one bad loss makes it bad
+            # Of scaled gradients some are infinite by design: the step is skipped and the scale halved.
+            tf.constant(True) if self._scaling else base.all_finite(gradients),
+            base.all_finite([v.value for v in self._moving]),
+        ]
+        fresh = tf.logical_and(tf.logical_not(tf.stack(finite)), self._first_bad.value == 0)
+        self._first_bad.assign(tf.where(fresh, self._count.value, self._first_bad.value))
+
+    def _teach(self, images: tf.Tensor) -> tf.Tensor:
+        return self._teacher(images, training=False)
+
+    def _whole(self) -> bool:
+        return bool(self._check())
+
+
+@contextmanager
+def _gradients_of(optimizer: keras.optimizers.Optimizer) -> Iterator[list[tf.Tensor]]:
+    """Collects what the optimizer is given while a step is traced."""
+    seen: list[tf.Tensor] = []
+    apply = optimizer.apply
+
+    def watch(grads: Any, trainable_variables: Any = None) -> None:
+        seen.extend(grads)
+        apply(grads, trainable_variables)
+
+    optimizer.apply = watch
+    try:
+        yield seen
+    finally:
+        del optimizer.apply

@@ -1,0 +1,48 @@
+"""`make ui`: the MLflow UI over this project's store, on 127.0.0.1."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+from train.cli import arguments
+from train.config.schema import ROOT
+from train.tracking import mlflow_store
+from train.tracking.mlflow_server import refuse_taken
+
+
+@dataclass
+class Ui:
+    """`port`: where it listens on 127.0.0.1; `uri`: the store, by default mlflow.db beside the Makefile."""
+
+    port: int = 5000
+    uri: str = ""
+
+
+def ui(words: list[str]) -> int:
+    """Becomes MLflow's own server.
+
+    Raises: ValueError if the port is taken.
+    """
+    keys = arguments.parse(Ui, words)
+    refuse_taken(keys.port)
+    uri = keys.uri or mlflow_store.default_uri(ROOT)
+    print(f"MLflow UI: http://127.0.0.1:{keys.port}   (Ctrl-C ends it)", flush=True)
+    words = ["server", "--host", "127.0.0.1", "--port", str(keys.port), "--workers", "1"]
+    if (database := mlflow_store.database_path(uri)) is not None:
+        words += ["--default-artifact-root", (database.parent / "mlartifacts").as_uri()]
+        # From its own folder by a relative address: MLflow would make the folder that a quoted path names.
+        database.parent.mkdir(parents=True, exist_ok=True)
+        os.chdir(database.parent)
+        uri = f"sqlite:///{mlflow_store.quoted(database.name)}"
+    words += ["--backend-store-uri", uri]
+    if mlflow_store.SITE_PACKAGES:
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (mlflow_store.SITE_PACKAGES, os.environ.get("PYTHONPATH")))
+        )
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *words])
+
+
+if __name__ == "__main__":
+    arguments.run(ui)
