@@ -255,14 +255,14 @@ NETWORKS = ("vgg16", "vgg16_inception", "inception_v1", "inception_v3", "incepti
 
 def settings(root: Path, models: list[str], rounds: int) -> None:
     """Measures precision, XLA and threads for this kind of device, and writes train/runtime/auto_settings.json."""
-    from train.config.schema import SMALLEST_IMAGE
+    from train.config.schema import MIN_IMAGE_SIZE
     from train.runtime import setup
 
     here = machine()
     device = "gpu" if here["gpu"] else "cpu"
-    kind, tasks = setup.device_kind("tensorflow", device), {task.model: task for task in GPU_TASKS if here["gpu"]}
+    kind, tasks = setup.device_capability("tensorflow", device), {task.model: task for task in GPU_TASKS if here["gpu"]}
     for model in models:
-        side = SMALLEST_IMAGE[model]
+        side = MIN_IMAGE_SIZE[model]
         task = tasks.get(model, Task(model, side, 1, 64, 9, ("data=digits", f"data.image_size={side}")))
         speeds: dict[tuple, list[float]] = {}
         for _ in range(rounds):
@@ -274,9 +274,9 @@ def settings(root: Path, models: list[str], rounds: int) -> None:
         row = dict(zip(("precision", "jit", "cores"), best, strict=True))
         times = medians[best] / medians[PLAIN]
         row["why"] = f"{times:.2f} times as fast as float32 without XLA on {here['processor']}, {here['cores']} cores"
-        table = json.loads(setup.FASTEST.read_text()) if setup.FASTEST.exists() else {}
+        table = json.loads(setup.AUTO_SETTINGS.read_text()) if setup.AUTO_SETTINGS.exists() else {}
         table.setdefault(kind, {})[model] = row
-        setup.FASTEST.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        setup.AUTO_SETTINGS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def speed_of(candidate: tuple[str, str, float], place: Place, cores: int) -> float:
@@ -312,7 +312,7 @@ def machine() -> dict[str, Any]:
     from train.runtime import setup
 
     gpu = Path("/proc/driver/nvidia/version").exists()
-    return {"processor": setup.processor("tensorflow", "cpu"), "cores": setup.cores(), "gpu": gpu}
+    return {"processor": setup.processor_name("tensorflow", "cpu"), "cores": setup.cores(), "gpu": gpu}
 
 
 # ------------------------------------------------------------------------------------------------------------- told

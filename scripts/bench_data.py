@@ -63,7 +63,7 @@ def ours(folder: Path, threads: int, name: str, **chosen: Any) -> Callable[[], I
     side, batch = chosen.pop("side", SIDE), chosen.pop("batch", BATCH)
     augmentation = policy.build(name, **chosen)
     dataset = data.load("folder", str(folder.parent / "data"), image_size=side, channels=3, root=str(folder))
-    dataset, _ = pixel_cache.place(dataset, "auto", 1.0, crops=augmentation.crop is not None)
+    dataset, _ = pixel_cache.choose_cache(dataset, "auto", 1.0, crops=augmentation.random_resized_crop is not None)
     epochs = iter(range(1000))
 
     def epoch() -> Any:
@@ -326,7 +326,7 @@ def open_and_read(folder: Path) -> dict[str, float]:
     from train.data.augmentation import policy
 
     dataset = data.load("digits", str(folder), image_size=32, channels=1)
-    dataset, _ = pixel_cache.place(dataset, "none", 0.0, crops=False)
+    dataset, _ = pixel_cache.choose_cache(dataset, "none", 0.0, crops=False)
     stream = pipeline.train_batches(
         dataset.train, batch_size=BATCH, seed=0, epoch=0, augmentation=policy.build("flip_crop"), num_classes=10
     )
@@ -355,11 +355,11 @@ def memory(sizes: Iterable[int]) -> list[dict[str, Any]]:
 
 def odd(folder: Path) -> list[dict[str, Any]]:
     """What becomes of every file that the folder's `index.json` lists, by what Pillow takes it for."""
-    from train.data.ingestion.validation import Limits, look
+    from train.data.ingestion.validation import Limits, inspect
 
     kinds: dict[str, Counter] = {}
     for entry in json.loads((folder / "index.json").read_text()):
-        found = look((folder / entry["file"]).read_bytes(), 0, Limits())
+        found = inspect((folder / entry["file"]).read_bytes(), 0, Limits())
         kind = kinds.setdefault(entry.get("format", "no format"), Counter())
         kind.update(["files", "named" if found.problem else "decoded"])
         print(f"{entry['file']}: {found.problem or f'{found.format} {found.width}x{found.height}'}")

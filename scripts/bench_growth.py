@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from train.evaluation.plots.style import BLUE, figure, png
+from train.evaluation.plots.style import BLUE, make_figure, to_png
 
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = {
@@ -132,7 +132,7 @@ def folder(place: Path, examples: int, classes: int) -> Path:
 
 def picture(rows: list[dict[str, Any]]) -> bytes:
     """Images per second of training, or seconds of `make compare`, against what grew."""
-    made, places = figure(9, 4.6, 2, 3)
+    made, places = make_figure(9, 4.6, 2, 3)
     for name, axes in zip(CURVES, places.flat, strict=True):
         points = [row for row in rows if row["curve"] == name]
         measure = "seconds" if name == "runs" else "train_images_per_second"
@@ -140,7 +140,7 @@ def picture(rows: list[dict[str, Any]]) -> bytes:
         axes.set(xscale="log", ylim=(0, 1.08 * max(row[measure] for row in points)), title=TITLES[name])
         axes.set_xticks([row["value"] for row in points], [f"{row['value']:,}" for row in points])
         axes.minorticks_off()
-    return png(made)
+    return to_png(made)
 
 
 def main() -> None:

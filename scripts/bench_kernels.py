@@ -33,7 +33,7 @@ SHAPES = [
 def main() -> None:
     import tensorflow as tf
 
-    from train.training.step.fused_kernels import POSITIONS_PER_FILTER, filter_gradient, is_faster_as_product
+    from train.training.step.fused_kernels import MAX_POSITIONS_PER_FILTER, filter_gradient, is_matmul_faster
 
     def own(images: Any, upstream: Any, shape: tuple[int, ...]) -> Any:
         return tf.raw_ops.Conv2DBackpropFilter(
@@ -44,7 +44,7 @@ def main() -> None:
         return filter_gradient(images, upstream, shape, "SAME")
 
     right = 0
-    for kind in POSITIONS_PER_FILTER:
+    for kind in MAX_POSITIONS_PER_FILTER:
         for side, channels, filters, height, width in SHAPES:
             images, upstream = (
                 tf.cast(tf.random.normal((BATCH, side, side, depth)), kind) for depth in (channels, filters)
@@ -53,7 +53,7 @@ def main() -> None:
             for way in (own, product):
                 run = tf.function(lambda x, y, way=way, shape=shape: way(x, y, shape), autograph=False)
                 seconds.append(took(lambda run=run, x=images, y=upstream: run(x, y).numpy()))
-            chosen = is_faster_as_product(kind, (height, width), BATCH * side * side, filters)
+            chosen = is_matmul_faster(kind, (height, width), BATCH * side * side, filters)
             right += chosen == (seconds[1] < seconds[0])
             print(
                 f"{kind:9} {side:2} px {channels:4} -> {filters:3} by {height} x {width}: oneDNN "
@@ -61,7 +61,7 @@ def main() -> None:
                 f"{'product' if chosen else 'oneDNN'}",
                 flush=True,
             )
-    print(f"the faster one is chosen for {right} of {len(SHAPES) * len(POSITIONS_PER_FILTER)}")
+    print(f"the faster one is chosen for {right} of {len(SHAPES) * len(MAX_POSITIONS_PER_FILTER)}")
 
 
 def took(run: Any) -> float:

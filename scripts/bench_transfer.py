@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.statistics import mean_of, paired
+from train.evaluation.statistics import mean_interval, paired_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = [
@@ -110,9 +110,9 @@ def distill(place: Path, _: Path) -> list[dict[str, Any]]:
 def compared(found: dict[tuple, float], one: tuple, other: tuple) -> dict[str, Any]:
     """Means over seeds by the last word, and the difference."""
     values = {which: {name[-1]: value for name, value in found.items() if name[:-1] == which} for which in (one, other)}
-    difference = paired(values[one], values[other])
+    difference = paired_difference(values[one], values[other])
     assert difference
-    means = {which[-1]: vars(mean_of(list(values[which].values()))) for which in (one, other)}
+    means = {which[-1]: vars(mean_interval(list(values[which].values()))) for which in (one, other)}
     return {**means, "difference": vars(difference)}
 
 

@@ -33,12 +33,12 @@ from typing import Any
 from claims_picture import picture
 from claims_verdicts import MEASURES, Answer, Rows, Trial, answers, told, verdict
 
-from train.config.composition import command_of, compose
+from train.config.composition import compose, minimal_command
 from train.config.schema import Claim, Config
-from train.config.serialization import Private, flatten, to_dict
-from train.evaluation.plots.style import png
+from train.config.serialization import Redactor, flatten, to_dict
+from train.evaluation.plots.style import to_png
 from train.storage.atomic import write_atomically
-from train.sweep.workers import end_with
+from train.sweep.workers import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "conf/experiment/claims"
@@ -88,7 +88,7 @@ def trials_of(name: str, claim: Claim) -> list[Trial]:
 
 
 def trial_of(name: str, setting: str, variant: str, words: list[str], config: Config) -> Trial:
-    command = command_of(flatten(to_dict(config, Private())))
+    command = minimal_command(flatten(to_dict(config, Redactor())))
     key = hashlib.sha256(command.encode()).hexdigest()[:16]
     return Trial(name, setting, variant, config.seed, (*words, f"seed={config.seed}"), key, command)
 
@@ -126,13 +126,13 @@ def run(trial: Trial) -> dict[str, Any]:
 def story_of(story: Any, words: list[str]) -> int:
     """What `make train` does with these words; a run that was interrupted goes on."""
     from train import resume
-    from train.tracking.run_dir import open_folder
+    from train.tracking.run_dir import open_run_dir
 
     config: Config = compose(words)
     folder = Path(str(config.run_dir))
     if (folder / "run.json").exists():
-        return resume.train_again(open_folder(folder), config, Private())
-    return story.train(config, Private(), latest=False)
+        return resume.resume_if_same_config(open_run_dir(folder), config, Redactor())
+    return story.train(config, Redactor(), latest=False)
 
 
 def finished(folder: Path) -> bool:
@@ -209,7 +209,7 @@ def ended(pending: list[Trial], parallel: int) -> Iterator[tuple[Trial, Future]]
     """Each as soon as it has ended. Processes are made anew after some runs: pools that do so themselves may hang."""
     size = PER_PROCESS * parallel
     for start in range(0, len(pending), size):
-        pool = ProcessPoolExecutor(parallel, get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
+        pool = ProcessPoolExecutor(parallel, get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),))
         try:
             waiting = {pool.submit(run, trial): trial for trial in pending[start : start + size]}
             yield from ((waiting[future], future) for future in as_completed(waiting))
@@ -264,7 +264,7 @@ def main() -> int:
     rows = read(table)
     found = {name: tell(name, claim, rows) for name, claim in chosen.items()}
     if len(found) == len(claims([])) and not options.quick:
-        write_atomically(PICTURE, png(picture([(name, verdict(each), each) for name, each in found.items()])))
+        write_atomically(PICTURE, to_png(picture([(name, verdict(each), each) for name, each in found.items()])))
         print(f"\npicture: {PICTURE.relative_to(ROOT)}")
     return int(failed > 0)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from train.evaluation.plots.style import BLUE, GREY, ORANGE, RED, figure
+from train.evaluation.plots.style import BLUE, GREY, ORANGE, RED, make_figure
 
 COLOURS = {"supported": BLUE, "not supported": RED, "undecided at this size": ORANGE}
 MARKS = {"supported": "o", "not supported": "X", "undecided at this size": "D"}
@@ -20,7 +20,7 @@ def picture(claims: Sequence[tuple[str, str, list[Any]]]) -> Figure:
     Accuracies share the axis. What has another unit stands there in words.
     """
     lines = sum(2 + len(answers) for _, _, answers in claims)
-    made, ((axes,),) = figure(9, 0.9 + LINE_INCHES * lines)
+    made, ((axes,),) = make_figure(9, 0.9 + LINE_INCHES * lines)
     line, labels = 0, []
     for name, verdict, answers in claims:
         axes.text(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from train.config.schema import Claim, Expectation
-from train.evaluation.statistics import Difference, Mean, mean_of, paired
+from train.evaluation.statistics import Difference, Mean, mean_interval, paired_difference
 
 MEASURES = (
     "test_accuracy", "test_loss", "mean_validation_accuracy", "gradient_norm", "parameters", "macs",
@@ -60,7 +60,7 @@ def answer(expectation: Expectation, setting: str, one: dict[int, float], other:
         ratio = statistics.fmean(one.values()) / statistics.fmean(other.values())
         inside = expectation.least <= ratio <= expectation.most
         return Answer(setting, expectation, SUPPORTED if inside else REFUTED, ratio=ratio)
-    found = paired(one, other)
+    found = paired_difference(one, other)
     if found is None or found.n == 1:
         return Answer(setting, expectation, OPEN, found)
     low, high = (-found.high, -found.low) if expectation.expect == "lower" else (found.low, found.high)
@@ -101,7 +101,7 @@ def means(claim: Claim, trials: Sequence[Trial], rows: Rows) -> Iterator[tuple[s
         for variant in claim.variants:
             found = {metric: values(trials, rows, setting, variant, metric) for metric in MEASURES}
             if found["test_accuracy"]:
-                yield setting, variant, {name: mean_of(list(one.values())) for name, one in found.items()}
+                yield setting, variant, {name: mean_interval(list(one.values())) for name, one in found.items()}
 
 
 def verdict(found: list[Answer]) -> str:

@@ -23,10 +23,10 @@ import urllib.request
 from pathlib import Path
 
 from train.config import schema as schema
-from train.config.composition import as_typed, compose
+from train.config.composition import compose, format_value
 from train.config.serialization import flatten
 from train.config.validation import describe_limits
-from train.evaluation.html import big
+from train.evaluation.html import format_compact
 from train.runtime import setup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +55,11 @@ def config_table() -> str:
         if item.name in schema.GROUPS:
             lines += _group_rows(item.name, defaults)
         elif item.metadata:
-            lines.append(_row(item.name, item, f"`{as_typed(defaults[item.name])}`"))
+            lines.append(_row(item.name, item, f"`{format_value(defaults[item.name])}`"))
         else:
             node = type(getattr(schema.Config(), item.name))
             lines += [
-                _row(f"{item.name}.{f.name}", f, f"`{as_typed(defaults.get(f'{item.name}.{f.name}', {}))}`")
+                _row(f"{item.name}.{f.name}", f, f"`{format_value(defaults.get(f'{item.name}.{f.name}', {}))}`")
                 for f in dataclasses.fields(node)
             ]
     return "\n".join(lines)
@@ -87,9 +87,9 @@ def _group_rows(group: str, defaults: dict) -> list[str]:
         others: dict[str, list[str]] = {}
         for name in owners:
             if (other := of_options[name][f"{group}.{key}"]) != default:
-                others.setdefault(f"`{as_typed(other)}`", []).append(name)
+                others.setdefault(f"`{format_value(other)}`", []).append(name)
         told = "".join(f"; {other} with {', '.join(found)}" for other, found in others.items())
-        rows.append(_row(f"{group}.{key}", item, f"`{as_typed(default)}`{told}", only))
+        rows.append(_row(f"{group}.{key}", item, f"`{format_value(default)}`{told}", only))
     return rows
 
 
@@ -115,9 +115,9 @@ def models_table() -> str:
         "|---|---|---:|---:|---:|",
     ]
     for name, side in models.NATIVE_SIZE.items():
-        with weights.symbolic():
+        with weights.without_weights():
             model = models.build(name, (side, side, 3), 1000)
-            inference, training = cost.totals(models.inference(model)), cost.totals(model)
+            inference, training = cost.total_cost(models.inference_model(model)), cost.total_cost(model)
         figures = f"{inference.parameters:,} | {training.parameters:,} | {inference.macs:,}"
         lines.append(f"| `{name}` | {side} x {side} x 3 | {figures} |")
     return "\n".join(lines)
@@ -267,7 +267,7 @@ def variants_table() -> str:
                 f"{found[one].mean:.4f} ± {found[one].deviation:.4f}"
                 for one in ("test_accuracy", "mean_validation_accuracy", "gradient_norm")
             )
-            costs = [big(found[one].mean) for one in ("parameters", "macs", "branch_5x5_macs")]
+            costs = [format_compact(found[one].mean) for one in ("parameters", "macs", "branch_5x5_macs")]
             cells = [name, setting, variant, str(found["test_accuracy"].n), accuracy, validation, norm, *costs]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -379,7 +379,7 @@ TABLES = {
 
 def written() -> str:
     """The README with its tables as the code has them now."""
-    with setup.output_into(Path(os.devnull), 2):  # TensorFlow's libraries talk while they are loaded
+    with setup.redirect_fds(Path(os.devnull), 2):  # TensorFlow's libraries talk while they are loaded
         return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", README.read_text())
 
 

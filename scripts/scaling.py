@@ -78,13 +78,13 @@ def count() -> None:
 
     words = ["model=inception_v3", "backend=jax", "device=cpu", "devices=2", "precision=float32", "jit=on"]
     config = compose([*words, "threads=2", "data.image_size=75", "model.width=0.03", "batch_size=2"])
-    backends.of("jax").join(config)
-    backends.of("jax").set_up(config)
+    backends.get_backend("jax").join(config)
+    backends.get_backend("jax").set_up(config)
     import jax
     import numpy as np
 
     model = models.build("inception_v3", (75, 75, 3), 10, width=0.03, aux_weight=0.3)
-    step = factory.training_step(config, model, models.inference(model), 100, None)
+    step = factory.make_training_step(config, model, models.inference_model(model), 100, None)
     compiled: list[str] = []
     whole = jax.jit
 

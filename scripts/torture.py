@@ -41,9 +41,9 @@ import numpy as np
 import yaml
 
 from train.config.serialization import flatten
-from train.storage.fault_injection import ASKED
-from train.tracking.journal import TIMED, comparable
-from train.tracking.run_dir import read_pulse
+from train.storage.fault_injection import FAULT_VARIABLE
+from train.tracking.journal import NONDETERMINISTIC, comparable
+from train.tracking.run_dir import read_heartbeat
 from train.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,10 +170,10 @@ class Torturer:
                     stop = min(saved_step(folder) + draw.randint(1, INTERVAL), untouched.steps - 1)
                 else:
                     fault = self._draw(draw, folder, untouched.steps, trial)
-            start, before = saved_step(folder, skip=damaged), read_pulse(folder / "heartbeat")[0]
+            start, before = saved_step(folder, skip=damaged), read_heartbeat(folder / "heartbeat")[0]
             index = draw.randrange(processes(case)) if fault and fault.startswith("step:") else 0
             code, tail = self._live(case, folder, words, fault, stop, index)
-            died_at = start + read_pulse(folder / "heartbeat")[0] - before
+            died_at = start + read_heartbeat(folder / "heartbeat")[0] - before
             if code == 0:
                 break
             if code == -9 and fault:
@@ -210,13 +210,13 @@ class Torturer:
         """
         if processes(case) > 1:
             words = [*words, f"distributed.coordinator=127.0.0.1:{free_port()}"]
-        begun, before = time.monotonic(), read_pulse(folder / "heartbeat")[0]
+        begun, before = time.monotonic(), read_heartbeat(folder / "heartbeat")[0]
         with tempfile.TemporaryFile("w+") as told:
             process, *others = [
                 subprocess.Popen(
                     [sys.executable, *words, *([f"distributed.index={number}"] if number else [])],
                     cwd=ROOT,
-                    env={**os.environ, **({ASKED: fault} if fault and number == index else {})},
+                    env={**os.environ, **({FAULT_VARIABLE: fault} if fault and number == index else {})},
                     stdout=told,
                     stderr=told,
                 )
@@ -224,7 +224,7 @@ class Torturer:
             ]
             while process.poll() is None and time.monotonic() - begun < LIFE_SECONDS:
                 time.sleep(0.02)
-                if stop and read_pulse(folder / "heartbeat")[0] - before >= stop - saved_step(folder):
+                if stop and read_heartbeat(folder / "heartbeat")[0] - before >= stop - saved_step(folder):
                     process.terminate()
                     stop = None
             if process.poll() is None:
@@ -322,13 +322,13 @@ def damage(path: Path, draw: random.Random) -> None:
 def forget(path: Path, chosen: Callable[[str], bool]) -> None:
     """Sets the chosen arrays of a checkpoint to nought, and signs it again."""
     try:
-        saved = checkpoint.read(path)
-    except checkpoint.DamagedError:
+        saved = checkpoint.read_checkpoint(path)
+    except checkpoint.CorruptCheckpointError:
         return
     arrays = {name: np.zeros_like(value) if chosen(name) else value for name, value in saved.arrays.items()}
     shutil.rmtree(path)
-    writer = checkpoint.Checkpoints(path.parent, keep=9)
-    writer.save(path.name, arrays, saved.content)
+    writer = checkpoint.CheckpointManager(path.parent, keep=9)
+    writer.save(path.name, arrays, saved.metadata)
     writer.close()
 
 
@@ -384,7 +384,7 @@ def history(uri: str) -> dict[str, Any]:
     }
     for name in run.data.metrics:
         points = client.get_metric_history(run.info.run_id, name)
-        found[name] = sorted((p.step, "" if name in TIMED else repr(p.value)) for p in points)
+        found[name] = sorted((p.step, "" if name in NONDETERMINISTIC else repr(p.value)) for p in points)
     return found
 
 

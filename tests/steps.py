@@ -26,7 +26,7 @@ from train import models
 from train.config.schema import Config
 from train.runtime import backends
 from train.training import losses, optimizers, step
-from train.training.step.layerwise_lr import Plan
+from train.training.step.layerwise_lr import FreezeSchedule
 
 Tensors = dict[str, np.ndarray]
 Course = dict[str, Any]
@@ -119,24 +119,24 @@ def make_step(case: str, policy: str, **changes: Any) -> Any:
     rectified = chosen.pop("rectified", False)
     keras.utils.clear_session()
     keras.config.set_dtype_policy(policy)
-    teacher = models.inference(build_network(policy)) if taught else None
+    teacher = models.inference_model(build_network(policy)) if taught else None
     if teacher:
         teacher.set_weights(draw_weights({w.path: np.array(w.value) for w in teacher.weights}, seed=5).values())
     model = build_network(policy, rectified=rectified)
     halved = {"epoch_steps": STEPS, "warmup_epochs": 0, "factor": 0.5, "milestones": [0.5]}  # from the third step on
     rate = optimizers.build_schedule("step", stages=[(1, peak)], **halved)
     common = {"weight_decay": 0.0, "gradient_clip": None, "gradient_accumulation": 1, "ema": None}
-    optimizer = optimizers.build(name, rate, **RULES[name] | common | chosen)
+    optimizer = optimizers.build_optimizer(name, rate, **RULES[name] | common | chosen)
     if own_policy == "mixed_float16" and policy == "float64":  # Keras does so by itself under the mixed policy only
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
     outputs = tuple(model.output)
-    weighted, weights = losses.build(outputs, 0.25, 0.125, (0.5, 2.0) if taught else None)
-    metrics = losses.metrics(outputs, taught=taught)
+    weighted, weights = losses.build_losses(outputs, 0.25, 0.125, (0.5, 2.0) if taught else None)
+    metrics = losses.build_metrics(outputs, distilled=taught)
     model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
-    plan = Plan(models.parts(model), stages, 0.75, 1.0) if stages else None
-    kind = step.of(keras.backend.backend())
-    made = kind(model, models.inference(model), rate, EXAMPLES, False, gradients=True, plan=plan, teacher=teacher)
-    made.slow_down(slow)
+    plan = FreezeSchedule(models.group_layers(model), stages, 0.75, 1.0) if stages else None
+    kind = step.get_step_class(keras.backend.backend())
+    made = kind(model, models.inference_model(model), rate, EXAMPLES, False, gradients=True, plan=plan, teacher=teacher)
+    made.set_lr_scale(slow)
     return made
 
 
@@ -201,7 +201,7 @@ def train(made: Any, first: int = 0, last: int = STEPS) -> list[dict[str, float]
 
 def describe(made: Any, measured: list[dict[str, float]]) -> Course:
     """What a course has computed: `tensors`, and the `counts`, which rounding does not change."""
-    with made.averaged():
+    with made.using_ema_weights():
         logits = made.predict(draw_batch(0)[0])
     by_kind: dict[str, list[float]] = {}
     for metrics in measured:
@@ -214,7 +214,7 @@ def describe(made: Any, measured: list[dict[str, float]]) -> Course:
     return {
         "tensors": {name: value for name, value in state.items() if is_float(value)} | series | {"logits": logits},
         "counts": {name: value for name, value in state.items() if not is_float(value)} | {"correct": correct},
-        "fault": made.fault(),
+        "fault": made.non_finite(),
     }
 
 
@@ -238,7 +238,7 @@ def train_rounded(case: str) -> Course:
     images, labels = draw_batch(0)
     made.load(start)
     take_step(made, images, labels * np.float32("nan"))
-    course["fault_of_nan"] = made.fault()
+    course["fault_of_nan"] = made.non_finite()
     return course
 
 
@@ -278,8 +278,8 @@ def use_float64() -> None:
     else:
         from train.training.step import fused_kernels
 
-        fused_kernels.normalises_channels = lambda _: False  # the fused kernel has no float64; Keras's operations have
-        fused_kernels.POSITIONS_PER_FILTER["float64"] = fused_kernels.POSITIONS_PER_FILTER["float32"]
+        fused_kernels.can_fuse_batchnorm = lambda _: False  # the fused kernel has no float64; Keras's operations have
+        fused_kernels.MAX_POSITIONS_PER_FILTER["float64"] = fused_kernels.MAX_POSITIONS_PER_FILTER["float32"]
 
 
 def run(cases: list[str]) -> dict[str, dict[str, Any]]:
@@ -300,7 +300,7 @@ def run(cases: list[str]) -> dict[str, dict[str, Any]]:
 
 def main(folder: Path, cases: list[str]) -> None:
     backend = keras.backend.backend()
-    backends.of(backend).set_up(Config(device="cpu"))
+    backends.get_backend(backend).set_up(Config(device="cpu"))
     (folder / f"{backend}.pickle").write_bytes(pickle.dumps(run(cases)))
 
 

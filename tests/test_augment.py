@@ -52,26 +52,31 @@ def test_an_unknown_name_is_refused():
 def test_every_name_has_its_stages():
     def stages(name, **options):
         built = policy.build(name, **options)
-        return built.crop, built.paint, [move.purpose for move in built.moves], built.mix
+        return (
+            built.random_resized_crop,
+            built.randaugment,
+            [move.purpose for move in built.batch_ops],
+            built.mixup_cutmix,
+        )
 
     assert stages("none") == (None, None, [], None)
     assert stages("crop") == stages("flip_crop") == (None, None, ["augment"], None)
-    assert stages("inception") == (random_resized_crop.Crop(0.08, 4 / 3, 1.0, True), None, [], None)
-    assert stages("randaugment") == (None, randaugment.Paint(2, 9.0), ["augment"], None)
-    mixed = (None, None, ["augment", "erase"], mixup_cutmix.Mix(0.2, 1.0))
+    assert stages("inception") == (random_resized_crop.RandomResizedCrop(0.08, 4 / 3, 1.0, True), None, [], None)
+    assert stages("randaugment") == (None, randaugment.RandAugment(2, 9.0), ["augment"], None)
+    mixed = (None, None, ["augment", "erase"], mixup_cutmix.MixupCutmix(0.2, 1.0))
     assert stages("crop", erase=0.25, mixup=0.2, cutmix=1.0) == mixed
-    assert stages("none", cutmix=0.5)[3] == mixup_cutmix.Mix(0.0, 0.5)
+    assert stages("none", cutmix=0.5)[3] == mixup_cutmix.MixupCutmix(0.0, 0.5)
 
 
 def test_options_reach_what_they_are_of():
     assert policy.build(
         "inception", least_area=0.3, most_stretch=2.0, color=0.5, mirror=False
-    ).crop == random_resized_crop.Crop(0.3, 2.0, 0.5, False)
+    ).random_resized_crop == random_resized_crop.RandomResizedCrop(0.3, 2.0, 0.5, False)
     built = policy.build("randaugment", ops=3, magnitude=15.0, pad=0.25, mirror=False)
-    assert built.paint == randaugment.Paint(3, 15.0)
-    assert built.moves[0].apply.keywords == {"pad": 0.25, "mirror": False}
-    assert policy.build("flip_crop", pad=0.0).moves[0].apply.keywords == {"pad": 0.0, "mirror": True}
-    assert policy.build("none", erase=0.3).moves[0].apply.keywords == {"probability": 0.3}
+    assert built.randaugment == randaugment.RandAugment(3, 15.0)
+    assert built.batch_ops[0].apply.keywords == {"pad": 0.25, "mirror": False}
+    assert policy.build("flip_crop", pad=0.0).batch_ops[0].apply.keywords == {"pad": 0.0, "mirror": True}
+    assert policy.build("none", erase=0.3).batch_ops[0].apply.keywords == {"probability": 0.3}
     with pytest.raises(TypeError, match="magnitude"):
         policy.build("crop", magnitude=3)
 
@@ -80,7 +85,7 @@ def test_options_reach_what_they_are_of():
 
 
 def shift(images, draws, name="crop", **options):
-    [move] = policy.build(name, **options).moves
+    [move] = policy.build(name, **options).batch_ops
     return move.apply(images, draws)
 
 
@@ -115,10 +120,10 @@ def test_flip_crop_moves_pixels(draw, moved):
 
 
 MOVES = {
-    "crop": policy.build("crop").moves[0],
-    "flip_crop": policy.build("flip_crop").moves[0],
-    "randaugment": policy.build("randaugment").moves[0],
-    "erase": policy.build("none", erase=0.5).moves[0],
+    "crop": policy.build("crop").batch_ops[0],
+    "flip_crop": policy.build("flip_crop").batch_ops[0],
+    "randaugment": policy.build("randaugment").batch_ops[0],
+    "erase": policy.build("none", erase=0.5).batch_ops[0],
 }
 
 
@@ -127,7 +132,7 @@ MOVES = {
 def test_moves_are_the_same_eagerly_and_in_a_map(name, channels):
     move = MOVES[name]
     images = np.stack([noise(16, 16, channels, seed) for seed in range(32)])
-    draws = sampling.uniform_rows(0, move.purpose, 0, 32, move.columns)
+    draws = sampling.uniform_rows(0, move.purpose, 0, 32, move.num_draws)
     eager = move.apply(tf.constant(images), tf.constant(draws))
     np.testing.assert_array_equal(eager, in_map(move.apply, images, draws))
     assert eager.dtype == tf.uint8
@@ -163,7 +168,7 @@ COVER = 251  # nothing in the images below is of this value
 
 
 def erase(images, draws, probability=1.0):
-    return policy.erased(images, draws, probability=probability).numpy()
+    return policy.random_erasing(images, draws, probability=probability).numpy()
 
 
 def erase_draws(count, seed=0):
@@ -237,12 +242,12 @@ def test_the_share_of_erased_images_is_the_probability():
 
 
 def test_without_erasing_there_is_no_such_move():
-    assert policy.build("none", erase=0.0).moves == ()
+    assert policy.build("none", erase=0.0).batch_ops == ()
 
 
 # ---------------------------------------------------------------------------------------------------------- painting
 
-NAMES = tuple(randaugment.CHANGES)
+NAMES = tuple(randaugment.OPERATIONS)
 WITHOUT_STRENGTH = ("identity", "autocontrast", "equalize")
 ONE_DIRECTION = ("solarize", "posterize")
 BOTH_DIRECTIONS = tuple(name for name in NAMES if name not in WITHOUT_STRENGTH + ONE_DIRECTION)
@@ -251,7 +256,7 @@ FORTH, BACK = 0.0, 0.999
 
 def painted(pixels, *names, magnitude=30.0, direction=FORTH):
     draws = np.array([((NAMES.index(name) + 0.5) / len(NAMES), direction) for name in names], np.float32)
-    return randaugment.Paint(len(names), magnitude).apply(pixels, draws.ravel())
+    return randaugment.RandAugment(len(names), magnitude).apply(pixels, draws.ravel())
 
 
 def test_there_are_fourteen_changes():
@@ -406,8 +411,8 @@ def test_there_are_as_many_changes_as_ops():
     pixels[:, 20] = 255
     one = np.array([(NAMES.index("translate_x") + 0.5) / 14, FORTH], np.float32)
     for ops in (1, 2, 3, 4):
-        chosen = randaugment.Paint(ops, 5.0)  # 3 pixels each time
-        assert chosen.columns == 2 * ops
+        chosen = randaugment.RandAugment(ops, 5.0)  # 3 pixels each time
+        assert chosen.num_draws == 2 * ops
         found = chosen.apply(pixels, np.tile(one, ops))
         assert found[0, :, 0].tolist().index(255) == 20 - 3 * ops
 
@@ -425,9 +430,9 @@ def test_the_draw_picks_evenly_among_the_fourteen(monkeypatch):
 
         return change
 
-    monkeypatch.setattr(randaugment, "CHANGES", {name: counting(name) for name in NAMES})
-    chosen, pixels = randaugment.Paint(2, 9.0), np.zeros((1, 1, 1), np.uint8)
-    for row in sampling.uniform_rows(0, "paint", 0, 14_000, chosen.columns):
+    monkeypatch.setattr(randaugment, "OPERATIONS", {name: counting(name) for name in NAMES})
+    chosen, pixels = randaugment.RandAugment(2, 9.0), np.zeros((1, 1, 1), np.uint8)
+    for row in sampling.uniform_rows(0, "paint", 0, 14_000, chosen.num_draws):
         chosen.apply(pixels, row)
     assert sum(picked.values()) == 28_000
     assert min(picked.values()) > 1850  # 2000 each, and their standard deviation is 43
@@ -441,8 +446,8 @@ def test_the_draw_picks_evenly_among_the_fourteen(monkeypatch):
 
 def test_painting_is_the_same_eagerly_and_in_a_map():
     images = np.stack([noise(16, 16, 3, seed) for seed in range(16)])
-    chosen = randaugment.Paint(2, 9.0)
-    draws = sampling.uniform_rows(0, "paint", 0, 16, chosen.columns)
+    chosen = randaugment.RandAugment(2, 9.0)
+    draws = sampling.uniform_rows(0, "paint", 0, 16, chosen.num_draws)
     eager = np.stack([chosen.apply(*pair) for pair in zip(images, draws, strict=True)])
     stream = tf.data.Dataset.from_tensor_slices((images, draws))
     mapped = stream.map(lambda image, draw: tf.numpy_function(chosen.apply, [image, draw], tf.uint8))
@@ -452,7 +457,7 @@ def test_painting_is_the_same_eagerly_and_in_a_map():
 
 # ----------------------------------------------------------------------------------------------- colours of a crop
 
-CROP = policy.inception().crop
+CROP = policy.inception().random_resized_crop
 COLUMNS = ("area", "stretch", "y", "x", "mirror", "brightness", "contrast", "saturation", "hue")
 LAST = np.float32(1) - np.float32(2**-24)  # the largest draw
 
@@ -481,15 +486,15 @@ def distorted_by_hand(pixels, draws, color=1.0, every=8):
 def distort(pixels, draws, color=1.0):
     """What the map says, neither clipped nor rounded."""
     channels = pixels.shape[-1]
-    [colors] = policy.inception(color=color).crop.color_maps(draws, channels)
+    [colors] = policy.inception(color=color).random_resized_crop.color_matrices(draws, channels)
     mean = pixels[::8].mean(axis=(0, 1))
     return pixels @ colors[:, :channels].T + colors[:, channels:-1] @ mean + colors[:, -1]
 
 
 def finish(pixels, draws, side=None, mirrored=False, **options):
     """`pixels` as a crop of its own size, or of another."""
-    chosen = policy.inception(**options).crop
-    [colors] = chosen.color_maps(draws, pixels.shape[-1])
+    chosen = policy.inception(**options).random_resized_crop
+    [colors] = chosen.color_matrices(draws, pixels.shape[-1])
     return filled(chosen, pixels, mirrored, colors, side or len(pixels))
 
 
@@ -563,7 +568,10 @@ def test_without_strength_colours_stay(channels):
     np.testing.assert_allclose(distort(pixels.astype(float), extreme, color=0.0), pixels, atol=1e-4)
     np.testing.assert_array_equal(finish(pixels, drawn()), pixels)
     np.testing.assert_array_equal(finish(pixels, extreme, color=0.0), pixels)
-    for maps in (CROP.color_maps(drawn(), channels), policy.inception(color=0.0).crop.color_maps(extreme, channels)):
+    for maps in (
+        CROP.color_matrices(drawn(), channels),
+        policy.inception(color=0.0).random_resized_crop.color_matrices(extreme, channels),
+    ):
         np.testing.assert_allclose(maps, [np.eye(channels, 2 * channels + 1)], atol=1e-7)
 
 
@@ -579,11 +587,11 @@ def test_grey_stays_grey_whatever_hue_and_saturation():
 def test_maps_of_many_examples_are_those_of_each():
     draws = sampling.uniform_rows(0, "crop", 0, 10, random_resized_crop.DRAWS)
     for channels in (1, 3):
-        maps = CROP.color_maps(draws, channels)
+        maps = CROP.color_matrices(draws, channels)
         assert maps.shape == (10, channels, 2 * channels + 1)
         assert maps.dtype == np.float32
         for row, found in zip(draws, maps, strict=True):
-            np.testing.assert_array_equal(found, CROP.color_maps(row[None], channels)[0])
+            np.testing.assert_array_equal(found, CROP.color_matrices(row[None], channels)[0])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -598,7 +606,7 @@ def test_pixels_are_rounded_once_half_to_even(shape, channels):
     if shape == (64, 64):  # means of four: a quarter of them end in a half
         assert (still != np.floor(resized + 0.5)).mean() > 0.1
     for row in sampling.uniform_rows(0, "crop", 0, 5, random_resized_crop.DRAWS):
-        [colors] = CROP.color_maps(row[None], channels)
+        [colors] = CROP.color_matrices(row[None], channels)
         expected, twice = (
             np.clip(np.rint(distort(values.astype(float), row[None])), 0, 255) for values in (resized, np.rint(resized))
         )
@@ -625,13 +633,13 @@ def test_what_is_above_255_is_255_and_what_is_below_0_is_0(channels):
 
 
 def boxes(size, count=2000, **options):
-    chosen = policy.inception(**options).crop
+    chosen = policy.inception(**options).random_resized_crop
     draws = sampling.uniform_rows(5, "crop", 0, count, random_resized_crop.DRAWS)
-    return chosen.boxes(np.tile(np.array(size, np.int32), (count, 1)), draws)
+    return chosen.sample_boxes(np.tile(np.array(size, np.int32), (count, 1)), draws)
 
 
 def box(size, chosen=CROP, **values):
-    [found] = chosen.boxes(np.array([size], np.int32), drawn(**values))
+    [found] = chosen.sample_boxes(np.array([size], np.int32), drawn(**values))
     return found
 
 
@@ -678,7 +686,9 @@ def test_of_an_odd_shaped_image_no_box_is_longer_than_it_may_be_nor_the_whole(si
 @pytest.mark.parametrize("size", [*SIZES, *ODD, (1, 1), (2, 3), (7, 5)])
 def test_boxes_are_inside_the_image(size):
     ends = np.array(np.meshgrid(*[[0, LAST]] * 4), np.float32).reshape(4, -1).T
-    extreme = CROP.boxes(np.tile(size, (len(ends), 1)), np.pad(ends, ((0, 0), (0, random_resized_crop.DRAWS - 4))))
+    extreme = CROP.sample_boxes(
+        np.tile(size, (len(ends), 1)), np.pad(ends, ((0, 0), (0, random_resized_crop.DRAWS - 4)))
+    )
     for found in (boxes(size), extreme):
         assert found.dtype == np.int32
         assert found.min() >= 0
@@ -690,7 +700,7 @@ def test_all_places_are_reached_the_last_row_and_column_too():
     for area in (0, 0.3, 0.5, 0.8):
         draws = drawn(area=area).repeat(3000, axis=0)
         draws[:, 2:4] = sampling.uniform_rows(5, "crop", 0, 3000, 2)
-        found = CROP.boxes(np.tile([7, 9], (3000, 1)), draws)
+        found = CROP.sample_boxes(np.tile([7, 9], (3000, 1)), draws)
         [(height, width)] = {tuple(extent) for extent in found[:, 2:].tolist()}
         places = {(y, x) for y in range(8 - height) for x in range(10 - width)}
         assert {tuple(place) for place in found[:, :2].tolist()} == places
@@ -701,21 +711,23 @@ def test_all_places_are_reached_the_last_row_and_column_too():
 
 def test_boxes_by_given_draws():
     """Half of the area of 400x300 is 60000; as wide as the image it is 200 high, a stretch of 1.5."""
-    whole = policy.inception(least_area=0.0, most_stretch=2.0).crop
+    whole = policy.inception(least_area=0.0, most_stretch=2.0).random_resized_crop
     height, width = math.sqrt(60000 / math.sqrt(0.5 * 1.5)), math.sqrt(60000 * math.sqrt(0.5 * 1.5))
     assert (round(height), round(width)) == (263, 228)
     np.testing.assert_array_equal(box((400, 300), whole, area=0.5), [69, 36, 263, 228])
     np.testing.assert_array_equal(box((400, 300), whole, area=0.5, stretch=0, y=0, x=0), [0, 0, 346, 173])
     np.testing.assert_array_equal(box((400, 300), whole, area=0.5, stretch=1, y=0, x=0), [0, 0, 200, 300])
     np.testing.assert_array_equal(box((400, 300), whole, area=0.125, stretch=1, y=LAST, x=0.25), [313, 32, 87, 173])
-    np.testing.assert_array_equal(box((400, 300), policy.inception(least_area=1.0).crop, stretch=0), [0, 0, 400, 300])
+    np.testing.assert_array_equal(
+        box((400, 300), policy.inception(least_area=1.0).random_resized_crop, stretch=0), [0, 0, 400, 300]
+    )
     np.testing.assert_array_equal(box((1000, 50), area=1, y=0.5), [467, 0, 67, 50])
 
 
 def test_draws_of_boxes_are_even():
     """The area always; the stretch where every one of them fits."""
     draws = sampling.uniform_rows(5, "crop", 0, 4000, random_resized_crop.DRAWS)
-    _, _, height, width = CROP.boxes(np.tile([3000, 3000], (4000, 1)), draws).T.astype(float)
+    _, _, height, width = CROP.sample_boxes(np.tile([3000, 3000], (4000, 1)), draws).T.astype(float)
     area = height * width / 9e6
     np.testing.assert_allclose(area, 0.08 + 0.92 * draws[:, 0], atol=1e-3)
     free = area < 0.74
@@ -751,9 +763,11 @@ def test_a_box_is_a_function_of_its_draws():
     assert len({tuple(box) for box in boxes((900, 1200), 200).tolist()}) == 200
     draws = sampling.uniform_rows(5, "crop", 0, 20, random_resized_crop.DRAWS)
     sizes = np.random.default_rng(0).integers(1, 500, (20, 2), dtype=np.int32)
-    together = CROP.boxes(sizes, draws)
+    together = CROP.sample_boxes(sizes, draws)
     for number, found in enumerate(together):
-        np.testing.assert_array_equal(CROP.boxes(sizes[number : number + 1], draws[number : number + 1])[0], found)
+        np.testing.assert_array_equal(
+            CROP.sample_boxes(sizes[number : number + 1], draws[number : number + 1])[0], found
+        )
 
 
 def test_an_image_of_one_pixel_is_a_box():
@@ -766,9 +780,9 @@ def test_an_image_of_one_pixel_is_a_box():
 def cut(image, box, side=32):
     """As it is cut in a stream: `image` is a JPEG, or pixels."""
     box = np.array(box, np.int32)
-    part = random_resized_crop.part_of(box, side)
-    small = decode.decode_jpeg(image, part) if isinstance(image, bytes) else random_resized_crop.shrunk(image, part)
-    found = random_resized_crop.cut(small, box, part)
+    part = random_resized_crop.jpeg_scale(box, side)
+    small = decode.decode_jpeg(image, part) if isinstance(image, bytes) else random_resized_crop.downscale(image, part)
+    found = random_resized_crop.crop_box(small, box, part)
     assert found.dtype == np.uint8
     return found
 
@@ -776,8 +790,8 @@ def cut(image, box, side=32):
 def test_a_crop_is_halved_while_it_is_no_smaller_than_it_is_to_become():
     parts = {1: 1, 31: 1, 32: 1, 63: 1, 64: 2, 127: 2, 128: 4, 255: 4, 256: 8, 511: 8, 512: 8, 5000: 8}
     for length, part in parts.items():
-        assert random_resized_crop.part_of(np.array([3, 4, length, 9999]), 32) == part
-        assert random_resized_crop.part_of(np.array([3, 4, 9999, length]), 32) == part
+        assert random_resized_crop.jpeg_scale(np.array([3, 4, length, 9999]), 32) == part
+        assert random_resized_crop.jpeg_scale(np.array([3, 4, 9999, length]), 32) == part
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
@@ -811,9 +825,9 @@ def test_a_mirrored_crop_is_exactly_the_mirror_image(plain, channels):
 
 def test_every_second_one_is_mirrored():
     draws = sampling.uniform_rows(0, "crop", 0, 4000, random_resized_crop.DRAWS)
-    np.testing.assert_array_equal(CROP.mirrored(draws), draws[:, COLUMNS.index("mirror")] < 0.5)
-    assert 0.47 < CROP.mirrored(draws).mean() < 0.53
-    assert not policy.inception(mirror=False).crop.mirrored(draws).any()
+    np.testing.assert_array_equal(CROP.mirror_mask(draws), draws[:, COLUMNS.index("mirror")] < 0.5)
+    assert 0.47 < CROP.mirror_mask(draws).mean() < 0.53
+    assert not policy.inception(mirror=False).random_resized_crop.mirror_mask(draws).any()
 
 
 def test_pixels_are_cut_resized_coloured_clipped_and_rounded_once():
@@ -883,7 +897,7 @@ def test_raw_pixels_are_made_smaller_by_averaging(box, channels):
 def test_raw_pixels_of_any_size_are_made_smaller_as_a_jpeg_is(size):
     data = jpeg(photo(*size))
     for part in (2, 4, 8):
-        found = random_resized_crop.shrunk(decode.decode(data, 3), part)
+        found = random_resized_crop.downscale(decode.decode(data, 3), part)
         assert found.shape == decode.decode_jpeg(data, part).shape
         assert np.abs(found.astype(float) - decode.decode_jpeg(data, part)).mean() < 1.5
 
@@ -906,7 +920,7 @@ def test_boxes_at_the_ends_of_an_image_are_whole_at_every_fraction(size):
             for value in (0, LAST):
                 for area in (0, 0.5, LAST):
                     own = box(size, area=area, y=value, x=value)
-                    part = random_resized_crop.part_of(own, side)
+                    part = random_resized_crop.jpeg_scale(own, side)
                     assert cut(image, own, side).shape == (own[2] // part, own[3] // part, 3)
 
 
@@ -914,7 +928,7 @@ def test_boxes_at_the_ends_of_an_image_are_whole_at_every_fraction(size):
 
 
 def mixed(images, labels, draws, **alphas):
-    chosen = mixup_cutmix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
+    chosen = mixup_cutmix.MixupCutmix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
     found = chosen.apply(tf.constant(images), tf.constant(labels), tf.constant(draws, tf.float32))
     return tuple(part.numpy() for part in found)
 
@@ -927,7 +941,7 @@ def some_batch(count=8, side=16, channels=3, classes=5):
 
 def test_mixup_is_exact():
     images, labels = some_batch()
-    draws = mixup_cutmix.Mix(0.4, 0.0).draws(0, 0, 8)
+    draws = mixup_cutmix.MixupCutmix(0.4, 0.0).draw(0, 0, 8)
     share = draws[:, :1].astype(float)
     found, dense = mixed(images, labels, draws, mixup=0.4)
     partner = np.roll(images, -1, axis=0).astype(float)
@@ -939,7 +953,7 @@ def test_mixup_is_exact():
 
 def test_mixup_by_given_shares():
     images, labels = some_batch(4)
-    draws = np.full((4, mixup_cutmix.COLUMNS), 0.5, np.float32)
+    draws = np.full((4, mixup_cutmix.DRAWS), 0.5, np.float32)
     draws[:, 0] = (1.0, 0.0, 0.5, 0.25)
     found, dense = mixed(images, labels, draws, mixup=1.0)
     np.testing.assert_array_equal(found[0], images[0])
@@ -955,7 +969,7 @@ def test_cutmix_labels_have_the_share_of_the_covered_pixels(channels):
     images, _ = some_batch(count, side, channels)
     images = images // 2 + 128 * (np.arange(count) % 2).astype(np.uint8)[:, None, None, None]  # who a pixel is of
     labels = np.eye(count, dtype=np.float32)
-    found, dense = mixed(images, labels, mixup_cutmix.Mix(0.0, 1.0).draws(0, 0, count), cutmix=1.0)
+    found, dense = mixed(images, labels, mixup_cutmix.MixupCutmix(0.0, 1.0).draw(0, 0, count), cutmix=1.0)
     partner = np.roll(images, -1, axis=0)
     covered = ((found >= 128) != (np.arange(count) % 2)[:, None, None, None]).all(axis=3)
     np.testing.assert_array_equal(found, np.where(covered[..., None], partner, images))
@@ -990,7 +1004,7 @@ def test_with_both_each_is_for_one_half():
     count = 2000
     images = np.zeros((count, 4, 4, 1), np.uint8)
     images[::2] = 200
-    draws = mixup_cutmix.Mix(1.0, 1.0).draws(0, 0, count)
+    draws = mixup_cutmix.MixupCutmix(1.0, 1.0).draw(0, 0, count)
     found, dense = mixed(images, np.eye(2, dtype=np.float32)[np.arange(count) % 2], draws, mixup=1.0, cutmix=1.0)
     pasted = draws[:, 2] < 0.5
     assert 0.46 < pasted.mean() < 0.54
@@ -1004,8 +1018,8 @@ def test_with_both_each_is_for_one_half():
 
 @pytest.mark.parametrize(("alphas", "only"), [({"mixup": 0.3}, "mixup"), ({"cutmix": 0.7}, "cutmix")])
 def test_an_alpha_of_zero_leaves_it_out(alphas, only):
-    chosen = mixup_cutmix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
-    draws = chosen.draws(0, 0, 200)
+    chosen = mixup_cutmix.MixupCutmix(**({"mixup": 0.0, "cutmix": 0.0} | alphas))
+    draws = chosen.draw(0, 0, 200)
     images = np.zeros((200, 8, 8, 1), np.uint8)
     images[::2] = 255
     found, _ = mixed(images, np.eye(2, dtype=np.float32)[np.arange(200) % 2], draws, **alphas)
@@ -1016,13 +1030,13 @@ def test_an_alpha_of_zero_leaves_it_out(alphas, only):
 
 
 def test_without_alphas_nothing_is_mixed():
-    assert policy.build("flip_crop", mixup=0.0, cutmix=0.0).mix is None
+    assert policy.build("flip_crop", mixup=0.0, cutmix=0.0).mixup_cutmix is None
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 8.0])
 def test_shares_come_from_their_beta_distribution(alpha):
-    draws = mixup_cutmix.Mix(alpha, 2 * alpha).draws(0, 0, 20_000).astype(float)
-    assert draws.shape == (20_000, mixup_cutmix.COLUMNS)
+    draws = mixup_cutmix.MixupCutmix(alpha, 2 * alpha).draw(0, 0, 20_000).astype(float)
+    assert draws.shape == (20_000, mixup_cutmix.DRAWS)
     for column, own in ((0, alpha), (1, 2 * alpha)):
         assert draws[:, column].mean() == pytest.approx(0.5, abs=0.015)
         assert draws[:, column].var() == pytest.approx(1 / (4 * (2 * own + 1)), rel=0.05)
@@ -1032,13 +1046,13 @@ def test_shares_come_from_their_beta_distribution(alpha):
 
 
 def test_shares_are_a_function_of_seed_and_epoch():
-    chosen = mixup_cutmix.Mix(0.2, 1.0)
-    first = chosen.draws(0, 0, 100)
+    chosen = mixup_cutmix.MixupCutmix(0.2, 1.0)
+    first = chosen.draw(0, 0, 100)
     assert first.dtype == np.float32
-    np.testing.assert_array_equal(first, chosen.draws(0, 0, 100))
-    assert (first != chosen.draws(0, 1, 100)).all()
-    assert (first != chosen.draws(1, 0, 100)).all()
-    np.testing.assert_array_equal(first[:, 2:], mixup_cutmix.Mix(0.2, 0.0).draws(0, 0, 100)[:, 2:])
+    np.testing.assert_array_equal(first, chosen.draw(0, 0, 100))
+    assert (first != chosen.draw(0, 1, 100)).all()
+    assert (first != chosen.draw(1, 0, 100)).all()
+    np.testing.assert_array_equal(first[:, 2:], mixup_cutmix.MixupCutmix(0.2, 0.0).draw(0, 0, 100)[:, 2:])
 
 
 @pytest.mark.parametrize("side", [16, 37, 224])
@@ -1046,7 +1060,7 @@ def test_shares_are_a_function_of_seed_and_epoch():
 def test_mixed_labels_sum_to_one_and_pixels_stay_in_range(alphas, side):
     images, labels = some_batch(8, side)
     found, dense = mixed(
-        images, labels, mixup_cutmix.Mix(**({"mixup": 0.0, "cutmix": 0.0} | alphas)).draws(0, 0, 8), **alphas
+        images, labels, mixup_cutmix.MixupCutmix(**({"mixup": 0.0, "cutmix": 0.0} | alphas)).draw(0, 0, 8), **alphas
     )
     assert (found.shape, found.dtype) == (images.shape, np.float32)
     assert (dense.shape, dense.dtype) == (labels.shape, np.float32)
@@ -1059,8 +1073,8 @@ def test_mixed_labels_sum_to_one_and_pixels_stay_in_range(alphas, side):
 
 def test_mixing_is_the_same_eagerly_and_in_a_map():
     images, labels = some_batch(32)
-    chosen = mixup_cutmix.Mix(0.4, 1.0)
-    draws = chosen.draws(0, 0, 32)
+    chosen = mixup_cutmix.MixupCutmix(0.4, 1.0)
+    draws = chosen.draw(0, 0, 32)
     eager = mixed(images, labels, draws, mixup=0.4, cutmix=1.0)
     for one, other in zip(eager, in_map(chosen.apply, images, labels, draws), strict=True):
         np.testing.assert_array_equal(one, other)

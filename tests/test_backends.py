@@ -17,7 +17,7 @@ import steps
 from conftest import ROOT, Done, message, once, run_command
 
 from train.config.composition import compose
-from train.config.schema import SMALLEST_IMAGE
+from train.config.schema import MIN_IMAGE_SIZE
 from train.run import factory
 from train.runtime.backends import BACKENDS
 
@@ -163,7 +163,7 @@ def test_a_run_on_jax_is_one_like_all_others(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", SMALLEST_IMAGE)
+@pytest.mark.parametrize("model", MIN_IMAGE_SIZE)
 def test_every_network_trains_on_jax(model: str, tmp_path: Path):
     words = [f"model={model}", "model.head=avg", "steps_per_epoch=2", "epochs=1", "evaluate.report=false"]
     done = train(tmp_path / "run", *words)

@@ -32,7 +32,7 @@ def kinds_of_torch() -> set[str]:
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg16_inception", "inception_v3"])
 def test_the_peer_knows_every_layer_of_the_networks(name: str):
-    side = models.SMALLEST[name]
+    side = models.MIN_IMAGE_SIZE[name]
     model = models.build(name, (side, side, 1), 10, width=0.05)
     found = json.loads(json.dumps(script("peers/given.py").description(model)))
     assert {layer["kind"] for layer in found["layers"]} - {"InputLayer"} <= kinds_of_torch()

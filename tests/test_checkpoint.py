@@ -27,10 +27,19 @@ from conftest import ROOT, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.storage.atomic import point_link, write_atomically
-from train.tracking.journal import FIRST, Journal, ReplayError, read_journal
-from train.tracking.run_dir import Pulse, RunFolder, newest_unfinished
-from train.training.checkpoint import ARRAYS, DAMAGED, MANIFEST, UNFINISHED, Checkpoints, DamagedError, Interval, read
+from train.storage.atomic import replace_symlink, write_atomically
+from train.tracking.journal import INITIAL_BRANCH, Journal, ReplayError, read_journal
+from train.tracking.run_dir import Heartbeat, RunDir, latest_unfinished
+from train.training.checkpoint import (
+    ARRAYS,
+    MANIFEST,
+    QUARANTINE_PREFIX,
+    UNFINISHED_PREFIX,
+    CheckpointManager,
+    CheckpointPolicy,
+    CorruptCheckpointError,
+    read_checkpoint,
+)
 from train.training.loop import Progress
 
 FULL = "No space left on device"
@@ -50,19 +59,19 @@ STATE: dict[str, np.ndarray] = {
 }
 CONTENT = {
     "run_id": "f00d",
-    "progress": {"epoch": 1, "steps": 40, "best_accuracy": 0.1 + 0.2, "stale_value": None, "stopped_early": False},
+    "progress": {"epoch": 1, "steps": 40, "best_accuracy": 0.1 + 0.2, "best_metric": None, "stopped_early": False},
     "journal_lines": 7,
     "ground": {"model.blocks": ["conv_bn", "inception_v1"], "tracking.experiment": "grün ☃"},
 }
 
 
 def name_of(epoch: int, batch: int = 0) -> str:
-    return Progress(epoch=epoch, batch=batch).name
+    return Progress(epoch=epoch, batch=batch).checkpoint_name
 
 
 def save(folder: Path, epoch: int, keep: int = 9, **arrays: np.ndarray) -> Path:
     """One checkpoint, written by a life of its own."""
-    kept = Checkpoints(folder, keep)
+    kept = CheckpointManager(folder, keep)
     kept.save(name_of(epoch), arrays or STATE, CONTENT | {"epoch": epoch})
     kept.close()
     return folder / name_of(epoch)
@@ -84,13 +93,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_what_was_saved_is_what_is_read(tmp_path: Path):
-    kept = Checkpoints(tmp_path / "checkpoints", keep=2)
+    kept = CheckpointManager(tmp_path / "checkpoints", keep=2)
     kept.save(name_of(1), STATE, CONTENT)
     kept.close()
-    assert kept.last == name_of(1)
-    found = Checkpoints(tmp_path / "checkpoints", keep=2).newest()
+    assert kept.latest_complete == name_of(1)
+    found = CheckpointManager(tmp_path / "checkpoints", keep=2).load_latest()
     assert found is not None
-    assert (found.name, found.content) == ("epoch-00001-batch-0000000", CONTENT)
+    assert (found.name, found.metadata) == ("epoch-00001-batch-0000000", CONTENT)
     assert found.arrays.keys() == STATE.keys()
     for name, array in STATE.items():
         got = found.arrays[name]
@@ -117,19 +126,19 @@ def test_names_sort_as_places_do():
 def test_the_newest_is_that_of_the_last_place_not_of_the_last_minute(tmp_path: Path):
     for epoch in (10, 9, 2):
         save(tmp_path, epoch)
-    found = Checkpoints(tmp_path, 9).newest()
+    found = CheckpointManager(tmp_path, 9).load_latest()
     assert found is not None
-    assert (found.name, found.content["epoch"]) == (name_of(10), 10)
+    assert (found.name, found.metadata["epoch"]) == (name_of(10), 10)
 
 
 def test_where_nothing_was_saved_nothing_is_found(tmp_path: Path):
-    assert Checkpoints(tmp_path / "not there", 2).newest() is None
+    assert CheckpointManager(tmp_path / "not there", 2).load_latest() is None
     (tmp_path / name_of(1)).touch()  # a file is no checkpoint
-    assert Checkpoints(tmp_path, 2).newest() is None
+    assert CheckpointManager(tmp_path, 2).load_latest() is None
 
 
 def test_only_so_many_are_kept(tmp_path: Path):
-    kept = Checkpoints(tmp_path, keep=2)
+    kept = CheckpointManager(tmp_path, keep=2)
     left = []
     for epoch in range(1, 5):
         kept.save(name_of(epoch), STATE, CONTENT)
@@ -144,7 +153,7 @@ def test_a_half_pruned_one_harms_nothing_and_goes_next_time(tmp_path: Path):
     """The process may die while it removes the files of an old one."""
     (save(tmp_path, 1) / MANIFEST).unlink()
     save(tmp_path, 2)
-    found = Checkpoints(tmp_path, 1).newest()
+    found = CheckpointManager(tmp_path, 1).load_latest()
     assert found is not None
     assert found.name == name_of(2)
     save(tmp_path, 3, keep=1)
@@ -154,16 +163,16 @@ def test_a_half_pruned_one_harms_nothing_and_goes_next_time(tmp_path: Path):
 def test_saving_to_a_name_that_is_there_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = save(tmp_path, 1)
     before, times = files(tmp_path), [(path / name).stat().st_mtime_ns for name in (ARRAYS, MANIFEST)]
-    kept = Checkpoints(tmp_path, keep=1)
+    kept = CheckpointManager(tmp_path, keep=1)
     kept.save(path.name, {"other": np.zeros(3)}, {})
     kept.close()
-    assert (kept.last, warnings(caplog)) == (path.name, [])
+    assert (kept.latest_complete, warnings(caplog)) == (path.name, [])
     assert files(tmp_path) == before
     assert [(path / name).stat().st_mtime_ns for name in (ARRAYS, MANIFEST)] == times
 
 
 def test_a_fault_that_is_not_the_disks_is_not_hidden(tmp_path: Path):
-    kept = Checkpoints(tmp_path, 1)
+    kept = CheckpointManager(tmp_path, 1)
     kept.save(name_of(1), STATE, {"what JSON does not know": object()})
     with pytest.raises(TypeError, match="not JSON serializable"):
         kept.wait()
@@ -253,20 +262,20 @@ def test_of_a_damaged_one_the_one_before_is_taken(
     good, bad = save(tmp_path, 1), save(tmp_path, 2, weights=np.arange(500, dtype=np.float32))
     damage(bad, good)
     whole, rest = files(good), files(bad)
-    kept = Checkpoints(tmp_path, 2)
-    found = kept.newest()
+    kept = CheckpointManager(tmp_path, 2)
+    found = kept.load_latest()
     assert found is not None
-    assert (found.name, kept.last, found.content["epoch"]) == (good.name, good.name, 1)
+    assert (found.name, kept.latest_complete, found.metadata["epoch"]) == (good.name, good.name, 1)
     assert found.arrays["scalar"] == STATE["scalar"]
     [told] = warnings(caplog)
     what = DAMAGES[damage].format(path=bad)
     assert told.startswith(f"checkpoint {bad.name} is damaged: {what}")
     assert told.endswith("; taking the one before")
-    assert names(tmp_path) == [f"{DAMAGED}{bad.name}", good.name]
+    assert names(tmp_path) == [f"{QUARANTINE_PREFIX}{bad.name}", good.name]
     assert files(good) == whole
-    assert files(tmp_path / f"{DAMAGED}{bad.name}") == rest
+    assert files(tmp_path / f"{QUARANTINE_PREFIX}{bad.name}") == rest
     caplog.clear()
-    again = kept.newest()
+    again = kept.load_latest()
     assert again is not None
     assert (again.name, warnings(caplog)) == (good.name, [])
 
@@ -276,12 +285,12 @@ def test_where_all_are_damaged_none_is_taken_and_the_place_is_free_again(
 ):
     for epoch, damage in ((1, flip_arrays), (2, no_manifest)):
         damage(save(tmp_path, epoch), tmp_path)
-    kept = Checkpoints(tmp_path, 2)
-    assert kept.newest() is None
+    kept = CheckpointManager(tmp_path, 2)
+    assert kept.load_latest() is None
     assert [told.split()[1] for told in warnings(caplog)] == [name_of(2), name_of(1)]
-    assert names(tmp_path) == [f"{DAMAGED}{name_of(1)}", f"{DAMAGED}{name_of(2)}"]
+    assert names(tmp_path) == [f"{QUARANTINE_PREFIX}{name_of(1)}", f"{QUARANTINE_PREFIX}{name_of(2)}"]
     save(tmp_path, 1)
-    found = kept.newest()
+    found = kept.load_latest()
     assert found is not None
     assert found.name == name_of(1)
 
@@ -289,9 +298,9 @@ def test_where_all_are_damaged_none_is_taken_and_the_place_is_free_again(
 def test_a_place_may_be_damaged_twice(tmp_path: Path):
     for damage in (no_manifest, no_arrays):
         damage(save(tmp_path, 1), tmp_path)
-        assert Checkpoints(tmp_path, 2).newest() is None
-    assert names(tmp_path) == [f"{DAMAGED}{name_of(1)}"]
-    assert names(tmp_path / f"{DAMAGED}{name_of(1)}") == [MANIFEST]
+        assert CheckpointManager(tmp_path, 2).load_latest() is None
+    assert names(tmp_path) == [f"{QUARANTINE_PREFIX}{name_of(1)}"]
+    assert names(tmp_path / f"{QUARANTINE_PREFIX}{name_of(1)}") == [MANIFEST]
 
 
 def test_no_flipped_bit_is_accepted(tmp_path: Path):
@@ -301,10 +310,10 @@ def test_no_flipped_bit_is_accepted(tmp_path: Path):
         file = path / (ARRAYS, MANIFEST)[number % 2]
         place, bit = chance.randrange(file.stat().st_size), chance.randrange(8)
         flip(file, place, bit)
-        with pytest.raises(DamagedError):
-            read(path)
+        with pytest.raises(CorruptCheckpointError):
+            read_checkpoint(path)
         flip(file, place, bit)
-    assert read(path).content == CONTENT | {"epoch": 1}
+    assert read_checkpoint(path).metadata == CONTENT | {"epoch": 1}
 
 
 @pytest.fixture(scope="module")
@@ -324,11 +333,11 @@ def test_what_is_read_is_what_was_saved_or_nothing(one: Path, data: st.DataObjec
         file.write_bytes(whole[:start] + data.draw(st.binary(max_size=8)) + whole[end:])
         same = file.read_bytes() == whole
         try:
-            found = read(one)
-        except DamagedError:
+            found = read_checkpoint(one)
+        except CorruptCheckpointError:
             assert not same
         else:
-            assert found.content == CONTENT | {"epoch": 1}
+            assert found.metadata == CONTENT | {"epoch": 1}
             assert {name: found.arrays[name].tobytes() for name in STATE} == {
                 name: array.tobytes() for name, array in STATE.items()
             }
@@ -339,12 +348,12 @@ def test_what_is_read_is_what_was_saved_or_nothing(one: Path, data: st.DataObjec
 READ_AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from train.training.checkpoint import Checkpoints
+from train.training.checkpoint import CheckpointManager
 os.chdir(sys.argv[1])
 if os.geteuid() == 0:  # who may read everything
     os.seteuid(65534)
 try:
-    Checkpoints(Path("."), 1).newest()
+    CheckpointManager(Path("."), 1).load_latest()
 except PermissionError as fault:
     print(fault.filename)
 """
@@ -365,8 +374,8 @@ SAVE = """
 import sys
 from pathlib import Path
 import numpy as np
-from train.training.checkpoint import Checkpoints
-kept = Checkpoints(Path(sys.argv[1]), keep=1)
+from train.training.checkpoint import CheckpointManager
+kept = CheckpointManager(Path(sys.argv[1]), keep=1)
 kept.save(sys.argv[2], {"weights": np.arange(5000, dtype=np.float32)}, {"epoch": 2})
 kept.close()
 assert not {"tensorflow", "keras", "mlflow"} & set(sys.modules)
@@ -374,10 +383,10 @@ assert not {"tensorflow", "keras", "mlflow"} & set(sys.modules)
 OLD, NEW = name_of(1), name_of(2)
 # Where it dies -> what then lies there. The old one goes only when the new one is whole.
 STAGES = {
-    "save/begun": [f"{UNFINISHED}{NEW}", OLD],
-    "save/written": [f"{UNFINISHED}{NEW}", OLD],
-    "save/arrays": [f"{UNFINISHED}{NEW}", OLD],
-    "save/manifest": [f"{UNFINISHED}{NEW}", OLD],
+    "save/begun": [f"{UNFINISHED_PREFIX}{NEW}", OLD],
+    "save/written": [f"{UNFINISHED_PREFIX}{NEW}", OLD],
+    "save/arrays": [f"{UNFINISHED_PREFIX}{NEW}", OLD],
+    "save/manifest": [f"{UNFINISHED_PREFIX}{NEW}", OLD],
     "save/renamed": [OLD, NEW],
     "save/pruned": [NEW],
     "save/done": [NEW],
@@ -392,23 +401,23 @@ def test_a_kill_at_any_stage_leaves_the_old_one_or_the_new_one(
     done = run_command(sys.executable, "-c", SAVE, str(tmp_path), NEW, env={"INCEPTION_FAULT": f"{stage}:1"})
     assert (done.code, done.err) == (-signal.SIGKILL, "")
     assert names(tmp_path) == STAGES[stage]
-    kept = Checkpoints(tmp_path, keep=1)
-    found = kept.newest()
+    kept = CheckpointManager(tmp_path, keep=1)
+    found = kept.load_latest()
     assert found is not None
     if NEW in STAGES[stage]:
-        assert (found.name, found.content) == (NEW, {"epoch": 2})
+        assert (found.name, found.metadata) == (NEW, {"epoch": 2})
         assert found.arrays["weights"].tobytes() == np.arange(5000, dtype=np.float32).tobytes()
     else:
-        assert (found.name, found.content) == (OLD, CONTENT | {"epoch": 1})
+        assert (found.name, found.metadata) == (OLD, CONTENT | {"epoch": 1})
         assert {name: array.tobytes() for name, array in found.arrays.items()} == {
             name: array.tobytes() for name, array in STATE.items()
         }
     assert warnings(caplog) == []
     save(tmp_path, 3, keep=1)
     assert names(tmp_path) == [name_of(3)]
-    found = kept.newest()
+    found = kept.load_latest()
     assert found is not None
-    assert found.content["epoch"] == 3
+    assert found.metadata["epoch"] == 3
 
 
 def test_nothing_dies_that_was_not_asked_to(tmp_path: Path):
@@ -449,7 +458,7 @@ def room(disk: Path) -> int:
 
 def test_a_full_disk_costs_the_checkpoint_not_the_run(small_disk: Path, caplog: pytest.LogCaptureFixture):
     place, large = small_disk / "checkpoints", {"weights": np.arange(10_000, dtype=np.float32)}
-    kept = Checkpoints(place, keep=1)
+    kept = CheckpointManager(place, keep=1)
     kept.save(name_of(1), STATE, CONTENT)
     kept.wait()
     filler = fill(small_disk, pages=5)  # ten are needed
@@ -457,20 +466,20 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(small_disk: Path, caplog: 
     kept.wait()
     told = f"a checkpoint could not be written to {place} ({FULL}); the one before stays: {name_of(1)}"
     assert warnings(caplog) == [told]
-    assert (names(place), room(small_disk), kept.last) == ([name_of(1)], 5, name_of(1))
+    assert (names(place), room(small_disk), kept.latest_complete) == ([name_of(1)], 5, name_of(1))
     kept.save(name_of(3), large, CONTENT)  # a fault is told by the next save, too
     kept.save(name_of(4), large, CONTENT)
     kept.wait()
     assert warnings(caplog) == [told] * 3
-    found = kept.newest()
+    found = kept.load_latest()
     assert found is not None
-    assert (found.name, found.content) == (name_of(1), CONTENT)
+    assert (found.name, found.metadata) == (name_of(1), CONTENT)
     filler.unlink()
     kept.save(name_of(5), large, CONTENT)
     kept.close()
     assert warnings(caplog) == [told] * 3
     assert names(place) == [name_of(5)]
-    found = kept.newest()
+    found = kept.load_latest()
     assert found is not None
     assert found.arrays["weights"].tobytes() == large["weights"].tobytes()
 
@@ -481,7 +490,7 @@ def test_where_there_never_was_room_there_is_no_checkpoint(small_disk: Path, cap
     assert warnings(caplog) == [
         f"a checkpoint could not be written to {small_disk / 'checkpoints'} ({FULL}); the one before stays: none"
     ]
-    assert Checkpoints(small_disk / "checkpoints", 1).newest() is None
+    assert CheckpointManager(small_disk / "checkpoints", 1).load_latest() is None
 
 
 def test_wherever_in_a_checkpoint_the_disk_gets_full_it_is_whole_or_gone(small_disk: Path):
@@ -490,10 +499,10 @@ def test_wherever_in_a_checkpoint_the_disk_gets_full_it_is_whole_or_gone(small_d
     came = []
     for pages in range(8):
         filler = fill(small_disk, pages)
-        kept = Checkpoints(place, keep=9)
+        kept = CheckpointManager(place, keep=9)
         kept.save(name_of(2), large, CONTENT)
         kept.close()
-        found = kept.newest()
+        found = kept.load_latest()
         assert found is not None
         came.append(found.name == name_of(2))
         assert names(place) == [name_of(1), name_of(2)][: 1 + came[-1]]
@@ -509,10 +518,10 @@ def test_a_disk_that_may_not_be_written_costs_the_checkpoint_not_the_run(
 ):
     save(small_disk, 1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    kept = Checkpoints(small_disk, keep=1)
-    found = kept.newest()
+    kept = CheckpointManager(small_disk, keep=1)
+    found = kept.load_latest()
     assert found is not None
-    assert found.content == CONTENT | {"epoch": 1}
+    assert found.metadata == CONTENT | {"epoch": 1}
     kept.save(name_of(2), STATE, CONTENT)
     kept.wait()
     assert warnings(caplog) == [
@@ -538,10 +547,10 @@ def test_a_full_disk_leaves_no_part_of_a_journals_line(before: int, small_disk: 
         with pytest.raises(OSError, match=FULL):
             journal.append(0, before, values)
         assert path.read_bytes() == whole
-        assert journal.lines == before
+        assert journal.position == before
     filler.unlink()
     journal.append(0, before, values)
-    assert journal.lines == before + 1
+    assert journal.position == before + 1
     assert path.read_bytes().startswith(whole)
     found = [line for line, _ in read_journal(path)]
     assert [line["step"] for line in found] == list(range(before + 1))
@@ -562,10 +571,10 @@ def test_a_full_disk_keeps_the_old_content_of_a_file(small_disk: Path):
 
 
 def test_the_pulse_needs_no_room(small_disk: Path):
-    pulse = Pulse(small_disk / "heartbeat")
+    pulse = Heartbeat(small_disk / "heartbeat")
     fill(small_disk)
     for _ in range(1000):
-        pulse.beat()
+        pulse.tick()
     pulse.close()
     assert (small_disk / "heartbeat").read_text().split() == ["1000", "1"]
 
@@ -574,38 +583,38 @@ def test_the_pulse_needs_no_room(small_disk: Path):
 
 
 def test_by_default_every_epoch_is_saved():
-    interval = Interval()
-    assert [interval.due(epoch, 10 * epoch, epoch_end=True) for epoch in (1, 2, 3)] == [True] * 3
-    assert not any(interval.due(1, step, epoch_end=False) for step in range(11, 20))
+    interval = CheckpointPolicy()
+    assert [interval.should_save(epoch, 10 * epoch, epoch_end=True) for epoch in (1, 2, 3)] == [True] * 3
+    assert not any(interval.should_save(1, step, epoch_end=False) for step in range(11, 20))
 
 
 def test_so_many_epochs():
-    interval = Interval(every_epochs=3)
-    assert [epoch for epoch in range(1, 10) if interval.due(epoch, 10 * epoch, epoch_end=True)] == [3, 6, 9]
-    assert not interval.due(3, 35, epoch_end=False)
+    interval = CheckpointPolicy(every_epochs=3)
+    assert [epoch for epoch in range(1, 10) if interval.should_save(epoch, 10 * epoch, epoch_end=True)] == [3, 6, 9]
+    assert not interval.should_save(3, 35, epoch_end=False)
 
 
 def test_so_many_steps_wherever_they_fall():
-    interval = Interval(every_steps=4)
-    due = [step for step in range(1, 13) if interval.due(step // 6, step, epoch_end=step % 6 == 0)]
+    interval = CheckpointPolicy(every_steps=4)
+    due = [step for step in range(1, 13) if interval.should_save(step // 6, step, epoch_end=step % 6 == 0)]
     assert due == [4, 8, 12]
 
 
 def test_so_many_minutes_since_the_last():
-    interval = Interval(every_minutes=0.4 / 60)
+    interval = CheckpointPolicy(every_minutes=0.4 / 60)
     time.sleep(0.05)
-    assert not interval.due(0, 1, epoch_end=False)
-    assert not interval.due(1, 2, epoch_end=True)
+    assert not interval.should_save(0, 1, epoch_end=False)
+    assert not interval.should_save(1, 2, epoch_end=True)
     time.sleep(0.4)
-    assert [interval.due(1, step, epoch_end=False) for step in (3, 4)] == [True, False]
+    assert [interval.should_save(1, step, epoch_end=False) for step in (3, 4)] == [True, False]
 
 
 def test_checkpoints_of_a_stop_are_no_targets_of_a_rollback_and_push_no_planned_one_out(tmp_path: Path):
-    saved = Checkpoints(tmp_path, keep=1)
+    saved = CheckpointManager(tmp_path, keep=1)
     for name in ("epoch-00000-batch-0000004", "epoch-00000-batch-0000005-stop", "epoch-00000-batch-0000006-stop"):
         saved.save(name, {"a": np.zeros(1)}, {"name": name})
     saved.wait()
-    newest, planned = saved.newest(), saved.newest(planned=True)
+    newest, planned = saved.load_latest(), saved.load_latest(periodic_only=True)
     assert newest is not None and planned is not None
     assert (newest.name[-9:], planned.name[-9:]) == ("0006-stop", "h-0000004")
     saved.save("epoch-00001-batch-0000000", {"a": np.zeros(1)}, {})
@@ -639,7 +648,7 @@ def test_a_line_is_on_disk_when_it_is_appended(tmp_path: Path):
     journal, start = Journal(path), time.time()
     for number, (epoch, step, values) in enumerate(LINES, 1):
         journal.append(epoch, step, values)
-        assert journal.lines == len(path.read_text().splitlines()) == number
+        assert journal.position == len(path.read_text().splitlines()) == number
     found = [line for line, _ in read_journal(path)]
     assert [(line["epoch"], line["step"], json.dumps(line["values"])) for line in found] == [
         (epoch, step, json.dumps(values)) for epoch, step, values in LINES
@@ -660,7 +669,7 @@ def test_a_torn_last_line_is_cut_off_wherever_it_tore(tmp_path: Path, caplog: py
         assert path.read_bytes() == content[:last]
         torn = f"the last line of {path} was being written when the run died, and is cut off"
         assert warnings(caplog) == ([torn] if cut > last else [])
-    journal.go_on(3, FIRST, compare=True)
+    journal.seek(3, INITIAL_BRANCH, compare=True)
     journal.append(*LINES[3])
     assert steps(path) == [0, 5, 10, 15]
 
@@ -688,10 +697,10 @@ def test_lines_that_are_there_are_compared_and_not_written_again(tmp_path: Path)
     write(path)
     before = path.read_bytes()
     journal = write(path)  # the same run, from the start
-    assert (path.read_bytes(), journal.lines) == (before, 4)
+    assert (path.read_bytes(), journal.position) == (before, 4)
     journal.append(1, 20, {"train/loss": 1.0})
     assert path.read_bytes().startswith(before)
-    assert (steps(path), journal.lines) == ([0, 5, 10, 15, 20], 5)
+    assert (steps(path), journal.position) == ([0, 5, 10, 15, 20], 5)
 
 
 @pytest.mark.parametrize("lines", range(5))
@@ -700,11 +709,11 @@ def test_a_life_goes_on_behind_the_lines_that_its_checkpoint_knows(lines: int, t
     write(path)
     before = path.read_bytes()
     journal = Journal(path)
-    journal.go_on(lines, FIRST, compare=True)
-    at = [journal.lines]
+    journal.seek(lines, INITIAL_BRANCH, compare=True)
+    at = [journal.position]
     for line in LINES[lines:]:
         journal.append(*line)
-        at.append(journal.lines)
+        at.append(journal.position)
     assert at == list(range(lines, 5))
     assert path.read_bytes() == before
     journal.append(1, 20, {})
@@ -773,10 +782,10 @@ def test_without_comparing_the_old_line_stays(tmp_path: Path):
     write(path)
     before = path.read_bytes()
     journal = Journal(path)
-    journal.go_on(1, FIRST, compare=False)
+    journal.seek(1, INITIAL_BRANCH, compare=False)
     for epoch, step, values in LINES[1:]:
         journal.append(epoch, step, dict.fromkeys(values, 0.0))
-    assert (path.read_bytes(), journal.lines) == (before, 4)
+    assert (path.read_bytes(), journal.position) == (before, 4)
     journal.append(1, 20, {"train/loss": 0.0})
     assert steps(path) == [0, 5, 10, 15, 20]
 
@@ -786,7 +795,7 @@ def test_without_comparing_another_way_is_written_down(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     write(path)
     journal = Journal(path)
-    journal.go_on(1, FIRST, compare=False)
+    journal.seek(1, INITIAL_BRANCH, compare=False)
     journal.append(0, LINES[1][1], {"test/loss": 0.5})
     assert [line["values"] for line, _ in read_journal(path)][-1] == {"test/loss": 0.5}
     assert len(steps(path)) == len(LINES) + 1
@@ -795,11 +804,11 @@ def test_without_comparing_another_way_is_written_down(tmp_path: Path):
 def test_a_branch_has_its_own_lines_behind_those_of_the_one_before(tmp_path: Path):
     path, once, twice = tmp_path / "metrics.jsonl", (0, 1), (0, 2)
     journal = write(path)
-    journal.go_on(2, once, compare=True)
-    assert journal.lines == 2
+    journal.seek(2, once, compare=True)
+    assert journal.position == 2
     journal.append(0, 10, {"train/loss": 7.0})
-    assert journal.lines == 5
-    journal.go_on(2, twice, compare=True)
+    assert journal.position == 5
+    journal.seek(2, twice, compare=True)
     journal.append(0, 10, {"train/loss": 8.0})
     before = path.read_bytes()
     lines = [line for line, _ in read_journal(path)]
@@ -808,29 +817,29 @@ def test_a_branch_has_its_own_lines_behind_those_of_the_one_before(tmp_path: Pat
     # Each life expects what an earlier one has written on the same branch, and nothing else.
     for branch, loss, behind in ((once, 7.0, 5), (twice, 8.0, 6)):
         journal = Journal(path)
-        journal.go_on(2, branch, compare=True)
+        journal.seek(2, branch, compare=True)
         journal.append(0, 10, {"train/loss": loss})
-        assert (path.read_bytes(), journal.lines) == (before, behind)
-        journal.go_on(2, branch, compare=True)
+        assert (path.read_bytes(), journal.position) == (before, behind)
+        journal.seek(2, branch, compare=True)
         with pytest.raises(ReplayError, match=rf"train/loss was {loss}, is 9\.0;"):
             journal.append(0, 10, {"train/loss": 9.0})
-    journal.go_on(2, FIRST, compare=True)
+    journal.seek(2, INITIAL_BRANCH, compare=True)
     for line in LINES[2:]:
         journal.append(*line)
-    assert (path.read_bytes(), journal.lines) == (before, 4)
+    assert (path.read_bytes(), journal.position) == (before, 4)
     journal.append(1, 20, {})
-    assert (path.read_bytes()[: len(before)], journal.lines) == (before, 7)
+    assert (path.read_bytes()[: len(before)], journal.position) == (before, 7)
 
 
 def test_a_journal_with_fewer_lines_than_the_checkpoint_knows_is_refused(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     journal = write(path)
     with pytest.raises(ValueError) as refused:
-        journal.go_on(5, FIRST, compare=True)
+        journal.seek(5, INITIAL_BRANCH, compare=True)
     assert str(refused.value) == f"{path} must have the 5 lines that the checkpoint knows, got 4; put it back"
     path.unlink()
     with pytest.raises(ValueError, match="must have the 1 lines that the checkpoint knows, got 0; put it back"):
-        Journal(path).go_on(1, FIRST, compare=True)
+        Journal(path).seek(1, INITIAL_BRANCH, compare=True)
 
 
 def test_a_broken_line_in_the_middle_is_named_with_its_byte(tmp_path: Path):
@@ -862,19 +871,19 @@ def test_a_reader_goes_on_where_it_was(tmp_path: Path):
 def test_steps_and_lives_are_counted_over_all_lives(tmp_path: Path):
     path, counted = tmp_path / "heartbeat", []
     for beats in (3, 0, 4):
-        pulse = Pulse(path)
+        pulse = Heartbeat(path)
         for _ in range(beats):
-            pulse.beat()
-        counted.append((pulse.steps, pulse.lives, path.read_text().split()))
+            pulse.tick()
+        counted.append((pulse.steps, pulse.attempts, path.read_text().split()))
         pulse.close()
     assert counted == [(3, 1, ["3", "1"]), (3, 2, ["3", "2"]), (7, 3, ["7", "3"])]
 
 
 def test_a_checkpoint_may_know_of_more_steps_than_the_pulse(tmp_path: Path):
-    pulse = Pulse(tmp_path / "heartbeat")
+    pulse = Heartbeat(tmp_path / "heartbeat")
     known = []
     for steps in (5, 2, 6):
-        pulse.at_least(steps)
+        pulse.ensure(steps)
         known.append((pulse.steps, (tmp_path / "heartbeat").read_text().split()[0]))
     pulse.close()
     assert known == [(5, "5"), (5, "5"), (6, "6")]
@@ -884,16 +893,16 @@ def test_a_checkpoint_may_know_of_more_steps_than_the_pulse(tmp_path: Path):
 def test_a_pulse_that_never_came_to_the_disk_begins_anew(content: bytes, tmp_path: Path):
     """After the machine went down a file may be empty, or zeros."""
     (tmp_path / "heartbeat").write_bytes(content)
-    pulse = Pulse(tmp_path / "heartbeat")
-    pulse.at_least(40)
+    pulse = Heartbeat(tmp_path / "heartbeat")
+    pulse.ensure(40)
     pulse.close()
     assert (tmp_path / "heartbeat").read_text().split() == ["40", "1"]
 
 
 def test_the_pulse_is_as_old_as_the_last_step(tmp_path: Path):
-    pulse = Pulse(tmp_path / "heartbeat")
+    pulse = Heartbeat(tmp_path / "heartbeat")
     os.utime(tmp_path / "heartbeat", (1e9, 1e9))
-    pulse.beat()
+    pulse.tick()
     pulse.close()
     assert abs((tmp_path / "heartbeat").stat().st_mtime - time.time()) < 5
 
@@ -901,9 +910,9 @@ def test_the_pulse_is_as_old_as_the_last_step(tmp_path: Path):
 def test_the_pulse_outlives_a_kill(tmp_path: Path):
     code = (
         "import sys\nfrom pathlib import Path\nfrom train.storage import fault_injection\n"
-        "from train.tracking.run_dir import Pulse\n"
-        "pulse = Pulse(Path(sys.argv[1]))\nfor _ in range(99):\n    pulse.beat()\n"
-        "    fault_injection.point('step', pulse.steps)"
+        "from train.tracking.run_dir import Heartbeat\n"
+        "pulse = Heartbeat(Path(sys.argv[1]))\nfor _ in range(99):\n    pulse.tick()\n"
+        "    fault_injection.fail_point('step', pulse.steps)"
     )
     path = tmp_path / "heartbeat"
     for life, step in enumerate((12, 30), 1):
@@ -915,9 +924,9 @@ def test_the_pulse_outlives_a_kill(tmp_path: Path):
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
-def a_run(path: Path, began: float = 0.0, status: str | None = None) -> RunFolder:
+def a_run(path: Path, began: float = 0.0, status: str | None = None) -> RunDir:
     path.mkdir(parents=True)
-    folder = RunFolder(path, f"id of {path.name}")
+    folder = RunDir(path, f"id of {path.name}")
     folder.write_json("run.json", {"run_id": folder.run_id, "time": began})
     if status:
         folder.write_json("summary.json", {"status": status})
@@ -927,8 +936,8 @@ def a_run(path: Path, began: float = 0.0, status: str | None = None) -> RunFolde
 HOLD = """
 import sys, time
 from pathlib import Path
-from train.tracking.run_dir import open_folder
-with open_folder(Path(sys.argv[1])).held():
+from train.tracking.run_dir import open_run_dir
+with open_run_dir(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(60)
 """
@@ -936,44 +945,44 @@ with open_folder(Path(sys.argv[1])).held():
 
 def test_a_run_is_held_by_one_process_as_long_as_that_lives(tmp_path: Path):
     folder = a_run(tmp_path / "run")
-    assert not folder.alive()
+    assert not folder.is_running()
     words = [sys.executable, "-c", HOLD, str(folder.path)]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            assert folder.alive()
-            with pytest.raises(ValueError) as refused, folder.held():
+            assert folder.is_running()
+            with pytest.raises(ValueError) as refused, folder.locked():
                 pass
             assert str(refused.value) == f"run_dir must not be in use, got {folder.path}, where a run is alive"
         finally:
             holder.kill()  # says no farewell
-    assert not folder.alive()
-    with folder.held():
-        assert folder.alive()
-        with pytest.raises(ValueError, match="where a run is alive"), folder.held():
+    assert not folder.is_running()
+    with folder.locked():
+        assert folder.is_running()
+        with pytest.raises(ValueError, match="where a run is alive"), folder.locked():
             pass
-    assert not folder.alive()
+    assert not folder.is_running()
 
 
 def test_two_that_ask_whether_it_lives_are_not_taken_for_the_run(tmp_path: Path):
     folder = a_run(tmp_path / "run")
-    with folder.held():
+    with folder.locked():
         pass
     with (folder.path / ".lock").open("r+") as another:
         fcntl.flock(another, fcntl.LOCK_SH)
-        assert not folder.alive()
+        assert not folder.is_running()
 
 
 def test_a_folder_that_has_got_another_run_is_refused(tmp_path: Path):
     folder = a_run(tmp_path / "run")
-    with folder.held():
+    with folder.locked():
         pass
     folder.write_json("run.json", {"run_id": "another", "time": 1.0})
-    with pytest.raises(ValueError) as refused, folder.held():
+    with pytest.raises(ValueError) as refused, folder.locked():
         pass
     assert str(refused.value) == f"run_dir must be a folder without a run, got {folder.path}, which holds one"
-    assert not folder.alive()  # the lock was let go
+    assert not folder.is_running()  # the lock was let go
 
 
 @pytest.mark.parametrize("status", [None, "finished", "failed", "interrupted"])
@@ -987,21 +996,21 @@ def test_the_newest_unfinished_is_the_one_that_began_last(tmp_path: Path):
     a_run(tmp_path / "inception" / "b", began=2.0, status="failed")
     a_run(tmp_path / "inception" / "c", began=4.0, status="finished")
     alive = a_run(tmp_path / "inception" / "d", began=5.0)
-    point_link(tmp_path / "latest", alive.path)
-    with alive.held():
-        found = newest_unfinished(tmp_path)
+    replace_symlink(tmp_path / "latest", alive.path)
+    with alive.locked():
+        found = latest_unfinished(tmp_path)
         assert (found.path, found.run_id) == (tmp_path / "other" / "a", "id of a")
-    assert newest_unfinished(tmp_path).path == alive.path
+    assert latest_unfinished(tmp_path).path == alive.path
 
 
 def test_where_no_run_is_unfinished_it_is_said(tmp_path: Path):
     told = f"there must be an unfinished run, got none below {tmp_path}; use run=FOLDER"
     with pytest.raises(ValueError) as refused:
-        newest_unfinished(tmp_path)
+        latest_unfinished(tmp_path)
     assert str(refused.value) == told
     a_run(tmp_path / "inception" / "a", status="finished")
-    with a_run(tmp_path / "inception" / "b").held(), pytest.raises(ValueError) as refused:
-        newest_unfinished(tmp_path)
+    with a_run(tmp_path / "inception" / "b").locked(), pytest.raises(ValueError) as refused:
+        latest_unfinished(tmp_path)
     assert str(refused.value) == told
 
 
@@ -1009,22 +1018,22 @@ def test_a_run_is_recorded_by_one_process_at_a_time(tmp_path: Path):
     folder, order = a_run(tmp_path / "run"), []
 
     def wait() -> None:
-        with folder.recording(wait=True):
+        with folder.upload_lock(wait=True):
             order.append("the one that waited")
 
-    with folder.recording(wait=False):
-        with pytest.raises(ValueError) as refused, folder.recording(wait=False):
+    with folder.upload_lock(wait=False):
+        with pytest.raises(ValueError) as refused, folder.upload_lock(wait=False):
             pass
         assert str(refused.value) == f"run must not be recorded by two, got {folder.path}; wait a moment"
         waiting = threading.Thread(target=wait)
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive()
-        assert not folder.alive()  # recording is no living
+        assert not folder.is_running()  # recording is no living
         order.append("the one that held")
     waiting.join(10)
     assert order == ["the one that held", "the one that waited"]
-    with folder.recording(wait=False):
+    with folder.upload_lock(wait=False):
         pass
 
 
@@ -1035,7 +1044,7 @@ def test_a_link_is_replaced(tmp_path: Path):
     link = tmp_path / "runs" / "latest"
     for target in ("runs/a", "runs/deep/b", "elsewhere/c"):
         (tmp_path / target).mkdir(parents=True)
-        point_link(link, tmp_path / target)
+        replace_symlink(link, tmp_path / target)
         assert link.resolve() == tmp_path / target
     assert link.readlink() == Path("../elsewhere/c")
     assert names(link.parent) == ["a", "deep", "latest"]
@@ -1046,7 +1055,7 @@ def test_a_link_to_what_is_gone_is_replaced_and_a_rest_of_a_killed_process_does_
     (tmp_path / "latest").symlink_to("gone")
     (tmp_path / f".latest.{os.getpid()}").symlink_to("of a process that had our number")
     (tmp_path / "run").mkdir()
-    point_link(tmp_path / "latest", tmp_path / "run")
+    replace_symlink(tmp_path / "latest", tmp_path / "run")
     assert (tmp_path / "latest").readlink() == Path("run")
     assert names(tmp_path) == ["latest", "run"]
 

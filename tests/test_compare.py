@@ -12,8 +12,17 @@ from typing import Any
 import pytest
 from conftest import message, once
 
-from train.compare import HEADINGS, baseline_of, best_buys, compare, fitting, has, labels, row_of
-from train.tracking.mlflow_query import Recorded
+from train.compare import (
+    HEADINGS,
+    columns_that_fit,
+    compare,
+    find_baseline,
+    make_labels,
+    make_row,
+    matches,
+    pareto_front,
+)
+from train.tracking.mlflow_query import RunRecord
 
 COMMON = {"data.name": "digits", "epochs": "12", "schedule.name": "cosine", "tracking.uri": "x", "run_dir": "None"}
 NASTY = "<script>alert(1)</script>"
@@ -129,8 +138,8 @@ def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[str, Path])
 
 def test_the_front_is_what_nothing_beats_at_its_cost(lab: tuple[str, Path]):
     assert [row["best_buy"] for row in lines_of(lab[1])] == ["1", "0", "1"]
-    assert best_buys([(1, 0.5), (1, 0.5), (2, 0.5), (3, 0.9), (3, 0.8)]) == [True, True, False, True, False]
-    assert best_buys([(float("nan"), 0.9), (1, 0.5)]) == [False, True]
+    assert pareto_front([(1, 0.5), (1, 0.5), (2, 0.5), (3, 0.9), (3, 0.8)]) == [True, True, False, True, False]
+    assert pareto_front([(float("nan"), 0.9), (1, 0.5)]) == [False, True]
 
 
 def test_what_is_left_out_is_told(lab: tuple[str, Path]):
@@ -169,15 +178,15 @@ def test_a_row_without_a_known_cost_sorts_last(store: str, tmp_path: Path):
 
 def test_words_mean_what_was_typed_for_the_run():
     params = {"model.blocks": "['conv', 'conv_bn']", "evaluate.test": "True", "threads": "None", "model.width": "0.50"}
-    assert has(params, {"model.blocks": "[conv,conv_bn]", "evaluate.test": "true", "threads": "null"})
-    assert has(params, {"model.width": ".5"})
-    assert not has(params, {"model.width": "0.25"})
-    assert not has(params, {"epochs": "None"})
+    assert matches(params, {"model.blocks": "[conv,conv_bn]", "evaluate.test": "true", "threads": "null"})
+    assert matches(params, {"model.width": ".5"})
+    assert not matches(params, {"model.width": "0.25"})
+    assert not matches(params, {"epochs": "None"})
     rows = [
-        row_of("", [Recorded("", "FINISHED", 0, {"seed": "0", "model.blocks": blocks}, {"a": 1.0}, {})], "a")
+        make_row("", [RunRecord("", "FINISHED", 0, {"seed": "0", "model.blocks": blocks}, {"a": 1.0}, {})], "a")
         for blocks in ("['a', 'b']", "['b', 'a']")
     ]
-    assert baseline_of(rows, "model.blocks=[b,a]") is rows[1]
+    assert find_baseline(rows, "model.blocks=[b,a]") is rows[1]
 
 
 @pytest.mark.parametrize(
@@ -220,8 +229,16 @@ def test_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_narrow_terminal_keeps_the_labels_and_the_accuracy():
     row = dict.fromkeys(HEADINGS, "0.1234 to 0.5678") | {"to baseline": "", "p": ""}
-    assert fitting([row], 200) == ["seeds", "accuracy", "95 % interval", "parameters", "MACs", "images/s", "memory"]
-    assert fitting([row], 80) == ["seeds", "accuracy", "MACs"]
+    assert columns_that_fit([row], 200) == [
+        "seeds",
+        "accuracy",
+        "95 % interval",
+        "parameters",
+        "MACs",
+        "images/s",
+        "memory",
+    ]
+    assert columns_that_fit([row], 80) == ["seeds", "accuracy", "MACs"]
 
 
 def test_labels_tell_what_differs_and_nothing_else():
@@ -229,14 +246,14 @@ def test_labels_tell_what_differs_and_nothing_else():
     other = one | {"model.name": "vgg16_inception", "model.blocks": "['conv']"}
     third = {**one, "optimizer.name": "adamw", "optimizer.beta_1": "0.9"}
     del third["optimizer.momentum"]
-    assert labels([one, other, third]) == [
+    assert make_labels([one, other, third]) == [
         "vgg16 optimizer=sgd",
         "vgg16_inception optimizer=sgd",
         "vgg16 optimizer=adamw",
     ]
-    assert labels([one]) == ["vgg16"]
+    assert make_labels([one]) == ["vgg16"]
     blocks = [one | {"model.blocks": f"['conv', '{kind}']"} for kind in ("a", "b")]
-    assert labels(blocks) == ["model.blocks=[conv,a]", "model.blocks=[conv,b]"]
+    assert make_labels(blocks) == ["model.blocks=[conv,a]", "model.blocks=[conv,b]"]
 
 
 def test_the_store_is_asked_as_often_for_many_runs_as_for_few(store: str, tmp_path: Path):

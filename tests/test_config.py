@@ -17,7 +17,7 @@ from train.config import composition as composer
 from train.config import schema as schema
 from train.config.composition import compose
 from train.config.schema import Config, ConfigError, Sweep
-from train.config.serialization import Private, config_hash, flatten, to_dict, without_secrets
+from train.config.serialization import Redactor, config_hash, flatten, strip_credentials, to_dict
 
 DEFAULT = {
     "model.name": "vgg16_inception",
@@ -228,7 +228,7 @@ def test_every_key_says_what_it_is():
         schema.EarlyStopping,
         schema.Evaluate,
         schema.Tracking,
-        schema.Stage,
+        schema.FineTuneStage,
         schema.FineTune,
         schema.Distill,
     ]
@@ -243,9 +243,9 @@ def test_names_and_sizes_are_those_of_the_rooms_behind_them():
     from train.data.augmentation.policy import AUGMENTS
     from train.training import optimizers
 
-    assert schema.SMALLEST_IMAGE == models.SMALLEST
+    assert schema.MIN_IMAGE_SIZE == models.MIN_IMAGE_SIZE
     assert set(schema.BLOCK_KINDS) == set(models.BLOCK_KINDS)
-    assert set(schema.USUAL_IMAGE) == set(data.SOURCES)
+    assert set(schema.DEFAULT_IMAGE_SIZE) == set(data.SOURCES)
     assert set(schema.GROUPS["model"]) == set(models.BUILDERS)
     assert set(schema.GROUPS["augment"]) == set(AUGMENTS)
     assert set(schema.GROUPS["optimizer"]) == set(optimizers.OPTIMIZERS)
@@ -267,7 +267,7 @@ def test_every_key_has_a_reader():
         return {parameter.name for parameter in inspect.signature(function).parameters.values()} - data_and_state
 
     for name in schema.GROUPS["model"]:
-        assert keys("model", name) == {*models.options_of(name), "weights"}, name
+        assert keys("model", name) == {*models.option_names(name), "weights"}, name
     for name in schema.GROUPS["augment"]:
         assert keys("augment", name) == takes(AUGMENTS[name]) | takes(build) - {"name", "options"}, name
     for name in schema.GROUPS["schedule"]:
@@ -276,7 +276,7 @@ def test_every_key_has_a_reader():
         common = {"learning_rate", "weight_decay"}
         assert keys("optimizer", name) == takes(optimizers.OPTIMIZERS[name]) - {"common"} | common, name
     for name in schema.GROUPS["data"]:
-        used = takes(data.load) | takes(pixel_cache.place) | takes(pipeline.train_batches)
+        used = takes(data.load) | takes(pixel_cache.choose_cache) | takes(pipeline.train_batches)
         assert keys("data", name) - {"directory", "fingerprint"} <= used, name
     readers = [path for path in (ROOT / "train").rglob("*.py") if path.name != "schema.py"]
     sources = "".join(path.read_text() for path in [*readers, ROOT / "scripts/claims.py"])
@@ -285,31 +285,31 @@ def test_every_key_has_a_reader():
     for name in ("evaluate", "tracking", "fine_tune", "distill"):
         for item in dataclasses.fields(type(getattr(Config(), name))):
             assert re.search(rf"\b(config\.{name}|tracking|tuning)\.{item.name}\b", sources), item.name
-    for item in dataclasses.fields(schema.Stage):
+    for item in dataclasses.fields(schema.FineTuneStage):
         assert re.search(rf"\bstage\.{item.name}\b", sources), item.name
 
 
 def test_the_hash_covers_what_decides_the_result_and_nothing_else():
-    base = config_hash(compose([]), Private())
+    base = config_hash(compose([]), Redactor())
     same = compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])
-    assert config_hash(same, Private()) == base
+    assert config_hash(same, Redactor()) == base
     for word in ("seed=1", "model.width=0.5", "augment=none", "precision=float32", "data.channels=3"):
-        assert config_hash(compose([word]), Private()) != base, word
+        assert config_hash(compose([word]), Redactor()) != base, word
 
 
 def test_secrets_are_left_out_of_what_is_stored():
     config = compose(["tracking.uri='https://me:hunter2@host:5000/path?token=abc'"])
-    assert to_dict(config, Private())["tracking"]["uri"] == "https://host:5000/path"
+    assert to_dict(config, Redactor())["tracking"]["uri"] == "https://host:5000/path"
     for uri in ("sqlite:///mlflow.db", "sqlite:////abs/x.db", "http://127.0.0.1:5000"):
-        assert without_secrets(uri) == uri
+        assert strip_credentials(uri) == uri
 
 
-def composed(*words: str) -> tuple[Private, dict]:
+def composed(*words: str) -> tuple[Redactor, dict]:
     """What is private about the config that these words make, and what would be stored of it."""
-    composer.register()
+    composer.register_schema()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         node = hydra_compose("config", overrides=list(words))
-    private = composer.private(node)
+    private = composer.make_redactor(node)
     return private, to_dict(composer.to_config(node), private)
 
 
@@ -327,12 +327,12 @@ def test_environment_values_are_stored_as_references(monkeypatch: pytest.MonkeyP
         private, stored = composed(word, *(["run_dir=${oc.env:PLACE}"] if "data" in word else []))
         assert flatten(stored)[key] == shown, word
         assert "hunter2" not in str(stored), word
-        assert "hunter2" not in private.hide(text), word
+        assert "hunter2" not in private.redact(text), word
 
 
 def test_the_password_of_an_address_is_hidden_as_written_and_as_meant():
     private, _ = composed("tracking.uri='http://me:p%40ss-word@host:1'")
-    assert private.hide("p%40ss-word or p@ss-word, me at home") == "*** or ***, me at home"
+    assert private.redact("p%40ss-word or p@ss-word, me at home") == "*** or ***, me at home"
 
 
 # ------------------------------------------------------------------------------------------------ the command line

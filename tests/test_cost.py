@@ -7,20 +7,20 @@ from keras import layers
 from train import models
 from train.models import blocks
 from train.models.cost import (
-    Alternative,
-    Row,
-    alternatives,
+    BlockAblation,
+    BlockCost,
+    block_ablations,
+    block_costs,
     conv_macs,
     conv_parameters,
-    cost,
     layer_macs,
-    total,
-    totals,
+    sum_costs,
+    total_cost,
 )
-from train.models.weights import symbolic
+from train.models.weights import without_weights
 
 SLOW = pytest.mark.slow
-NOTEBOOK_BLOCK = blocks.Widths(256, 64, 96, 128, 16, 32)
+NOTEBOOK_BLOCK = blocks.BranchWidths(256, 64, 96, 128, 16, 32)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def published():
 
     def get(name, **options):
         if name not in built:
-            with symbolic():
+            with without_weights():
                 side = models.NATIVE_SIZE[name]
                 built[name] = models.build(name, (side, side, 3), 1000, **options)
         return built[name]
@@ -39,7 +39,7 @@ def published():
 
 
 def block(kind, widths=NOTEBOOK_BLOCK, size=28, in_channels=192):
-    with symbolic():
+    with without_weights():
         inputs = keras.Input((size, size, in_channels))
         return keras.Model(inputs, models.BLOCK_KINDS[kind](inputs, widths, "Block_1", 0.9))
 
@@ -61,7 +61,7 @@ def test_parameters_of_a_reduction(n):
 
 
 def test_layers():
-    with symbolic():
+    with without_weights():
         x = inputs = keras.Input((28, 28, 192))
         convolution = layers.Conv2D(32, 5, padding="same")
         strided = layers.Conv2D(8, (1, 3), strides=2, groups=4)
@@ -73,22 +73,22 @@ def test_layers():
     assert layer_macs(strided) == 14 * 13 * 8 * 3 * (32 // 4)
     assert layer_macs(dense) == 14 * 13 * 8 * 10
     assert convolution.count_params() == conv_parameters(192, 32, (5, 5))
-    assert totals(model).macs == sum(map(layer_macs, (convolution, strided, dense)))
+    assert total_cost(model).macs == sum(map(layer_macs, (convolution, strided, dense)))
 
 
 def test_a_layer_that_is_not_known_is_refused():
-    with symbolic():
+    with without_weights():
         inputs = keras.Input((8, 8, 3))
         model = keras.Model(inputs, layers.Conv2DTranspose(3, 3, name="wider")(inputs))
     with pytest.raises(ValueError) as raised:
-        cost(model)
+        block_costs(model)
     assert str(raised.value) == (
         "layer must be Conv2D, Dense or BatchNormalization, got Conv2DTranspose wider; use these"
     )
 
 
 def test_shapes_without_values_leave_nothing_behind():
-    with symbolic():
+    with without_weights():
         dense = layers.Dense(3)
         dense(keras.Input((2,)))
     after = layers.Dense(3)
@@ -114,35 +114,37 @@ NETWORKS = [
 @pytest.mark.parametrize(("name", "main", "everything", "first", "branching"), NETWORKS)
 def test_networks(name, main, everything, first, branching, published):
     model = published(name)
-    network = models.inference(model)
-    rows, all_rows = cost(network), cost(model)
-    assert totals(network).macs == main
-    assert totals(model).macs == everything
-    assert totals(network).parameters == network.count_params()
-    assert totals(model).parameters == model.count_params()
+    network = models.inference_model(model)
+    rows, all_rows = block_costs(network), block_costs(model)
+    assert total_cost(network).macs == main
+    assert total_cost(model).macs == everything
+    assert total_cost(network).parameters == network.count_params()
+    assert total_cost(model).parameters == model.count_params()
     assert [row.block for row in all_rows][: len(first)] == first
     assert rows == [row for row in all_rows if not row.block.startswith("aux")]
     assert {row.block for row in all_rows} - {row.block for row in rows} == set(model.output) - {"main"}
     assert rows[-1].block == "head" and rows[-1].output_shape == (1000,)
     assert all(row.macs > 0 for row in rows if row.parameters)
-    assert len(alternatives(network)) == branching
-    assert alternatives(model) == alternatives(network)
+    assert len(block_ablations(network)) == branching
+    assert block_ablations(model) == block_ablations(network)
 
 
 def test_vgg16_with_its_top():
     """15.3 billion for the convolutions and 0.124 billion for the dense layers: the published network."""
-    with symbolic():
+    with without_weights():
         model = models.build("vgg16", (224, 224, 3), 1000, head="fc", aux_weight=0)
-    rows = {row.block: row for row in cost(model)}
-    assert rows["block1"] == Row("block1", (112, 112, 64), 38_720, 1_936_392_192, 2 * 224 * 224 * 64)
-    assert rows["head"] == Row("head", (1000,), 123_642_856, 123_633_664, 4096 + 4096 + 1000)
-    assert total(list(rows.values())) == Row("total", (1000,), 138_357_544, 15_470_264_320, 13_547_520 + 9_192)
+    rows = {row.block: row for row in block_costs(model)}
+    assert rows["block1"] == BlockCost("block1", (112, 112, 64), 38_720, 1_936_392_192, 2 * 224 * 224 * 64)
+    assert rows["head"] == BlockCost("head", (1000,), 123_642_856, 123_633_664, 4096 + 4096 + 1000)
+    assert sum_costs(list(rows.values())) == BlockCost(
+        "total", (1000,), 138_357_544, 15_470_264_320, 13_547_520 + 9_192
+    )
 
 
 def test_rows_add_up_to_alternatives_as_they_are(published):
     for name in ("vgg16_inception", "inception_v1", "inception_v3"):
-        rows = {row.block: row for row in cost(published(name))}
-        for item in alternatives(published(name)):
+        rows = {row.block: row for row in block_costs(published(name))}
+        for item in block_ablations(published(name)):
             assert (item.macs, item.parameters) == (rows[item.block].macs, rows[item.block].parameters), item.block
 
 
@@ -176,12 +178,12 @@ def test_alternatives_by_hand(kind):
     macs, filters = BY_HAND[kind]
     parameters = [weights + 3 * normalised for weights, normalised in zip(macs, filters, strict=True)]
     figures = [figure for pair in zip((28 * 28 * m for m in macs), parameters, strict=True) for figure in pair]
-    assert alternatives(block(kind)) == [Alternative("Block_1", *figures)]
+    assert block_ablations(block(kind)) == [BlockAblation("Block_1", *figures)]
 
 
 def test_the_notes_bottleneck_is_found():
     """The 5x5 branch of the block is the notes' example: 12 million through 16 maps instead of 120 million."""
-    (item,) = alternatives(block("inception_v1"))
+    (item,) = block_ablations(block("inception_v1"))
     five = conv_macs(28, 28, 192, 32, (5, 5)) - (2_408_448 + 10_035_200)
     three = (
         conv_macs(28, 28, 192, 128, (3, 3)) - conv_macs(28, 28, 192, 96, (1, 1)) - conv_macs(28, 28, 96, 128, (3, 3))
@@ -190,18 +192,18 @@ def test_the_notes_bottleneck_is_found():
 
 
 def test_3x3_reductions_are_no_bottlenecks():
-    (item,) = alternatives(block("inception_3x3_reduce"))
+    (item,) = block_ablations(block("inception_3x3_reduce"))
     assert item.macs == item.macs_without_reduction
 
 
 def test_kinds_without_branches_have_no_alternatives():
     for kind in ("conv", "conv_bn", "single_3x3"):
-        assert alternatives(block(kind)) == []
+        assert block_ablations(block(kind)) == []
 
 
 def test_alternatives_of_inception_v3(published):
     """mixed4: 7x7 in two factors and in four; mixed9: sides; the first block: two 3x3 for a 5x5."""
-    items = {item.block: item for item in alternatives(published("inception_v3"))}
+    items = {item.block: item for item in block_ablations(published("inception_v3"))}
     sides = 17 * 17
     ends = 768 * (192 + 192)
     assert items["mixed4"].macs_without_factorisation == sides * (
@@ -220,7 +222,7 @@ def test_alternatives_of_inception_v3(published):
 
 @SLOW
 def test_alternatives_of_inception_resnet_v2(published):
-    items = {item.block: item for item in alternatives(published("inception_resnet_v2"))}
+    items = {item.block: item for item in block_ablations(published("inception_resnet_v2"))}
     kept = 1088 * 192 + 384 * 1088
     assert items["block17_7"].macs == 17 * 17 * (kept + 1088 * 128 + 7 * 128 * 160 + 7 * 160 * 192)
     assert items["block17_7"].macs_without_reduction == 17 * 17 * (kept + 7 * 1088 * 160 + 7 * 160 * 192)

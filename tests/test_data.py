@@ -20,9 +20,9 @@ from conftest import message
 from PIL import Image
 
 import train.data
-import train.data.sources.folder
 from train.data import dataset, decode, fingerprint, pixel_cache
 from train.data.ingestion import validation
+from train.data.sources import folder as folder_source
 from train.data.sources import record_readers, tfds
 from train.runtime.setup import cores
 
@@ -71,8 +71,8 @@ def test_few_examples_of_every_class_are_among_more_of_them(data_dir, digits_8):
         assert np.bincount(data.train.labels).tolist() == [few] * 10
         assert (data.validation.digest, data.test.digest) == (digits_8.validation.digest, digits_8.test.digest)
         assert data.fingerprint != digits_8.fingerprint
-        names[few] = {data.train.id_of(index) for index in range(len(data.train))}
-    assert names[3] < names[10] < {digits_8.train.id_of(index) for index in range(len(digits_8.train))}
+        names[few] = {data.train.example_id(index) for index in range(len(data.train))}
+    assert names[3] < names[10] < {digits_8.train.example_id(index) for index in range(len(digits_8.train))}
     with pytest.raises(
         ValueError, match=r"data.train_per_class must be at most what every class has in train, \d+ of \d"
     ):
@@ -103,7 +103,7 @@ def load_folder(root, tmp_path, **options):
 
 
 def ids(split):
-    return [split.id_of(index) for index in range(len(split))]
+    return [split.example_id(index) for index in range(len(split))]
 
 
 def where(loaded):
@@ -123,8 +123,8 @@ def broken(count, total, named, advice=None):
 @pytest.fixture
 def looked(monkeypatch):
     """Whatever is looked at from here on, by content."""
-    seen, look = [], validation.look
-    monkeypatch.setattr(validation, "look", lambda data, *others: seen.append(data) or look(data, *others))
+    seen, look = [], validation.inspect
+    monkeypatch.setattr(validation, "inspect", lambda data, *others: seen.append(data) or look(data, *others))
     return seen
 
 
@@ -229,18 +229,18 @@ def test_digits(digits_8):
 
     assert digits_8.name == "digits"
     assert digits_8.classes == tuple("0123456789")
-    assert digits_8.counts == {"train": 1281, "validation": 176, "test": 340}
-    assert sum(digits_8.counts.values()) == 1797
+    assert digits_8.split_sizes == {"train": 1281, "validation": 176, "test": 340}
+    assert sum(digits_8.split_sizes.values()) == 1797
     assert digits_8.fingerprint == DIGITS_FINGERPRINT
     assert digits_8.notes == digits_8.skipped == ()
-    assert digits_8.leaks == {"shared": 0, "conflicts": 0, "alike": 0}
+    assert digits_8.leak_counts == {"shared": 0, "conflicts": 0, "alike": 0}
     bundled = bundled_digits()
     for split in digits_8.splits.values():
-        place = int(split.id_of(5).removeprefix("train/"))
+        place = int(split.example_id(5).removeprefix("train/"))
         assert split.labels.dtype == np.int32
         assert split.labels[5] == bundled.target[place]
         expected = np.rint(bundled.images[place] * 255 / 16)
-        np.testing.assert_array_equal(split.example(5)[..., 0], expected)
+        np.testing.assert_array_equal(split.load_example(5)[..., 0], expected)
         assert digits_8.class_counts[split.name] == np.bincount(split.labels).tolist()
     assert np.sum(list(digits_8.class_counts.values()), axis=0).tolist() == np.bincount(bundled.target).tolist()
 
@@ -271,7 +271,7 @@ def test_a_damaged_array_record_shard_is_named(data_dir, tmp_path):
     assert said.startswith("the data must be readable images, got 1 of 1797 that are not: digits train/310 (Corrupted ")
     assert said.endswith("; mend or remove them, or use data.on_error=skip data.max_skipped=1 to leave them out")
     skipping = load_digits(copy, on_error="skip")
-    assert sum(skipping.counts.values()) == 1796
+    assert sum(skipping.split_sizes.values()) == 1796
     assert [name for name, _ in skipping.skipped] == ["train/310"]
 
 
@@ -300,7 +300,7 @@ def test_no_network(tmp_path, monkeypatch):
 def test_wrong_files_by_hand(tmp_path):
     by_hand = tmp_path / "by_hand"
     by_hand.mkdir()
-    for name in train.data.SOURCES["mnist"].files:
+    for name in train.data.SOURCES["mnist"].manual_files:
         (by_hand / name).write_bytes(b"something else")
     said = message(train.data.load, "mnist", str(tmp_path), image_size=28, channels=1, manual_dir=str(by_hand))
     assert said.startswith(f"{FILES} where data=mnist can't be downloaded, got {by_hand} (Artifact ")
@@ -372,7 +372,7 @@ def test_tfrecord_and_array_record_are_the_same_set(tfrecord_dir, digits_8):
         everything = range(len(one))
         assert one.read(everything) == other.read(everything)
         assert one.digest == other.digest
-        np.testing.assert_array_equal(one.example(7), other.example(7))
+        np.testing.assert_array_equal(one.load_example(7), other.load_example(7))
 
 
 def test_the_index_of_records_is_made_once(tfrecord, monkeypatch):
@@ -385,7 +385,7 @@ def test_the_index_of_records_is_made_once(tfrecord, monkeypatch):
     assert places.shape == (1797, 3)
     data = tfrecord.read_bytes()
     assert places[:, 2].sum() + 16 * 1797 == len(data)
-    monkeypatch.setattr(record_readers, "_check_all", refuse)
+    monkeypatch.setattr(record_readers, "_verify_checksums", refuse)
     assert load_digits(data_dir).fingerprint == DIGITS_FINGERPRINT
     os.utime(tfrecord, ns=(1, 1))
     with pytest.raises(AssertionError, match="made again"):
@@ -445,11 +445,11 @@ def test_a_damaged_index_of_records_is_made_again(tfrecord, damage):
 def test_folder(folder, tmp_path):
     loaded = load_folder(folder, tmp_path)
     assert loaded.classes == ("cat", "dog")
-    assert sum(loaded.counts.values()) == 40
+    assert sum(loaded.split_sizes.values()) == 40
     assert set(where(loaded)) == {f"{name}/{number}.png" for name in ("cat", "dog") for number in range(20)}
     for split in loaded.splits.values():
         assert [loaded.classes[label] for label in split.labels] == [name.split("/")[0] for name in ids(split)]
-        data = (folder / split.id_of(0)).read_bytes()
+        data = (folder / split.example_id(0)).read_bytes()
         assert split.sha256[0] == hashlib.sha256(data).hexdigest().encode()
         assert split.read([0]) == [data]
 
@@ -459,20 +459,20 @@ def by_index(_, rows):
     return (np.arange(len(rows)) * 0.618) % 1
 
 
-@pytest.mark.parametrize(("rule", "stays"), [(dataset.positions, True), (by_index, False)])
+@pytest.mark.parametrize(("rule", "stays"), [(dataset.content_hash_uniform, True), (by_index, False)])
 def test_adding_a_file_moves_no_other(folder, tmp_path, monkeypatch, rule, stays):
-    monkeypatch.setattr(dataset, "positions", rule)
+    monkeypatch.setattr(dataset, "content_hash_uniform", rule)
     before = load_folder(folder, tmp_path)
     write_image(folder / "cat" / "00_first.png", value=77)
     after = load_folder(folder, tmp_path)
-    assert sum(after.counts.values()) == 41
+    assert sum(after.split_sizes.values()) == 41
     assert (where(before).items() <= where(after).items()) == stays
     assert before.fingerprint != after.fingerprint
 
 
-@pytest.mark.parametrize(("rule", "together"), [(dataset.positions, True), (by_index, False)])
+@pytest.mark.parametrize(("rule", "together"), [(dataset.content_hash_uniform, True), (by_index, False)])
 def test_copies_stay_together(folder, tmp_path, monkeypatch, rule, together):
-    monkeypatch.setattr(dataset, "positions", rule)
+    monkeypatch.setattr(dataset, "content_hash_uniform", rule)
     for number in range(20):
         shutil.copy(folder / "cat" / f"{number}.png", folder / "cat" / f"copy_of_{number}.png")
     found = where(load_folder(folder, tmp_path))
@@ -534,10 +534,10 @@ def test_parts_above_the_classes(tmp_path):
     loaded = load_folder(root, tmp_path)
     found = where(loaded)
     assert {name.split("/")[0] for name, split in found.items() if split == "validation"} == {"val"}
-    assert loaded.counts["validation"] == 8
-    assert loaded.counts["train"] + loaded.counts["test"] == 40
+    assert loaded.split_sizes["validation"] == 8
+    assert loaded.split_sizes["train"] + loaded.split_sizes["test"] == 40
     make_folder(root / "test", 2, start=200)
-    assert load_folder(root, tmp_path).counts == {"train": 40, "validation": 8, "test": 4}
+    assert load_folder(root, tmp_path).split_sizes == {"train": 40, "validation": 8, "test": 4}
     write_image(root / "test" / "bird" / "1.png")
     assert message(load_folder, root, tmp_path) == (
         f"data.root must have the classes of train in every part, got {root / 'test' / 'bird'}; use those"
@@ -592,7 +592,7 @@ def test_stray_files_folders_and_pipes_are_named(folder, tmp_path):
     )
     (folder / "cat" / "pipe.jpg").unlink()
     (folder / "cat" / "x.jpg").rmdir()
-    assert sum(load_folder(folder, tmp_path).counts.values()) == 40
+    assert sum(load_folder(folder, tmp_path).split_sizes.values()) == 40
 
 
 def test_a_link_may_not_leave_the_root(folder, tmp_path):
@@ -617,9 +617,9 @@ def test_a_link_may_not_leave_the_root(folder, tmp_path):
 
 def test_links_are_followed_once_for_each_folder(folder, tmp_path, monkeypatch):
     """Not once for each file, which would take longer than all else where there are a million."""
-    inside = train.data.folder._Inside
-    asked, holds = [], inside.holds
-    monkeypatch.setattr(inside, "holds", lambda root, path: asked.append(path) or holds(root, path))
+    inside = folder_source._RootMembership
+    asked, holds = [], inside.contains
+    monkeypatch.setattr(inside, "contains", lambda root, path: asked.append(path) or holds(root, path))
     (folder / "cat" / "link.png").symlink_to("../dog/3.png")
     load_folder(folder, tmp_path)
     assert asked == [f"{folder}/cat", f"{folder}/cat/link.png", f"{folder}/dog"]
@@ -658,7 +658,7 @@ def test_a_name_that_is_no_utf8_is_named(folder, tmp_path):
     assert message(load_folder, folder, tmp_path) == broken(1, 42, named)
     loaded = load_folder(folder, tmp_path, on_error="skip")
     assert loaded.skipped == (("cat/caf\\udce9.png", "the name is no UTF-8"),)
-    assert sum(loaded.counts.values()) == 41
+    assert sum(loaded.split_sizes.values()) == 41
 
 
 # ------------------------------------------------------------------------------------------------ looked at only once
@@ -706,7 +706,7 @@ def test_only_changed_files_are_looked_at(folder, tmp_path, looked):
     assert looked == [changed.read_bytes()]
     looked.clear()
     write_image(folder / "dog" / "new.png", value=98)
-    assert sum(load_folder(folder, tmp_path).counts.values()) == 41
+    assert sum(load_folder(folder, tmp_path).split_sizes.values()) == 41
     assert looked == [(folder / "dog" / "new.png").read_bytes()]
     looked.clear()
     (folder / "cat" / "0.png").unlink()
@@ -750,7 +750,7 @@ def test_a_change_that_size_and_time_hide_is_found_when_it_is_read(folder, tmp_p
     loaded = load_folder(folder, tmp_path)
     assert looked == []
     split = loaded.splits[where(loaded)["cat/3.bmp"]]
-    assert message(split.example, ids(split).index("cat/3.bmp")) == (
+    assert message(split.load_example, ids(split).index("cat/3.bmp")) == (
         f"every example must be readable, got {path} (changed since the data set was opened); use the data as it was"
     )
 
@@ -828,7 +828,7 @@ def test_a_file_that_could_not_be_read_is_looked_at_again():
             assert message(load_folder, root, tmp_path) == broken(1, 40, f"{closed} (Permission denied)")
         closed.chmod(0o644)
         with without_privileges():
-            assert sum(load_folder(root, tmp_path).counts.values()) == 40
+            assert sum(load_folder(root, tmp_path).split_sizes.values()) == 40
 
 
 # ------------------------------------------------------------------------------------------------- limits and skipping
@@ -841,7 +841,7 @@ def test_too_many_bytes_are_refused(folder, tmp_path):
     assert f"{size:,}" == "4,854"
     named = f"{path} (4,854 bytes are more than the limit of 4,853)"
     assert message(load_folder, folder, tmp_path, max_bytes=size - 1) == broken(1, 41, named)
-    assert sum(load_folder(folder, tmp_path, max_bytes=size).counts.values()) == 41
+    assert sum(load_folder(folder, tmp_path, max_bytes=size).split_sizes.values()) == 41
 
 
 def test_a_file_with_too_many_bytes_is_not_even_read(folder, tmp_path):
@@ -863,7 +863,7 @@ def test_too_many_pixels_are_refused(folder, tmp_path):
     write_image(path, value=1, side=7)
     named = f"{path} (7x7 pixels are more than the limit of 48)"
     assert message(load_folder, folder, tmp_path, max_pixels=48) == broken(1, 40, named)
-    assert sum(load_folder(folder, tmp_path, max_pixels=49).counts.values()) == 40
+    assert sum(load_folder(folder, tmp_path, max_pixels=49).split_sizes.values()) == 40
 
 
 def test_broken_examples_can_be_left_out(folder, tmp_path):
@@ -889,7 +889,7 @@ def test_only_so_many_may_be_left_out(folder, tmp_path):
     assert message(load_folder, folder, tmp_path, on_error="skip", max_skipped=2) == broken(
         3, 43, named, "data.max_skipped=3 would leave them all out"
     )
-    assert sum(load_folder(folder, tmp_path, on_error="skip", max_skipped=3).counts.values()) == 40
+    assert sum(load_folder(folder, tmp_path, on_error="skip", max_skipped=3).split_sizes.values()) == 40
     assert message(load_folder, folder, tmp_path) == broken(3, 43, named)
 
 
@@ -922,10 +922,10 @@ def test_uneven_classes_are_told(tmp_path):
 
 def test_a_file_changed_after_opening_is_named(folder, tmp_path):
     split = load_folder(folder, tmp_path).train
-    path = folder / split.id_of(2)
+    path = folder / split.example_id(2)
     write_image(path, value=4321)
     said = "({}); use the data as it was"
-    assert message(split.example, 2) == (
+    assert message(split.load_example, 2) == (
         f"every example must be readable, got {path} " + said.format("changed since the data set was opened")
     )
     path.unlink()
@@ -955,8 +955,8 @@ def test_fashion_mnist_from_files(tmp_path):
     loaded = train.data.load(
         "fashion_mnist", str(tmp_path), image_size=28, channels=1, manual_dir=f"{REAL}/fashion_mnist"
     )
-    assert loaded.counts == {"train": 54155, "validation": 5845, "test": 10000}
-    assert loaded.leaks == {"shared": 0, "conflicts": 0, "alike": 0}
+    assert loaded.split_sizes == {"train": 54155, "validation": 5845, "test": 10000}
+    assert loaded.leak_counts == {"shared": 0, "conflicts": 0, "alike": 0}
     assert loaded.classes[9] == "Ankle boot"
     assert loaded.fingerprint == "8b2ca6d57de2f532bb526b57a68556b7d4fedda77cf54de24c697c2e964cb187"
     assert not (set(loaded.train.sha256.tolist()) & set(loaded.validation.sha256.tolist()))
@@ -968,8 +968,8 @@ def test_fashion_mnist_from_files(tmp_path):
 @needs_real_data
 def test_sign_digits(tmp_path):
     loaded = train.data.load("folder", str(tmp_path), image_size=32, channels=3, root=f"{REAL}/sign_digits")
-    assert sum(loaded.counts.values()) == 2062
-    assert loaded.leaks == {"shared": 0, "conflicts": 0, "alike": 0}
+    assert sum(loaded.split_sizes.values()) == 2062
+    assert loaded.leak_counts == {"shared": 0, "conflicts": 0, "alike": 0}
     assert loaded.classes == tuple("0123456789")
     names = [(split, row) for split in loaded.splits.values() for row in range(len(split))]
     turned = [(split, row) for split, row in names if orientation(split, row) == 6]
@@ -981,4 +981,4 @@ def test_sign_digits(tmp_path):
 
 
 def orientation(split, row):
-    return Image.open(split.store.root / split.id_of(row)).getexif().get(decode.ORIENTATION, 1)
+    return Image.open(split.store.root / split.example_id(row)).getexif().get(decode.ORIENTATION, 1)

@@ -12,7 +12,7 @@ from conftest import message
 from PIL import Image
 
 from train.data import decode
-from train.data.decode import Header, View
+from train.data.decode import Header, ImageSpec
 
 FORMATS = "no image of a known format (JPEG, PNG, GIF, BMP, WEBP)"
 BACKGROUND = (10, 200, 70)
@@ -111,9 +111,9 @@ def test_palette_with_and_without_transparency():
 
 def test_a_view_has_its_own_background():
     data = encode(Image.new("RGBA", (4, 4), (1, 2, 3, 0)))
-    seen = decode.decode_resized(data, View(2, 3, background=BACKGROUND))
+    seen = decode.decode_and_resize(data, ImageSpec(2, 3, background=BACKGROUND))
     np.testing.assert_array_equal(seen, np.broadcast_to(BACKGROUND, (2, 2, 3)))
-    np.testing.assert_array_equal(decode.decode_resized(data, View(2, 3)), np.full((2, 2, 3), 255))
+    np.testing.assert_array_equal(decode.decode_and_resize(data, ImageSpec(2, 3)), np.full((2, 2, 3), 255))
 
 
 def test_cmyk_is_exact():
@@ -307,10 +307,10 @@ def test_crop_fraction_scales_the_whole_and_takes_the_centre(height, width, size
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_view_is_decoded_cropped_and_scaled(channels):
     pixels = noise(8, 12, 3)
-    data, view = encode(Image.fromarray(pixels)), View(4, channels, crop_fraction=0.5)
-    seen = decode.decode_resized(data, view)
+    data, view = encode(Image.fromarray(pixels)), ImageSpec(4, channels, crop_fraction=0.5)
+    seen = decode.decode_and_resize(data, view)
     assert seen.shape == view.shape == (4, 4, channels)
     np.testing.assert_array_equal(seen, decode.decode(data, channels)[2:6, 4:8])
-    whole = decode.decode_resized(data, View(4, channels))
+    whole = decode.decode_and_resize(data, ImageSpec(4, channels))
     np.testing.assert_array_equal(whole, decode.resize(decode.decode(data, channels), 4))
     assert (whole != seen).any()

@@ -29,22 +29,22 @@ def test_the_loss_is_that_of_the_paper():
     answers, teacher = random.normal(size=(2, 5, 3)).astype("float32")
     labels = np.eye(3, dtype="float32")[[0, 1, 2, 0, 1]]
     hard = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)
-    found = losses.Taught(hard, 0.7, 4.0).call(np.concatenate([labels, teacher], axis=1), answers)
+    found = losses.DistillationLoss(hard, 0.7, 4.0).call(np.concatenate([labels, teacher], axis=1), answers)
     smooth = labels * 0.9 + 0.1 / 3
     cross = -(smooth * np.log(softened(answers, 1))).sum(axis=1)
     wanted, said = softened(teacher, 4.0), softened(answers, 4.0)
     np.testing.assert_allclose(
         found, 0.3 * cross + 0.7 * 16 * (wanted * np.log(wanted / said)).sum(axis=1), rtol=1e-4, atol=1e-5
     )
-    perfect = losses.Taught(hard, 1.0, 4.0).call(np.concatenate([labels, answers], axis=1), answers)
+    perfect = losses.DistillationLoss(hard, 1.0, 4.0).call(np.concatenate([labels, answers], axis=1), answers)
     np.testing.assert_allclose(perfect, 0, atol=1e-6)
 
 
 def taught(teacher: keras.Model, weight: float):
     begin_anew("float32")
     model = models.build("vgg16", (32, 32, 1), 10, width=0.03, aux_weight=0.3)
-    weighted, weights = losses.build(tuple(model.output), 0.0, 0.0, (weight, 2.0))
-    metrics = losses.metrics(tuple(model.output), taught=True)
+    weighted, weights = losses.build_losses(tuple(model.output), 0.0, 0.0, (weight, 2.0))
+    metrics = losses.build_metrics(tuple(model.output), distilled=True)
     model.compile(sgd(0.1), weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
     return step_of(model, 8, teacher=teacher)
 
@@ -52,7 +52,7 @@ def taught(teacher: keras.Model, weight: float):
 @pytest.mark.slow
 def test_with_the_teacher_alone_labels_change_nothing_but_the_accuracy():
     begin_anew("float32", 7)
-    teacher = models.inference(models.build("vgg16_inception", (32, 32, 1), 10, width=0.05))  # normalises batches
+    teacher = models.inference_model(models.build("vgg16_inception", (32, 32, 1), 10, width=0.05))  # normalises batches
     before = [weight.numpy() for weight in teacher.weights]
     images, labels = digits(0)
     found = []

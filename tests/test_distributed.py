@@ -22,9 +22,9 @@ from conftest import FROM_MAKE, ROOT, Done, message, once
 
 from train.config.composition import compose
 from train.config.schema import ConfigError, Distributed
-from train.config.serialization import Private, config_hash
+from train.config.serialization import Redactor, config_hash
 from train.distributed import rendezvous
-from train.distributed.process_group import Team
+from train.distributed.process_group import ProcessGroup
 from train.training import checkpoint
 
 # ------------------------------------------------------------------------------------------------------ the meeting
@@ -42,7 +42,9 @@ def met(*groups: tuple[int, int], patience: float = 1.0) -> list[str]:
 
     def come(index: int, processes: int) -> str:
         try:
-            rendezvous.meet(Distributed(coordinator=place, index=index, processes=processes, wait_seconds=patience))
+            rendezvous.rendezvous(
+                Distributed(coordinator=place, index=index, processes=processes, wait_seconds=patience)
+            )
         except ConfigError as fault:
             return str(fault)
         return ""
@@ -90,12 +92,12 @@ def test_one_leaves_again_and_comes_back():
 
     def lead(patience: float) -> None:
         group = Distributed(coordinator=place, processes=3, wait_seconds=patience)
-        found.append(message(rendezvous.meet, group) if patience < 5 else str(rendezvous.meet(group)))
+        found.append(message(rendezvous.rendezvous, group) if patience < 5 else str(rendezvous.rendezvous(group)))
 
     def come_and_go() -> None:
         while True:
             try:
-                with socket.create_connection(rendezvous.address(place), 5) as line:
+                with socket.create_connection(rendezvous.parse_address(place), 5) as line:
                     line.sendall(json.dumps({"index": 1, "processes": 3}).encode() + b"\n")
                     time.sleep(0.3)
                 return
@@ -106,7 +108,7 @@ def test_one_leaves_again_and_comes_back():
     leader.start()
     come_and_go()
     others = [
-        threading.Thread(target=rendezvous.meet, args=(Distributed(place, 3, index, 20),), daemon=True)
+        threading.Thread(target=rendezvous.rendezvous, args=(Distributed(place, 3, index, 20),), daemon=True)
         for index in (1, 2)
     ]
     for one in others:
@@ -126,7 +128,7 @@ def test_who_talks_otherwise_is_no_process():
     found: list[str] = []
 
     def lead() -> None:
-        rendezvous.meet(Distributed(coordinator=place, processes=2, wait_seconds=10))
+        rendezvous.rendezvous(Distributed(coordinator=place, processes=2, wait_seconds=10))
         found.append("met")
 
     leader = threading.Thread(target=lead)
@@ -134,12 +136,12 @@ def test_who_talks_otherwise_is_no_process():
     for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"index": "first"}\n', b""):
         while True:
             try:
-                with socket.create_connection(rendezvous.address(place), 5) as line:
+                with socket.create_connection(rendezvous.parse_address(place), 5) as line:
                     line.sendall(noise)
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
-    rendezvous.meet(Distributed(coordinator=place, index=1, processes=2, wait_seconds=10))
+    rendezvous.rendezvous(Distributed(coordinator=place, index=1, processes=2, wait_seconds=10))
     leader.join(20)
     assert found == ["met"]
 
@@ -155,26 +157,28 @@ def test_who_answers_otherwise_is_not_process_0():
             line.close()
 
         threading.Thread(target=chat, daemon=True).start()
-        said = message(rendezvous.meet, Distributed(coordinator=place, index=1, processes=2, wait_seconds=1))
+        said = message(rendezvous.rendezvous, Distributed(coordinator=place, index=1, processes=2, wait_seconds=1))
     assert "which must be running, got 127.0.0.1:" in said
 
 
 def test_the_address_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = f"127.0.0.1:{taken.getsockname()[1]}"
-        said = message(rendezvous.meet, Distributed(coordinator=place, processes=2, wait_seconds=1))
+        said = message(rendezvous.rendezvous, Distributed(coordinator=place, processes=2, wait_seconds=1))
     assert f"distributed.coordinator must be an address of process 0 that is free, got {place} (Address already" in said
 
 
 def test_an_address():
-    assert rendezvous.address("node1:4711") == ("node1", 4711)
-    assert rendezvous.address("[::1]:80") == ("::1", 80)
+    assert rendezvous.parse_address("node1:4711") == ("node1", 4711)
+    assert rendezvous.parse_address("[::1]:80") == ("::1", 80)
     for wrong in ("node1", "node1:", ":4711", "node1:http", "node1:70000"):
-        assert f"distributed.coordinator must be HOST:PORT, got {wrong}; use" in message(rendezvous.address, wrong)
-    assert rendezvous.bound_to("127.0.0.1:4711") == rendezvous.bound_to("localhost:4711") == "127.0.0.1:4711"
-    assert rendezvous.bound_to("node1:4711") == rendezvous.bound_to("10.0.0.1:4711") == "0.0.0.0:4711"
-    assert rendezvous.bound_to("[::1]:4711") == "[::1]:4711"
-    assert rendezvous.bound_to("[2001:db8::1]:4711") == "[::]:4711"
+        assert f"distributed.coordinator must be HOST:PORT, got {wrong}; use" in message(
+            rendezvous.parse_address, wrong
+        )
+    assert rendezvous.bind_address("127.0.0.1:4711") == rendezvous.bind_address("localhost:4711") == "127.0.0.1:4711"
+    assert rendezvous.bind_address("node1:4711") == rendezvous.bind_address("10.0.0.1:4711") == "0.0.0.0:4711"
+    assert rendezvous.bind_address("[::1]:4711") == "[::1]:4711"
+    assert rendezvous.bind_address("[2001:db8::1]:4711") == "[::]:4711"
 
 
 MANY = ["backend=jax", "distributed.processes=2", "distributed.coordinator=node1:4711"]
@@ -205,18 +209,20 @@ def test_where_they_meet_makes_no_other_config():
     """A job that queues again runs on other nodes."""
     words = ["backend=jax", "distributed.processes=2", "run_dir=x"]
     here, there = (compose([*words, f"distributed.coordinator={place}"]) for place in ("node1:4711", "node9:4712"))
-    assert config_hash(here, Private()) == config_hash(there, Private()) != config_hash(compose(words[:1]), Private())
+    assert (
+        config_hash(here, Redactor()) == config_hash(there, Redactor()) != config_hash(compose(words[:1]), Redactor())
+    )
 
 
 def test_one_process_sends_nothing():
-    team, state = Team(0, 1), {"weight": np.ones(3, "float32")}
-    assert team.agree({"processor": "here"}) == {"processor": "here"}
-    assert team.heed({"loss": 1.0}) == {"loss": 1.0}
-    assert team.share({"steps": 1}, state) == ({"steps": 1}, state)
-    assert team.leave(7, with_all=True) == team.leave(7, with_all=False) == 7
+    team, state = ProcessGroup(0, 1), {"weight": np.ones(3, "float32")}
+    assert team.verify_same_config({"processor": "here"}) == {"processor": "here"}
+    assert team.broadcast_metrics({"loss": 1.0}) == {"loss": 1.0}
+    assert team.broadcast_state({"steps": 1}, state) == ({"steps": 1}, state)
+    assert team.shutdown(7, all_processes=True) == team.shutdown(7, all_processes=False) == 7
 
 
-class Gathered(Team):
+class Gathered(ProcessGroup):
     """Whose others have another ground."""
 
     others: tuple[dict[str, Any], ...]
@@ -230,9 +236,9 @@ def test_another_processor_is_remembered_and_other_threads_are_refused():
     team = Gathered(0, 3)
     own = {"threads": 4, "processor": "here"}
     object.__setattr__(team, "others", (own, own | {"processor": "there"}))
-    assert team.agree(own) == own | {"processor.2": "there"}
+    assert team.verify_same_config(own) == own | {"processor.2": "there"}
     object.__setattr__(team, "others", (own, own | {"threads": 8}))
-    assert "but of index 0 and index 2 threads is 4, and 8; use the same words" in message(team.agree, own)
+    assert "but of index 0 and index 2 threads is 4, and 8; use the same words" in message(team.verify_same_config, own)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -296,7 +302,11 @@ def summary_of(place: Path) -> dict[str, Any]:
 def state_of(place: Path, name: str | None = None) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint, by default of the last one."""
     folder = place / "checkpoints"
-    found = checkpoint.read(folder / name) if name else checkpoint.Checkpoints(folder, keep=9).newest()
+    found = (
+        checkpoint.read_checkpoint(folder / name)
+        if name
+        else checkpoint.CheckpointManager(folder, keep=9).load_latest()
+    )
     assert found
     return dict(found.arrays)
 

@@ -15,7 +15,7 @@ from conftest import Done, Finished, message, once, run_command
 from PIL import Image
 
 from train.evaluate import evaluate
-from train.evaluation.html import big
+from train.evaluation.html import format_compact
 
 PICTURES = {"confusion.png", "reliability.png", "classes.png", "mistakes.png", "attention.png"}
 
@@ -60,7 +60,7 @@ def test_the_page_is_one_file_with_everything(finished: Finished):
     assert text.count("data:image/png;base64,") == len(PICTURES) + 5
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert f"{summary['test']['accuracy']:.4f}" in text
-    assert big(summary["macs"]) in text
+    assert format_compact(summary["macs"]) in text
     assert "make train model=vgg16_inception data=digits" in text
     assert "model.width=0.125" in text
     assert "Block_3_1" in text
@@ -153,4 +153,10 @@ def test_a_page_can_be_written_anew_also_of_a_run_without_test(finished: Finishe
 
 
 def test_sizes_are_readable():
-    assert [big(n) for n in (14714688, 1.5e9, 999, 2e12, 1234)] == ["14.7 M", "1.5 G", "999", "2 T", "1.23 k"]
+    assert [format_compact(n) for n in (14714688, 1.5e9, 999, 2e12, 1234)] == [
+        "14.7 M",
+        "1.5 G",
+        "999",
+        "2 T",
+        "1.23 k",
+    ]

@@ -20,8 +20,8 @@ from PIL import Image
 from train import formats, models
 from train.cli.arguments import parse
 from train.data.decode import decode, resize
-from train.export import Export, export, refusal
-from train.models.deployment import complete, in_float32, preprocessing
+from train.export import Export, export, rejection_reason
+from train.models.deployment import deployment_model, preprocessing_model, to_float32
 
 TEST_EXAMPLES = 340
 QUICK = ("onnx", "tflite")  # need no TensorFlow
@@ -48,7 +48,7 @@ def summary_of(run: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("side", "channels", "fraction"), [(32, 1, 1.0), (64, 3, 0.875), (75, 3, 1.0)])
 def test_the_graph_resizes_as_the_pipeline_does(side: int, channels: int, fraction: float):
-    graph, random = preprocessing(side, channels, fraction), np.random.default_rng(0)
+    graph, random = preprocessing_model(side, channels, fraction), np.random.default_rng(0)
     for height, width in ((side, side), (100, 61), (37, 200), (1, 1), (side + 1, side)):
         image = random.integers(0, 256, (height, width, channels), dtype=np.uint8)
         found, wanted = np.asarray(graph(image[None]))[0], resize(image, side, fraction).astype(float)
@@ -60,15 +60,15 @@ def test_the_graph_resizes_as_the_pipeline_does(side: int, channels: int, fracti
 def test_a_network_of_any_precision_is_given_away_in_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        network = models.inference(models.build("vgg16_inception", (32, 32, 3), 10, width=0.05))
+        network = models.inference_model(models.build("vgg16_inception", (32, 32, 3), 10, width=0.05))
     finally:
         keras.config.set_dtype_policy("float32")
-    copy = in_float32(network)
+    copy = to_float32(network)
     assert "mixed_bfloat16" in {layer.dtype_policy.name for layer in network.layers}
     assert {layer.dtype_policy.name for layer in copy.layers} == {"float32"}
     assert all(np.array_equal(one, other) for one, other in zip(network.weights, copy.weights, strict=True))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    probabilities = np.asarray(complete(network)(images))
+    probabilities = np.asarray(deployment_model(network)(images))
     assert probabilities.dtype == np.float32
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     assert np.allclose(probabilities, np.asarray(keras.ops.softmax(network(images))), atol=0.02)
@@ -84,7 +84,7 @@ def test_every_format_says_what_the_run_says(name: str, shipped: tuple[Done, Pat
     assert summary["run_accuracy"] == pytest.approx(scores["accuracy"])
     assert abs(summary["accuracy"] - scores["accuracy"]) <= 1 / TEST_EXAMPLES  # the run computed in bfloat16
     assert summary["largest_difference"] < 1e-5
-    file = run / "export" / name / formats.FILES[name]
+    file = run / "export" / name / formats.FILE_NAMES[name]
     held = [one.stat().st_size for one in ([file] if file.is_file() else file.rglob("*")) if one.is_file()]
     assert summary["bytes"] == sum(held)
     assert summary["images_per_second"] > 0
@@ -106,7 +106,7 @@ def by_the_card(python: Path | str, folder: Path, place: Path) -> None:
     done = subprocess.run([python, "-I", "-c", program], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, share = done.stdout.split()
-    wanted = formats.read("keras", folder.parent / "keras/model.keras")(image[None, :, :, None])[0]
+    wanted = formats.load_predictor("keras", folder.parent / "keras/model.keras")(image[None, :, :, None])[0]
     assert said == str(wanted.argmax())
     assert float(share) == pytest.approx(wanted.max(), abs=1e-5)
 
@@ -174,7 +174,7 @@ def test_encoded_pictures_are_decoded_as_in_the_pipeline(channels: int):
         smooth = np.add.outer(np.arange(40), np.arange(30))[..., None] * np.arange(1, depth + 1)
         image = (smooth + random.integers(0, 30, smooth.shape)).astype(np.uint8).squeeze()
         data = encoded(image, kind, mode)
-        found = formats.writing._decoded(data, channels, background).numpy().astype(int)
+        found = formats.converters._decode_image(data, channels, background).numpy().astype(int)
         assert np.abs(found - decode(data, channels, background)).max() <= 1, (kind, mode)
 
 
@@ -198,7 +198,7 @@ def test_fewer_bits_are_smaller_and_the_loss_is_told(
     assert 10 * whole["largest_difference"] < summary["largest_difference"] < 0.2
     assert abs(summary["accuracy"] - summary["run_accuracy"]) <= 0.05
     if quantize == "int8":
-        coarse, precise = kinds_of(name, run / "export" / f"{name}-int8" / formats.FILES[name])
+        coarse, precise = kinds_of(name, run / "export" / f"{name}-int8" / formats.FILE_NAMES[name])
         assert coarse > 10
         assert precise <= 1  # what it hands to the network
 
@@ -252,9 +252,9 @@ def test_what_a_converter_breaks_is_not_kept_and_stops_no_other(finished: Finish
 
 def test_the_gate():
     good = {"accuracy": 0.9, "run_accuracy": 0.91, "largest_difference": 0.1}
-    assert refusal(good, 0.02) == ""
-    assert refusal(good | {"accuracy": 0.5}, 0.02) == "it loses 0.4100 of the accuracy, more than 0.02"
-    assert refusal(good | {"largest_difference": float("nan")}, 1) == "some of its answers are no numbers"
+    assert rejection_reason(good, 0.02) == ""
+    assert rejection_reason(good | {"accuracy": 0.5}, 0.02) == "it loses 0.4100 of the accuracy, more than 0.02"
+    assert rejection_reason(good | {"largest_difference": float("nan")}, 1) == "some of its answers are no numbers"
 
 
 def test_a_run_that_has_not_finished_is_not_given_away(finished: Finished, tmp_path: Path):
@@ -306,7 +306,7 @@ def test_the_view_of_the_network_is_its_own(shipped: tuple[Done, Path]):
     """A larger picture is brought to the network's size by the file as the pipeline would have done it."""
     run = shipped[1]
     image = np.add.outer(2 * np.arange(90), np.arange(50)).astype(np.uint8)[..., None]
-    read = formats.read("onnx", run / "export/onnx/model.onnx")
+    read = formats.load_predictor("onnx", run / "export/onnx/model.onnx")
     small = resize(image, 32)
     assert np.allclose(read(image[None]), read(small[None]), atol=1e-3)
     assert not np.allclose(read(image[None]), read(small[None, ::-1].copy()), atol=1e-3)

@@ -16,9 +16,9 @@ from test_training import begin_anew, compiled, sgd, step_of
 
 from train import models
 from train.config import schema as schema
-from train.config.composition import command_of, compose
+from train.config.composition import compose, minimal_command
 from train.config.serialization import flatten
-from train.training.step.layerwise_lr import Plan
+from train.training.step.layerwise_lr import FreezeSchedule
 from train.training.step.tensorflow import Step
 
 TINY = ("model.width=0.05", "steps_per_epoch=4", "batch_size=8", "tracking.wait_seconds=0", "tracking.log_model=false",
@@ -31,11 +31,11 @@ STAGES = (
 
 @pytest.mark.parametrize("name", models.BUILDERS)
 def test_the_parts_of_a_network_are_those_that_can_be_typed(name: str):
-    side = models.SMALLEST[name]
-    with models.weights.symbolic():
+    side = models.MIN_IMAGE_SIZE[name]
+    with models.weights.without_weights():
         model = models.build(name, (side, side, 3), 10, width=0.05)
-    found = models.parts(model)
-    assert tuple(found) == (*schema.PARTS[name], schema.HEAD_PART)
+    found = models.group_layers(model)
+    assert tuple(found) == (*schema.LAYER_GROUPS[name], schema.HEAD_LAYER_GROUP)
     weighted = [layer.name for layer in model.layers if layer.weights]
     assert sorted(layer.name for layers in found.values() for layer in layers) == sorted(weighted)
     assert {layer.name for layer in found["head"]} >= {"predictions"}
@@ -46,7 +46,7 @@ def tuned(stages: tuple[tuple[int, str], ...], decay: float = 1.0, **optimizer: 
     begin_anew("float32")
     model = models.build("vgg16_inception", (32, 32, 1), 10, width=0.05)
     model = compiled(model, sgd(0.1, **optimizer))
-    return step_of(model, 8, plan=Plan(models.parts(model), stages, decay))
+    return step_of(model, 8, freeze_schedule=FreezeSchedule(models.group_layers(model), stages, decay))
 
 
 def digits(seed: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -70,7 +70,7 @@ def moved(before: dict[str, list[np.ndarray]], after: dict[str, list[np.ndarray]
 
 def test_what_is_frozen_keeps_its_weights_and_its_statistics():
     step = tuned(((1, "head"), (1, "block4"), (1, "all")), momentum=0.9, weight_decay=0.1)
-    parts = {name: {layer.name for layer in layers} for name, layers in models.parts(step.model).items()}
+    parts = {name: {layer.name for layer in layers} for name, layers in models.group_layers(step.model).items()}
     every = set().union(*parts.values())
     for epoch, free in enumerate((parts["head"], parts["block4"] | parts["block5"] | parts["head"], every)):
         step.begin_epoch(epoch)
@@ -80,34 +80,43 @@ def test_what_is_frozen_keeps_its_weights_and_its_statistics():
 
 
 def test_stages_have_their_epochs():
-    plan = Plan({"a": [], "b": [], "c": [], "head": []}, ((2, "head"), (3, "upper"), (1, "b"), (1, "all")), 0.5, 10)
+    plan = FreezeSchedule(
+        {"a": [], "b": [], "c": [], "head": []}, ((2, "head"), (3, "upper"), (1, "b"), (1, "all")), 0.5, 10
+    )
     assert [plan.stage_of(epoch) for epoch in range(9)] == [0, 0, 1, 1, 1, 2, 3, 3, 3]
-    assert [plan.free(stage) for stage in range(4)] == [["head"], ["c", "head"], ["b", "c", "head"], [*plan.layers]]
-    assert [plan.scale(part) for part in plan.layers] == [0.125, 0.25, 0.5, 1.0]
-    assert [plan.start(part) for part in plan.layers] == [60, 50, 20, 0]
+    assert [plan.trainable_groups(stage) for stage in range(4)] == [
+        ["head"],
+        ["c", "head"],
+        ["b", "c", "head"],
+        [*plan.layer_groups],
+    ]
+    assert [plan.lr_multiplier(part) for part in plan.layer_groups] == [0.125, 0.25, 0.5, 1.0]
+    assert [plan.first_update(part) for part in plan.layer_groups] == [60, 50, 20, 0]
     with pytest.raises(KeyError):
-        Plan({"a": [], "head": []}, ((1, "b"),))
+        FreezeSchedule({"a": [], "head": []}, ((1, "b"),))
 
 
 def test_a_part_that_is_set_free_begins_as_adam_begins():
     """The first update of a weight is the learning rate, whenever it comes (Kingma & Ba 2015, section 2.1)."""
     from train.training import optimizers
-    from train.training.step.layerwise_lr import scaled
+    from train.training.step.layerwise_lr import layerwise_lr
 
     begin_anew("float32")
     late, head = (keras.layers.Dense(3, kernel_initializer="ones", name=name) for name in ("late", "head"))
     for layer in (late, head):
         layer.build((None, 2))
-    rate = optimizers.build_schedule("constant", stages=[(1, 0.1)], epoch_steps=100, warmup_epochs=0)
+    rate = optimizers.build_schedule("constant", stages=[(1, 0.1)], steps_per_epoch=100, warmup_epochs=0)
     rules = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-9, "weight_decay": 0.0}
-    optimizer = optimizers.build("adamw", rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules)
+    optimizer = optimizers.build_optimizer(
+        "adamw", rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules
+    )
     optimizer.build([*late.trainable_variables, *head.trainable_variables])
-    plan = Plan({"late": [late], "head": [head]}, ((1, "head"), (1, "all")), 1.0, 50)
+    plan = FreezeSchedule({"late": [late], "head": [head]}, ((1, "head"), (1, "all")), 1.0, 50)
     gradients = [tf.ones((2, 3)), tf.ones(3)]
     for _ in range(50):
-        with scaled(optimizer, plan, 0):
+        with layerwise_lr(optimizer, plan, 0):
             optimizer.apply(gradients, head.trainable_variables)
-    with scaled(optimizer, plan, 1):
+    with layerwise_lr(optimizer, plan, 1):
         optimizer.apply(gradients * 2, [*late.trainable_variables, *head.trainable_variables])
     np.testing.assert_allclose(late.kernel.numpy(), 1 - 0.1, rtol=1e-4)
     np.testing.assert_allclose(head.kernel.numpy(), 1 - 51 * 0.1, rtol=1e-3)
@@ -125,7 +134,7 @@ def test_every_part_learns_at_its_own_rate(decay: float = 0.5):
     ours = scaled.state()
     depth = {
         layer.name: number
-        for number, layers in enumerate(reversed(models.parts(scaled.model).values()))
+        for number, layers in enumerate(reversed(models.group_layers(scaled.model).values()))
         for layer in layers
     }
     seen = set()
@@ -142,18 +151,18 @@ def test_every_part_learns_at_its_own_rate(decay: float = 0.5):
 def test_weights_decay_at_the_rate_of_their_part(name: str):
     """With no gradient at all only the decay moves a weight."""
     from train.training import optimizers
-    from train.training.step.layerwise_lr import scaled
+    from train.training.step.layerwise_lr import layerwise_lr
 
     begin_anew("float32")
     layer = keras.layers.Dense(3, kernel_initializer="ones")
     layer.build((None, 2))
     config = compose([f"optimizer={name}", "optimizer.weight_decay=0.5"])
     rules = {name: value for name, value in schema.options(config.optimizer).items() if name != "learning_rate"}
-    rate = optimizers.build_schedule("constant", stages=[(1, 0.1)], epoch_steps=10, warmup_epochs=0)
-    optimizer = optimizers.build(name, rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules)
+    rate = optimizers.build_schedule("constant", stages=[(1, 0.1)], steps_per_epoch=10, warmup_epochs=0)
+    optimizer = optimizers.build_optimizer(name, rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules)
     optimizer.build(layer.trainable_variables)
-    plan = Plan({"late": [layer], "middle": [], "head": []}, ((1, "all"),), 0.5)
-    with scaled(optimizer, plan, 0):
+    plan = FreezeSchedule({"late": [layer], "middle": [], "head": []}, ((1, "all"),), 0.5)
+    with layerwise_lr(optimizer, plan, 0):
         optimizer.apply([tf.zeros((2, 3)), tf.zeros(3)], layer.trainable_variables)
     np.testing.assert_allclose(layer.kernel.numpy(), 1 - 0.1 * 0.25 * 0.5, rtol=1e-6)
     assert "update_step" not in vars(optimizer)
@@ -229,5 +238,5 @@ def test_the_finished_run_can_be_started_from(finished: Finished, tmp_path: Path
 def test_the_command_of_a_run_in_stages_can_be_typed():
     words = ["experiment=fine_tune", "model.weights=x.h5", STAGES, "epochs=3"]
     config = compose(words)
-    command = command_of(flatten(dataclasses.asdict(config)))
+    command = minimal_command(flatten(dataclasses.asdict(config)))
     assert compose(shlex.split(command)[2:]) == config

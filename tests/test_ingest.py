@@ -26,7 +26,7 @@ from PIL import Image
 
 from train import data
 from train.data.decode import FORMATS, decode, read_header
-from train.data.ingestion.validation import Limits, Look, look
+from train.data.ingestion.validation import ExampleInfo, Limits, inspect
 
 REAL = os.environ.get("INCEPTION_REAL_DATA")
 NO_IMAGE = "no image of a known format (JPEG, PNG, GIF, BMP, WEBP)"
@@ -56,7 +56,7 @@ def png_of_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
-def is_sound_or_told(found: Look, data: bytes) -> bool:
+def is_sound_or_told(found: ExampleInfo, data: bytes) -> bool:
     """The promise: it decodes to the size that the header says, or there is a reason in one line."""
     if found.problem:
         return "\n" not in found.problem
@@ -69,11 +69,11 @@ def is_sound_or_told(found: Look, data: bytes) -> bool:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_cut_off_at_every_sixteenth(kind: str):
     whole = encoded(kind)
-    assert not look(whole, 0, LIMITS).problem
+    assert not inspect(whole, 0, LIMITS).problem
     for sixteenth in range(16):
         part = whole[: len(whole) * sixteenth // 16]
-        found = look(part, 0, LIMITS)
-        assert found == look(part, 0, LIMITS)
+        found = inspect(part, 0, LIMITS)
+        assert found == inspect(part, 0, LIMITS)
         assert is_sound_or_told(found, part)
         # Nothing is filled up: what lacks its pixels is no image. A GIF or WebP may end in a block that nobody needs.
         assert found.problem, f"{sixteenth}/16"
@@ -85,8 +85,8 @@ def test_single_flipped_bits(kind: str):
     for place in np.random.default_rng(1).permutation(8 * len(whole))[:150].tolist():
         part = bytearray(whole)
         part[place // 8] ^= 1 << place % 8
-        found = look(bytes(part), 0, LIMITS)
-        assert found == look(bytes(part), 0, LIMITS)
+        found = inspect(bytes(part), 0, LIMITS)
+        assert found == inspect(bytes(part), 0, LIMITS)
         assert is_sound_or_told(found, bytes(part))
 
 
@@ -105,8 +105,8 @@ def test_single_flipped_bits(kind: str):
     ids=["empty", "text", "a beginning", "svg", "zeros", "bomb", "short", "large"],
 )
 def test_no_images_have_a_reason(bad: bytes, reason: str):
-    assert look(bad, 3, LIMITS).problem.startswith(reason)
-    assert (look(bad, 3, LIMITS).size, look(bad, 3, LIMITS).label) == (len(bad), 3)
+    assert inspect(bad, 3, LIMITS).problem.startswith(reason)
+    assert (inspect(bad, 3, LIMITS).size, inspect(bad, 3, LIMITS).label) == (len(bad), 3)
 
 
 def test_only_upright_jpegs_are_for_tensorflow():
@@ -117,7 +117,7 @@ def test_only_upright_jpegs_are_for_tensorflow():
     grey, ink = io.BytesIO(), io.BytesIO()
     picture.convert("L").save(grey, "JPEG", progressive=True)
     picture.convert("CMYK").save(ink, "JPEG")
-    plain = {name: look(bytes_, 0, LIMITS).plain for name, bytes_ in {
+    plain = {name: inspect(bytes_, 0, LIMITS).plain for name, bytes_ in {
         "jpeg": encoded("JPEG"), "grey, progressive": grey.getvalue(), "turned": turned.getvalue(),
         "ink": ink.getvalue(), "png": encoded("PNG"),
     }.items()}  # fmt: skip
@@ -127,10 +127,10 @@ def test_only_upright_jpegs_are_for_tensorflow():
 def test_a_png_with_broken_pixels_is_told():
     """Looking for its EXIF block, which may stand behind them, loads them and must not swallow that."""
     broken = bytearray(encoded("PNG"))
-    assert not look(bytes(broken), 0, LIMITS).problem
+    assert not inspect(bytes(broken), 0, LIMITS).problem
     start = broken.index(b"IDAT") + 200
     broken[start : start + 6] = b"\xff" * 6
-    assert look(bytes(broken), 0, LIMITS).problem
+    assert inspect(bytes(broken), 0, LIMITS).problem
 
 
 # ------------------------------------------------------------------------------------------------- the header reader
@@ -158,7 +158,7 @@ def test_changed_headers_are_answered_or_refused(kind: str, draw: st.DataObject)
         bytes_[draw.draw(st.integers(0, 80))] = draw.draw(st.integers(0, 255))
     with contextlib.suppress(ValueError):
         assert 0 < read_header(bytes(bytes_), 10**6).width <= 10**6
-    assert is_sound_or_told(look(bytes(bytes_), 0, LIMITS), bytes(bytes_))
+    assert is_sound_or_told(inspect(bytes(bytes_), 0, LIMITS), bytes(bytes_))
 
 
 # ------------------------------------------------------------------------------------------------------ whole folders
@@ -230,7 +230,7 @@ def test_everything_that_can_lie_in_a_class_folder_is_an_image_or_has_a_reason(p
         )
         found = load(root, place / "index", on_error="skip", on_leak="warn")
     assert dict(found.skipped) == reasons
-    assert sum(found.counts.values()) == 41
+    assert sum(found.split_sizes.values()) == 41
     assert found.notes[0] == (
         f"warning: 7 broken examples are left out: x/empty.png ({NO_IMAGE}); x/folder.jpg (a folder); "
         "x/gone.jpg (No such file or directory); ..."
@@ -277,7 +277,7 @@ def test_a_jpeg_that_the_decoder_complains_about_is_left_to_pillow(place: Path, 
     (place / "root/x/odd.jpg").write_bytes(whole[:table] + b"\0\0\0" + whole[table:])
     found = load(place / "root", place / "index")
     assert capfd.readouterr().err == ""
-    rows = {row["path"]: row["plain"] for row in found.train.verdicts.table.to_pylist()}
+    rows = {row["path"]: row["plain"] for row in found.train.example_index.table.to_pylist()}
     assert rows.pop("x/odd.jpg") is False
     assert Counter(rows.values()) == {True: 8, False: 32}
 
@@ -286,14 +286,14 @@ LOAD = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30,) * 2)  # of addresses, of which TensorFlow alone takes most
 from train import data
-from train.data.pixel_cache import in_memory
+from train.data.pixel_cache import load_into_memory
 found = data.load(
     "folder", sys.argv[2], image_size=32, channels=3, root=sys.argv[1], on_error="skip", max_skipped=500, on_leak="warn"
 )
 for split in found.splits.values():
-    assert in_memory(split).shape == (len(split), 32, 32, 3), split.name
+    assert load_into_memory(split).shape == (len(split), 32, 32, 3), split.name
 assert "tensorflow" not in sys.modules
-print(json.dumps([found.counts, found.fingerprint, found.skipped]))
+print(json.dumps([found.split_sizes, found.fingerprint, found.skipped]))
 """
 
 
@@ -339,8 +339,8 @@ def test_the_odd_images(place: Path):
 def test_the_lock_of_large_images_is_given_back_by_broken_ones():
     broken = png_of_header(2100, 2100)  # above the size at which one waits for another
     for _ in range(3):
-        assert look(broken, 0, Limits()).problem.startswith("image file is truncated")
-    done = threading.Thread(target=look, args=(broken, 0, Limits()))
+        assert inspect(broken, 0, Limits()).problem.startswith("image file is truncated")
+    done = threading.Thread(target=inspect, args=(broken, 0, Limits()))
     done.start()
     done.join(10)
     assert not done.is_alive()

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from train import models
 from train.training import optimizers
-from train.training.step.fused_kernels import UPDATES, faster
+from train.training.step.fused_kernels import FUSED_UPDATES, fused_kernels
 
 SHAPE = (5, 6, 7, 8)
 
@@ -53,7 +53,7 @@ def trained(model: keras.Model, by: Any, images: np.ndarray) -> dict[str, np.nda
 
 
 def ours(model: keras.Model) -> Any:
-    return faster(model, keras.optimizers.SGD())
+    return fused_kernels(model, keras.optimizers.SGD())
 
 
 def plain(_: keras.Model) -> Any:
@@ -231,7 +231,7 @@ def updated(name: str, by: Any) -> tuple[dict[str, np.ndarray], set[str]]:
 def test_one_kernel_updates_as_keras_does(name: str):
     model = layer_of()
     theirs, _ = updated(name, lambda _: nullcontext())
-    found, kinds = updated(name, lambda optimizer: faster(model, optimizer))
+    found, kinds = updated(name, lambda optimizer: fused_kernels(model, optimizer))
     assert kinds & set(ONE_KERNEL.values()) == ({ONE_KERNEL[name]} if name in ONE_KERNEL else set())
     assert found.keys() == theirs.keys()
     for number, value in theirs.items():
@@ -247,4 +247,4 @@ def test_every_optimizer_of_the_laboratory_has_one():
     }
     assert own.keys() == optimizers.OPTIMIZERS.keys()
     for name, choice in own.items():
-        assert type(optimizers.build(name, lambda _: 0.1, **options, **choice)) in UPDATES
+        assert type(optimizers.build_optimizer(name, lambda _: 0.1, **options, **choice)) in FUSED_UPDATES

@@ -11,7 +11,7 @@ from PIL import Image
 
 import train.data
 from train.data.ingestion import duplicates, example_index
-from train.data.ingestion.validation import likeness
+from train.data.ingestion.validation import perceptual_hash
 
 SPLITS = ("train", "validation", "test")
 DROP = "data.on_leak=drop leaves them out"
@@ -47,7 +47,7 @@ def load(root, on_leak="warn", **options):
 
 
 def ids(split):
-    return {split.id_of(index) for index in range(len(split))}
+    return {split.example_id(index) for index in range(len(split))}
 
 
 def contents(loaded):
@@ -64,9 +64,9 @@ def told(**counts):
 @pytest.mark.parametrize("on_leak", ["warn", "drop", "raise"])
 def test_without_leaks_nothing_is_said(root, on_leak):
     loaded = load(root, on_leak)
-    assert loaded.counts == {"train": 24, "validation": 8, "test": 8}
+    assert loaded.split_sizes == {"train": 24, "validation": 8, "test": 8}
     assert loaded.notes == ()
-    assert loaded.leaks == told()
+    assert loaded.leak_counts == told()
 
 
 def test_an_image_in_two_parts_is_named(root):
@@ -75,12 +75,12 @@ def test_an_image_in_two_parts_is_named(root):
     assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"
     warned = load(root, "warn")
     assert warned.notes == (f"warning: {sentence}; {DROP}",)
-    assert warned.leaks == told(shared=1)
-    assert warned.counts == {"train": 24, "validation": 8, "test": 9}
+    assert warned.leak_counts == told(shared=1)
+    assert warned.split_sizes == {"train": 24, "validation": 8, "test": 9}
     dropped = load(root, "drop")
     assert dropped.notes == (f"left out 1 of train: {sentence}",)
-    assert dropped.leaks == told(shared=1)
-    assert dropped.counts == {"train": 23, "validation": 8, "test": 9}
+    assert dropped.leak_counts == told(shared=1)
+    assert dropped.split_sizes == {"train": 23, "validation": 8, "test": 9}
     assert ids(warned.train) - ids(dropped.train) == {"train/cat/3.png"}
     assert ids(warned.test) == ids(dropped.test)
 
@@ -107,9 +107,9 @@ def test_what_is_in_all_three_stays_in_test_only(root):
     assert sorted(parts_of(said)) == sorted(parts_of(sentence))
     loaded = load(root, "drop")
     assert loaded.notes[0].startswith("left out 2 of train and 1 of validation: 3 images are in two splits (")
-    assert loaded.counts == {"train": 22, "validation": 9, "test": 9}
+    assert loaded.split_sizes == {"train": 22, "validation": 9, "test": 9}
     assert "validation/cat/same.png" in ids(loaded.validation)
-    assert loaded.leaks == told(shared=3)
+    assert loaded.leak_counts == told(shared=3)
 
 
 def parts_of(sentence):
@@ -121,10 +121,10 @@ def test_copies_within_a_split_are_no_leak(root):
     share(root, "train/cat/3.png", "train/cat/same.png")
     loaded = load(root, "raise")
     assert loaded.notes == ()
-    assert loaded.counts["train"] == 25
+    assert loaded.split_sizes["train"] == 25
     share(root, "train/cat/3.png", "test/cat/same.png")
-    assert load(root).leaks == told(shared=2)
-    assert load(root, "drop").counts == {"train": 23, "validation": 8, "test": 9}
+    assert load(root).leak_counts == told(shared=2)
+    assert load(root, "drop").split_sizes == {"train": 23, "validation": 8, "test": 9}
 
 
 def test_three_are_named_and_all_are_counted(root):
@@ -139,7 +139,7 @@ def test_three_are_named_and_all_are_counted(root):
 def test_a_split_that_would_be_empty_is_refused(root):
     for path in sorted((root / "validation").rglob("*.png")):
         share(root, path.relative_to(root), f"test/{path.parent.name}/v{path.name}")
-    assert load(root).counts == {"train": 24, "validation": 8, "test": 16}
+    assert load(root).split_sizes == {"train": 24, "validation": 8, "test": 16}
     assert message(load, root, "drop").startswith("data.validation must have at least one example, got none of 48; ")
 
 
@@ -160,8 +160,8 @@ def test_an_image_with_two_labels_is_named(root):
     assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"
     warned = load(root)
     assert warned.notes == (f"warning: {sentence}; {DROP}",)
-    assert warned.leaks == told(conflicts=1)
-    assert warned.counts["train"] == 25
+    assert warned.leak_counts == told(conflicts=1)
+    assert warned.split_sizes["train"] == 25
     dropped = load(root, "drop")
     assert dropped.notes == (f"left out 2 of train: {sentence}",)
     assert ids(warned.train) - ids(dropped.train) == {"train/cat/3.png", "train/dog/same.png"}
@@ -175,15 +175,15 @@ def test_two_labels_in_two_splits_are_both_faults(root):
         "several labels (train/dog/same.png in train as dog and test/cat/3.png in test as cat); " + MEND
     )
     loaded = load(root, "drop")
-    assert loaded.counts == {"train": 24, "validation": 8, "test": 8}  # the test is left alone
-    assert loaded.leaks == told(shared=1, conflicts=1)
+    assert loaded.split_sizes == {"train": 24, "validation": 8, "test": 8}  # the test is left alone
+    assert loaded.leak_counts == told(shared=1, conflicts=1)
     assert len(load(root).notes) == 2
 
 
 def test_dropping_leaves_the_test_alone_even_where_it_contradicts_itself(root):
     share(root, "test/cat/3.png", "test/dog/same.png")
-    assert load(root, "drop").counts == {"train": 24, "validation": 8, "test": 9}
-    assert load(root).leaks == told(conflicts=1)
+    assert load(root, "drop").split_sizes == {"train": 24, "validation": 8, "test": 9}
+    assert load(root).leak_counts == told(conflicts=1)
 
 
 def test_two_labels_in_one_folder_without_parts(tmp_path):
@@ -225,14 +225,14 @@ def test_an_image_encoded_again_or_resized_looks_alike(root):
     save(picture(3), root / "test" / "cat" / "again.jpg", quality=80)
     save(picture(5).resize((120, 120)), root / "validation" / "cat" / "smaller.png")
     loaded = load(root, "raise")  # nothing is certain
-    assert loaded.leaks == told(alike=2)
+    assert loaded.leak_counts == told(alike=2)
     assert loaded.notes == (
         alike(
             "train/cat/p3.png in train and test/cat/again.jpg in test",
             "train/cat/p5.png in train and validation/cat/smaller.png in validation",
         ),
     )
-    assert load(root, "drop").counts == loaded.counts == {"train": 30, "validation": 9, "test": 9}
+    assert load(root, "drop").split_sizes == loaded.split_sizes == {"train": 30, "validation": 9, "test": 9}
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_an_image_encoded_again_or_resized_looks_alike(root):
     ids=["brighter", "stretched", "grey"],
 )
 def test_what_people_do_to_pictures_looks_alike(change):
-    one, other = (likeness(np.asarray(image.convert("RGB"))) for image in (picture(1), change(picture(1))))
+    one, other = (perceptual_hash(np.asarray(image.convert("RGB"))) for image in (picture(1), change(picture(1))))
     assert pairs_of([one, other]) == [(0, 1)]
 
 
@@ -260,7 +260,7 @@ def test_what_people_do_to_pictures_looks_alike(change):
     ids=["mirrored", "turned", "another", "inverted"],
 )
 def test_another_picture_does_not(change):
-    one, other = (likeness(np.asarray(image.convert("RGB"))) for image in (picture(1), change(picture(1))))
+    one, other = (perceptual_hash(np.asarray(image.convert("RGB"))) for image in (picture(1), change(picture(1))))
     assert pairs_of([one, other]) == []
 
 
@@ -271,7 +271,7 @@ def test_unrelated_pictures_do_not_look_alike(root):
     loaded = load(root)
     [note] = loaded.notes
     assert note.startswith("classes are uneven: 12 of dog to 72 of cat in train; ")
-    assert loaded.leaks == told()
+    assert loaded.leak_counts == told()
 
 
 def test_small_pictures_are_not_compared(root):
@@ -279,22 +279,22 @@ def test_small_pictures_are_not_compared(root):
         save(picture(1, side), root / "train" / "cat" / f"{name}.png")
         save(picture(1, side), root / "test" / "cat" / f"{name}.webp", lossless=True)
     loaded = load(root)
-    assert loaded.leaks == told(alike=1)
+    assert loaded.leak_counts == told(alike=1)
     assert loaded.notes == (alike("train/cat/large.png in train and test/cat/large.webp in test"),)
 
 
 def test_equal_bytes_are_not_told_twice(root):
     save(picture(1), root / "train" / "cat" / "one.png")
     share(root, "train/cat/one.png", "test/cat/other.png")
-    assert load(root).leaks == told(shared=1)
+    assert load(root).leak_counts == told(shared=1)
     save(picture(1), root / "test" / "cat" / "another.jpg", quality=80)
-    assert load(root).leaks == told(shared=1, alike=1)
+    assert load(root).leak_counts == told(shared=1, alike=1)
 
 
 def test_pictures_within_a_split_may_look_alike(root):
     save(picture(1), root / "train" / "cat" / "one.png")
     save(picture(1), root / "train" / "cat" / "other.jpg", quality=80)
-    assert load(root).leaks == told()
+    assert load(root).leak_counts == told()
 
 
 # -------------------------------------------------------------------------------------------------------- definitions
@@ -305,28 +305,28 @@ def test_the_hash_is_what_it_says():
     places = np.random.default_rng(0).integers(0, 256, (8, 9), dtype=np.uint8)
     pixels = places.repeat(8, axis=0).repeat(8, axis=1)[..., None].repeat(3, axis=2)
     bits = "".join(str(int(left < right)) for row in places for left, right in itertools.pairwise(row))
-    hashed, thumbnail = likeness(pixels)
+    hashed, thumbnail = perceptual_hash(pixels)
     assert hashed == int(bits, 2)
     means = pixels[..., 0].reshape(8, 8, 8, 9).mean(axis=(1, 3))
     assert np.abs(np.frombuffer(thumbnail, np.uint8).reshape(8, 8) - means).max() <= 0.5 + 1e-6
-    assert likeness(pixels[:63]) == likeness(pixels[:, :63]) == (0, bytes(64))
+    assert perceptual_hash(pixels[:63]) == perceptual_hash(pixels[:, :63]) == (0, bytes(64))
 
 
 def test_flat_pictures_have_no_hash():
     for flat in (np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 200, np.uint8)):
-        assert likeness(flat)[0] == 0
+        assert perceptual_hash(flat)[0] == 0
     slope = np.broadcast_to(np.arange(72, dtype=np.uint8)[:, None], (64, 72, 3))
-    assert likeness(np.ascontiguousarray(slope))[0] == 0  # every place is darker than its right neighbour
-    assert likeness(np.asarray(picture(1)))[0] != 0
+    assert perceptual_hash(np.ascontiguousarray(slope))[0] == 0  # every place is darker than its right neighbour
+    assert perceptual_hash(np.asarray(picture(1)))[0] != 0
 
 
 def table(digests, found):
     """What is known of examples with these digests, hashes and thumbnails."""
-    draft = example_index.Draft(len(digests))
+    draft = example_index.ExampleIndexBuilder(len(digests))
     for row, (content, (hashed, thumbnail)) in enumerate(zip(digests, found, strict=True)):
-        draft.fill(row, sha256=content, likeness=hashed, thumbnail=thumbnail)
+        draft.set_row(row, sha256=content, likeness=hashed, thumbnail=thumbnail)
     names = [str(row) for row in range(len(digests))]
-    return draft.finish("", names, [""] * len(names))
+    return draft.build("", names, [""] * len(names))
 
 
 def digest(number):
@@ -338,7 +338,7 @@ def pairs_of(found):
     rows = np.arange(len(found))
     splits = {"train": rows[:1], "validation": rows[:0], "test": rows[1:]}
     known = table([digest(row) for row in rows], found)
-    return duplicates.find_leaks(splits, known, np.zeros(len(found), np.int32)).alike
+    return duplicates.find_duplicates(splits, known, np.zeros(len(found), np.int32)).alike
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_leaks_are_those_that_comparing_every_pair_finds(seed):
     splits = {name: np.flatnonzero(place == number) for number, name in enumerate(SPLITS)}
     known = table([digest(number) for number in numbers], [(value, bytes(64)) for value in hashes])
 
-    found = duplicates.find_leaks(splits, known, labels)
+    found = duplicates.find_duplicates(splits, known, labels)
 
     alike, shared, conflicts = set(), set(), set()
     for one, other in itertools.permutations(range(count), 2):
@@ -403,7 +403,7 @@ def test_leaks_are_those_that_comparing_every_pair_finds(seed):
     assert all(numbers[one] == numbers[kept] and place[kept] > place[one] for one, kept in found.shared)
     assert sorted(numbers[group[0]] for group in found.conflicts) == sorted(conflicts)
 
-    kept = duplicates.without_leaks(splits, found)
+    kept = duplicates.remove_duplicates(splits, found)
     np.testing.assert_array_equal(kept["test"], splits["test"])
     gone = set(range(count)) - {row for rows in kept.values() for row in rows.tolist()}
     assert gone == shared | {row for row in range(count) if numbers[row] in conflicts and place[row] < 2}

@@ -33,8 +33,8 @@ def root(tmp_path):
 @pytest.fixture
 def looked(monkeypatch):
     """Whatever is looked at from here on, by content."""
-    seen, look = [], validation.look
-    monkeypatch.setattr(validation, "look", lambda data, *others: seen.append(data) or look(data, *others))
+    seen, look = [], validation.inspect
+    monkeypatch.setattr(validation, "inspect", lambda data, *others: seen.append(data) or look(data, *others))
     return seen
 
 
@@ -80,7 +80,7 @@ def load(place, root=None, **options):
 
 
 def ids(split):
-    return [split.id_of(index) for index in range(len(split))]
+    return [split.example_id(index) for index in range(len(split))]
 
 
 def where(loaded):
@@ -126,7 +126,7 @@ def test_a_table_without_splits_is_cut_by_content(root, name):
     labels = dict(lines_of())
     for split in loaded.splits.values():
         assert [loaded.classes[label] for label in split.labels] == [labels[path] for path in ids(split)]
-        data = (root / split.id_of(0)).read_bytes()
+        data = (root / split.example_id(0)).read_bytes()
         assert split.sha256[0] == hashlib.sha256(data).hexdigest().encode()
         assert split.read([0]) == [data]
 
@@ -136,7 +136,7 @@ def test_the_splits_of_a_table_are_as_it_says(root, name):
     lines = lines_of(split=thirds)
     loaded = load(write_table(root / name, lines))
     assert where(loaded) == {path: split for path, _, split in lines}
-    assert loaded.counts == {"train": 20, "validation": 10, "test": 10}
+    assert loaded.split_sizes == {"train": 20, "validation": 10, "test": 10}
     assert ids(loaded.validation) == [path for path, _, split in lines if split == "validation"]  # in the table's order
 
 
@@ -154,7 +154,9 @@ def test_lines_without_a_split_are_for_training(root):
     for name in ("table.csv", "table.jsonl"):
         loaded = load(write_table(root / name, lines))
         assert ids(loaded.test) == [f"images/{number}.png" for number in range(6)]
-        assert loaded.counts["train"] + loaded.counts["validation"] == 34  # this part is missing: cut from train
+        assert (
+            loaded.split_sizes["train"] + loaded.split_sizes["validation"] == 34
+        )  # this part is missing: cut from train
 
 
 def test_every_writing_of_a_table_is_the_same_data_set(root):
@@ -239,7 +241,7 @@ def test_another_root_is_other_data(tmp_path):
     one, other = (load(place, tmp_path / folder) for folder in ("one", "other"))
     assert one.fingerprint != other.fingerprint
     for folder, loaded in (("one", one), ("other", other)):
-        assert loaded.train.read([0]) == [(tmp_path / folder / loaded.train.id_of(0)).read_bytes()]
+        assert loaded.train.read([0]) == [(tmp_path / folder / loaded.train.example_id(0)).read_bytes()]
 
 
 # --------------------------------------------------------------------------------------------------- what is no table
@@ -331,7 +333,7 @@ def test_missing_files_are_named_with_the_reason(root):
     )
     assert f"{root}/images/notes.txt (no image of a known format (JPEG, PNG, GIF, BMP, WEBP))" in said
     loaded = load(place, on_error="skip")
-    assert sum(loaded.counts.values()) == 40
+    assert sum(loaded.split_sizes.values()) == 40
     assert [name for name, _ in loaded.skipped] == ["images/none.png", "images", "no\0name.png", "images/notes.txt"]
     assert loaded.fingerprint == load(write_jsonl(root / "sound.jsonl", lines_of())).fingerprint
 
@@ -347,7 +349,7 @@ def test_paths_that_leave_the_root_are_refused(root, tmp_path):
     assert message(load, place) == broken(1, 41, f"{root}/link.png ({reason})")
     lines = [(f"root/{path}", label) for path, label in lines_of()]
     loaded = load(write_csv(tmp_path / "table.csv", [*lines, ("out.png", "cat")]))
-    assert sum(loaded.counts.values()) == 41  # nothing is wrong with the file itself
+    assert sum(loaded.split_sizes.values()) == 41  # nothing is wrong with the file itself
 
 
 def test_paths_that_come_back_to_the_root_are_fine(root):
@@ -360,9 +362,9 @@ def test_paths_that_come_back_to_the_root_are_fine(root):
 
 def test_a_file_changed_after_opening_is_named(root):
     split = load(write_csv(root / "table.csv", lines_of(split=thirds))).train
-    path = root / split.id_of(2)
+    path = root / split.example_id(2)
     write_image(path, value=4321)
-    assert message(split.example, 2) == (
+    assert message(split.load_example, 2) == (
         f"every example must be readable, got {path} (changed since the data set was opened); use the data as it was"
     )
 

@@ -14,9 +14,9 @@ import tensorflow as tf
 from train import models
 from train.models import blocks, heads
 from train.models import weights as weights_files
-from train.models.cost import totals
-from train.models.keras_applications import fixed_names
-from train.models.weights import symbolic
+from train.models.cost import total_cost
+from train.models.keras_applications import canonical_names
+from train.models.weights import without_weights
 
 NAMES = tuple(models.BUILDERS)
 SLOW = pytest.mark.slow
@@ -24,11 +24,11 @@ SLOW = pytest.mark.slow
 LIGHT = [pytest.param(name, marks=SLOW) if name == "inception_resnet_v2" else name for name in NAMES]
 AUX = {name: ("aux_1", "aux_2") if name == "inception_v1" else ("aux",) for name in NAMES}
 NARROW = 0.06
-NOTEBOOK_BLOCK = blocks.Widths(256, 64, 96, 128, 16, 32)
+NOTEBOOK_BLOCK = blocks.BranchWidths(256, 64, 96, 128, 16, 32)
 
 
 def side(name):
-    return models.SMALLEST[name]
+    return models.MIN_IMAGE_SIZE[name]
 
 
 def make(name, channels=1, num_classes=5, weights=None, **options):
@@ -90,13 +90,13 @@ def first_names(name):
     """The names that keras.applications gives in a fresh process."""
     keras.utils.clear_session()  # counting starts over, as in a fresh process
     application = {"inception_v3": "InceptionV3", "inception_resnet_v2": "InceptionResNetV2"}[name]
-    with symbolic():
+    with without_weights():
         return names_of(getattr(keras.applications, application)(weights=None))
 
 
 @pytest.mark.parametrize(("name", "shape", "options", "layers", "parameters", "fixed"), PUBLISHED)
 def test_published_numbers(name, shape, options, layers, parameters, fixed):
-    with symbolic():
+    with without_weights():
         model = models.build(name, shape, 1000, **{"aux_weight": 0} | options)
     assert model.count_params() == parameters
     assert count(model.non_trainable_weights) == fixed
@@ -110,14 +110,14 @@ def test_published_numbers(name, shape, options, layers, parameters, fixed):
 
 
 def test_notebook_network_without_its_classifier():
-    with symbolic():
+    with without_weights():
         model = models.build("vgg16_inception", (224, 224, 1), 1000, head="max", aux_weight=0)
     assert model.count_params() - model.get_layer("predictions").count_params() == 8_442_064
 
 
 @pytest.mark.parametrize("kind", ["inception_v1", "inception_v3"])
 def test_notebook_block(kind):
-    with symbolic():
+    with without_weights():
         inputs = keras.Input((224, 224, 1))
         model = keras.Model(inputs, models.BLOCK_KINDS[kind](inputs, NOTEBOOK_BLOCK, "Block_1", 0.9))
     assert model.output.shape == (None, 224, 224, 256)
@@ -127,8 +127,8 @@ def test_notebook_block(kind):
 
 
 def test_proportions_are_the_notebooks():
-    assert blocks.proportional(256) == NOTEBOOK_BLOCK
-    assert blocks.proportional(512) == blocks.Widths(512, 128, 192, 256, 32, 64)
+    assert blocks.proportional_widths(256) == NOTEBOOK_BLOCK
+    assert blocks.proportional_widths(512) == blocks.BranchWidths(512, 128, 192, 256, 32, 64)
 
 
 # --- every network ---------------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def test_proportions_are_the_notebooks():
 
 def test_tables_name_the_same_networks():
     assert NAMES == ("vgg16", "vgg16_inception", "inception_v1", "inception_v3", "inception_resnet_v2")
-    assert tuple(models.SMALLEST) == tuple(models.NATIVE_SIZE) == NAMES
-    assert list(models.SMALLEST.values()) == [32, 32, 32, 75, 75]
+    assert tuple(models.MIN_IMAGE_SIZE) == tuple(models.NATIVE_SIZE) == NAMES
+    assert list(models.MIN_IMAGE_SIZE.values()) == [32, 32, 32, 75, 75]
     assert list(models.NATIVE_SIZE.values()) == [224, 224, 224, 299, 299]
     assert all(builder.__name__ == name for name, builder in models.BUILDERS.items())
 
@@ -166,7 +166,7 @@ def test_fractions_of_pixel_values_count(name, small, pixels):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_model(name, small, pixels):
-    model, network = small(name), models.inference(small(name))
+    model, network = small(name), models.inference_model(small(name))
     assert not [layer for layer in names_of(network) if layer.startswith("aux")]
     assert [id(weight) for weight in network.weights] == [
         id(weight) for layer in trunk(model).values() for weight in layer.weights
@@ -176,7 +176,7 @@ def test_inference_model(name, small, pixels):
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_second_build_and_no_auxiliary_head(name, small):
-    with symbolic():
+    with without_weights():
         again, without = make(name), make(name, aux_weight=0)
     assert sorted(names_of(again)) == sorted(names_of(small(name)))
     assert set(names_of(without)) == set(trunk(small(name)))
@@ -212,7 +212,7 @@ def test_auxiliary_heads_teach_the_trunk(name, small, pixels):
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_scaled_widths(name):
-    with symbolic():
+    with without_weights():
         least, narrow, full = make(name, width=0.001), make(name, width=0.37), make(name, width=1.0)
     assert names_of(least) == names_of(narrow) == names_of(full)
     assert {tensor.shape for tensor in least.output.values()} == {(None, 5)}
@@ -220,13 +220,13 @@ def test_scaled_widths(name):
         # Where the last branch only pools, nothing can take the remainder.
         pools = layer.name in ("mixed3", "mixed8", "mixed_6a", "mixed_7a")
         if isinstance(layer, keras.layers.Concatenate) and not pools:
-            assert layer.output.shape[-1] == blocks.scaled(original.output.shape[-1], 0.37), layer.name
+            assert layer.output.shape[-1] == blocks.scale_channels(original.output.shape[-1], 0.37), layer.name
 
 
 @pytest.mark.parametrize("name", LIGHT)
 @pytest.mark.parametrize("head", models.HEADS)
 def test_heads(name, head):
-    with symbolic():
+    with without_weights():
         model = make(name, head=head, width=0.5)
     assert model.get_layer("predictions").output.shape == (None, 5)
     if head == "fc":
@@ -237,7 +237,7 @@ def test_heads(name, head):
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_batch_norm_momentum(name):
-    with symbolic():
+    with without_weights():
         model = make(name, batch_norm_momentum=0.7)
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
     assert layers and {layer.momentum for layer in layers} == {0.7}
@@ -247,7 +247,7 @@ def test_batch_norm_momentum(name):
 def test_mixed_precision_keeps_ends_in_float32(name):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        with symbolic():
+        with without_weights():
             model = make(name)
     finally:
         keras.config.set_dtype_policy("float32")
@@ -270,7 +270,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "train"]
 def test_saved_networks_load_without_this_package(pixels, tmp_path):
     ours = {}
     for name in NAMES:
-        network = models.inference(make(name, channels=3))
+        network = models.inference_model(make(name, channels=3))
         network.save(tmp_path / f"{name}.keras")
         np.save(tmp_path / f"{name} pixels.npy", images := pixels(name, 3))
         ours[name] = network.predict(images, verbose=0)
@@ -293,7 +293,7 @@ def test_saved_networks_load_without_this_package(pixels, tmp_path):
 )
 def test_normalize_is_the_familys(name, theirs, pixels):
     images = pixels(name, 3)
-    inputs = blocks.images(images.shape[1:])
+    inputs = blocks.image_input(images.shape[1:])
     normalize = blocks.normalize_caffe if name == "vgg16" else blocks.normalize_symmetric
     ours = keras.Model(inputs, normalize(inputs))(images)
     np.testing.assert_allclose(ours, theirs.preprocess_input(images.astype("float32")), rtol=1e-6, atol=1e-5)
@@ -301,7 +301,7 @@ def test_normalize_is_the_familys(name, theirs, pixels):
 
 def test_normalize_of_one_channel_matches_a_grey_picture():
     grey = np.full((1, 32, 32, 1), 200, np.uint8)
-    inputs = blocks.images((32, 32, 1))
+    inputs = blocks.image_input((32, 32, 1))
     ours = keras.Model(inputs, blocks.normalize_caffe(inputs))(grey)
     np.testing.assert_allclose(ours, 200 - (0.299 * 123.68 + 0.587 * 116.779 + 0.114 * 103.939), rtol=1e-5)
 
@@ -316,7 +316,7 @@ def test_every_network_normalizes_as_its_weights_expect(name: str, small):
 
 def test_vgg_normalizes_colours_as_its_weights_expect():
     """Golden numbers of red 10, green 20, blue 30; blue comes first."""
-    with models.weights.symbolic():
+    with models.weights.without_weights():
         network = models.build("vgg16", (32, 32, 3), 10, width=0.05)
     images = np.broadcast_to(np.array([10, 20, 30], "float32"), (1, 32, 32, 3))
     np.testing.assert_allclose(network.layers[1](images)[0, 5, 7], [-73.939, -96.779, -113.68], atol=1e-5)
@@ -326,15 +326,15 @@ def test_vgg_normalizes_colours_as_its_weights_expect():
 
 
 def stage_of(kind, channels=256, in_channels=128, size=16, widths=None):
-    with symbolic():
+    with without_weights():
         inputs = keras.Input((size, size, in_channels))
-        outputs = models.BLOCK_KINDS[kind](inputs, widths or blocks.proportional(channels), "Block_3_1", 0.9)
+        outputs = models.BLOCK_KINDS[kind](inputs, widths or blocks.proportional_widths(channels), "Block_3_1", 0.9)
         return keras.Model(inputs, outputs)
 
 
 @pytest.mark.parametrize("kind", models.BLOCK_KINDS)
 def test_kind_in_each_stage(kind):
-    with symbolic():
+    with without_weights():
         model = make("vgg16_inception", width=0.25, blocks=[kind] * 5)
         assert names_of(model) == names_of(make("vgg16_inception", width=0.25, blocks=[kind] * 5))
     assert model.output["main"].shape == (None, 5)
@@ -347,7 +347,7 @@ def test_kind_in_each_stage(kind):
 @pytest.mark.parametrize("kind", ["single_1x1", "single_3x3", "single_5x5"])
 @pytest.mark.parametrize(("channels", "in_channels"), [(256, 128), (512, 512), (512, 256)])
 def test_single_kinds_cost_what_inception_v1_costs(kind, channels, in_channels):
-    ours, theirs = (totals(stage_of(k, channels, in_channels)).macs for k in (kind, "inception_v1"))
+    ours, theirs = (total_cost(stage_of(k, channels, in_channels)).macs for k in (kind, "inception_v1"))
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
@@ -368,7 +368,7 @@ MACS = {
 def test_multiply_accumulates_of_kinds(kind):
     model = stage_of(kind)
     assert model.output.shape == (None, 16, 16, 256)
-    assert totals(model).macs == 16 * 16 * MACS[kind]
+    assert total_cost(model).macs == 16 * 16 * MACS[kind]
 
 
 def test_names_of_factorised_branches():
@@ -381,14 +381,14 @@ def test_names_of_factorised_branches():
 
 
 def test_last_branch_takes_the_remainder():
-    widths = blocks.proportional(256).scaled(0.3)  # 76.8: 77 = 19 + 38 + 10 + 10, where 9.6 would round to 10
-    model = stage_of("inception_v1", widths=blocks.Widths(78, *list(vars(widths).values())[1:]))
+    widths = blocks.proportional_widths(256).scaled(0.3)  # 76.8: 77 = 19 + 38 + 10 + 10, where 9.6 would round to 10
+    model = stage_of("inception_v1", widths=blocks.BranchWidths(78, *list(vars(widths).values())[1:]))
     assert model.get_layer("Block_3_1_Branch_3_conv").filters == 78 - 19 - 38 - 10
     assert model.output.shape[-1] == 78
 
 
 def test_default_blocks_are_the_notebooks():
-    with symbolic():
+    with without_weights():
         names = names_of(make("vgg16_inception"))
     for name in [
         "block1_conv1_conv",
@@ -413,7 +413,7 @@ def test_default_blocks_are_the_notebooks():
     [(14, 4, 5, 3), (17, 5, 5, 3), (3, 5, 1, 1), (2, 4, 1, 1), (8, 5, 4, 1), (28, 4, 7, 7)],
 )
 def test_pooling_is_the_papers_at_the_papers_size(size, to, window, stride):
-    model = keras.Model(inputs := keras.Input((size, size, 2)), heads.pool_to(inputs, to, "pool"))
+    model = keras.Model(inputs := keras.Input((size, size, 2)), heads.adaptive_average_pool(inputs, to, "pool"))
     pool = model.get_layer("pool")
     assert (pool.pool_size, pool.strides) == ((window, window), (stride, stride))
     assert model.output.shape == (None, min(size, to), min(size, to), 2)
@@ -494,9 +494,9 @@ def test_bad_input(arguments, message):
 
 def test_options_of():
     common = ("width", "head", "batch_norm_momentum", "aux_weight")
-    assert models.options_of("vgg16") == common
-    assert models.options_of("vgg16_inception") == (*common, "blocks")
-    assert models.options_of("inception_v1") == (*common, "batch_norm")
+    assert models.option_names("vgg16") == common
+    assert models.option_names("vgg16_inception") == (*common, "blocks")
+    assert models.option_names("inception_v1") == (*common, "batch_norm")
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -514,8 +514,8 @@ def test_copied_weights_give_equal_outputs(name, application, pixels):
     theirs = getattr(keras.applications, application)(
         weights=None, include_top=False, pooling="avg", input_shape=(side(name), side(name), 3)
     )
-    ours = models.inference(make(name, channels=3, width=1.0, aux_weight=0))
-    names = fixed_names(theirs)
+    ours = models.inference_model(make(name, channels=3, width=1.0, aux_weight=0))
+    names = canonical_names(theirs)
     for layer in theirs.layers:
         if layer.weights:
             ours.get_layer(names[layer.name]).set_weights(layer.get_weights())
@@ -528,13 +528,13 @@ def test_copied_weights_give_equal_outputs(name, application, pixels):
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras", ".h5"])
 def test_weights_of_each_format(suffix, small, tmp_path):
-    source = models.inference(small("inception_v1"))
+    source = models.inference_model(small("inception_v1"))
     path = tmp_path / f"stored{suffix}"
     (source.save_weights if suffix == ".weights.h5" else source.save)(path)
     target = make("inception_v1", num_classes=7)
     fresh = target.get_layer("predictions").get_weights()
     report = weights_files.load(target, path)
-    assert report.fresh == [
+    assert report.newly_initialized == [
         *(name for name in names_of(target) if name == "predictions" or _is_weighted_aux(target, name))
     ]
     assert report.unused == []
@@ -560,9 +560,9 @@ def test_heads_that_only_the_file_has_are_reported(tmp_path):
     make("vgg16", head="fc", width=0.01).save_weights(tmp_path / "top.weights.h5")
     target = make("vgg16", width=0.01, aux_weight=0)
     report = weights_files.load(target, tmp_path / "top.weights.h5")
-    assert report.fresh == ["predictions"]  # 41 features instead of 5
+    assert report.newly_initialized == ["predictions"]  # 41 features instead of 5
     assert {"fc1", "fc2", "aux_predictions"} <= set(report.unused)
-    said = report.sentence()
+    said = report.summary()
     assert said.startswith("weights: 13 layers loaded, block1_conv1 to block5_conv3; new: predictions; of the file not")
     assert "fc1, fc2" in said
 
@@ -575,7 +575,7 @@ def test_weights_of_colour_images_see_a_grey_one_as_one_of_equal_colours(name, f
     grey = make(name, channels=1, aux_weight=0)
     report = weights_files.load(grey, path)
     assert report.adapted == [first]
-    assert f"{first} summed over its three colours" in report.sentence()
+    assert f"{first} summed over its three colours" in report.summary()
     colour = make(name, channels=3, aux_weight=0, weights=path)
     kernel = colour.get_layer(first).get_weights()[0]
     np.testing.assert_allclose(grey.get_layer(first).get_weights()[0], kernel.sum(axis=2, keepdims=True))
@@ -598,7 +598,7 @@ def write_old_format(path, layers):
 
 
 def test_counted_names_that_start_elsewhere_go_by_order(small, tmp_path):
-    source = models.inference(small("inception_v3"))
+    source = models.inference_model(small("inception_v3"))
     count_up = {"conv2d": 7, "batch_normalization": 7}
 
     def shifted(name):
@@ -610,7 +610,7 @@ def test_counted_names_that_start_elsewhere_go_by_order(small, tmp_path):
     with h5py.File(tmp_path / "old.h5") as file:
         assert "conv2d_7" in file and "conv2d" not in file
     target = make("inception_v3", aux_weight=0)
-    assert weights_files.load(target, tmp_path / "old.h5").fresh == ["predictions"]
+    assert weights_files.load(target, tmp_path / "old.h5").newly_initialized == ["predictions"]
     for layer in kept:
         for one, other in zip(layer.get_weights(), target.get_layer(layer.name).get_weights(), strict=True):
             np.testing.assert_array_equal(one, other)
@@ -632,10 +632,10 @@ def test_public_weights_say_what_to_do_where_there_is_no_network(monkeypatch, tm
     with pytest.raises(
         ValueError, match=r"model.weights=imagenet must be fetched, got URL fetch failure .*vgg16"
     ) as said:
-        weights_files.public("vgg16")
+        weights_files.imagenet_weights("vgg16")
     assert "use model.weights=PATH" in str(said.value)
     with pytest.raises(ValueError, match=r"must go with vgg16, inception_v3, inception_resnet_v2, got inception_v1"):
-        weights_files.public("inception_v1")
+        weights_files.imagenet_weights("inception_v1")
 
 
 def test_public_weights_fill_the_trunk(monkeypatch):
@@ -643,7 +643,7 @@ def test_public_weights_fill_the_trunk(monkeypatch):
     monkeypatch.setattr(keras.applications, "VGG16", lambda **_: theirs)  # what would be fetched
     ours = make("vgg16", channels=3, width=1.0, aux_weight=0)
     report = models.load_weights(ours, "imagenet")
-    assert report.sentence() == "weights: 13 layers loaded, block1_conv1 to block5_conv3; new: predictions"
+    assert report.summary() == "weights: 13 layers loaded, block1_conv1 to block5_conv3; new: predictions"
     for layer in theirs.layers:
         for one, other in zip(
             layer.get_weights(), ours.get_layer(layer.name).get_weights() if layer.weights else (), strict=True

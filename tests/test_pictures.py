@@ -12,31 +12,33 @@ import pytest
 from PIL import Image
 
 from train import models
-from train.evaluation.metrics import Outcome, scores
+from train.evaluation.metrics import ClassificationResult, compute_metrics
 from train.evaluation.plots import classification, comparison, image_grids, learning_curves, style
-from train.models.grad_cam import first_filters, grad_cam, last_map
+from train.models.grad_cam import first_conv_kernel, grad_cam, grad_cam_layer
 
 
 def pixels(figure: Any) -> np.ndarray:
     """uint8 [H, W, 4]."""
-    return np.asarray(Image.open(io.BytesIO(style.png(figure))))
+    return np.asarray(Image.open(io.BytesIO(style.to_png(figure))))
 
 
-def said(classes: int, examples: int = 400) -> tuple[Outcome, dict[str, Any]]:
+def said(classes: int, examples: int = 400) -> tuple[ClassificationResult, dict[str, Any]]:
     draw = np.random.default_rng(0)
     truth = draw.integers(0, classes, examples)
     logits = draw.normal(size=(examples, classes)) + 2 * np.eye(classes)[truth]
-    found = Outcome(logits, truth, [f"class $x_{number}$ with a long name <b>" for number in range(classes)])
-    return found, scores(found)
+    found = ClassificationResult(
+        logits, truth, [f"class $x_{number}$ with a long name <b>" for number in range(classes)]
+    )
+    return found, compute_metrics(found)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 30, 200, 1000])
 def test_outcomes_of_any_number_of_classes_fit_on_a_page(classes: int):
     found, numbers = said(classes)
     for figure in (
-        classification.confusion(numbers["confusion"], list(found.classes)),
-        classification.reliability(numbers["calibration"], numbers["ece"]),
-        classification.per_class(numbers["classes"]),
+        classification.plot_confusion_matrix(numbers["confusion"], list(found.classes)),
+        classification.plot_reliability_diagram(numbers["calibration"], numbers["ece"]),
+        classification.plot_per_class_f1(numbers["classes"]),
     ):
         height, width = pixels(figure).shape[:2]
         assert 180 < height < 1800
@@ -44,18 +46,18 @@ def test_outcomes_of_any_number_of_classes_fit_on_a_page(classes: int):
 
 
 def test_the_numbers_of_the_matrix_are_in_it():
-    figure = classification.confusion([[5, 0], [2, 731]], ["a", "b"])
+    figure = classification.plot_confusion_matrix([[5, 0], [2, 731]], ["a", "b"])
     assert {text.get_text() for text in figure.axes[0].texts} == {"5", "2", "731"}
     matrix, names = np.diag(range(50)), [f"c{n}" for n in range(50)]
     matrix[49, 48:] = 7, 3
-    large = classification.confusion(matrix.tolist(), names)
+    large = classification.plot_confusion_matrix(matrix.tolist(), names)
     assert [label.get_text() for label in large.axes[1].get_yticklabels()] == ["c49 → c48"]
 
 
 def test_a_class_without_examples_has_no_bar():
     _, numbers = said(3)
     numbers["classes"][1] |= {"f1": None}
-    figure = classification.per_class(numbers["classes"])
+    figure = classification.plot_per_class_f1(numbers["classes"])
     assert len(figure.axes[0].patches) == 2
 
 
@@ -71,7 +73,7 @@ def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epoch
         line(1, 20, train__loss=1.9, train__main_loss=1.0, train__aux_loss=2.0, validation__loss=0.5,
              validation__main_accuracy=0.7, train__main_accuracy=0.8, learning_rate=0.0),
     ]  # fmt: skip
-    loss, accuracy, rate = (made.axes[0] for made in learning_curves.learning_curves(lines, 1).values())
+    loss, accuracy, rate = (made.axes[0] for made in learning_curves.plot_learning_curves(lines, 1).values())
     drawn = {one.get_label(): one.get_xydata().tolist() for one in loss.lines}
     assert drawn["train, main"] == [[1, 2.0], [2, 1.0]]
     assert drawn["validation"] == [[1, 1.5], [2, 0.5]]
@@ -83,17 +85,19 @@ def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epoch
 
 
 def test_without_a_mistake_that_is_said():
-    figure = image_grids.mistakes(np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
+    figure = image_grids.plot_top_errors(np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
     assert "no mistakes" in figure.axes[0].texts[0].get_text()
 
 
 def test_mistakes_and_filters_of_any_channels():
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
-    figure = image_grids.mistakes(images, ["a"] * 7, [("b", 0.9)] * 7, ["name"] * 7)
+    figure = image_grids.plot_top_errors(images, ["a"] * 7, [("b", 0.9)] * 7, ["name"] * 7)
     assert sum(bool(axes.images) for axes in figure.axes) == 7
     for channels in (1, 3, 5):
         kernel = np.random.default_rng(0).normal(size=(3, 3, channels, 70))
-        assert sum(bool(axes.images) for axes in image_grids.filters(kernel, "conv").axes) == image_grids.FILTERS
+        assert (
+            sum(bool(axes.images) for axes in image_grids.plot_filters(kernel, "conv").axes) == image_grids.MAX_FILTERS
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- Grad-CAM
@@ -129,8 +133,8 @@ def test_where_nothing_speaks_for_a_class_there_is_no_heat():
 
 @pytest.mark.parametrize(("name", "side"), [("vgg16", 64), ("vgg16_inception", 64), ("inception_v3", 139)])
 def test_the_map_is_one_that_everything_goes_through(name: str, side: int):
-    model = models.inference(models.build(name, (side, side, 1), 3, width=0.05))
-    layer = last_map(model)
+    model = models.inference_model(models.build(name, (side, side, 1), 3, width=0.05))
+    layer = grad_cam_layer(model)
     assert min(layer.output.shape[1:3]) >= 4
     # Without that layer's output nothing of the images reaches the logits.
     behind = keras.Model(layer.output, model.outputs[0])
@@ -140,8 +144,8 @@ def test_the_map_is_one_that_everything_goes_through(name: str, side: int):
 
 
 def test_the_first_filters_are_those_of_the_first_convolution():
-    model = models.inference(models.build("vgg16", (32, 32, 1), 3, width=0.05))
-    kernel, name = first_filters(model)
+    model = models.inference_model(models.build("vgg16", (32, 32, 1), 3, width=0.05))
+    kernel, name = first_conv_kernel(model)
     assert (name, kernel.shape) == ("block1_conv1", (3, 3, 1, 3))
 
 
@@ -150,26 +154,28 @@ def test_the_first_filters_are_those_of_the_first_convolution():
 
 def test_rows_and_the_front_are_drawn_for_one_seed_and_for_many():
     from train.compare import Row
-    from train.evaluation.statistics import mean_of
+    from train.evaluation.statistics import mean_interval
 
     def row(label: str, values: list[float], macs: float, *, best: bool) -> Row:
         figures = {"parameters": 1.0, "macs": macs, "images_per_second": 1.0, "memory": 1.0}
-        return Row(label, {}, dict(enumerate(values)), figures, mean_of(values), best_buy=best)
+        return Row(label, {}, dict(enumerate(values)), figures, mean_interval(values), on_pareto_front=best)
 
     shown = [
         row("a", [0.9, 0.95, 0.92], 1e8, best=True),
         row("b", [0.99], 9e8, best=True),
         row("c", [0.5], 2e8, best=False),
     ]
-    axes = comparison.front(shown, "test/accuracy").axes[0]
+    axes = comparison.plot_pareto_front(shown, "test/accuracy").axes[0]
     assert axes.get_xscale() == "log"
     assert {text.get_text() for text in axes.texts} == {"a", "b", "c"}
-    many = comparison.seeds(shown * 40, "test/accuracy")
+    many = comparison.plot_seeds(shown * 40, "test/accuracy")
     assert "the first 60 of 120" in many.axes[0].get_title(loc="left")
     unknown = [row("a", [0.9], float("nan"), best=False)]
-    assert "no run has its multiply-accumulates" in comparison.front(unknown, "x").axes[0].texts[0].get_text()
+    assert (
+        "no run has its multiply-accumulates" in comparison.plot_pareto_front(unknown, "x").axes[0].texts[0].get_text()
+    )
 
 
 def test_nothing_needs_a_screen(tmp_path: Path):
-    (tmp_path / "picture.png").write_bytes(style.png(image_grids.filters(np.ones((3, 3, 1, 2)), "conv")))
+    (tmp_path / "picture.png").write_bytes(style.to_png(image_grids.plot_filters(np.ones((3, 3, 1, 2)), "conv")))
     assert Image.open(tmp_path / "picture.png").format == "PNG"

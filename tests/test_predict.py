@@ -24,10 +24,10 @@ from conftest import ROOT, Done, Finished, message, run_command
 from PIL import Image
 from test_export import shipped  # noqa: F401 (a fixture)
 
-from train.config.serialization import LAYOUT
-from train.predict import found, predict, ranked
-from train.serve import Served
-from train.tracking.run_dir import open_folder
+from train.config.serialization import RUN_FORMAT_VERSION
+from train.predict import expand_paths, predict, top_classes
+from train.serve import ServedModel
+from train.tracking.run_dir import open_run_dir
 
 HEAVY = (
     "mlflow",
@@ -134,11 +134,16 @@ def test_attention_is_drawn_on_request(finished: Finished, pictures: Path, tmp_p
 
 def test_folders_patterns_and_files_are_found(pictures: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(pictures)
-    assert len(list(found("digits"))) == 40
-    assert len(list(found("digits/*/0*.png"))) == 10
-    assert [path.name for path in found("broken,digits/0/00.png")] == ["short.png", "text.png", "whole.png", "00.png"]
+    assert len(list(expand_paths("digits"))) == 40
+    assert len(list(expand_paths("digits/*/0*.png"))) == 10
+    assert [path.name for path in expand_paths("broken,digits/0/00.png")] == [
+        "short.png",
+        "text.png",
+        "whole.png",
+        "00.png",
+    ]
     (pictures / "a,b.png").write_bytes(b"")
-    assert list(found("a,b.png")) == [Path("a,b.png")]
+    assert list(expand_paths("a,b.png")) == [Path("a,b.png")]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +201,7 @@ def test_onnx_that_was_not_exported(finished: Finished):
 
 
 def test_equal_probabilities_are_ranked_by_their_class():
-    assert ranked(np.array([0.25, 0.25, 0.5]), ["a", "b", "c"], 2) == [("c", 0.5), ("a", 0.25)]
+    assert top_classes(np.array([0.25, 0.25, 0.5]), ["a", "b", "c"], 2) == [("c", 0.5), ("a", 0.25)]
 
 
 # -------------------------------------------------------------------------------------------------------------- serve
@@ -289,17 +294,18 @@ def test_what_can_not_be_served(finished: Finished, tmp_path: Path):
 
 
 def test_arrays_that_have_other_numbers_are_refused(finished: Finished):
-    served = Served(finished.path)
-    assert served.images(np.zeros((2, 9, 7, 1), np.int64)).shape == (2, 32, 32, 1)
-    assert "C = 1, got one of shape [2, 3]" in message(served.images, np.zeros((2, 3)))
+    served = ServedModel(finished.path)
+    assert served.decode_images(np.zeros((2, 9, 7, 1), np.int64)).shape == (2, 32, 32, 1)
+    assert "C = 1, got one of shape [2, 3]" in message(served.decode_images, np.zeros((2, 3)))
 
 
 def test_a_run_of_a_newer_version_is_refused(finished: Finished, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run, symlinks=True)
     identity = json.loads((run / "run.json").read_text())
-    assert identity["layout"] == LAYOUT
-    (run / "run.json").write_text(json.dumps(identity | {"layout": LAYOUT + 1}))
-    said = f"run must be of layout {LAYOUT} at most, got {run}, which a newer version wrote as {LAYOUT + 1}"
+    assert identity["layout"] == RUN_FORMAT_VERSION
+    (run / "run.json").write_text(json.dumps(identity | {"layout": RUN_FORMAT_VERSION + 1}))
+    said = f"run must be of layout {RUN_FORMAT_VERSION} at most, got {run}, which a newer "
+    said += f"version wrote as {RUN_FORMAT_VERSION + 1}"
     assert said in message(predict, [f"run={run}", f"images={run / 'augmented.png'}"])
-    assert said in message(open_folder, run)
+    assert said in message(open_run_dir, run)

@@ -19,16 +19,16 @@ from conftest import ROOT, THREADS, run_command, wait_for
 
 from train import models, resume
 from train.config import composition
-from train.config.compatibility import refuse_changes
+from train.config.compatibility import check_compatible
 from train.config.schema import ConfigError
-from train.config.serialization import Private, to_dict
+from train.config.serialization import Redactor, to_dict
 from train.data import pipeline
 from train.run import state, train_and_evaluate
 from train.tracking import run_metadata, uploader
 from train.tracking.journal import ReplayError, comparable
-from train.tracking.run_dir import RunFolder, create, open_folder
+from train.tracking.run_dir import RunDir, create_run_dir, open_run_dir
 from train.training import checkpoint
-from train.training.loop import DivergedError, Stops
+from train.training.loop import DivergedError, SignalHandler
 
 # The quickest network to build.
 TINY = [
@@ -57,24 +57,26 @@ class Dead(BaseException):
 def begin(folder: Path, *words: str) -> dict[str, Any]:
     """The first life of a run; its summary."""
     config = composition.compose([f"run_dir='{folder}'", f"threads={THREADS}", *TINY, *words])
-    return life(create(config.run_dir, ROOT / "runs", "tests", latest=False), config, Private())
+    return life(create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False), config, Redactor())
 
 
 def go_on(folder: Path, *words: str, accepted: str = "") -> dict[str, Any]:
     """One more life, with the stored config and these words."""
     stored = yaml.safe_load((folder / "config.yaml").read_text())
-    node = composition.stored(stored, list(words))
+    node = composition.from_stored(stored, list(words))
     return life(
-        open_folder(folder),
+        open_run_dir(folder),
         composition.to_config(node),
-        composition.private(node),
+        composition.make_redactor(node),
         frozenset(filter(None, accepted.split(","))),
     )
 
 
-def life(folder: RunFolder, config: Any, private: Private, accepted: frozenset[str] = frozenset()) -> dict[str, Any]:
-    told = train_and_evaluate.Life(folder, config, private, Stops(), accepted, run_metadata.begin(folder, config))
-    train_and_evaluate.tell(told)
+def life(folder: RunDir, config: Any, private: Redactor, accepted: frozenset[str] = frozenset()) -> dict[str, Any]:
+    told = train_and_evaluate.RunSession(
+        folder, config, private, SignalHandler(), accepted, run_metadata.initial_summary(folder, config)
+    )
+    train_and_evaluate.train_and_evaluate(told)
     return told.summary
 
 
@@ -90,7 +92,7 @@ def dying(monkeypatch: pytest.MonkeyPatch):
             if where == name and (passed[where] if at is None else at) == number:
                 raise Dead
 
-        monkeypatch.setattr(state.faults, "point", point)
+        monkeypatch.setattr(state.fault_injection, "fail_point", point)
 
     return die
 
@@ -138,7 +140,7 @@ def test_compute_threads_belong_to_the_config():
     from train.config.serialization import config_hash
 
     one, two = (composition.compose([f"threads={number}"]) for number in (1, 2))
-    assert config_hash(one, Private()) != config_hash(two, Private())
+    assert config_hash(one, Redactor()) != config_hash(two, Redactor())
 
 
 # -------------------------------------------------------------------------------------------------------- going on
@@ -250,14 +252,14 @@ def test_other_bits_are_an_error_that_names_the_step(tmp_path: Path, dying: Any)
         begin(folder, EVERY)
     dying(None)
     [path] = (folder / "checkpoints").iterdir()
-    saved = checkpoint.read(path)
+    saved = checkpoint.read_checkpoint(path)
     name = next(name for name in saved.arrays if name.endswith("block1_conv1/kernel") and name.startswith("model/"))
     saved.arrays[name] = saved.arrays[name] * np.float32(1.1)
     for file in path.iterdir():
         file.unlink()
     path.rmdir()
-    writer = checkpoint.Checkpoints(path.parent, keep=2)
-    writer.save(path.name, saved.arrays, saved.content)
+    writer = checkpoint.CheckpointManager(path.parent, keep=2)
+    writer.save(path.name, saved.arrays, saved.metadata)
     writer.close()
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(ReplayError, match=r"must give the same bits, but in epoch 1 at step 6 .* was .*, is "):
@@ -278,7 +280,7 @@ def halted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (where, at) == ("step", 7):
             raise Dead
 
-    patch.setattr(state.faults, "point", point)
+    patch.setattr(state.fault_injection, "fail_point", point)
     folder = tmp_path_factory.mktemp("halted") / "run"
     with pytest.raises(Dead):
         begin(folder, EVERY)
@@ -329,10 +331,10 @@ def test_what_does_not_fit_the_run_is_refused_in_one_line(words: list[str], answ
 def test_another_ground_is_refused_and_named(name: str, value: str, halted: Path):
     """A real checkpoint's ground has all these names in it."""
     [path] = (halted / "checkpoints").iterdir()
-    ground = checkpoint.read(path).content["ground"]
+    ground = checkpoint.read_checkpoint(path).metadata["ground"]
     now = ground[name]
     with pytest.raises(ConfigError) as caught:
-        refuse_changes(ground | {name: value}, ground, frozenset())
+        check_compatible(ground | {name: value}, ground, frozenset())
     assert str(caught.value) == (
         f"a run goes on as it was, but {name} was {value}, is {now}; put it back, or use make resume accept={name}"
     )
@@ -342,8 +344,8 @@ def test_a_ground_that_was_accepted_is_recorded_and_begins_a_branch(halted: Path
     folder = tmp_path / "run"
     run_command("cp", "-r", str(halted), str(folder))
     [path] = (folder / "checkpoints").iterdir()
-    saved = checkpoint.read(path)
-    (folder / "ground.json").write_text(json.dumps(saved.content["ground"] | {"code": "0123", "version.keras": "3.0"}))
+    saved = checkpoint.read_checkpoint(path)
+    (folder / "ground.json").write_text(json.dumps(saved.metadata["ground"] | {"code": "0123", "version.keras": "3.0"}))
     before = contents(folder)
     with pytest.raises(ConfigError, match=r"code was 0123, is \w+; version.keras was 3.0, is .* accept=code,version.k"):
         go_on(folder)
@@ -410,14 +412,14 @@ def test_a_finished_run_says_so_before_tensorflow_is_loaded(tmp_path: Path, halt
 
 
 def test_a_run_that_is_alive_is_refused(halted: Path):
-    with open_folder(halted).held(), pytest.raises(ConfigError, match=f"run must not be alive, got {halted}, where"):
+    with open_run_dir(halted).locked(), pytest.raises(ConfigError, match=f"run must not be alive, got {halted}, where"):
         resume.resume([f"run={halted}"])
 
 
 def test_training_into_the_folder_of_another_config_is_refused(halted: Path):
     config = composition.compose([f"run_dir={halted}", f"threads={THREADS}", *TINY, EVERY, "seed=5", "optimizer=adamw"])
     with pytest.raises(ConfigError) as caught:
-        resume.train_again(open_folder(halted), config, Private())
+        resume.resume_if_same_config(open_run_dir(halted), config, Redactor())
     assert "optimizer.name was sgd, is adamw; " in str(caught.value)
     assert f"seed was 0, is 5; use another run_dir, or make resume run={halted}" in str(caught.value)
 
@@ -427,21 +429,21 @@ def test_training_again_takes_what_may_differ_from_the_words(tmp_path: Path, mon
     config = composition.compose(
         ["data=folder", f"data.root={tmp_path}", "tracking.uri=http://me:secret@h:1", "seed=3"]
     )
-    reference = Private({"data.root": "${oc.env:PICTURES}"}, {})
-    for private, root in ((Private(), tmp_path), (reference, "${oc.env:PICTURES}")):
-        words = resume.free_words(config, private)
+    reference = Redactor({"data.root": "${oc.env:PICTURES}"}, {})
+    for private, root in ((Redactor(), tmp_path), (reference, "${oc.env:PICTURES}")):
+        words = resume.ignored_overrides(config, private)
         assert f"data.root={root}" in words and "tracking.uri=http://me:secret@h:1" in words
-        node = composition.stored(to_dict(config, Private()), words)
+        node = composition.from_stored(to_dict(config, Redactor()), words)
         assert composition.to_config(node).data == config.data
     assert not any(word.startswith(("seed", "run_dir", "data.manual_dir")) for word in words)
 
 
 def test_a_value_from_the_environment_that_was_not_stored_has_to_be_given(halted: Path):
     stored = yaml.safe_load((halted / "config.yaml").read_text())
-    stored["tracking"]["uri"] = composition.HIDDEN
+    stored["tracking"]["uri"] = composition.REDACTED
     with pytest.raises(ConfigError, match=r"tracking.uri must be given again, since it was not stored; use tracking"):
-        composition.stored(stored, [])
-    assert composition.stored(stored, ["tracking.uri=http://h:1"]).tracking.uri == "http://h:1"
+        composition.from_stored(stored, [])
+    assert composition.from_stored(stored, ["tracking.uri=http://h:1"]).tracking.uri == "http://h:1"
 
 
 # ----------------------------------------------------------------------------------------------- numbers gone bad
@@ -457,7 +459,7 @@ def test_a_run_that_diverges_stops_with_advice_and_no_bad_checkpoint(tmp_path: P
         "or precision=float32"
     )
     [path] = (tmp_path / "run/checkpoints").iterdir()
-    assert all(np.isfinite(array).all() for array in checkpoint.read(path).arrays.values())
+    assert all(np.isfinite(array).all() for array in checkpoint.read_checkpoint(path).arrays.values())
 
 
 @pytest.mark.slow
@@ -517,16 +519,16 @@ def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(
                 while True:
                     file.write(bytes(4096))
 
-    monkeypatch.setattr(state.faults, "point", point)
+    monkeypatch.setattr(state.fault_injection, "fail_point", point)
     config = composition.compose([f"run_dir={disk / 'run'}", f"threads={THREADS}", *TINY, EVERY])
-    folder = create(config.run_dir, ROOT / "runs", "tests", latest=False)
-    assert train_and_evaluate.live(folder, config, Private()) == 1
+    folder = create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
+    assert train_and_evaluate.run_session(folder, config, Redactor()) == 1
     told = capsys.readouterr().err
     assert answer.format(disk / "run") in told
     assert "Traceback" not in told
     if fill_at == 7:
         [saved] = (disk / "run/checkpoints").glob("epoch-*")
-        assert checkpoint.read(saved).content["progress"]["steps"] == 4
+        assert checkpoint.read_checkpoint(saved).metadata["progress"]["steps"] == 4
         assert "a checkpoint could not be written to" in told
     (disk / "filler").unlink()
     monkeypatch.undo()
@@ -564,7 +566,12 @@ def test_sigterm_saves_and_resume_comes_to_the_same_bits(tmp_path: Path, untouch
     assert f"to go on: make resume run={folder}" in out
     summary = json.loads((folder / "summary.json").read_text())
     [saved] = (folder / "checkpoints").iterdir()
-    assert checkpoint.read(saved).content["progress"]["steps"] == summary["steps"] == summary["steps_executed"] < 12
+    assert (
+        checkpoint.read_checkpoint(saved).metadata["progress"]["steps"]
+        == summary["steps"]
+        == summary["steps_executed"]
+        < 12
+    )
     assert "test" not in summary
 
     client = MlflowClient(uri)

@@ -25,12 +25,12 @@ from PIL import Image
 
 from train.config.composition import compose
 from train.config.schema import ConfigError
-from train.config.serialization import Private
+from train.config.serialization import Redactor
 from train.run import factory, train_and_evaluate
 from train.runtime import setup
 from train.tracking import run_metadata, uploader
-from train.tracking.run_dir import create, open_folder
-from train.training.loop import Stops
+from train.tracking.run_dir import create_run_dir, open_run_dir
+from train.training.loop import SignalHandler
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +43,11 @@ def in_process(folder: Path, *words: str) -> dict[str, Any]:
     """The story without its MLflow record; the summary."""
     config = compose([f"run_dir={folder}", f"threads={THREADS}", "evaluate.report=false", *words])
     there = (folder / "run.json").exists()
-    place = open_folder(folder) if there else create(config.run_dir, ROOT / "runs", "tests", latest=False)
-    life = train_and_evaluate.Life(place, config, Private(), Stops(), summary=run_metadata.begin(place, config))
-    train_and_evaluate.tell(life)
+    place = open_run_dir(folder) if there else create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
+    life = train_and_evaluate.RunSession(
+        place, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(place, config)
+    )
+    train_and_evaluate.train_and_evaluate(life)
     return life.summary
 
 
@@ -159,8 +161,8 @@ def test_other_data_than_was_asked_for_is_refused(tmp_path: Path):
 
 
 def test_a_run_that_waited_for_its_data_says_so():
-    assert train_and_evaluate.waiting(0.049) == ""
-    assert train_and_evaluate.waiting(0.314) == (
+    assert train_and_evaluate.input_bound_warning(0.049) == ""
+    assert train_and_evaluate.input_bound_warning(0.314) == (
         "the input bound this run: 31% of the training time was spent waiting for data; use a larger "
         "data.ram_budget, data.cache=disk, a cheaper augment, smaller files, or more processor cores"
     )
@@ -198,7 +200,7 @@ def test_the_stored_model_is_what_was_measured(finished: Finished, tmp_path: Pat
     from train import data
 
     split = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).test
-    pixels = np.stack([split.example(index) for index in range(len(split))])
+    pixels = np.stack([split.load_example(index) for index in range(len(split))])
     np.savez(tmp_path / "test.npz", images=pixels, labels=split.labels)
     script = (
         "import sys, keras, numpy as np\n"
@@ -263,19 +265,19 @@ def test_storage_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    folder = create(str(tmp_path / "run"), tmp_path, "tests", latest=False)
+    folder = create_run_dir(str(tmp_path / "run"), tmp_path, "tests", latest=False)
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(ValueError) as refused, folder.held():
+    with pytest.raises(ValueError) as refused, folder.locked():
         raise AssertionError("it was held")
     said = f"{tmp_path}/run must be on storage where files can be locked (No locks available); use another run_dir"
     assert str(refused.value) == said
 
 
 def test_latest_points_at_the_newest_run_under_runs(tmp_path: Path):
-    first = create(None, tmp_path / "runs", "tests", latest=True)
-    second = create(None, tmp_path / "runs", "tests", latest=True)
-    create(None, tmp_path / "runs", "tests", latest=False)
-    create(str(tmp_path / "elsewhere"), tmp_path / "runs", "tests", latest=True)
+    first = create_run_dir(None, tmp_path / "runs", "tests", latest=True)
+    second = create_run_dir(None, tmp_path / "runs", "tests", latest=True)
+    create_run_dir(None, tmp_path / "runs", "tests", latest=False)
+    create_run_dir(str(tmp_path / "elsewhere"), tmp_path / "runs", "tests", latest=True)
     link = tmp_path / "runs/latest"
     assert link.resolve() == second.path != first.path
     assert str(link.readlink()) == str(second.path.relative_to(tmp_path / "runs"))
@@ -384,7 +386,7 @@ def test_a_data_set_prepared_on_the_way_changes_no_bit(tmp_path: Path):
 
 def test_our_warnings_are_seen_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Such as classifier layers of a weight file that don't fit and start anew; other packages' stay in train.log."""
-    with run_metadata.log_file(create(str(tmp_path / "run"), tmp_path, "x", latest=False)):
+    with run_metadata.log_to_file(create_run_dir(str(tmp_path / "run"), tmp_path, "x", latest=False)):
         logging.getLogger("train.models.weights").warning("predictions starts anew")
         logging.getLogger("train.models.weights").info("loaded")
         logging.getLogger("elsewhere").warning("noise")

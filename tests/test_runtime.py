@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_command
 
 from train.config.composition import compose
-from train.config.schema import SMALLEST_IMAGE
+from train.config.schema import MIN_IMAGE_SIZE
 from train.runtime import setup
 
 MEASURED = {"cpu": {"vgg16": {"precision": "mixed_bfloat16", "jit": "on", "cores": 0.5, "why": "7.00 times as fast"}}}
@@ -25,14 +25,14 @@ NO_EVIDENCE = ["evaluate.test=false", "evaluate.report=false"]  # scores and pic
 @pytest.fixture
 def a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without bfloat16, of eight cores, with a table of its own."""
-    monkeypatch.setattr(setup, "FASTEST", tmp_path / "auto_settings.json")
+    monkeypatch.setattr(setup, "AUTO_SETTINGS", tmp_path / "auto_settings.json")
     monkeypatch.setattr(setup, "_cpu_flags", set)
     monkeypatch.setattr(setup, "cores", lambda: 8)
     (tmp_path / "auto_settings.json").write_text(json.dumps(MEASURED))
 
 
 def settled(*words: str) -> tuple[str, str, int | None, str]:
-    config, why = setup.settle(compose(["device=cpu", *words]))
+    config, why = setup.resolve_auto(compose(["device=cpu", *words]))
     return config.precision, config.jit, config.threads, why
 
 
@@ -49,13 +49,13 @@ def test_where_nothing_was_measured_that_is_said():
 
 
 def test_fewer_bits_than_asked_for_are_told():
-    assert setup.told_of_tf32("gpu_bfloat16", "float32")[0].startswith("float32: this GPU multiplies in TF32")
-    assert setup.told_of_tf32("gpu_bfloat16", "mixed_bfloat16") == setup.told_of_tf32("gpu", "float32") == []
+    assert setup.tf32_note("gpu_bfloat16", "float32")[0].startswith("float32: this GPU multiplies in TF32")
+    assert setup.tf32_note("gpu_bfloat16", "mixed_bfloat16") == setup.tf32_note("gpu", "float32") == []
 
 
 def test_the_table_has_only_what_can_be_typed():
-    table = json.loads(setup.FASTEST.read_text())
-    assert set(table["cpu_bfloat16"]) == set(SMALLEST_IMAGE)
+    table = json.loads(setup.AUTO_SETTINGS.read_text())
+    assert set(table["cpu_bfloat16"]) == set(MIN_IMAGE_SIZE)
     for rows in table.values():
         for model, row in rows.items():
             compose([f"model={model}", f"precision={row['precision']}", f"jit={row['jit']}"])
@@ -65,8 +65,8 @@ def test_the_table_has_only_what_can_be_typed():
 
 def test_what_is_absent_comes_back():
     script = (
-        "import sys; from train.runtime.setup import absent; import numpy\n"
-        "with absent('numpy', 'sklearn'):\n"
+        "import sys; from train.runtime.setup import hide_modules; import numpy\n"
+        "with hide_modules('numpy', 'sklearn'):\n"
         "    import numpy.linalg\n"
         "    try: import sklearn\n"
         "    except ImportError as fault: print(fault)\n"

@@ -9,14 +9,14 @@ from sklearn import metrics
 
 from train.evaluation import test_time_augmentation
 from train.evaluation.metrics import (
-    Outcome,
-    answers,
+    ClassificationResult,
     bootstrap_interval,
-    calibration,
+    calibration_bins,
+    compute_metrics,
     evaluate,
-    headline,
     log_softmax,
-    scores,
+    predict_all,
+    summary_metrics,
 )
 
 CLASSES = ("cat", "dog", "eel")
@@ -27,12 +27,12 @@ LOGITS = np.log(
 TRUTH = np.array([0, 1, 1, 0, 0, 1])
 
 
-def outcome() -> Outcome:
-    return Outcome(LOGITS, TRUTH, CLASSES)
+def outcome() -> ClassificationResult:
+    return ClassificationResult(LOGITS, TRUTH, CLASSES)
 
 
 def test_the_numbers_of_six_answers():
-    found = scores(outcome())
+    found = compute_metrics(outcome())
     assert found["examples"] == 6
     assert found["accuracy"] == pytest.approx(4 / 6)
     assert found["loss"] == pytest.approx(-np.log([0.7, 0.8, 0.05, 0.5, 0.2, 0.6]).mean())
@@ -45,7 +45,7 @@ def test_the_numbers_of_six_answers():
 
 
 def test_a_class_without_an_example_has_no_recall_and_counts_in_no_mean():
-    found = scores(outcome())
+    found = compute_metrics(outcome())
     eel = found["classes"][2]
     assert (eel["recall"], eel["roc_auc"], eel["f1"]) == (None, None, None)
     assert found["macro_recall"] == pytest.approx(2 / 3)
@@ -54,22 +54,22 @@ def test_a_class_without_an_example_has_no_recall_and_counts_in_no_mean():
 
 
 def test_one_class_alone_has_no_area():
-    found = scores(Outcome(LOGITS, np.zeros(6, int), CLASSES))
+    found = compute_metrics(ClassificationResult(LOGITS, np.zeros(6, int), CLASSES))
     assert found["roc_auc"] is None
     assert found["accuracy"] == pytest.approx(3 / 6)
 
 
 def test_calibration_is_the_gap_between_saying_and_being_right():
-    bins = calibration(outcome())
+    bins = calibration_bins(outcome())
     assert [row["examples"] for row in bins] == [1, 1, 1, 1, 1, 1]
     assert sum(row["examples"] for row in bins) == 6
     by_hand = np.abs(np.array([0.7, 0.8, 0.9, 0.5, 0.45, 0.6]) - [1, 1, 0, 1, 0, 1]).mean()
-    assert scores(outcome())["ece"] == pytest.approx(by_hand)
+    assert compute_metrics(outcome())["ece"] == pytest.approx(by_hand)
 
 
 def test_confidence_on_an_edge_falls_into_the_lower_bin_and_certainty_into_the_last():
-    sure = Outcome(np.array([[50.0, -50.0], [0.0, 0.0]]), np.array([0, 0]), ("a", "b"))
-    low, high = calibration(sure)
+    sure = ClassificationResult(np.array([[50.0, -50.0], [0.0, 0.0]]), np.array([0, 0]), ("a", "b"))
+    low, high = calibration_bins(sure)
     assert (low["examples"], low["confidence"]) == (1, 0.5)
     assert (high["high"], high["accuracy"]) == (1.0, 1.0)
 
@@ -86,17 +86,19 @@ def test_the_interval_is_that_of_resampling_examples():
 def test_answers_that_are_no_numbers_are_refused():
     broken = LOGITS.copy()
     broken[2, 1] = np.nan
-    assert message(Outcome, broken, TRUTH, CLASSES).startswith("the network's answers must be finite, got 1 of 6")
+    assert message(ClassificationResult, broken, TRUTH, CLASSES).startswith(
+        "the network's answers must be finite, got 1 of 6"
+    )
 
 
 def test_every_example_counts_once():
     batches = [(LOGITS[:4], np.eye(3)[TRUTH[:4]]), (LOGITS[4:], np.eye(3)[TRUTH[4:]])]
-    logits, truth = answers(lambda images: images, batches, 6)
+    logits, truth = predict_all(lambda images: images, batches, 6)
     np.testing.assert_array_equal(logits, LOGITS)
     np.testing.assert_array_equal(truth, TRUTH)
-    assert evaluate(lambda images: images, batches, 6) == headline(LOGITS, TRUTH)
+    assert evaluate(lambda images: images, batches, 6) == summary_metrics(LOGITS, TRUTH)
     for expected in (5, 7):
-        assert "got 6 of" in message(answers, lambda images: images, batches, expected)
+        assert "got 6 of" in message(predict_all, lambda images: images, batches, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- views
@@ -114,11 +116,11 @@ def lit() -> np.ndarray:
 
 
 def test_one_view_is_the_network_itself():
-    assert test_time_augmentation.averaged(brightness, "one") is brightness
+    assert test_time_augmentation.average_views(brightness, "one") is brightness
 
 
 def test_mirrored_answers_are_averaged_as_probabilities():
-    found = np.exp(test_time_augmentation.averaged(brightness, "mirror")(lit()))
+    found = np.exp(test_time_augmentation.average_views(brightness, "mirror")(lit()))
     np.testing.assert_allclose(found, 0.5)  # what speaks for left speaks for right in the mirror
 
     def asymmetric(images: np.ndarray) -> np.ndarray:
@@ -126,7 +128,7 @@ def test_mirrored_answers_are_averaged_as_probabilities():
 
     plain, mirrored = (np.exp(log_softmax(asymmetric(pixels))) for pixels in (lit(), lit()[:, :, ::-1]))
     np.testing.assert_allclose(
-        np.exp(test_time_augmentation.averaged(asymmetric, "mirror")(lit())), (plain + mirrored) / 2
+        np.exp(test_time_augmentation.average_views(asymmetric, "mirror")(lit())), (plain + mirrored) / 2
     )
 
 
@@ -137,9 +139,15 @@ def test_ten_crops_are_ten_and_keep_the_size():
         seen.append(images)
         return brightness(images)
 
-    assert test_time_augmentation.averaged(predict, "ten_crop")(lit()).shape == (3, 2)
+    assert test_time_augmentation.average_views(predict, "ten_crop")(lit()).shape == (3, 2)
     assert [(images.shape, images.dtype) for images in seen] == [((3, 8, 8, 1), np.uint8)] * 10
     np.testing.assert_array_equal(seen[5], seen[0][:, :, ::-1])
     corner = np.zeros((1, 16, 16, 1), np.uint8)
     corner[0, 0, 0] = 255
-    assert [bool(view(corner).any()) for view in test_time_augmentation.CROPS] == [False, True, False, False, False]
+    assert [bool(view(corner).any()) for view in test_time_augmentation.FIVE_CROPS] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]

@@ -21,22 +21,22 @@ import pytest
 from conftest import ROOT, Done, message, once, run_command, run_train
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from train.config.composition import quoted
+from train.config.composition import quote_value
 from train.config.schema import Config, Sweep
 from train.sweep import run, search, search_space, trials, workers
 from train.sweep.search_space import Axis
-from train.sweep.trials import SweepFolder, Trial
-from train.sweep.workers import Ended, Slots, Wish, judge
+from train.sweep.trials import SweepDir, Trial
+from train.sweep.workers import SweepSignalHandler, TrialResult, WorkerPool, classify_exit
 
 # ------------------------------------------------------------------------------------------------------- the words
 
 
 def axes_of(*words: str) -> list[Axis]:
-    return search_space.parse(words, None)[1]
+    return search_space.parse_axes(words, None)[1]
 
 
 def test_words_become_axes():
-    common, axes = search_space.parse(
+    common, axes = search_space.parse_axes(
         [
             "epochs=3", "model=vgg16,inception_v3", "seed=range(1,4)", "batch_size=choice(16,32)",
             "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "model.width=interval(0.1,1)",
@@ -53,12 +53,12 @@ def test_words_become_axes():
     assert {axis.key: (axis.low, axis.high, axis.log) for axis in axes if axis.is_range} == {
         "optimizer.learning_rate": (1e-4, 0.1, True), "model.width": (0.1, 1.0, False),
     }  # fmt: skip
-    assert [axis.key for axis in axes if axis.chooses_files] == ["model"]
-    assert search_space.choices(axes) == [["model=vgg16"], ["model=inception_v3"]]
+    assert [axis.key for axis in axes if axis.is_config_group] == ["model"]
+    assert search_space.config_group_choices(axes) == [["model=vgg16"], ["model=inception_v3"]]
 
 
 def test_the_last_axis_turns_fastest():
-    found = list(search_space.points(axes_of("model=vgg16,inception_v3", "seed=0,1")))
+    found = list(search_space.grid_points(axes_of("model=vgg16,inception_v3", "seed=0,1")))
     assert [(point["model"], point["seed"]) for point in found] == [
         ("vgg16", 0), ("vgg16", 1), ("inception_v3", 0), ("inception_v3", 1),
     ]  # fmt: skip
@@ -66,7 +66,7 @@ def test_the_last_axis_turns_fastest():
 
 def test_corners_have_every_value_and_both_ends():
     axes = axes_of("model=vgg16,inception_v3", "batch_size=8,16,32", "model.width=interval(0.1,1)")
-    found = list(search_space.corners(axes))
+    found = list(search_space.boundary_points(axes))
     assert len(found) == 6
     for model in ("vgg16", "inception_v3"):
         ours = [point for point in found if point["model"] == model]
@@ -155,17 +155,21 @@ def frozen(number: int, **content: Any) -> dict[str, Any]:
     return {"label": f"n={number}", "key": str(number), "values": {"n": number}, "config": config, "point": number}
 
 
-def made(place: Path, number: int, words: tuple[str, ...] = ("seed=0,1",), **content: Any) -> SweepFolder:
-    return trials.create(place, list(words), str(place / "sweep"), content, [frozen(found) for found in range(number)])
+def made(place: Path, number: int, words: tuple[str, ...] = ("seed=0,1",), **content: Any) -> SweepDir:
+    return trials.create_sweep(
+        place, list(words), str(place / "sweep"), content, [frozen(found) for found in range(number)]
+    )
 
 
 def test_another_order_and_another_way_of_running_is_the_same_sweep(tmp_path: Path):
-    first = trials.create(tmp_path, ["seed=0,1", "epochs=2", "sweep.parallel=2"], None, {}, [frozen(0)])
-    found = trials.find(tmp_path, ["epochs=2", "seed=0,1", "tracking.uri=x", "sweep.minutes=1"], None, fresh=False)
+    first = trials.create_sweep(tmp_path, ["seed=0,1", "epochs=2", "sweep.parallel=2"], None, {}, [frozen(0)])
+    found = trials.find_sweep(
+        tmp_path, ["epochs=2", "seed=0,1", "tracking.uri=x", "sweep.minutes=1"], None, fresh=False
+    )
     assert found is not None
     assert found.path == first.path
-    assert trials.find(tmp_path, ["epochs=2", "seed=0,1"], None, fresh=True) is None
-    assert trials.find(tmp_path, ["epochs=2", "seed=0,2"], None, fresh=False) is None
+    assert trials.find_sweep(tmp_path, ["epochs=2", "seed=0,1"], None, fresh=True) is None
+    assert trials.find_sweep(tmp_path, ["epochs=2", "seed=0,2"], None, fresh=False) is None
 
 
 def test_trials_come_by_number_however_many_there_are(tmp_path: Path):
@@ -178,8 +182,8 @@ def test_trials_come_by_number_however_many_there_are(tmp_path: Path):
 def test_half_the_batch_is_another_run_of_the_trial(tmp_path: Path):
     folder = made(tmp_path, 1)
     [trial] = folder.trials
-    half = run.halved(folder, trial)
-    quarter = run.halved(folder, half)
+    half = run.with_half_batch(folder, trial)
+    quarter = run.with_half_batch(folder, half)
     assert [found.config["batch_size"] for found in (trial, half, quarter)] == [32, 16, 8]
     assert [found.folder.name for found in (trial, half, quarter)] == ["000", "000-batch16", "000-batch8"]
     assert folder.trials == [quarter]
@@ -188,10 +192,10 @@ def test_half_the_batch_is_another_run_of_the_trial(tmp_path: Path):
 def test_the_folder_of_another_sweep_is_refused(tmp_path: Path):
     made(tmp_path, 1)
     place = str(tmp_path / "sweep")
-    assert message(trials.find, tmp_path, ["seed=5,6"], place, fresh=False) == (
+    assert message(trials.find_sweep, tmp_path, ["seed=5,6"], place, fresh=False) == (
         f"run_dir must be a folder without a sweep, got {place}, of seed=0,1; use another run_dir"
     )
-    assert message(trials.find, tmp_path, ["seed=0,1"], place, fresh=True) == (
+    assert message(trials.find_sweep, tmp_path, ["seed=0,1"], place, fresh=True) == (
         f"run_dir must be a folder without a sweep, got {place}, which is there; use another run_dir"
     )
 
@@ -204,7 +208,7 @@ def test_a_sweep_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path):
 
 @pytest.mark.parametrize("text", ["/a b/c,d={x}$y", "it's", "back\\slash", "tail\\'q", "[a"])
 def test_any_path_can_be_told_to_a_trial(text: str):
-    assert OverridesParser.create().parse_override(f"sweep.trial={quoted(text)}").value() == text
+    assert OverridesParser.create().parse_override(f"sweep.trial={quote_value(text)}").value() == text
 
 
 def test_what_is_no_trial_is_refused(tmp_path: Path):
@@ -240,8 +244,8 @@ def test_a_password_in_the_address_is_nowhere(tmp_path: Path):
 def test_two_launchers_of_one_sweep_are_one_too_many(tmp_path: Path):
     folder = made(tmp_path, 1)
     told = f"a sweep must not be run twice at once, got {folder.path}, where one is alive"
-    with folder.held():
-        assert message(lambda: folder.held().__enter__()) == told
+    with folder.locked():
+        assert message(lambda: folder.locked().__enter__()) == told
 
 
 # -------------------------------------------------------------------------------------------------------- the plans
@@ -256,7 +260,7 @@ def trained(trial: Trial, epochs: int, accuracy: float, status: str | None = Non
         for epoch in range(epochs)
     ]
     (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    status = status or ("finished" if epochs == trial.epochs() else "interrupted")
+    status = status or ("finished" if epochs == trial.total_epochs() else "interrupted")
     summary = {"status": status, "best": {"validation_main_accuracy": accuracy}}
     (trial.folder / "summary.json").write_text(json.dumps(summary))
 
@@ -266,8 +270,8 @@ def test_a_grid_keeps_what_has_finished_and_tries_again_what_has_failed(tmp_path
     trained(folder.trials[0], 9, 0.5)
     trained(folder.trials[1], 3, 0.5)
     trained(folder.trials[2], 3, 0.5, "failed")
-    plan = search.Grid(folder)
-    assert [trial.number for trial in iter(plan.following, None)] == [1, 2, 3]
+    plan = search.GridSearch(folder)
+    assert [trial.number for trial in iter(plan.next_trial, None)] == [1, 2, 3]
     assert plan.expected == 4
 
 
@@ -278,10 +282,12 @@ def point_of(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [content | {"label": f"n={number:.3f}", "key": repr(number), "values": values}]
 
 
-def searched(tmp_path: Path, axis: Axis, **settings: Any) -> tuple[SweepFolder, Any]:
+def searched(tmp_path: Path, axis: Axis, **settings: Any) -> tuple[SweepDir, Any]:
     """A sweep's folder, and how to make its plan, as a launcher does that is started again."""
     folder = made(tmp_path, 0, axes=[vars(axis)], seed=0, epochs=9)
-    return folder, partial(search.plan, folder, Sweep(**settings), point_of, f"sqlite:///{tmp_path / 'optuna.db'}")
+    return folder, partial(
+        search.create_algorithm, folder, Sweep(**settings), point_of, f"sqlite:///{tmp_path / 'optuna.db'}"
+    )
 
 
 def worth(trial: Trial) -> float:
@@ -291,14 +297,14 @@ def worth(trial: Trial) -> float:
 LINE = Axis("n", low=0.0, high=1.0)
 
 
-def drive(plan: search.Plan, turns: int = 1000) -> list[tuple[int, int]]:
+def drive(plan: search.SearchAlgorithm, turns: int = 1000) -> list[tuple[int, int]]:
     """Does what a launcher does, one trial at a time: (trial, until which epoch)."""
     done = []
-    while len(done) < turns and (trial := plan.following()):
-        until = int(trial.words[0].partition("=")[2]) if trial.words else trial.epochs()
+    while len(done) < turns and (trial := plan.next_trial()):
+        until = int(trial.overrides[0].partition("=")[2]) if trial.overrides else trial.total_epochs()
         trained(trial, until, worth(trial))
         done.append((trial.number, until))
-        plan.ended(trial)
+        plan.on_trial_end(trial)
     return done
 
 
@@ -306,7 +312,7 @@ def drive(plan: search.Plan, turns: int = 1000) -> list[tuple[int, int]]:
 def test_a_search_goes_on_where_it_was(kind: str, tmp_path: Path):
     folder, plan = searched(tmp_path, LINE, search=kind, trials=12)
     assert len(drive(plan(), turns=5)) == 5
-    abandoned = plan().following()  # frozen, and its launcher dies
+    abandoned = plan().next_trial()  # frozen, and its launcher dies
     assert abandoned is not None
     assert abandoned.number == 5
     assert [number for number, _ in drive(plan())] == [5, 6, 7, 8, 9, 10, 11]
@@ -315,7 +321,7 @@ def test_a_search_goes_on_where_it_was(kind: str, tmp_path: Path):
 
     import optuna
 
-    study = optuna.load_study(study_name=folder.content["sweep_id"], storage=f"sqlite:///{tmp_path / 'optuna.db'}")
+    study = optuna.load_study(study_name=folder.manifest["sweep_id"], storage=f"sqlite:///{tmp_path / 'optuna.db'}")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 12
     assert study.best_value == max(map(worth, folder.trials))
 
@@ -330,7 +336,7 @@ def test_tpe_looks_where_good_ones_have_been(tmp_path: Path):
 def test_a_launcher_that_died_between_asking_and_freezing_leaves_no_hole(tmp_path: Path):
     folder, plan = searched(tmp_path, LINE, search="random", trials=3)
     first = plan()
-    first._study.ask({"n": search.distribution(LINE)})
+    first._study.ask({"n": search.to_distribution(LINE)})
     assert len(drive(plan())) == 3
     assert [trial.number for trial in folder.trials] == [0, 1, 2]
 
@@ -345,18 +351,18 @@ def test_a_space_that_is_used_up_ends_the_search(tmp_path: Path, capsys: pytest.
 def test_a_failed_point_has_no_value(tmp_path: Path):
     _, plan = searched(tmp_path, LINE, search="tpe", trials=4)
     now = plan()
-    trial = now.following()
+    trial = now.next_trial()
     trained(trial, 2, 0.9, "failed")
-    now.ended(trial)
+    now.on_trial_end(trial)
     drive(now)
     assert [found.state.name for found in now._study.trials] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
 
 
 def test_epochs_of_the_comparisons():
-    assert search.ladder(Sweep(), 27) == [1, 3, 9, 27]
-    assert search.ladder(Sweep(), 20) == [1, 3, 9, 20]
-    assert search.ladder(Sweep(first_epochs=2, reduction=2), 12) == [2, 4, 8, 12]
-    assert search.ladder(Sweep(first_epochs=5), 3) == [3]
+    assert search.rungs(Sweep(), 27) == [1, 3, 9, 27]
+    assert search.rungs(Sweep(), 20) == [1, 3, 9, 20]
+    assert search.rungs(Sweep(first_epochs=2, reduction=2), 12) == [2, 4, 8, 12]
+    assert search.rungs(Sweep(first_epochs=5), 3) == [3]
 
 
 def test_asha_goes_on_with_the_best_third(tmp_path: Path):
@@ -371,7 +377,7 @@ def test_asha_goes_on_with_the_best_third(tmp_path: Path):
     for number in come:  # no comparison is left out, none is done twice
         untils = [until for found, until in done if found == number]
         assert untils == [1, 3, 9][: len(untils)]
-    left = plan().left()
+    left = plan().abandoned()
     assert sorted(trial.number for trial in left) == sorted(number for number, until in come.items() if until < 9)
 
 
@@ -388,16 +394,16 @@ def test_asha_goes_on_after_a_death(tmp_path: Path):
 def test_asha_waits_for_what_it_compares(tmp_path: Path):
     _, plan = searched(tmp_path, LINE, search="asha", trials=3)
     now = plan()
-    first, second, third = (now.following() for _ in range(3))
-    assert now.following() is None
+    first, second, third = (now.next_trial() for _ in range(3))
+    assert now.next_trial() is None
     for trial in (first, second):
         trained(trial, 1, worth(trial))
-        now.ended(trial)
-        assert now.following() is None
+        now.on_trial_end(trial)
+        assert now.next_trial() is None
     trained(third, 1, worth(third))
-    now.ended(third)
+    now.on_trial_end(third)
     best = max((first, second, third), key=worth)
-    following = now.following()
+    following = now.next_trial()
     assert (following.number, following.words) == (best.number, ("sweep.until=3",))
 
 
@@ -406,7 +412,7 @@ def test_a_trial_between_two_comparisons_comes_first(tmp_path: Path):
     drive(plan(), turns=4)
     trial = folder.trials[2]
     trained(trial, 2, worth(trial))
-    following = plan().following()
+    following = plan().next_trial()
     assert (following.number, following.words) == (2, ("sweep.until=3",))
 
 
@@ -418,33 +424,38 @@ def test_what_exit_codes_mean(tmp_path: Path):
     trial.folder.mkdir()
     output = trial.folder / "output.txt"
     output.write_text("a line\nerror: seed must be 0\nanother\n")
-    assert judge(0, "", trial, 5.0) == Ended(0)
-    assert judge(2, "", trial, 5.0) == Ended(2, "seed must be 0")
-    assert judge(-9, "", trial, 5.0) == Ended(-9, "ended by SIGKILL", again=True, memory=True)
-    assert judge(-11, "", trial, 5.0) == Ended(-11, "ended by SIGSEGV", again=True)
-    assert judge(143, "", trial, 5.0) == Ended(143, "stopped by somebody else", again=True)
-    assert judge(143, workers.TOO_LONG, trial, 5.0) == Ended(143, workers.TOO_LONG)
+    assert classify_exit(0, "", trial, 5.0) == TrialResult(0)
+    assert classify_exit(2, "", trial, 5.0) == TrialResult(2, "seed must be 0")
+    assert classify_exit(-9, "", trial, 5.0) == TrialResult(
+        -9, "ended by SIGKILL", is_retryable=True, is_out_of_memory=True
+    )
+    assert classify_exit(-11, "", trial, 5.0) == TrialResult(-11, "ended by SIGSEGV", is_retryable=True)
+    assert classify_exit(143, "", trial, 5.0) == TrialResult(143, "stopped by somebody else", is_retryable=True)
+    assert classify_exit(143, workers.TIMEOUT_REASON, trial, 5.0) == TrialResult(143, workers.TIMEOUT_REASON)
     output.write_text("error: ResourceExhaustedError; the whole story is in train.log\n")
-    assert judge(1, "", trial, 5.0) == Ended(
-        1, "ResourceExhaustedError; the whole story is in train.log", again=True, memory=True
+    assert classify_exit(1, "", trial, 5.0) == TrialResult(
+        1, "ResourceExhaustedError; the whole story is in train.log", is_retryable=True, is_out_of_memory=True
     )
     output.write_text("")
-    assert judge(1, "", trial, 5.0).why == "exit code 1"
-    for time_, found in ((4.0, Ended(143, workers.TOO_LONG)), (6.0, Ended(0))):  # of this start, or of one before
+    assert classify_exit(1, "", trial, 5.0).reason == "exit code 1"
+    for time_, found in (
+        (4.0, TrialResult(143, workers.TIMEOUT_REASON)),
+        (6.0, TrialResult(0)),
+    ):  # of this start, or of one before
         (trial.folder / "run.json").write_text(json.dumps({"run_id": "x"}))
         (trial.folder / "summary.json").write_text(json.dumps({"status": "finished", "time": time_}))
-        assert judge(143, workers.TOO_LONG, trial, 5.0) == found
+        assert classify_exit(143, workers.TIMEOUT_REASON, trial, 5.0) == found
 
 
-def alone(folder: SweepFolder, **settings: Any) -> run.Sweep:
+def alone(folder: SweepDir, **settings: Any) -> run.SweepSession:
     """A sweep as its launcher has it in hand."""
-    life = run.Sweep(folder, Config(sweep=Sweep(**settings)), None, Wish())
-    life.plan = search.Grid(folder)
+    life = run.SweepSession(folder, Config(sweep=Sweep(**settings)), None, SweepSignalHandler())
+    life.algorithm = search.GridSearch(folder)
     return life
 
 
-KILLED = Ended(-9, "ended by SIGKILL", again=True, memory=True)
-WRONG = Ended(1, "no such file")
+KILLED = TrialResult(-9, "ended by SIGKILL", is_retryable=True, is_out_of_memory=True)
+WRONG = TrialResult(1, "no such file")
 
 
 def test_what_was_killed_goes_on_again_and_what_is_wrong_does_not(tmp_path: Path):
@@ -452,38 +463,38 @@ def test_what_was_killed_goes_on_again_and_what_is_wrong_does_not(tmp_path: Path
     first, second = folder.trials
     life = alone(folder, retries=2)
     for _ in range(2):
-        assert run.take(life, first, KILLED)
-        assert run.following(life) == first  # before what has not begun
-    assert run.take(life, first, KILLED)
-    assert run.take(life, second, WRONG)
-    assert life.again == []
-    assert [(trial.number, why) for trial, why in life.failures.values()] == [(0, KILLED.why), (1, WRONG.why)]
+        assert run.handle_result(life, first, KILLED)
+        assert run.next_trial(life) == first  # before what has not begun
+    assert run.handle_result(life, first, KILLED)
+    assert run.handle_result(life, second, WRONG)
+    assert life.retry_queue == []
+    assert [(trial.number, why) for trial, why in life.failures.values()] == [(0, KILLED.reason), (1, WRONG.reason)]
 
 
 def test_half_the_batch_only_where_that_was_asked_for(tmp_path: Path):
     folder = made(tmp_path, 1)
     for asked, size in ((False, 32), (True, 16)):
         life = alone(folder, halve_batch=asked)
-        run.take(life, folder.trials[0], KILLED)
-        [again] = life.again
+        run.handle_result(life, folder.trials[0], KILLED)
+        [again] = life.retry_queue
         assert again.config["batch_size"] == size
 
 
 def test_the_first_failure_stops_a_sweep_that_wants_it(tmp_path: Path):
     folder = made(tmp_path, 2)
-    assert run.take(alone(folder), folder.trials[0], WRONG)
+    assert run.handle_result(alone(folder), folder.trials[0], WRONG)
     life = alone(folder, fail_fast=True)
-    assert not run.take(life, folder.trials[0], WRONG)
+    assert not run.handle_result(life, folder.trials[0], WRONG)
     trained(folder.trials[1], 9, 0.5)
-    run.crown(life, run.best(life), pytest.fail)  # nothing more is begun
+    run.finalize_best(life, run.find_best_trials(life), pytest.fail)  # nothing more is begun
 
 
-def crowned(folder: SweepFolder, capsys: pytest.CaptureFixture, *failed: Trial) -> tuple[list[int], str]:
+def crowned(folder: SweepDir, capsys: pytest.CaptureFixture, *failed: Trial) -> tuple[list[int], str]:
     """The trials that get what only the best gets, and what is said of it."""
     life = alone(folder)
     life.failures = {trial.number: (trial, "x") for trial in failed}
-    run.crown(life, run.best(life), lambda _: None)
-    return [trial.number for trial in life.again], capsys.readouterr().out
+    run.finalize_best(life, run.find_best_trials(life), lambda _: None)
+    return [trial.number for trial in life.retry_queue], capsys.readouterr().out
 
 
 def test_the_best_is_tested_when_no_failed_trial_may_be_better(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -516,7 +527,7 @@ def test_a_second_trial_is_not_tested(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_of_words_with_one_key_the_last_one_counts():
-    assert trials.identity(["epochs=2", "seed=0,1", "epochs=3", "run_dir=x"]) == ["epochs=3", "seed=0,1"]
+    assert trials.identifying_overrides(["epochs=2", "seed=0,1", "epochs=3", "run_dir=x"]) == ["epochs=3", "seed=0,1"]
 
 
 ORPHAN = """
@@ -537,8 +548,10 @@ def runs(process: int) -> bool:
 @pytest.mark.parametrize("heeds", [True, False])
 def test_it_is_the_signal_that_ends_trials_with_their_launcher(heeds: bool):
     """Without asking for it a process lives on."""
-    code = "from train.sweep.workers import end_with; import os, time; "
-    code += f"{'end_with(os.getppid())' if heeds else 'end_with'}; print('asked', flush=True); time.sleep(60)"
+    code = "from train.sweep.workers import die_with_parent; import os, time; "
+    code += (
+        f"{'die_with_parent(os.getppid())' if heeds else 'die_with_parent'}; print('asked', flush=True); time.sleep(60)"
+    )
     launcher = subprocess.Popen([sys.executable, "-c", ORPHAN, code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert launcher.stdout
     child = int(launcher.stdout.readline())
@@ -555,22 +568,22 @@ def test_it_is_the_signal_that_ends_trials_with_their_launcher(heeds: bool):
 
 def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
-    assert [slot.cores for slot in Slots(2).places] == [(0, 1), (2, 3)]
-    assert [slot.cores for slot in Slots(1).places] == [(0, 1, 2, 3, 6)]
-    assert [slot.cores for slot in Slots(6).places] == [(0,), (1,), (2,), (3,), (6,), (0,)]
+    assert [slot.cores for slot in WorkerPool(2).workers] == [(0, 1), (2, 3)]
+    assert [slot.cores for slot in WorkerPool(1).workers] == [(0, 1, 2, 3, 6)]
+    assert [slot.cores for slot in WorkerPool(6).workers] == [(0,), (1,), (2,), (3,), (6,), (0,)]
 
 
 def test_every_trial_has_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(workers, "DRIVER", tmp_path)
+    monkeypatch.setattr(workers, "GPU_DRIVER_DIR", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert workers.visible_gpus() == ("0", "1")
     for named, found in (("3,5", ("3", "5")), ("-1", ()), ("", ()), ("GPU-8a", ("GPU-8a",))):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
         assert workers.visible_gpus() == found
-    assert [slot.gpu for slot in Slots(3, gpus=("3", "5")).places] == ["3", "5", "3"]
-    assert [slot.gpu for slot in Slots(2).places] == [None, None]
+    assert [slot.gpu for slot in WorkerPool(3, gpus=("3", "5")).workers] == ["3", "5", "3"]
+    assert [slot.gpu for slot in WorkerPool(2).workers] == [None, None]
 
 
 @pytest.mark.slow
@@ -748,42 +761,45 @@ def trial(tmp_path: Path, swept: Swept, monkeypatch: pytest.MonkeyPatch) -> Tria
     content = json.loads((swept.path / "trials/000.json").read_text())
     del content["number"]
     content["config"]["tracking"]["uri"] = f"sqlite:///{tmp_path / 'mlflow.db'}"  # its record is nobody else's
-    [found] = trials.create(tmp_path, ["x"], str(tmp_path / "sweep"), {}, [content]).trials
+    [found] = trials.create_sweep(tmp_path, ["x"], str(tmp_path / "sweep"), {}, [content]).trials
     return found
 
 
-def work(slots: Slots, trial: Trial, watch: Any) -> list[Ended]:
+def work(slots: WorkerPool, trial: Trial, watch: Any) -> list[TrialResult]:
     """How it ended."""
     todo, ends = [trial], []
-    slots.work(
-        lambda: todo.pop() if todo else None, lambda _, ended: bool(ends.append(ended)) or True, watch, Wish()
+    slots.run(
+        lambda: todo.pop() if todo else None, lambda _, ended: bool(ends.append(ended)) or True, watch,
+        SweepSignalHandler(),
     )  # fmt: skip
     return ends
 
 
 def test_a_trial_that_hangs_is_ended(trial: Trial):
     """Stopped in its tracks, it can't heed the request to end."""
-    slots = Slots(1, minutes=0.02)
+    slots = WorkerPool(1, time_limit_minutes=0.02)
 
     def watch() -> None:
         for slot in slots.busy:
             assert slot.process
             slot.process.send_signal(signal.SIGSTOP)
 
-    assert work(slots, trial, watch) == [Ended(-9, workers.TOO_LONG)]
+    assert work(slots, trial, watch) == [TrialResult(-9, workers.TIMEOUT_REASON)]
 
 
 @pytest.mark.parametrize("so_far", ["waiting", "running"])
 def test_a_trial_that_hangs_and_has_lost_its_launcher_is_ended(so_far: str, trial: Trial):
-    [slot] = Slots(1).places
+    [slot] = WorkerPool(1).workers
     slot.start(trial, None)
     assert slot.process
     assert eventually(lambda: trial.state() == so_far, 300)
-    assert eventually(lambda: workers.process_of(trial), 60)
+    assert eventually(lambda: workers.find_process(trial), 60)
     slot.process.send_signal(signal.SIGSTOP)
-    assert work(Slots(1, minutes=0.01), trial, slot.process.poll) == [Ended(1, workers.TOO_LONG)]
+    assert work(WorkerPool(1, time_limit_minutes=0.01), trial, slot.process.poll) == [
+        TrialResult(1, workers.TIMEOUT_REASON)
+    ]
     assert slot.process.wait(60) == -signal.SIGKILL
-    assert workers.process_of(trial) is None
+    assert workers.find_process(trial) is None
 
 
 @pytest.mark.slow

@@ -21,13 +21,13 @@ from conftest import ROOT, THREADS, Done, run_command
 
 from train.cli import terminal
 from train.config import composition
-from train.config.serialization import Private
+from train.config.serialization import Redactor
 from train.run import train_and_evaluate
-from train.sweep.workers import Wish, judge
+from train.sweep.workers import SweepSignalHandler, classify_exit
 from train.tracking import run_metadata, uploader
-from train.tracking.run_dir import create
+from train.tracking.run_dir import create_run_dir
 from train.training import checkpoint
-from train.training.loop import Interrupted, Stops
+from train.training.loop import Interrupted, SignalHandler
 
 DEADLINE_SECONDS = 120.0  # of whatever has to happen; nothing is asserted about how long it takes
 
@@ -95,7 +95,7 @@ STORY = """
 import os, sys, time
 from pathlib import Path
 from train.cli import terminal
-from train.cli.progress import Terminal, say
+from train.cli.progress import TerminalProgressDisplay, print_and_log
 protected, gone, finished = sys.argv[1] == "protected", Path(sys.argv[2]), Path(sys.argv[3])
 if protected:
     terminal.protect_output()
@@ -104,14 +104,14 @@ def wait():
         time.sleep(0.01)
 if sys.argv[4] == "before":
     wait()
-with Terminal(epochs=2, steps=3, batch_size=8) as watch:
+with TerminalProgressDisplay(epochs=2, steps=3, batch_size=8) as watch:
     for step in range(1, 4):
         watch.step(0, step, {"train/main_accuracy": 0.5})
         if sys.argv[4] == "between":
             print("a line", flush=True)
             wait()
     watch.epoch(0, {"train/loss": 1.0, "images_per_second": 1.0, "data_wait_fraction": 0.0})
-say("the last line but one")
+print_and_log("the last line but one")
 print("an error", file=sys.stderr)
 sys.stdout.buffer.write(b"bytes")
 if sys.argv[4] == "end":
@@ -248,7 +248,7 @@ def story(words):
     for number in range(100_000):
         print("line", number)
     print("done", file=sys.stderr)
-arguments.run(story, only_prints=sys.argv.pop() == "prints")
+arguments.main(story, only_prints=sys.argv.pop() == "prints")
 """
 
 
@@ -287,52 +287,52 @@ HUP, TERM, INT = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
 @pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("numbers", [(HUP,), (HUP, HUP), (HUP, TERM), (HUP, HUP, TERM), (TERM, HUP), (INT, HUP)])
 def test_all_that_a_closing_terminal_sends_is_one_wish(numbers: tuple[int, ...]):
-    with Stops().listening() as stops, stops.deferred():
+    with SignalHandler().installed() as stops, stops.deferred():
         send(*numbers)
         with pytest.raises(Interrupted, match=f"^stopped by {signal.Signals(numbers[0]).name}$") as stop:
-            stops.obey()
-    assert (stops.code(), stop.value.at_once) == (128 + numbers[0], False)
-    wish = Wish()
-    with wish.heard():
+            stops.raise_if_requested()
+    assert (stops.exit_code(), stop.value.immediate) == (128 + numbers[0], False)
+    wish = SweepSignalHandler()
+    with wish.installed():
         send(*numbers)
-    assert (wish.code(), wish.urgent) == (128 + numbers[0], False)
+    assert (wish.exit_code(), wish.immediate) == (128 + numbers[0], False)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 @pytest.mark.usefixtures("hangup")
 def test_a_person_hurries_a_stop_and_a_terminal_does_not(monkeypatch: pytest.MonkeyPatch):
     """However late they come."""
-    monkeypatch.setattr(Stops, "REPEAT_SECONDS", 0.0)
-    wish = Wish()
-    with Stops().listening() as stops, stops.deferred():
+    monkeypatch.setattr(SignalHandler, "REPEAT_SECONDS", 0.0)
+    wish = SweepSignalHandler()
+    with SignalHandler().installed() as stops, stops.deferred():
         send(HUP, HUP)
         with pytest.raises(Interrupted, match="SIGTERM") as stop:
             send(TERM)
-    assert stop.value.at_once
-    with wish.heard():
+    assert stop.value.immediate
+    with wish.installed():
         send(HUP, HUP)
-        assert (wish.number, wish.urgent) == (HUP, False)
+        assert (wish.signal, wish.immediate) == (HUP, False)
         send(TERM)
-        assert (wish.number, wish.urgent) == (TERM, True)
+        assert (wish.signal, wish.immediate) == (TERM, True)
 
 
 @pytest.mark.usefixtures("hangup")
 def test_where_it_was_ignored_at_the_start_it_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    wish = Wish()
-    with Stops().listening() as stops, wish.heard():
+    wish = SweepSignalHandler()
+    with SignalHandler().installed() as stops, wish.installed():
         send(HUP, HUP)
-    assert (stops.code(), wish.code()) == (0, 0)
+    assert (stops.exit_code(), wish.exit_code()) == (0, 0)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 # A mutex that is locked already is waited for in one call: Python runs no handler until it ends.
 STUCK = """
 import ctypes
-from train.training.loop import Stops
-Stops.GRACE_SECONDS, Stops.REPEAT_SECONDS = 0.1, 60.0
+from train.training.loop import SignalHandler
+SignalHandler.GRACE_SECONDS, SignalHandler.REPEAT_SECONDS = 0.1, 60.0
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
-with Stops().listening() as stops, stops.deferred():
+with SignalHandler().installed() as signals, signals.deferred():
     lock(mutex)
     print("ready", flush=True)
     lock(mutex)
@@ -364,8 +364,8 @@ def test_a_trial_that_was_hung_up_may_be_begun_again(tmp_path: Path):
         def summary(self) -> dict[str, Any]:
             return {}
 
-    ended = judge(129, "", Trial(), 0.0)  # type: ignore[arg-type]
-    assert (ended.code, ended.again, ended.memory) == (129, True, False)
+    ended = classify_exit(129, "", Trial(), 0.0)  # type: ignore[arg-type]
+    assert (ended.exit_code, ended.is_retryable, ended.is_out_of_memory) == (129, True, False)
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
@@ -399,11 +399,13 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The summary of a run whose output nobody takes away."""
     folder = tmp_path_factory.mktemp("untouched") / "run"
     config = composition.compose([*TINY, f"run_dir={folder}"])
-    made = create(config.run_dir, ROOT / "runs", "tests", latest=False)
-    life = train_and_evaluate.Life(made, config, Private(), Stops(), summary=run_metadata.begin(made, config))
+    made = create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
+    life = train_and_evaluate.RunSession(
+        made, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(made, config)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploader, "start", lambda *_: None)
-        train_and_evaluate.tell(life)
+        train_and_evaluate.train_and_evaluate(life)
     return life.summary
 
 
@@ -465,7 +467,12 @@ def test_a_closed_terminal_stops_a_run_in_order_and_with_nohup_not_at_all(folder
     assert (stopped["status"], stopped["failure"]) == ("interrupted", "stopped by SIGHUP")
     [saved] = (folder / "checkpoints").iterdir()
     assert saved.name.endswith("-stop")
-    assert checkpoint.read(saved).content["progress"]["steps"] == stopped["steps"] == stopped["steps_executed"] < STEPS
+    assert (
+        checkpoint.read_checkpoint(saved).metadata["progress"]["steps"]
+        == stopped["steps"]
+        == stopped["steps_executed"]
+        < STEPS
+    )
     assert f"to go on: make resume run={folder}\n" in log_of(folder)
     assert tells_its_end(folder, "interrupted")
     assert b"Traceback" not in first.screen

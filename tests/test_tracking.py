@@ -35,7 +35,7 @@ from mlflow.entities import Run
 
 from train.tracking import address, environment, mlflow_store, uploader
 from train.tracking.journal import Journal, read_journal
-from train.tracking.run_dir import Pulse, RunFolder, create, open_folder
+from train.tracking.run_dir import Heartbeat, RunDir, create_run_dir, open_run_dir
 
 
 @dataclass
@@ -161,7 +161,7 @@ def test_the_best_on_validation_is_the_champion_of_its_data(empty_store: str):
     for run_id, accuracy, data in runs:
         identity = {"run_id": run_id, "experiment": EXPERIMENT, "name": run_id, "time": 1.0, "tags": {"data": "digits"}}
         place = mlflow_store.Store(empty_store, identity)
-        model_id = place._logged_model(run_id).model_id
+        model_id = place._get_or_create_logged_model(run_id).model_id
         for _ in range(2):  # the second time adds nothing
             place.register_model(model_id, {"validation_main_accuracy": accuracy, "data_fingerprint": data})
         is_champion.append(client.get_model_version_by_alias(name, mlflow_store.CHAMPION).run_id == place.mlflow_id)
@@ -178,7 +178,7 @@ def test_no_secret_in_the_store(recorded: Recorded):
 def test_sync_completes_a_record_elsewhere_and_adds_nothing_twice(finished: Finished, tmp_path: Path):
     uri = f"sqlite:///{tmp_path / 'other.db'}"
     for _ in range(2):
-        uploader.Record(open_folder(finished.path), uri).finish()
+        uploader.Uploader(open_run_dir(finished.path), uri).finish()
     client, run = the_run(uri)
     first_client, first = the_run(finished.uri)
     assert run.info.status == "FINISHED"
@@ -203,14 +203,14 @@ def test_a_model_that_cannot_be_kept_does_not_hide_how_the_run_ended(tmp_path: P
     (folder.best / "model.keras").write_text("no model")
     (folder.best / "model.json").write_text("{}")
     folder.write_json("summary.json", {"status": "finished", "time": time.time()})
-    record = uploader.Record(folder, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    record = uploader.Uploader(folder, f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(ValueError):
         record.finish()
     assert the_run(record.uri)[1].info.status == "FINISHED"
 
 
-def begun(tmp_path: Path, log_model: bool = False) -> RunFolder:
-    folder = create(str(tmp_path / "run"), tmp_path, "x", latest=False)
+def begun(tmp_path: Path, log_model: bool = False) -> RunDir:
+    folder = create_run_dir(str(tmp_path / "run"), tmp_path, "x", latest=False)
     tags = {"run_dir": str(folder.path), "host": socket.gethostname()}
     identity = {"run_id": folder.run_id, "experiment": "inception", "name": "n", "time": time.time(), "tags": tags}
     folder.write_json("run.json", identity | {"log_model": log_model, "requirements": []})
@@ -260,12 +260,12 @@ def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
     folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
     journal = Journal(folder.journal)
     journal.append(0, 1, {"train/loss": 3.0})
-    assert uploader.follow(uploader.Record(folder, uri)) == 0
+    assert uploader.upload_until_finished(uploader.Uploader(folder, uri)) == 0
     client, run = the_run(uri)
     assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "the training process is gone")
     begun_at = int(time.time())
-    with folder.held():
-        with folder.recording(wait=False):
+    with folder.locked():
+        with folder.upload_lock(wait=False):
             recorder = uploader.start(folder, uri)
             assert recorder is not None
             with pytest.raises(subprocess.TimeoutExpired):
@@ -287,13 +287,13 @@ def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
 def test_the_uploader_of_an_earlier_life_leaves_the_run_to_the_new_one(tmp_path: Path):
     """Its store is away, and it would follow the new life for ever."""
     folder = begun(tmp_path)
-    Pulse(folder.path / "heartbeat").close()
+    Heartbeat(folder.path / "heartbeat").close()
     recorder = uploader.start(folder, f"http://127.0.0.1:{free_port()}")
     assert recorder is not None
     log = folder.path / "uploader.log"
     wait_for(lambda: log.exists() and "not recorded yet" in log.read_text(), 300)
     assert recorder.poll() is None
-    Pulse(folder.path / "heartbeat").close()
+    Heartbeat(folder.path / "heartbeat").close()
     assert recorder.wait(300) == 0
 
 
@@ -324,14 +324,14 @@ def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path, emp
         identity = folder.identity()
         new = {"name": kind, "tags": identity["tags"] | tags, "experiment": "reaped"}
         folder.write_json("run.json", identity | new)
-        record = uploader.Record(folder, uri)
-        place = record.advance()
+        record = uploader.Uploader(folder, uri)
+        place = record.sync()
         age = {"silent elsewhere": 700, "heard elsewhere": 500}.get(kind, 0)
         place.client.set_tag(place.mlflow_id, "heartbeat", str(time.time() - age))
     client = MlflowClient(uri)
     stranger = client.create_run(the_run_ids(uri, "reaped")[1]).info.run_id
     folders["ended"].write_json("summary.json", {"status": "finished"})  # its record is only not complete
-    with folders["alive"].held():
+    with folders["alive"].locked():
         done = run_command("make", "reap", f"uri={uri}")
     assert done.code == 0, done.err
     told = [line for line in done.out.splitlines() if str(tmp_path) in line]  # others use the server, too
@@ -365,13 +365,13 @@ def test_a_store_on_a_full_disk_costs_nothing_once_there_is_room(tmp_path: Path,
     disk = tiny_disk("2m")
     folder = begun(tmp_path)
     journal = Journal(folder.journal)
-    record = uploader.Record(folder, f"sqlite:///{disk / 'mlflow.db'}")
-    record.advance()
+    record = uploader.Uploader(folder, f"sqlite:///{disk / 'mlflow.db'}")
+    record.sync()
     (disk / "filler").write_bytes(bytes(2**21 - sum(file.stat().st_size for file in disk.iterdir()) - 2**15))
     for step in range(1, 3001):
         journal.append(0, step, {"train/loss": 1.0 / step})
     with pytest.raises(Exception, match="full"):
-        record.advance()
+        record.sync()
     (disk / "filler").unlink()
     folder.write_json("summary.json", {"status": "finished", "time": time.time()})
     record.finish()
@@ -386,11 +386,11 @@ def test_a_store_that_is_away_is_asked_again(tmp_path: Path):
     folder.write_json("summary.json", {"status": "failed", "failure": "x", "time": time.time()})
     blocker = tmp_path / "store"
     blocker.touch()
-    rec = uploader.Record(folder, f"sqlite:///{blocker / 'mlflow.db'}")
+    rec = uploader.Uploader(folder, f"sqlite:///{blocker / 'mlflow.db'}")
     with pytest.raises(OSError, match=r"exists|directory"):
-        rec.advance()
+        rec.sync()
     blocker.unlink()
-    assert uploader.follow(rec) == 0
+    assert uploader.upload_until_finished(rec) == 0
     client, run = the_run(rec.uri)
     assert run.info.status == "FAILED"
     assert history(client, run, "train/loss") == [(1, 1.0)]
@@ -423,7 +423,7 @@ def test_credentials_stay_out_of_what_mlflow_is_told(monkeypatch: pytest.MonkeyP
 
 
 def test_the_uploaders_log_shows_no_secret(tmp_path: Path):
-    log = uploader.Scrubbed(tmp_path / "log", "postgresql://me:hunter2@host/db?sslkey=abc")
+    log = uploader.RedactingLog(tmp_path / "log", "postgresql://me:hunter2@host/db?sslkey=abc")
     print("could not reach postgresql://me:hunter2@host/db?sslkey=abc with hunter2, me at home", file=log)
     text = (tmp_path / "log").read_text()
     assert "hunter2" not in text
@@ -432,18 +432,18 @@ def test_the_uploaders_log_shows_no_secret(tmp_path: Path):
 
 
 def test_sync_finds_the_store_that_the_run_was_started_with(finished: Finished, tmp_path: Path):
-    folder = RunFolder(tmp_path, "x")
+    folder = RunDir(tmp_path, "x")
     folder.write_yaml("config.yaml", {"tracking": {"uri": "sqlite:////place/mlflow.db"}})
-    assert address.stored(folder) == "sqlite:////place/mlflow.db"
+    assert address.stored_uri(folder) == "sqlite:////place/mlflow.db"
     folder.write_yaml("config.yaml", {"tracking": {"uri": None}})
-    assert address.stored(folder) == mlflow_store.default_uri(ROOT)
+    assert address.stored_uri(folder) == mlflow_store.default_uri(ROOT)
     told = "uri must be given, since the run's was ${oc.env:INCEPTION_TEST_STORE}; use make sync uri=ADDRESS"
-    assert message(address.stored, open_folder(finished.path)) == told
+    assert message(address.stored_uri, open_run_dir(finished.path)) == told
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="run must be the folder of a run, got"):
-        open_folder(tmp_path)
+        open_run_dir(tmp_path)
     done = run_command("make", "sync", f"run={tmp_path}")
     assert done.code == 2
     assert (
@@ -520,7 +520,7 @@ def test_a_server_that_is_killed_before_during_and_after_a_run_loses_nothing(tmp
         else:
             assert done.code == 0, done.err
         client, run = the_run(f"http://127.0.0.1:{port}")
-        assert (run.info.status, run.data.tags["run_id"]) == ("FINISHED", open_folder(folder).run_id)
+        assert (run.info.status, run.data.tags["run_id"]) == ("FINISHED", open_run_dir(folder).run_id)
         expected: dict[str, list[tuple[int, float]]] = {}
         for line in lines:
             for name, value in line["values"].items():
@@ -551,7 +551,7 @@ def test_ten_runs_at_once_are_all_recorded_in_one_database(tmp_path: Path):
     ]  # fmt: skip
     assert [process.wait(600) for process in running] == [0] * 10
     ids, experiment = the_run_ids(uri)
-    assert ids == {open_folder(tmp_path / str(seed)).run_id for seed in range(10)}
+    assert ids == {open_run_dir(tmp_path / str(seed)).run_id for seed in range(10)}
     client = MlflowClient(uri)
     for run in client.search_runs([experiment]):
         assert run.info.status == "FINISHED"
@@ -569,11 +569,11 @@ def test_a_sweep_finds_the_runs_that_were_recorded_before_it(tmp_path: Path):
         "record": {"run_id": "s", "name": "sweep", "tags": tags},
     }
     for name, identity in identities.items():
-        folder = RunFolder(tmp_path / name, identity["run_id"])
+        folder = RunDir(tmp_path / name, identity["run_id"])
         folder.path.mkdir()
         folder.write_json("run.json", common | identity)
         folder.write_json("summary.json", {"status": "finished", "time": time.time()})
-        uploader.Record(folder, uri).finish()
+        uploader.Uploader(folder, uri).finish()
     client = MlflowClient(uri)
     [experiment] = [found for found in client.search_experiments() if found.name == "x"]
     runs = {run.data.tags["run_id"]: run for run in client.search_runs([experiment.experiment_id])}
@@ -583,7 +583,7 @@ def test_a_sweep_finds_the_runs_that_were_recorded_before_it(tmp_path: Path):
 
 def test_a_note_is_the_command_in_lines_that_a_shell_takes_for_one():
     words = ["make", "train", *(f"key{number}=value" for number in range(20)), "model.blocks=[a,b]", "x=it's one"]
-    note = environment.note(shlex.join(words))["mlflow.note.content"]
+    note = environment.command_note(shlex.join(words))["mlflow.note.content"]
     lines = note.removeprefix("```sh\n").removesuffix("\n```").splitlines()
     assert len(lines) > 2
     assert max(map(len, lines)) <= 110

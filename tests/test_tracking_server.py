@@ -19,7 +19,7 @@ from mlflow.entities import LoggedModel, Run
 
 from train.tracking import mlflow_store, uploader
 from train.tracking.journal import Journal
-from train.tracking.run_dir import RunFolder, create
+from train.tracking.run_dir import RunDir, create_run_dir
 
 TINY = ("model=vgg16", "model.width=0.1", "epochs=2", "steps_per_epoch=4", "batch_size=8", "tracking.every_steps=1")
 
@@ -47,9 +47,9 @@ def recorded(server: TrackingServer, experiment: str) -> OnServer:
     return OnServer(client, run, list(client.search_logged_models([number])))
 
 
-def ended_run(place: Path, experiment: str, **content: object) -> RunFolder:
+def ended_run(place: Path, experiment: str, **content: object) -> RunDir:
     """The folder of a finished run that has trained for one step. content: of run.json."""
-    folder = create(str(place / "run"), place, "x", latest=False)
+    folder = create_run_dir(str(place / "run"), place, "x", latest=False)
     identity = {"run_id": folder.run_id, "experiment": experiment, "name": "n", "time": time.time(), "log_model": False}
     tags = {"data": "digits", "run_dir": str(folder.path), "host": socket.gethostname()}
     folder.write_json("run.json", identity | {"tags": tags, "requirements": []} | content)
@@ -122,7 +122,7 @@ def test_an_upload_that_was_cut_off_is_completed_in_its_place(
     folder.best.symlink_to(best.name)
     run_command("cp", "-a", str(best), str(folder.path))
 
-    record = uploader.Record(folder, tracking_server.uri)
+    record = uploader.Uploader(folder, tracking_server.uri)
     for _ in range(2):
         with pytest.raises(Exception, match=r"500|INTERNAL_ERROR"):
             record.finish()
@@ -152,12 +152,12 @@ def test_what_the_server_refuses_for_good_is_told_once_and_keeps_nothing_else_ba
     process = uploader.start(folder, tracking_server.uri)
     assert process is not None
     uploader.wait(process, folder, tracking_server.uri, 120)
-    assert process.returncode == uploader.REFUSED
+    assert process.returncode == uploader.REFUSED_EXIT_CODE
     first, second = capfd.readouterr().err.splitlines()
     assert first.startswith("warning: not recorded in MLflow: parameters: INVALID_PARAMETER_VALUE: ")
     assert second.startswith(f"the MLflow record is not complete: make sync run={folder.path} ")
     refusal = first.removeprefix("warning: ")
-    assert (folder.path / uploader.REFUSALS).read_text() == f"{refusal}\n"
+    assert (folder.path / uploader.REFUSALS_FILE).read_text() == f"{refusal}\n"
     assert (folder.path / "train.log").read_text().count(refusal) == 1
     assert (folder.path / "uploader.log").read_text().count(refusal) == 1
     found = recorded(tracking_server, "refused")
@@ -170,23 +170,23 @@ def test_what_the_server_refuses_for_good_is_told_once_and_keeps_nothing_else_ba
     folder.write_json("params.json", {"epochs": 99})
     done = run_command("make", "sync", f"run={folder.path}", f"uri={tracking_server.uri}")
     assert (done.code, done.err) == (0, "")
-    assert uploader.refusals(folder) == []
+    assert uploader.read_refusals(folder) == []
 
 
 def test_a_server_that_does_not_take_the_run_is_asked_once(tracking_server: TrackingServer, tmp_path: Path):
     """The name of an experiment that MLflow does not allow."""
     folder = ended_run(tmp_path, "")
-    record = uploader.Record(folder, tracking_server.uri)
-    assert uploader.follow(record) == uploader.REFUSED
-    [refusal] = uploader.refusals(folder)
+    record = uploader.Uploader(folder, tracking_server.uri)
+    assert uploader.upload_until_finished(record) == uploader.REFUSED_EXIT_CODE
+    [refusal] = uploader.read_refusals(folder)
     assert refusal.startswith("not recorded in MLflow: run: ")
 
 
 def test_a_database_without_tables_is_no_outage(tmp_path: Path):
     """MLflow makes the tables once in a process; where they are gone, asking again is of no use."""
     folder, path = ended_run(tmp_path, "lost"), tmp_path / "mlflow.db"
-    record = uploader.Record(folder, f"sqlite:///{path}")
-    record.advance()
+    record = uploader.Uploader(folder, f"sqlite:///{path}")
+    record.sync()
     path.write_bytes(b"")
     with folder.journal.open("a") as journal:
         journal.write('{"epoch": 0, "step": 2, "time": 1.0, "values": {"train/loss": 2.0}}\n')
@@ -197,7 +197,7 @@ def test_a_database_without_tables_is_no_outage(tmp_path: Path):
 def refused_by(cause: Callable[[], object]) -> bool:
     with pytest.raises(Exception) as caught:
         cause()
-    return mlflow_store.is_refusal(caught.value)
+    return mlflow_store.is_permanent_error(caught.value)
 
 
 def test_outages_are_not_taken_for_refusals(tracking_server: TrackingServer, tmp_path: Path):
@@ -215,7 +215,7 @@ def test_the_trainer_does_not_start_an_uploader_again_that_was_refused(
     tracking_server: TrackingServer, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
     folder = ended_run(tmp_path, "unused")
-    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({uploader.REFUSED})"])
+    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({uploader.REFUSED_EXIT_CODE})"])
     process.wait()
     uploader.wait(process, folder, tracking_server.uri, 60)
     assert not (folder.path / "uploader.log").exists()

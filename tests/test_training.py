@@ -26,11 +26,11 @@ from rich.console import Console
 
 from train import models
 from train.cli import progress
-from train.evaluation.metrics import cross_entropy, evaluate, rank_of_truth
+from train.evaluation.metrics import cross_entropy, evaluate, label_rank
 from train.training import losses, optimizers
-from train.training.checkpoint import Interval
-from train.training.loop import DivergedError, Interrupted, Loop, Progress, Stopper, Stops
-from train.training.step.base import LEAST_LOSS_SCALE
+from train.training.checkpoint import CheckpointPolicy
+from train.training.loop import DivergedError, EarlyStopping, Interrupted, Loop, Progress, SignalHandler
+from train.training.step.base import MIN_LOSS_SCALE
 from train.training.step.tensorflow import Step
 
 CLASSES = 3
@@ -85,20 +85,22 @@ def dense_model(aux: bool = False, dropout: float = 0.0, flaw: str | None = None
     return keras.Model(images, outputs)
 
 
-def constant_rate(rate: float) -> optimizers.Rate:
-    return optimizers.build_schedule("constant", stages=[(1, rate)], epoch_steps=100, warmup_epochs=0)
+def constant_rate(rate: float) -> optimizers.ScaledSchedule:
+    return optimizers.build_schedule("constant", stages=[(1, rate)], steps_per_epoch=100, warmup_epochs=0)
 
 
 def sgd(rate: float | Callable = 0.1, momentum: float = 0.0, **common) -> keras.optimizers.Optimizer:
     given = {"weight_decay": 0.0, "gradient_clip": None, "gradient_accumulation": 1, "ema": None} | common
     schedule = constant_rate(rate) if isinstance(rate, float) else rate
-    return optimizers.build("sgd", schedule, momentum=momentum, nesterov=False, **given)
+    return optimizers.build_optimizer("sgd", schedule, momentum=momentum, nesterov=False, **given)
 
 
 def compiled(model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **loss) -> keras.Model:
     names = tuple(model.output)
-    weighted, weights = losses.build(names, **({"aux_weight": 0.3, "label_smoothing": 0.0} | loss))
-    model.compile(optimizer or sgd(), weighted, loss_weights=weights, metrics=losses.metrics(names), jit_compile=False)
+    weighted, weights = losses.build_losses(names, **({"aux_weight": 0.3, "label_smoothing": 0.0} | loss))
+    model.compile(
+        optimizer or sgd(), weighted, loss_weights=weights, metrics=losses.build_metrics(names), jit_compile=False
+    )
     return model
 
 
@@ -197,7 +199,7 @@ def test_the_auxiliary_losses_reach_their_heads_and_the_trunk(name: str, heads: 
 
 def test_a_loss_needs_a_main_output():
     with pytest.raises(ValueError, match="outputs must contain main, got aux"):
-        losses.build(["aux"], 0.3, 0.0)
+        losses.build_losses(["aux"], 0.3, 0.0)
 
 
 # ------------------------------------------------------------------------------------------- optimizers, schedules
@@ -245,13 +247,13 @@ def test_averaged_weights_are_swapped_in_and_back_to_the_bit(policy: str):
     first = kernel.numpy()  # Keras starts the average here
     step(*batch(seed=1))
     after = kernel.numpy()
-    with step.averaged():
+    with step.using_ema_weights():
         np.testing.assert_allclose(kernel.numpy(), (first + after) / 2, rtol=1e-6)
     assert kernel.numpy().tobytes() == after.tobytes()
 
 
 def rates(name: str, steps: list[int], warmup: float = 0.0, **options) -> list[float]:
-    rate = optimizers.build_schedule(name, stages=[(10, 0.8)], epoch_steps=10, warmup_epochs=warmup, **options)
+    rate = optimizers.build_schedule(name, stages=[(10, 0.8)], steps_per_epoch=10, warmup_epochs=warmup, **options)
     return [round(float(rate(step)), 6) for step in steps]
 
 
@@ -266,7 +268,7 @@ def test_schedules_give_these_rates():
 
 def test_every_stage_has_its_own_schedule():
     rate = optimizers.build_schedule(
-        "cosine", stages=[(2, 0.8), (3, 0.2)], epoch_steps=10, warmup_epochs=0.5, final_fraction=0.0
+        "cosine", stages=[(2, 0.8), (3, 0.2)], steps_per_epoch=10, warmup_epochs=0.5, final_fraction=0.0
     )
     found = {step: round(float(rate(step)), 6) for step in (0, 4, 5, 19, 20, 24, 25, 49)}
     assert (found[0], found[4]) == (0.16, 0.8)
@@ -278,12 +280,12 @@ def test_every_stage_has_its_own_schedule():
 
 def test_a_factor_of_one_changes_no_bit_of_a_rate_and_another_multiplies_it():
     decay = keras.optimizers.schedules.CosineDecay(0.3, 90, alpha=0.1)
-    rate = optimizers.Rate(optimizers.Staged([(100, optimizers.warmed(decay, 10))]))
+    rate = optimizers.ScaledSchedule(optimizers.PiecewiseSchedule([(100, optimizers.with_warmup(decay, 10))]))
     for step in map(tf.constant, np.arange(100, dtype="float32")):
         bare = decay(tf.maximum(step - 10, 0.0)) * tf.minimum((step + 1) / 10, 1.0)
-        rate.factor.assign(1.0)
+        rate.scale.assign(1.0)
         assert rate(step).numpy().tobytes() == bare.numpy().tobytes()
-        rate.factor.assign(0.25)  # a power of two: not even the last bit is rounded
+        rate.scale.assign(0.25)  # a power of two: not even the last bit is rounded
         assert rate(step).numpy() == 0.25 * bare.numpy()
 
 
@@ -296,17 +298,17 @@ def test_a_factor_of_one_changes_no_bit_of_a_weight():
         return step.weights_sha256()
 
     decay = keras.optimizers.schedules.CosineDecay(0.3, 5)
-    slowed = optimizers.Rate(decay)
-    slowed.factor.assign(0.5)
+    slowed = optimizers.ScaledSchedule(decay)
+    slowed.scale.assign(0.5)
     decay.factor = keras.Variable(1.0)  # the step wants one to write down; the schedule by itself does not read it
-    assert weights(optimizers.Rate(decay)) == weights(decay) != weights(slowed)
+    assert weights(optimizers.ScaledSchedule(decay)) == weights(decay) != weights(slowed)
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="schedule must be one of constant, cosine, exponential, step, got linear"):
-        optimizers.build_schedule("linear", stages=[(1, 1.0)], epoch_steps=1, warmup_epochs=0)
+        optimizers.build_schedule("linear", stages=[(1, 1.0)], steps_per_epoch=1, warmup_epochs=0)
     with pytest.raises(ValueError, match="optimizer must be one of sgd, adamw, rmsprop, got lion"):
-        optimizers.build(
+        optimizers.build_optimizer(
             "lion", constant_rate(1), weight_decay=0, gradient_clip=None, gradient_accumulation=1, ema=None
         )
 
@@ -331,7 +333,7 @@ def test_norms_of_gradients_are_those_of_the_last_step_and_change_no_bit(policy:
 
     def trained(*, gradients: bool) -> Step:
         begin_anew(policy)
-        step = step_of(compiled(dense_model(aux=True), sgd(momentum=0.9)), gradients=gradients)
+        step = step_of(compiled(dense_model(aux=True), sgd(momentum=0.9)), measure_gradients=gradients)
         step(images, labels)
         return step
 
@@ -356,7 +358,7 @@ def test_a_weight_of_an_example_multiplies_its_losses_and_leaves_the_accuracy():
     weights = np.linspace(0, 2, EXAMPLES, dtype="float32")
     images, labels = batch()
     model = compiled(dense_model(aux=True), sgd(0.0))
-    step = step_of(model, weighted=True)
+    step = step_of(model, example_weights=True)
     outputs = model(images, training=True)
     each = {
         name: keras.losses.categorical_crossentropy(labels, logits, from_logits=True)
@@ -380,7 +382,7 @@ def test_mixed_images_are_not_rounded():
     found = []
     for mixed, given in ((False, images), (True, floats), (True, between)):
         begin_anew()
-        step = step_of(compiled(dense_model(), sgd(0.0)), mixed=mixed)
+        step = step_of(compiled(dense_model(), sgd(0.0)), float_images=mixed)
         step(given, labels)
         found.append(step.metrics()["loss"])
     assert found[0] == found[1] != found[2]
@@ -401,19 +403,19 @@ def test_slowing_down_halves_what_a_step_that_is_traced_already_moves():
     kernel, start = step.model.get_layer("dense").kernel, step.state()
 
     def moved() -> np.ndarray:
-        step.load(start | {"learning_rate_factor": np.float32(step.factor())})
+        step.load(start | {"learning_rate_factor": np.float32(step.lr_scale())})
         before = kernel.numpy()
         step(*batch())
         return kernel.numpy() - before
 
     whole = moved()
-    step.slow_down(0.125)
-    step.slow_down(0.5)  # in place of what was given before, not on top of it
-    assert (step.factor(), step.learning_rate()) == (0.5, 0.25)
+    step.set_lr_scale(0.125)
+    step.set_lr_scale(0.5)  # in place of what was given before, not on top of it
+    assert (step.lr_scale(), step.learning_rate()) == (0.5, 0.25)
     np.testing.assert_allclose(moved(), whole / 2, atol=1e-7)
     assert np.abs(whole).max() > 1e-2
     step.load(start)
-    assert (step.factor(), step.learning_rate()) == (1.0, 0.5)
+    assert (step.lr_scale(), step.learning_rate()) == (1.0, 0.5)
 
 
 # ----------------------------------------------------------------------------------------------------- the step's state
@@ -430,7 +432,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_trainee(kind: str, seed: int) -> Step:
     policy, options = KINDS[kind]
     begin_anew(policy, seed)
-    rate = optimizers.build_schedule("cosine", stages=[(1, 0.3)], epoch_steps=20, warmup_epochs=0.1, final_fraction=0.0)
+    rate = optimizers.build_schedule(
+        "cosine", stages=[(1, 0.3)], steps_per_epoch=20, warmup_epochs=0.1, final_fraction=0.0
+    )
     model = compiled(dense_model(aux=True, dropout=0.5), sgd(rate, momentum=0.9, **options))
     if policy == "mixed_float16":
         model.optimizer.dynamic_growth_steps = 2  # or the scale would stand still for the first 2,000
@@ -452,7 +456,7 @@ def go_on(step: Step, seeds: Iterator[int] | range) -> dict[str, Any]:
         "predictions": step.predict(batch(seed=99)[0]).tobytes(),
         "digest": step.weights_sha256(),
     }
-    with step.averaged():
+    with step.using_ema_weights():
         return found | {"averages": step.predict(batch(seed=99)[0]).tobytes()}
 
 
@@ -472,7 +476,7 @@ def course(kind: str) -> Course:
     step = trainee(kind)
     start = step.state()
     go_on(step, range(1))
-    step.slow_down(0.5)
+    step.set_lr_scale(0.5)
     go_on(step, range(1, 3))
     saved = step.state()
     outcome = go_on(step, range(3, 6))
@@ -496,7 +500,7 @@ def test_another_process_goes_on_to_the_same_bits(kind: str):
     assert same(other.state(), first.saved)
     assert go_on(other, range(3, 6)) == first.outcome
     assert same(other.state(), first.end)
-    assert other.fault() is None
+    assert other.non_finite() is None
 
 
 @pytest.mark.parametrize(
@@ -599,7 +603,7 @@ def test_without_a_flaw_there_is_no_fault(policy: str, what: str):
     step = plain(what, policy)
     for seed in range(5):
         step(*batch(seed=seed))
-        assert step.fault() is None
+        assert step.non_finite() is None
 
 
 @pytest.mark.parametrize(("what", "policy"), [("loss", "float32"), ("loss", "mixed_float16"), ("gradients", "float32")])
@@ -613,7 +617,7 @@ def test_a_fault_names_the_first_bad_step_though_it_is_read_later(what: str, pol
             assert sorted(bad) == ([] if what == "loss" else ["bn/beta", "bn/gamma"])
             assert np.isfinite(step.model.get_layer("bn").moving_mean.numpy()).all()
     step.reset_metrics()  # a new epoch
-    assert step.fault() == (f"the {what}", 2)
+    assert step.non_finite() == (f"the {what}", 2)
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
@@ -627,7 +631,7 @@ def test_a_fault_of_the_statistics_shows_before_validation_does(policy: str, nam
             statistics.assign([0.0, 0.0, math.nan, 0.0])
         step(*batch(seed=number))
     assert math.isfinite(step.metrics()["loss"])
-    assert step.fault() == ("the statistics of batch normalisation", 2)
+    assert step.non_finite() == ("the statistics of batch normalisation", 2)
 
 
 def test_of_two_faults_the_earlier_is_named():
@@ -636,7 +640,7 @@ def test_of_two_faults_the_earlier_is_named():
     step.model.get_layer("bn").moving_mean.assign([math.inf] * 4)
     step(*batch())
     step(*batch(flawed=True))
-    assert step.fault() == ("the statistics of batch normalisation", 2)
+    assert step.non_finite() == ("the statistics of batch normalisation", 2)
 
 
 def test_a_state_that_is_put_back_has_no_fault():
@@ -644,12 +648,12 @@ def test_a_state_that_is_put_back_has_no_fault():
     step(*batch())
     good = step.state()
     step(*batch(flawed=True))
-    assert step.fault() == ("the gradients", 2)
+    assert step.non_finite() == ("the gradients", 2)
     step.load(good)
     step(*batch())
-    assert step.fault() is None
+    assert step.non_finite() is None
     step(*batch(flawed=True))
-    assert step.fault() == ("the gradients", 3)
+    assert step.non_finite() == ("the gradients", 3)
 
 
 def test_gradients_that_overflow_cost_a_step_under_loss_scaling_and_are_no_fault():
@@ -667,16 +671,16 @@ def test_gradients_that_overflow_cost_a_step_under_loss_scaling_and_are_no_fault
     step(*batch())
     assert {"loss_scale": 8192.0, "skipped_steps": 2.0}.items() <= step.metrics().items()
     assert not trained & {n for n, v in step.state().items() if v.tobytes() == before[n].tobytes()}
-    assert step.fault() is None
+    assert step.non_finite() is None
 
 
 def test_a_loss_scale_below_its_floor_is_a_fault():
     step = plain("gradients", "mixed_float16")
-    step.model.optimizer.dynamic_scale.assign(2 * LEAST_LOSS_SCALE)
+    step.model.optimizer.dynamic_scale.assign(2 * MIN_LOSS_SCALE)
     step(*batch(flawed=True))
-    assert (step.metrics()["loss_scale"], step.fault()) == (1.0, None)
+    assert (step.metrics()["loss_scale"], step.non_finite()) == (1.0, None)
     step(*batch(flawed=True))
-    assert (step.metrics()["loss_scale"], step.fault()) == (0.5, ("the gradients (loss scale below 1)", 2))
+    assert (step.metrics()["loss_scale"], step.non_finite()) == (0.5, ("the gradients (loss scale below 1)", 2))
 
 
 def test_accumulated_steps_are_not_skipped_ones():
@@ -707,7 +711,7 @@ def test_weights_that_an_update_breaks_are_a_fault_of_that_step():
     step = step_of(compiled(model, sgd(gradient_clip=1.0)))
     step(*batch())
     assert math.isfinite(step.metrics()["loss"])
-    assert step.fault() == ("the weights", 1)
+    assert step.non_finite() == ("the weights", 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
@@ -730,7 +734,7 @@ class Saved:
 
     def read(self) -> Progress:
         """As from disk."""
-        return Progress.of(json.loads(json.dumps(self.progress)))
+        return Progress.from_dict(json.loads(json.dumps(self.progress)))
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -740,33 +744,33 @@ class Saved:
 class Recorder:
     """Keeps in memory what the loop gives it."""
 
-    def __init__(self, step: Step, interval: Interval | None = None):
+    def __init__(self, step: Step, interval: CheckpointPolicy | None = None):
         self.trained, self.interval = step, interval
         self.journal: list[tuple[int, int, dict[str, float]]] = []
         self.best: list[int] = []
         self.saved: list[Saved] = []
-        self.planned: list[bool] = []
+        self.periodic: list[bool] = []
         self.events: list[tuple] = []
 
-    def heed(self, values: dict[str, float]) -> dict[str, float]:
+    def broadcast_metrics(self, values: dict[str, float]) -> dict[str, float]:
         return values
 
-    def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
+    def log_metrics(self, epoch: int, step: int, values: dict[str, float]) -> None:
         self.journal.append((epoch, step, values))
 
-    def keep_best(self, epoch: int, _: dict[str, float]) -> None:
+    def save_best(self, epoch: int, _: dict[str, float]) -> None:
         self.best.append(epoch)
 
-    def step_done(self, progress: Progress) -> None:
+    def on_step_end(self, progress: Progress) -> None:
         self.events.append(("trained", progress.steps))
 
-    def due(self, progress: Progress) -> bool:
+    def should_checkpoint(self, progress: Progress) -> bool:
         if self.interval is None:
             return False
-        return self.interval.due(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
+        return self.interval.should_save(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
-    def save(self, progress: Progress, *, planned: bool) -> None:
-        self.planned.append(planned)
+    def save(self, progress: Progress, *, periodic: bool) -> None:
+        self.periodic.append(periodic)
         self.saved.append(Saved(dataclasses.asdict(progress), self.trained.state(), len(self.journal)))
 
     @property
@@ -788,8 +792,8 @@ def loop_of(
     progress: Progress | None = None,
     accuracies: list[float] | None = None,
     validate: Callable[[], dict[str, float]] | None = None,
-    interval: Interval | None = None,
-    stops: Stops | None = None,
+    interval: CheckpointPolicy | None = None,
+    stops: SignalHandler | None = None,
     flawed: int = 0,
     **stopper,
 ) -> tuple[Loop, Recorder]:
@@ -808,15 +812,15 @@ def loop_of(
         step=step,
         progress=progress or Progress(),
         epochs=epochs,
-        steps=3,
+        steps_per_epoch=3,
         batch_size=EXAMPLES,
         log_every=2,
         batches=batches,
         validate=validated,
-        keeper=recorder,
-        stopper=Stopper(**({"metric": None, "patience_epochs": 1, "min_delta": 0.0} | stopper)),
-        watch=Quiet(),
-        stops=stops or Stops(),
+        callbacks=recorder,
+        early_stopping=EarlyStopping(**({"metric": None, "patience_epochs": 1, "min_delta": 0.0} | stopper)),
+        display=Quiet(),
+        signals=stops or SignalHandler(),
     )
     return loop, recorder
 
@@ -857,7 +861,7 @@ def test_steps_count_over_the_whole_run_and_epochs_end_with_a_line():
         "images_per_second",
         "data_wait_fraction",
     } <= set(recorder.journal[-1][2])
-    assert progress.clock.images == 8 * 8  # the first step, which makes buffers and kernels, is left out
+    assert progress.timer.images == 8 * 8  # the first step, which makes buffers and kernels, is left out
 
 
 def test_the_best_epoch_is_the_highest_and_of_equals_the_earlier():
@@ -877,17 +881,17 @@ def test_early_stopping_waits_for_its_patience():
 
 
 def test_a_metric_that_is_no_number_is_no_improvement():
-    stopper, progress = Stopper("validation/loss", patience_epochs=3, min_delta=0.0), Progress()
+    stopper, progress = EarlyStopping("validation/loss", patience_epochs=3, min_delta=0.0), Progress()
     for loss in (math.nan, 3.0, 2.0, math.nan):
-        stopper.look({"validation/loss": loss}, progress)
-    assert (progress.stale_value, progress.stale_epochs, progress.stopped_early) == (-2.0, 1, False)
+        stopper.update({"validation/loss": loss}, progress)
+    assert (progress.best_metric, progress.epochs_without_improvement, progress.stopped_early) == (-2.0, 1, False)
 
 
 def test_a_falling_metric_improves_downwards():
-    stopper, progress = Stopper("validation/loss", patience_epochs=2, min_delta=0.0), Progress()
+    stopper, progress = EarlyStopping("validation/loss", patience_epochs=2, min_delta=0.0), Progress()
 
     def stops_at(loss: float) -> bool:
-        stopper.look({"validation/loss": loss}, progress)
+        stopper.update({"validation/loss": loss}, progress)
         return progress.stopped_early
 
     assert [stops_at(loss) for loss in (3.0, 2.0, 2.5, 2.1)] == [False, False, False, True]
@@ -897,18 +901,18 @@ def test_how_far_a_run_is_survives_a_checkpoint():
     step = plain()
     progress, _ = run_loop(step, epochs=2, accuracies=[0.5, 0.4], **PATIENT)
     progress.rollbacks = 2
-    assert (progress.stale_value, progress.stale_epochs, progress.clock.images) == (0.5, 1, 5 * 8)
-    again = Progress.of(json.loads(json.dumps(dataclasses.asdict(progress))))
+    assert (progress.best_metric, progress.epochs_without_improvement, progress.timer.images) == (0.5, 1, 5 * 8)
+    again = Progress.from_dict(json.loads(json.dumps(dataclasses.asdict(progress))))
     assert again == progress
-    assert again.clock is not progress.clock
+    assert again.timer is not progress.timer
 
 
 @pytest.mark.parametrize("place", [(2, 0, 6), (2, 1, 7), (3, 0, 9), (3, 2, 11)])
 def test_early_stopping_counts_on_in_another_life(place: tuple[int, int, int]):
     step = plain()
     accuracies = [0.5, 0.505, 0.4, 0.4, 0.9, 0.9]
-    whole, first = run_loop(step, epochs=6, accuracies=accuracies, interval=Interval(every_steps=1), **PATIENT)
-    assert (whole.epoch, whole.stale_epochs) == (4, 3)
+    whole, first = run_loop(step, epochs=6, accuracies=accuracies, interval=CheckpointPolicy(every_steps=1), **PATIENT)
+    assert (whole.epoch, whole.epochs_without_improvement) == (4, 3)
     saved = first.saved[first.places.index(place)]
     progress, _ = run_loop(step, epochs=6, accuracies=accuracies[place[0] :], progress=saved.read(), **PATIENT)
     assert (progress.epoch, progress.steps, progress.stopped_early) == (4, 12, True)
@@ -917,7 +921,7 @@ def test_early_stopping_counts_on_in_another_life(place: tuple[int, int, int]):
 
 def test_a_run_that_has_stopped_early_trains_no_more():
     step = plain()
-    stopped = Progress(epoch=2, steps=6, stale_epochs=3, stopped_early=True)
+    stopped = Progress(epoch=2, steps=6, epochs_without_improvement=3, stopped_early=True)
     progress, recorder = run_loop(step, epochs=6, progress=dataclasses.replace(stopped), **PATIENT)
     assert progress == stopped
     assert recorder.events == []
@@ -929,14 +933,14 @@ def test_a_run_that_has_stopped_early_trains_no_more():
 @pytest.mark.parametrize(
     ("interval", "places"),
     [
-        (Interval(every_steps=2), [(0, 2, 2), (1, 1, 4), (2, 0, 6)]),
-        (Interval(every_steps=3), [(1, 0, 3), (2, 0, 6)]),
-        (Interval(), [(1, 0, 3), (2, 0, 6)]),
-        (Interval(every_epochs=2), [(2, 0, 6)]),
+        (CheckpointPolicy(every_steps=2), [(0, 2, 2), (1, 1, 4), (2, 0, 6)]),
+        (CheckpointPolicy(every_steps=3), [(1, 0, 3), (2, 0, 6)]),
+        (CheckpointPolicy(), [(1, 0, 3), (2, 0, 6)]),
+        (CheckpointPolicy(every_epochs=2), [(2, 0, 6)]),
         (None, []),
     ],
 )
-def test_a_checkpoint_is_made_where_one_is_due_and_at_the_end(interval: Interval | None, places: list):
+def test_a_checkpoint_is_made_where_one_is_due_and_at_the_end(interval: CheckpointPolicy | None, places: list):
     """Once each; the end of an epoch is a place in the next one, with everything about the last behind it."""
     progress, recorder = run_loop(plain(), epochs=2, interval=interval)
     assert recorder.places == [*places, (2, 0, 6)]
@@ -951,13 +955,13 @@ def test_a_checkpoint_is_made_where_one_is_due_and_at_the_end(interval: Interval
     [
         (4, None, [], [2, 3]),  # found where a line is due
         (5, None, [], [2, 3, 4]),  # found at the end of the epoch, a step later
-        (5, Interval(every_steps=1), [1, 2, 3, 4], [2, 3, 4]),  # found where a checkpoint is due
-        (6, Interval(every_steps=6), [], [2, 3, 4]),
-        (7, Interval(every_steps=4), [4], [2, 3, 4, 6]),
+        (5, CheckpointPolicy(every_steps=1), [1, 2, 3, 4], [2, 3, 4]),  # found where a checkpoint is due
+        (6, CheckpointPolicy(every_steps=6), [], [2, 3, 4]),
+        (7, CheckpointPolicy(every_steps=4), [4], [2, 3, 4, 6]),
     ],
 )
 def test_a_state_that_is_broken_is_neither_saved_nor_told(
-    what: str, flawed: int, interval: Interval | None, saved: list[int], lines: list[int]
+    what: str, flawed: int, interval: CheckpointPolicy | None, saved: list[int], lines: list[int]
 ):
     step = plain(what)
     loop, recorder = loop_of(step, interval=interval, flawed=flawed)
@@ -983,28 +987,28 @@ def test_a_rate_far_too_high_ends_the_run_and_names_the_step():
 def test_a_signal_is_obeyed_between_two_batches():
     """It comes in the middle of the second step, which is finished and saved, and no third is begun."""
     step = Noisy(plain(), 2, signal.SIGTERM)
-    with Stops().listening() as stops, pytest.raises(Interrupted, match=r"^stopped by SIGTERM$") as stop:
+    with SignalHandler().installed() as stops, pytest.raises(Interrupted, match=r"^stopped by SIGTERM$") as stop:
         loop, recorder = loop_of(step, stops=stops)
         loop.run()
     assert recorder.events == [("asked", 0, 0), ("trained", 1), ("trained", 2)]
-    assert (recorder.places, recorder.planned) == ([(0, 2, 2)], [False])
-    assert (stop.value.number, stop.value.at_once) == (signal.SIGTERM, False)
+    assert (recorder.places, recorder.periodic) == ([(0, 2, 2)], [False])
+    assert (stop.value.signal_number, stop.value.immediate) == (signal.SIGTERM, False)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_second_signal_leaves_the_loop_without_a_checkpoint():
     step = Noisy(plain(), 2, signal.SIGINT, signal.SIGTERM)
-    with Stops().listening() as stops, pytest.raises(Interrupted, match=r"^stopped by SIGTERM$") as stop:
+    with SignalHandler().installed() as stops, pytest.raises(Interrupted, match=r"^stopped by SIGTERM$") as stop:
         loop, recorder = loop_of(step, stops=stops)
         loop.run()
     assert recorder.events == [("asked", 0, 0), ("trained", 1)]
     assert recorder.saved == []
-    assert (stop.value.number, stop.value.at_once) == (signal.SIGTERM, True)
+    assert (stop.value.signal_number, stop.value.immediate) == (signal.SIGTERM, True)
 
 
 def test_a_signal_does_not_save_a_state_that_is_broken():
     step = Noisy(plain("loss"), 2, signal.SIGINT)
-    with Stops().listening() as stops, pytest.raises(DivergedError, match="in epoch 1 at step 1"):
+    with SignalHandler().installed() as stops, pytest.raises(DivergedError, match="in epoch 1 at step 1"):
         loop, recorder = loop_of(step, stops=stops, flawed=1)
         loop.run()
     assert recorder.saved == []
@@ -1015,7 +1019,7 @@ def test_a_signal_does_not_save_a_state_that_is_broken():
 
 def validation_of(step: Step) -> Callable[[], dict[str, float]]:
     def validate() -> dict[str, float]:
-        with step.averaged():
+        with step.using_ema_weights():
             found = evaluate(step.predict, [tuple(part.numpy() for part in batch(seed=99))], EXAMPLES)
         return {"main_accuracy": found["accuracy"], "loss": found["loss"]}
 
@@ -1023,13 +1027,13 @@ def validation_of(step: Step) -> Callable[[], dict[str, float]]:
 
 
 def without_clock(progress: Progress) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(progress).items() if name != "clock"}
+    return {name: value for name, value in dataclasses.asdict(progress).items() if name != "timer"}
 
 
 @pytest.mark.parametrize("kind", ["float32", "everything"])
 def test_from_any_batch_another_life_tells_the_same_and_ends_at_the_same_bits(kind: str):
     first = trainee(kind)
-    whole, uncut = run_loop(first, validate=validation_of(first), interval=Interval(every_steps=1))
+    whole, uncut = run_loop(first, validate=validation_of(first), interval=CheckpointPolicy(every_steps=1))
     assert uncut.places[:-1] == [(n // 3, n % 3, n) for n in range(1, 10)]
     end = first.state()
     other = trainee(kind, seed=2)
@@ -1055,11 +1059,11 @@ def test_an_epoch_that_lacks_only_its_validation_is_validated_first(when: str):
 
     def stopped() -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGINT)
-        list(stops.heed(range(2)))
+        list(stops.guard(range(2)))
         raise AssertionError("a signal was not heeded")
 
     step = Noisy(trainee("float32"), 3 if when == "the epoch's last step" else 0, signal.SIGINT)
-    with Stops().listening() as stops, pytest.raises(Interrupted):
+    with SignalHandler().installed() as stops, pytest.raises(Interrupted):
         loop, cut = loop_of(step, stops=stops, validate=stopped)
         loop.run()
     assert [event for event in cut.events if event[0] == "validated"] == [("validated",)] * (when == "validation")
@@ -1079,40 +1083,40 @@ def test_an_epoch_that_lacks_only_its_validation_is_validated_first(when: str):
 
 
 def test_a_second_signal_leaves_at_once_and_so_does_one_outside_the_loop():
-    with Stops().listening() as stops, stops.deferred():
+    with SignalHandler().installed() as stops, stops.deferred():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted, match="SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stops.code() == 143
-    with Stops().listening(), pytest.raises(Interrupted, match="SIGTERM"):
+        assert stops.exit_code() == 143
+    with SignalHandler().installed(), pytest.raises(Interrupted, match="SIGTERM"):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_the_same_signal_at_once_again_is_the_same_wish(monkeypatch: pytest.MonkeyPatch):
     """make hands a SIGTERM on to a process that has got it already."""
-    with Stops().listening() as stops, stops.deferred():
+    with SignalHandler().installed() as stops, stops.deferred():
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        monkeypatch.setattr(Stops, "REPEAT_SECONDS", 0.0)
+        monkeypatch.setattr(SignalHandler, "REPEAT_SECONDS", 0.0)
         with pytest.raises(Interrupted) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.value.at_once
+    assert stop.value.immediate
 
 
 def test_validation_heeds_a_signal_too():
-    with Stops().listening() as stops, stops.deferred():
+    with SignalHandler().installed() as stops, stops.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
-            list(stops.heed([1, 2, 3]))
-    assert list(Stops().heed([1, 2, 3])) == [1, 2, 3]
+            list(stops.guard([1, 2, 3]))
+    assert list(SignalHandler().guard([1, 2, 3])) == [1, 2, 3]
 
 
 # A lock that is held already is waited for in one call: signals don't end it, and Python runs nothing until it ends.
 STUCK = """
 import ctypes
-from train.training.loop import Stops
+from train.training.loop import SignalHandler
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
-with Stops().listening() as stops, stops.deferred():
+with SignalHandler().installed() as signals, signals.deferred():
     lock(mutex)
     print("ready", flush=True)
     lock(mutex)
@@ -1120,14 +1124,14 @@ with Stops().listening() as stops, stops.deferred():
 
 LEAVING = """
 import sys, time
-from train.training.loop import Interrupted, Stops
+from train.training.loop import Interrupted, SignalHandler
 try:
-    with Stops().listening() as stops, stops.deferred():
+    with SignalHandler().installed() as signals, signals.deferred():
         print("ready", flush=True)
         while True:
             time.sleep(0.01)
 except Interrupted as stop:
-    while not stop.at_once:
+    while not stop.immediate:
         time.sleep(0.01)
     sys.exit(7)
 """
@@ -1151,13 +1155,13 @@ def test_a_second_signal_ends_a_process_that_is_stuck_and_spares_one_that_leaves
         time.sleep(0.3)  # the second lock is tried right after the line is printed
         for process, (_, first, _, _) in zip(found, cases, strict=True):
             process.send_signal(first)
-        time.sleep(Stops.GRACE_SECONDS + 0.5)
+        time.sleep(SignalHandler.GRACE_SECONDS + 0.5)
         assert [process.poll() for process in found] == [None] * 3
         start = time.monotonic()
         for process, (_, _, second, _) in zip(found, cases, strict=True):
             process.send_signal(second)
         codes = [process.wait(timeout=120) for process in found[:2]]
-        assert time.monotonic() - start >= Stops.GRACE_SECONDS  # who can leave by itself has so long
+        assert time.monotonic() - start >= SignalHandler.GRACE_SECONDS  # who can leave by itself has so long
         assert [*codes, found[2].wait(timeout=120)] == [code for *_, code in cases]
 
 
@@ -1166,7 +1170,7 @@ def test_the_bar_shows_training_and_validation_together(monkeypatch: pytest.Monk
     screen = io.StringIO()
     monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
     epoch = {"train/loss": 1.0, "train/main_accuracy": 0.25, "validation/main_accuracy": 0.75}
-    with progress.Terminal(epochs=2, steps=3, batch_size=8) as bar:
+    with progress.TerminalProgressDisplay(epochs=2, steps=3, batch_size=8) as bar:
         bar.epoch(0, epoch | {"images_per_second": 5.0, "data_wait_fraction": 0.01})
         bar.step(1, 4, {"train/main_accuracy": 0.5})
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
@@ -1196,9 +1200,9 @@ def test_evaluation_refuses_a_count_that_is_off():
 
 def test_top5_looks_at_five():
     logits = np.arange(10.0)[None].repeat(2, 0)
-    assert rank_of_truth(logits, np.array([5, 4])).tolist() == [4, 5]
+    assert label_rank(logits, np.array([5, 4])).tolist() == [4, 5]
 
 
 def test_logits_that_are_no_numbers_are_wrong():
-    assert rank_of_truth(np.full((1, 4), np.nan), np.array([0])).tolist() == [4]
+    assert label_rank(np.full((1, 4), np.nan), np.array([0])).tolist() == [4]
     assert math.isnan(cross_entropy(np.full((1, 4), np.nan), np.array([0]))[0])

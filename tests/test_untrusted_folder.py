@@ -20,10 +20,10 @@ from omegaconf import OmegaConf
 from train import evaluate, export, predict
 from train.config import composition
 from train.evaluation import report
-from train.storage.atomic import OutsideError, open_inside
+from train.storage.atomic import UnsafePathError, open_inside
 from train.tracking import uploader
 from train.tracking.journal import Journal
-from train.tracking.run_dir import RunFolder, open_folder
+from train.tracking.run_dir import RunDir, open_run_dir
 
 SECRET = "s3cr3t-of-this-machine"
 NAME = "INCEPTION_TEST_SECRET"
@@ -57,16 +57,16 @@ def stranger() -> Iterator[Stranger]:
 
 
 @pytest.fixture
-def received(finished: Finished, tmp_path: Path) -> RunFolder:
+def received(finished: Finished, tmp_path: Path) -> RunDir:
     """A copy of the finished run, as it was sent; where it says that its record goes, nobody has to be asked."""
     path = tmp_path / "received"
     shutil.copytree(finished.path, path, symlinks=True)
-    folder = open_folder(path)
+    folder = open_run_dir(path)
     rewrite(folder, f"sqlite:///{tmp_path / 'mlflow.db'}")
     return folder
 
 
-def rewrite(folder: RunFolder, uri: str, status: str = "finished") -> None:
+def rewrite(folder: RunDir, uri: str, status: str = "finished") -> None:
     folder.write_yaml("config.yaml", folder.config() | {"tracking": folder.config()["tracking"] | {"uri": uri}})
     folder.write_json("summary.json", json.loads(folder.read_bytes("summary.json")) | {"status": status})
 
@@ -81,7 +81,7 @@ REFERENCES = [f"${{oc.env:{NAME}}}", f"${NAME}", f"${{{NAME}}}"]
     ("command", "reference"),
     [("resume", REFERENCES[0]), ("resume", REFERENCES[2]), *(("sync", reference) for reference in REFERENCES)],
 )
-def test_no_variable_of_this_machine_is_sent(command: str, reference: str, received: RunFolder, stranger: Stranger):
+def test_no_variable_of_this_machine_is_sent(command: str, reference: str, received: RunDir, stranger: Stranger):
     rewrite(received, f"{stranger.address}/{reference}", "interrupted")
     done = run_command("make", command, f"run={received.path}", env={NAME: SECRET})
     assert done.code == 2, done.out
@@ -99,12 +99,12 @@ def test_omegaconf_and_the_shell_would_look_it_up(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("key", ["data.name", "tracking.experiment", "model.blocks"])
-def test_a_reference_in_any_key_has_to_be_typed(key: str, received: RunFolder, monkeypatch: pytest.MonkeyPatch):
+def test_a_reference_in_any_key_has_to_be_typed(key: str, received: RunDir, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(NAME, "digits")
     content = received.config()
     group, _, name = key.partition(".")
     content[group][name] = [REFERENCES[0]] * 5 if name == "blocks" else REFERENCES[0]
-    told = message(composition.stored, content, [])
+    told = message(composition.from_stored, content, [])
     if key == "data.name":
         assert told.startswith("config.yaml does not hold a config of this program")
         return
@@ -114,26 +114,27 @@ def test_a_reference_in_any_key_has_to_be_typed(key: str, received: RunFolder, m
     )
 
 
-def test_what_is_typed_or_trusted_is_looked_up(received: RunFolder, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_typed_or_trusted_is_looked_up(received: RunDir, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(NAME, SECRET)
     content = received.config()
     content["tracking"]["experiment"] = REFERENCES[0]
-    typed = composition.stored(content, [f"tracking.experiment={REFERENCES[0]}"])
-    trusted = composition.stored(content, [], frozenset({("tracking.experiment", REFERENCES[0])}))
+    typed = composition.from_stored(content, [f"tracking.experiment={REFERENCES[0]}"])
+    trusted = composition.from_stored(content, [], frozenset({("tracking.experiment", REFERENCES[0])}))
     assert typed.tracking.experiment == trusted.tracking.experiment == SECRET
-    message(composition.stored, content, [], frozenset({("data.root", REFERENCES[0])}))
+    message(composition.from_stored, content, [], frozenset({("data.root", REFERENCES[0])}))
 
 
-def test_home_is_not_put_into_a_stored_path(received: RunFolder, monkeypatch: pytest.MonkeyPatch):
+def test_home_is_not_put_into_a_stored_path(received: RunDir, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     content = received.config() | {"run_dir": "~/a"}
-    assert composition.to_config(composition.stored(content, []), stored=True).run_dir == "~/a"
+    assert composition.to_config(composition.from_stored(content, []), is_stored=True).run_dir == "~/a"
     assert (
-        composition.to_config(composition.stored(content, ["run_dir='~/b'"]), stored=True).run_dir == "/home/somebody/b"
+        composition.to_config(composition.from_stored(content, ["run_dir='~/b'"]), is_stored=True).run_dir
+        == "/home/somebody/b"
     )
 
 
-def test_a_trial_refers_to_nothing_that_was_not_typed(received: RunFolder, tmp_path: Path, stranger: Stranger):
+def test_a_trial_refers_to_nothing_that_was_not_typed(received: RunDir, tmp_path: Path, stranger: Stranger):
     config = received.config()
     config["tracking"]["uri"] = f"{stranger.address}/{REFERENCES[0]}"
     file = tmp_path / "sweep/trials/000.json"
@@ -149,7 +150,7 @@ def test_a_trial_refers_to_nothing_that_was_not_typed(received: RunFolder, tmp_p
 # --------------------------------------------------------------------------------------------------------- addresses
 
 
-def test_an_address_in_a_folder_is_named_and_gets_no_credentials(received: RunFolder, stranger: Stranger):
+def test_an_address_in_a_folder_is_named_and_gets_no_credentials(received: RunDir, stranger: Stranger):
     rewrite(received, stranger.address)
     credentials = {"MLFLOW_TRACKING_TOKEN": SECRET}
     done = run_command("make", "sync", f"run={received.path}", env=credentials)
@@ -162,7 +163,7 @@ def test_an_address_in_a_folder_is_named_and_gets_no_credentials(received: RunFo
     assert SECRET in "".join(stranger.requests)  # an address that was typed gets them
 
 
-def test_the_file_with_credentials_is_not_sent_either(received: RunFolder, stranger: Stranger, tmp_path: Path):
+def test_the_file_with_credentials_is_not_sent_either(received: RunDir, stranger: Stranger, tmp_path: Path):
     file = tmp_path / ".mlflow/credentials"
     file.parent.mkdir()
     file.write_text(f"[mlflow]\nmlflow_tracking_username = {SECRET}\nmlflow_tracking_password = {SECRET}\n")
@@ -186,15 +187,15 @@ def outside(tmp_path: Path) -> Path:
     return path
 
 
-def put_link(folder: RunFolder, name: str, target: Path) -> None:
+def put_link(folder: RunDir, name: str, target: Path) -> None:
     (folder.path / name).unlink(missing_ok=True)
     (folder.path / name).symlink_to(target)
 
 
 @pytest.mark.parametrize("name", ["loss.png", "evaluation/test/confusion.png", "evaluation/test/scores.json"])
-def test_a_link_out_of_the_folder_is_not_uploaded(name: str, received: RunFolder, outside: Path, tmp_path: Path):
+def test_a_link_out_of_the_folder_is_not_uploaded(name: str, received: RunDir, outside: Path, tmp_path: Path):
     put_link(received, name, outside)
-    record = uploader.Record(received, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    record = uploader.Uploader(received, f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(uploader.RefusedError, match=f"{name} is a link to {outside}, outside the folder"):
         record.finish()
     client = MlflowClient(record.uri)
@@ -216,13 +217,13 @@ def test_mlflow_would_follow_the_link(outside: Path, tmp_path: Path):
 
 
 READERS = {
-    "run.json": lambda folder: open_folder(folder.path),
-    "loss.png": lambda folder: report.content(folder, {}, []),
+    "run.json": lambda folder: open_run_dir(folder.path),
+    "loss.png": lambda folder: report.report_context(folder, {}, []),
     "config.yaml": lambda folder: folder.config(),
     "summary.json": lambda folder: folder.status(),
-    "metrics.jsonl": lambda folder: report.write(folder, {}),
-    "best/model.json": lambda folder: predict.load(folder.path, "keras", many=False),
-    "best/model.keras": lambda folder: predict.load(folder.path, "keras", many=False),
+    "metrics.jsonl": lambda folder: report.write_report(folder, {}),
+    "best/model.json": lambda folder: predict.load_network(folder.path, "keras", compiled=False),
+    "best/model.keras": lambda folder: predict.load_network(folder.path, "keras", compiled=False),
     "train.log": lambda folder: evaluate.evaluate([f"run={folder.path}"]),
     "evaluation": lambda folder: evaluate.evaluate([f"run={folder.path}"]),
     "uploader.log": lambda folder: folder.inside("uploader.log"),
@@ -230,31 +231,31 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_link_out_of_the_folder_is_not_read(name: str, received: RunFolder, outside: Path, tmp_path: Path):
+def test_a_link_out_of_the_folder_is_not_read(name: str, received: RunDir, outside: Path, tmp_path: Path):
     target = outside
     if name == "evaluation":
         shutil.rmtree(received.path / name)
         target = tmp_path / "elsewhere"
         target.mkdir()
     put_link(received, name, target)
-    with pytest.raises(OutsideError, match=rf"is a link to {target}\S*, outside the folder"):
+    with pytest.raises(UnsafePathError, match=rf"is a link to {target}\S*, outside the folder"):
         READERS[name](received)
     assert outside.read_text() == SECRET
     assert name != "evaluation" or list(target.iterdir()) == []
 
 
-def test_exports_are_written_inside(received: RunFolder, tmp_path: Path):
+def test_exports_are_written_inside(received: RunDir, tmp_path: Path):
     (tmp_path / "elsewhere/keras").mkdir(parents=True)
     put_link(received, "export", tmp_path / "elsewhere")
-    with pytest.raises(OutsideError):
-        export.told(received, None, "keras", export.Export(), None)  # type: ignore[arg-type]
+    with pytest.raises(UnsafePathError):
+        export.export_format(received, None, "keras", export.Export(), None)  # type: ignore[arg-type]
     assert (tmp_path / "elsewhere/keras").exists()
 
 
-def test_links_within_the_folder_are_fine(received: RunFolder):
+def test_links_within_the_folder_are_fine(received: RunDir):
     put_link(received, "loss.png", received.path / "accuracy.png")
     assert received.read_bytes("loss.png") == (received.path / "accuracy.png").read_bytes()
-    assert received.card()["classes"]  # best is a link to one of two folders
+    assert received.model_info()["classes"]  # best is a link to one of two folders
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path):
@@ -268,13 +269,13 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path):
 def test_a_journal_is_not_written_through_a_link(tmp_path: Path, outside: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").symlink_to(outside)
-    with pytest.raises(OutsideError):
+    with pytest.raises(UnsafePathError):
         Journal(tmp_path / "run/metrics.jsonl").append(0, 1, {"a": 1.0})
     assert outside.read_text() == SECRET
 
 
 def test_yaml_that_is_no_config_is_one_line(tmp_path: Path):
-    folder = RunFolder(tmp_path, "x")
+    folder = RunDir(tmp_path, "x")
     for text in ("- a\n- b\n", "a: [", "!!python/object/apply:os.system ['true']"):
         (tmp_path / "config.yaml").write_text(text)
         told = f"{tmp_path}/config.yaml does not hold a config; put back the file of the run"

@@ -21,7 +21,7 @@ from train.runtime import setup
 CLASSES = "classes"
 
 
-def read(words: list[str]) -> tuple[Any, tuple[int, int, int], int]:
+def parse_arguments(argv: list[str]) -> tuple[Any, tuple[int, int, int], int]:
     """The model's keys, the input shape and the number of classes that the words mean.
 
     `classes=` is this command's own word (1000); every other one is a key of `make train`. Without `data.image_size`
@@ -29,12 +29,12 @@ def read(words: list[str]) -> tuple[Any, tuple[int, int, int], int]:
 
     Raises: ValueError for a word that nobody knows.
     """
-    own = [word for word in words if word.startswith(f"{CLASSES}=")]
-    others = [word for word in words if word not in own]
+    own = [word for word in argv if word.startswith(f"{CLASSES}=")]
+    others = [word for word in argv if word not in own]
     config = composition.compose(others)
     names = {word.partition("=")[0] for word in others}
     classes = arguments.parse(Cost, own).classes
-    setup.load("tensorflow", Path(os.devnull))  # only now: a mistake is answered at once
+    setup.import_backend("tensorflow", Path(os.devnull))  # only now: a mistake is answered at once
     from train.models import NATIVE_SIZE
 
     side = resolve_image_size(config) if "data.image_size" in names else NATIVE_SIZE[config.model.name]
@@ -49,26 +49,26 @@ class Cost:
     classes: int = 1000
 
 
-def show(words: list[str]) -> None:
+def print_cost(argv: list[str]) -> None:
     """Prints the tables."""
-    model_keys, shape, classes = read(words)
+    model_keys, shape, classes = parse_arguments(argv)
     from train import models
     from train.models import cost, weights
 
     how = options(model_keys)
     how.pop("weights")  # which cost nothing
-    with weights.symbolic():
+    with weights.without_weights():
         model = models.build(model_keys.name, shape, classes, **how)
-        inference = models.inference(model)
+        inference = models.inference_model(model)
     console = Console(highlight=False)
     title = f"{model_keys.name}, {shape[0]} x {shape[1]} x {shape[2]}, {classes} classes"
-    rows = cost.cost(inference)
-    console.print(blocks_table(title, rows, cost.total(rows)))
-    training = cost.totals(model)
-    if training != cost.total(rows):
+    rows = cost.block_costs(inference)
+    console.print(blocks_table(title, rows, cost.sum_costs(rows)))
+    training = cost.total_cost(model)
+    if training != cost.sum_costs(rows):
         console.print(f"in training, with auxiliary heads: {training.parameters:,} parameters, {training.macs:,} MACs")
-    if found := cost.alternatives(inference):
-        console.print(alternatives_table(found))
+    if found := cost.block_ablations(inference):
+        console.print(ablations_table(found))
 
 
 def blocks_table(title: str, rows: list[Any], total: Any) -> Table:
@@ -77,31 +77,31 @@ def blocks_table(title: str, rows: list[Any], total: Any) -> Table:
     for name in ("parameters", "multiply-accumulates", "activations"):
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*_cells(row), end_section=row is rows[-1])
-    table.add_row(*_cells(total))
+        table.add_row(*_row_cells(row), end_section=row is rows[-1])
+    table.add_row(*_row_cells(total))
     return table
 
 
-def _cells(row: Any) -> list[str]:
+def _row_cells(row: Any) -> list[str]:
     shape = " x ".join(map(str, row.output_shape))
     return [row.block, shape, f"{row.parameters:,}", f"{row.macs:,}", f"{row.activations:,}"]
 
 
-def alternatives_table(found: list[Any]) -> Table:
+def ablations_table(ablations: list[Any]) -> Table:
     """What each Inception block costs, and what it would cost without its 1x1 reductions and its factorisation."""
     title = "what a block would cost without its ideas: millions of multiply-accumulates, times its own"
     table = Table("block", title=title, title_justify="left")
     for name in ("as it is", "no 1x1 reductions", "no factorisation", "neither"):
         table.add_column(name, justify="right")
-    for row in found:
+    for row in ablations:
         others = (row.macs_without_reduction, row.macs_without_factorisation, row.macs_without_both)
-        table.add_row(row.block, f"{row.macs / 1e6:,.1f}", *(_times(other, row.macs) for other in others))
+        table.add_row(row.block, f"{row.macs / 1e6:,.1f}", *(_format_ratio(other, row.macs) for other in others))
     return table
 
 
-def _times(other: int, own: int) -> str:
-    return f"{other / 1e6:,.1f}  {other / own:5.2f}x"
+def _format_ratio(value: int, baseline: int) -> str:
+    return f"{value / 1e6:,.1f}  {value / baseline:5.2f}x"
 
 
 if __name__ == "__main__":
-    arguments.run(show, only_prints=True)
+    arguments.main(print_cost, only_prints=True)

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from train.cli import arguments
-from train.run.predictor import BATCH, RUNTIMES, Network, answers, load, ranked
+from train.run.predictor import BATCH_SIZE, RUNTIMES, Network, load_network, predict_files, top_classes
 
 OUTPUTS = ("table", "jsonl")
-SHOWN = 24  # pictures that attention is drawn for
+MAX_ATTENTION_IMAGES = 24  # pictures that attention is drawn for
 
 
 @dataclass
@@ -43,27 +43,27 @@ class Predict:
     attention: str = ""
 
 
-def predict(words: list[str]) -> int:
+def predict(argv: list[str]) -> int:
     """1 where a picture could not be read. Raises: ValueError for what can't be run at all."""
-    keys = checked(arguments.parse(Predict, words))
-    paths = list(found(keys.images))
-    network = load(Path(keys.run), keys.runtime, many=len(paths) > BATCH)
-    tell = TELLERS[keys.output](paths, network.classes, min(keys.top, len(network.classes)))
+    keys = validate_arguments(arguments.parse(Predict, argv))
+    paths = list(expand_paths(keys.images))
+    network = load_network(Path(keys.run), keys.runtime, compiled=len(paths) > BATCH_SIZE)
+    tell = OUTPUT_WRITERS[keys.output](paths, network.classes, min(keys.top, len(network.classes)))
     failed, kept = 0, list[tuple[np.ndarray, np.ndarray]]()
-    for path, pixels, probabilities in answers(network, paths):
+    for path, pixels, probabilities in predict_files(network, paths):
         if isinstance(pixels, Exception):
             failed += 1
-            print(f"error: {printable(path)}: {pixels}", file=sys.stderr, flush=True)
+            print(f"error: {printable_name(path)}: {pixels}", file=sys.stderr, flush=True)
             continue
         tell(path, probabilities)
-        if keys.attention and len(kept) < SHOWN:
+        if keys.attention and len(kept) < MAX_ATTENTION_IMAGES:
             kept.append((pixels, probabilities))
     if kept:
-        draw(Path(keys.attention), network, kept)
+        draw_attention(Path(keys.attention), network, kept)
     return int(failed > 0)
 
 
-def checked(keys: Predict) -> Predict:
+def validate_arguments(keys: Predict) -> Predict:
     for name, allowed in (("runtime", RUNTIMES), ("output", OUTPUTS)):
         if getattr(keys, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(keys, name)}")
@@ -79,29 +79,29 @@ def checked(keys: Predict) -> Predict:
 # ------------------------------------------------------------------------------------------------------ what is there
 
 
-def found(images: str) -> Iterator[Path]:
+def expand_paths(images: str) -> Iterator[Path]:
     """The files that are meant, those of a folder in the order of their names.
 
     Raises: ValueError for a word that is no file, no folder and no pattern of any.
     """
     if not images:
         raise ValueError("images must be files, folders or patterns, got none; use images=PATH")
-    for word in [images] if there(images) else images.split(","):
+    for word in [images] if exists(images) else images.split(","):
         if "://" in word:
             raise ValueError(f"images must be on this machine, got {word}; fetch it first")
-        named = [word] if there(word) else sorted(glob.glob(word, recursive=True))  # noqa: PTH207 (absolute ones, too)
+        named = [word] if exists(word) else sorted(glob.glob(word, recursive=True))  # noqa: PTH207 (absolute ones, too)
         matching = [Path(path) for path in named]
-        files = [file for path in matching for file in (files_in(path) if path.is_dir() else [path])]
+        files = [file for path in matching for file in (list_files(path) if path.is_dir() else [path])]
         if not files:
             raise ValueError(f"images must be files, folders or patterns, got {word}, where nothing is")
         yield from files
 
 
-def there(name: str) -> bool:
+def exists(name: str) -> bool:
     return os.path.exists(name)  # noqa: PTH110 (which raises for names that are too long)
 
 
-def files_in(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """All below a folder, hidden ones left out."""
     below = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(folder / path for path in below if not any(part.startswith(".") for part in path.parts))
@@ -113,51 +113,51 @@ def files_in(folder: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------------- shown
 
 
-def as_table(paths: list[Path], classes: list[str], top: int) -> Callable[[Path, np.ndarray], None]:
+def table_writer(paths: list[Path], classes: list[str], top: int) -> Callable[[Path, np.ndarray], None]:
     """A line for each picture, as soon as it is answered."""
-    name, kind = max(len(printable(path)) for path in paths), max(map(len, classes))
+    name, kind = max(len(printable_name(path)) for path in paths), max(map(len, classes))
     print(f"{'image':{name}}  " + "  ".join(f"{f'{place + 1}.':{kind + 7}}" for place in range(top)).rstrip())
 
     def tell(path: Path, probabilities: np.ndarray) -> None:
-        found = "  ".join(f"{label:{kind}} {share:.4f}" for label, share in ranked(probabilities, classes, top))
-        print(f"{printable(path):{name}}  {found}", flush=True)
+        found = "  ".join(f"{label:{kind}} {share:.4f}" for label, share in top_classes(probabilities, classes, top))
+        print(f"{printable_name(path):{name}}  {found}", flush=True)
 
     return tell
 
 
-def as_jsonl(_: list[Path], classes: list[str], top: int) -> Callable[[Path, np.ndarray], None]:
+def jsonl_writer(_: list[Path], classes: list[str], top: int) -> Callable[[Path, np.ndarray], None]:
     """An object for each picture: `image`, and `predictions` with `class` and `probability`."""
 
     def tell(path: Path, probabilities: np.ndarray) -> None:
-        found = [{"class": name, "probability": share} for name, share in ranked(probabilities, classes, top)]
+        found = [{"class": name, "probability": share} for name, share in top_classes(probabilities, classes, top)]
         print(json.dumps({"image": str(path), "predictions": found}), flush=True)
 
     return tell
 
 
-def printable(path: Path) -> str:
+def printable_name(path: Path) -> str:
     """A name in one line, whatever bytes it is made of."""
     name = str(path)
     return name if name.isprintable() else ascii(name)
 
 
-TELLERS = {"table": as_table, "jsonl": as_jsonl}
+OUTPUT_WRITERS = {"table": table_writer, "jsonl": jsonl_writer}
 
 
-def draw(path: Path, network: Network, kept: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def draw_attention(path: Path, network: Network, examples: list[tuple[np.ndarray, np.ndarray]]) -> None:
     from train.evaluation.plots import image_grids
-    from train.evaluation.plots.style import png
+    from train.evaluation.plots.style import to_png
     from train.models.grad_cam import grad_cam
     from train.storage.atomic import write_atomically
 
-    images, said = (np.stack(part) for part in zip(*kept, strict=True))
+    images, said = (np.stack(part) for part in zip(*examples, strict=True))
     numbers = said.argmax(axis=1)
     maps, layer = grad_cam(network.model, images, numbers)
     titles = [network.classes[number] for number in numbers]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, png(image_grids.attention(images, maps, titles, layer)))
+    write_atomically(path, to_png(image_grids.plot_grad_cam(images, maps, titles, layer)))
     print(f"attention: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    arguments.run(predict, only_prints=True)
+    arguments.main(predict, only_prints=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.cli import arguments
-from train.evaluation.report import write
-from train.tracking.run_dir import open_folder
+from train.evaluation.report import write_report
+from train.tracking.run_dir import open_run_dir
 
 
 @dataclass
@@ -20,11 +20,11 @@ class Report:
     run: str = "runs/latest"
 
 
-def report(words: list[str]) -> None:
+def report(argv: list[str]) -> None:
     """Prints where the page is. Raises: ValueError if there is no such run, or nothing has been trained in it."""
-    folder = open_folder(Path(arguments.parse(Report, words).run))
-    print(write(folder, folder.read_json("summary.json", {})))
+    folder = open_run_dir(Path(arguments.parse(Report, argv).run))
+    print(write_report(folder, folder.read_json("summary.json", {})))
 
 
 if __name__ == "__main__":
-    arguments.run(report)
+    arguments.main(report)

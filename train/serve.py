@@ -23,7 +23,7 @@ from train.data.decode import resize
 from train.run import predictor
 from train.tracking import mlflow_server
 
-INPUTS = "inputs must be base64 of image files, or one array [N, H, W, C] of whole numbers in 0..255"
+INPUTS_ERROR = "inputs must be base64 of image files, or one array [N, H, W, C] of whole numbers in 0..255"
 
 
 @dataclass
@@ -34,69 +34,69 @@ class Serve:
     port: int = 5001
 
 
-def serve(words: list[str]) -> None:
+def serve(argv: list[str]) -> None:
     """Becomes the server. Raises: ValueError for a run without weights, or a port that is taken."""
-    keys = arguments.parse(Serve, words)
-    predictor.card_of(Path(keys.run))
-    mlflow_server.become(__spec__.name, Path(keys.run).resolve(), keys.port)
+    keys = arguments.parse(Serve, argv)
+    predictor.read_model_info(Path(keys.run))
+    mlflow_server.exec_server(__spec__.name, Path(keys.run).resolve(), keys.port)
 
 
-class Served:
+class ServedModel:
     """What MLflow's server asks, from several threads at once."""
 
     def __init__(self, run: Path):
-        self.network = predictor.load(run, "keras", many=True)
+        self.network = predictor.load_network(run, "keras", compiled=True)
         self.lock = threading.Lock()  # the network uses all cores for one request
-        self.network.predict(np.zeros((1, *self.network.view.shape), np.uint8))  # compiles
+        self.network.predict(np.zeros((1, *self.network.image_spec.shape), np.uint8))  # compiles
 
-    def predict(self, given: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:  # noqa: ARG002
+    def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:  # noqa: ARG002
         """given: an array, a table with one column, or a dictionary with one entry, of numbers or of texts."""
         try:
-            images = self.images(given)
+            images = self.decode_images(inputs)
         except (ValueError, TypeError) as fault:
             raise mlflow_server.bad_request(str(fault)) from None
         found: list[np.ndarray] = []
-        for start in range(0, len(images), predictor.BATCH):
+        for start in range(0, len(images), predictor.BATCH_SIZE):
             with self.lock:
-                found.extend(self.network.predict(images[start : start + predictor.BATCH]))
-        return [self.answer(probabilities) for probabilities in found]
+                found.extend(self.network.predict(images[start : start + predictor.BATCH_SIZE]))
+        return [self.format_prediction(probabilities) for probabilities in found]
 
-    def images(self, given: Any) -> np.ndarray:
+    def decode_images(self, inputs: Any) -> np.ndarray:
         """uint8 [N, S, S, C]. Raises: ValueError saying what is wrong."""
-        if isinstance(given, dict) and len(given) == 1:
-            given = next(iter(given.values()))
-        values = np.asarray(given)
+        if isinstance(inputs, dict) and len(inputs) == 1:
+            inputs = next(iter(inputs.values()))
+        values = np.asarray(inputs)
         if not values.size:
-            raise ValueError(f"{INPUTS}, got none")
+            raise ValueError(f"{INPUTS_ERROR}, got none")
         if values.dtype.kind in "OUS":
             if values.ndim > 2 or values.shape[1:] not in ((), (1,)):
-                raise ValueError(f"{INPUTS}, got texts of shape {list(values.shape)}; use one column")
-            return np.stack([self.picture(number, text) for number, text in enumerate(values.ravel().tolist())])
-        view = self.network.view
+                raise ValueError(f"{INPUTS_ERROR}, got texts of shape {list(values.shape)}; use one column")
+            return np.stack([self.decode_image(number, text) for number, text in enumerate(values.ravel().tolist())])
+        view = self.network.image_spec
         if values.ndim != 4 or values.shape[-1] != view.channels:
-            raise ValueError(f"{INPUTS}, C = {view.channels}, got one of shape {list(values.shape)}")
+            raise ValueError(f"{INPUTS_ERROR}, C = {view.channels}, got one of shape {list(values.shape)}")
         if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255:
-            raise ValueError(f"{INPUTS}, got {values.dtype} from {values.min()} to {values.max()}")
+            raise ValueError(f"{INPUTS_ERROR}, got {values.dtype} from {values.min()} to {values.max()}")
         if values[0, ..., 0].size > self.network.max_pixels:
-            raise ValueError(f"{INPUTS}, of at most {self.network.max_pixels:,} pixels, got {values.shape[1:3]}")
+            raise ValueError(f"{INPUTS_ERROR}, of at most {self.network.max_pixels:,} pixels, got {values.shape[1:3]}")
         return np.stack([resize(image, view.image_size, view.crop_fraction) for image in values.astype(np.uint8)])
 
-    def picture(self, number: int, text: Any) -> np.ndarray:
+    def decode_image(self, index: int, text: Any) -> np.ndarray:
         try:
-            return predictor.pixels_of(self.network, base64.b64decode(text, validate=True))
+            return predictor.decode_image(self.network, base64.b64decode(text, validate=True))
         except (ValueError, TypeError, binascii.Error) as fault:
-            raise ValueError(f"{INPUTS}, got number {number}: {fault}") from None
+            raise ValueError(f"{INPUTS_ERROR}, got number {index}: {fault}") from None
 
-    def answer(self, probabilities: np.ndarray) -> dict[str, Any]:
-        [(name, share)] = predictor.ranked(probabilities, self.network.classes, 1)
+    def format_prediction(self, probabilities: np.ndarray) -> dict[str, Any]:
+        [(name, share)] = predictor.top_classes(probabilities, self.network.classes, 1)
         every = dict(zip(self.network.classes, map(float, probabilities), strict=True))
         return {"class": name, "probability": share, "probabilities": every}
 
 
-def _load_pyfunc(path: str) -> Served:
+def _load_pyfunc(path: str) -> ServedModel:
     """MLflow calls it by this name. path: of a file that says which run."""
-    return Served(Path(json.loads(Path(path).read_text())["run"]))
+    return ServedModel(Path(json.loads(Path(path).read_text())["run"]))
 
 
 if __name__ == "__main__":
-    arguments.run(serve)
+    arguments.main(serve)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from train.cli import arguments
 from train.config.schema import ROOT
 from train.tracking import mlflow_store
-from train.tracking.mlflow_server import refuse_taken
+from train.tracking.mlflow_server import check_port_free
 
 
 @dataclass
@@ -20,29 +20,29 @@ class Ui:
     uri: str = ""
 
 
-def ui(words: list[str]) -> int:
+def ui(argv: list[str]) -> int:
     """Becomes MLflow's own server.
 
     Raises: ValueError if the port is taken.
     """
-    keys = arguments.parse(Ui, words)
-    refuse_taken(keys.port)
+    keys = arguments.parse(Ui, argv)
+    check_port_free(keys.port)
     uri = keys.uri or mlflow_store.default_uri(ROOT)
     print(f"MLflow UI: http://127.0.0.1:{keys.port}   (Ctrl-C ends it)", flush=True)
-    words = ["server", "--host", "127.0.0.1", "--port", str(keys.port), "--workers", "1"]
+    argv = ["server", "--host", "127.0.0.1", "--port", str(keys.port), "--workers", "1"]
     if (database := mlflow_store.database_path(uri)) is not None:
-        words += ["--default-artifact-root", (database.parent / "mlartifacts").as_uri()]
+        argv += ["--default-artifact-root", (database.parent / "mlartifacts").as_uri()]
         # From its own folder by a relative address: MLflow would make the folder that a quoted path names.
         database.parent.mkdir(parents=True, exist_ok=True)
         os.chdir(database.parent)
-        uri = f"sqlite:///{mlflow_store.quoted(database.name)}"
-    words += ["--backend-store-uri", uri]
+        uri = f"sqlite:///{mlflow_store.quote_sqlite_path(database.name)}"
+    argv += ["--backend-store-uri", uri]
     if mlflow_store.SITE_PACKAGES:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             filter(None, (mlflow_store.SITE_PACKAGES, os.environ.get("PYTHONPATH")))
         )
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *words])
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *argv])
 
 
 if __name__ == "__main__":
-    arguments.run(ui)
+    arguments.main(ui)

@@ -65,13 +65,13 @@ def main() -> None:
     import numpy as np
 
     from train import models
-    from train.models.cost import totals
+    from train.models.cost import total_cost
 
     keras.utils.set_random_seed(0)
     model = models.build(name, (side, side, channels), CLASSES)
     images = np.random.default_rng(0).integers(0, 256, (ASKED, side, side, channels), dtype=np.uint8)
     know(model, images)
-    whole = totals(model)
+    whole = total_cost(model)
     found = {**description(model), "parameters": whole.parameters, "macs": whole.macs}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "network.json").write_text(json.dumps(found, indent=1))

@@ -15,17 +15,17 @@ log = logging.getLogger(__name__)
 REFRESH_PER_SECOND = 2  # drawing takes time from training
 
 
-def say(*sentences: str) -> None:
+def print_and_log(*messages: str) -> None:
     """Plain lines for the reader of the terminal and of train.log."""
-    for sentence in filter(None, sentences):
+    for sentence in filter(None, messages):
         log.info(sentence)
         print(sentence, flush=True)
 
 
-class Quiet:
+class NoProgressDisplay:
     """For a process that has nothing to show."""
 
-    def __enter__(self) -> Quiet:
+    def __enter__(self) -> NoProgressDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,16 +38,16 @@ class Quiet:
         pass
 
 
-class Terminal:
+class TerminalProgressDisplay:
     """Shows epochs, images per second, time left, and the accuracies of training and validation."""
 
     def __init__(self, epochs: int, steps: int, batch_size: int):
         self._epochs, self._steps, self._batch_size = epochs, steps, batch_size
         self._console = Console(file=sys.stdout, highlight=False)
         self._bar: Progress | None = None
-        self._started: tuple[float, int] | None = None
-        self._accuracies = ""
-        self._known: dict[str, float] = {}
+        self._rate_start: tuple[float, int] | None = None
+        self._accuracy_text = ""
+        self._latest_values: dict[str, float] = {}
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
@@ -65,12 +65,12 @@ class Terminal:
                 "train", total=epochs * steps, epoch=f"1/{epochs}", rate="", accuracies="compiling"
             )
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> TerminalProgressDisplay:
         if self._bar:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -78,34 +78,34 @@ class Terminal:
         """After step number `step` of the run."""
         if not self._bar:
             return
-        self._started = self._started or (time.perf_counter(), step)
-        seconds = time.perf_counter() - self._started[0]
-        rate = (step - self._started[1]) * self._batch_size / seconds if seconds > 0.5 else 0
+        self._rate_start = self._rate_start or (time.perf_counter(), step)
+        seconds = time.perf_counter() - self._rate_start[0]
+        rate = (step - self._rate_start[1]) * self._batch_size / seconds if seconds > 0.5 else 0
         if values:
-            self._known |= values
-            self._accuracies = _accuracies(self._known)
+            self._latest_values |= values
+            self._accuracy_text = _format_accuracies(self._latest_values)
         self._bar.update(
             self._task,
             completed=step,
             epoch=f"{epoch + 1}/{self._epochs}",
             rate=f"{rate:.0f} images/s" if rate else "",
-            accuracies=self._accuracies,
+            accuracies=self._accuracy_text,
         )
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
         """After an epoch: one line that stays."""
-        self._known |= values
-        self._accuracies, self._started = _accuracies(self._known), None
+        self._latest_values |= values
+        self._accuracy_text, self._rate_start = _format_accuracies(self._latest_values), None
         line = (
             f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}  loss {values['train/loss']:.4f}  "
-            f"{self._accuracies}  {values['images_per_second']:.0f} images/s  "
+            f"{self._accuracy_text}  {values['images_per_second']:.0f} images/s  "
             f"waited for data {values['data_wait_fraction']:.1%}"
         )
         log.info(line)
         self._console.print(line, markup=False, soft_wrap=True)
 
 
-def _accuracies(values: dict[str, float]) -> str:
+def _format_accuracies(values: dict[str, float]) -> str:
     shown = [
         f"{name} {values[key]:.4f}"
         for name, key in (("train", "train/main_accuracy"), ("validation", "validation/main_accuracy"))

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-READER_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
-READER_GONE_CODE = 128 + signal.SIGPIPE  # how a shell reports a program that writes to a closed pipe
+CLOSED_OUTPUT_ERRNOS = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
+SIGPIPE_EXIT_CODE = 128 + signal.SIGPIPE  # how a shell reports a program that writes to a closed pipe
 
 
 def protect_output(*, needed: bool = False) -> None:
@@ -31,7 +31,7 @@ def protect_output(*, needed: bool = False) -> None:
     opened, since that would get the number of a stream that is closed.
     """
     for descriptor in range(3):
-        _reserve(descriptor)
+        _reserve_descriptor(descriptor)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)  # None where it was closed from the start
         if stream is not getattr(sys, f"__{name}__"):
@@ -39,13 +39,13 @@ def protect_output(*, needed: bool = False) -> None:
         if stream:
             with suppress(OSError):
                 stream.flush()
-        raw = _Output(descriptor, needed=needed and name == "stdout")
+        raw = _StandardStreamFile(descriptor, needed=needed and name == "stdout")
         encoding = stream.encoding if stream else "utf-8"
         protected = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, protected)
 
 
-def _reserve(descriptor: int) -> None:
+def _reserve_descriptor(descriptor: int) -> None:
     """Opens /dev/null where a standard stream is closed; otherwise what is printed would end up in the next file."""
     try:
         os.fstat(descriptor)
@@ -53,7 +53,7 @@ def _reserve(descriptor: int) -> None:
         os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free: this one
 
 
-class _Output(io.FileIO):
+class _StandardStreamFile(io.FileIO):
     """The file below a standard stream."""
 
     def __init__(self, descriptor: int, *, needed: bool):
@@ -70,6 +70,6 @@ class _Output(io.FileIO):
             if self._needed:
                 self._needed = False  # Python flushes once more at its end
                 told = f"error: standard output can't be written ({fault.strerror})"
-                raise SystemExit(READER_GONE_CODE if fault.errno in READER_GONE else told) from None
+                raise SystemExit(SIGPIPE_EXIT_CODE if fault.errno in CLOSED_OUTPUT_ERRNOS else told) from None
             return memoryview(data).nbytes
         return written

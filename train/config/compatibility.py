@@ -9,36 +9,42 @@ from __future__ import annotations
 from typing import Any
 
 from train.config.schema import ConfigError
-from train.config.serialization import MEETING
+from train.config.serialization import RENDEZVOUS_KEYS
 
 # Keys that may differ from life to life: they change no bit, or a fingerprint of what they name stands for them.
-FREE = (
+IGNORED_KEYS = (
     "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
     "data.root", "data.file", "data.manual_dir", "data.directory", "data.cache", "data.ram_budget",
     "data.fingerprint", "model.weights", "distill.teacher", "evaluate.test", "evaluate.report", "gpu_memory",
-    *MEETING,
+    *RENDEZVOUS_KEYS,
 )  # fmt: skip
 
 
-def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differing_keys(previous: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Names of what is not as it was, the free ones left out."""
-    return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name) and name not in FREE]
+    return [
+        name
+        for name in sorted({*previous, *current})
+        if previous.get(name) != current.get(name) and name not in IGNORED_KEYS
+    ]
 
 
-def unaccepted(before: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> list[str]:
+def unaccepted_changes(previous: dict[str, Any], current: dict[str, Any], accepted: frozenset[str]) -> list[str]:
     """What changed and was not accepted. More epochs need no acceptance: they only come after what there is."""
-    longer = now["epochs"] > before["epochs"]
-    return [name for name in changed(before, now) if name not in accepted and not (name == "epochs" and longer)]
+    longer = current["epochs"] > previous["epochs"]
+    return [
+        name for name in differing_keys(previous, current) if name not in accepted and not (name == "epochs" and longer)
+    ]
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], accepted: frozenset[str]) -> None:
+def check_compatible(previous: dict[str, Any], current: dict[str, Any], accepted: frozenset[str]) -> None:
     """Raises: ConfigError naming every change that was not accepted, and the words that accept them."""
-    unknown = sorted(accepted - {*before, *now})
+    unknown = sorted(accepted - {*previous, *current})
     if unknown:
         raise ConfigError(f"accept must name what may differ, got {unknown[0]}; use names like code or batch_size")
-    waiting = unaccepted(before, now, accepted)
+    waiting = unaccepted_changes(previous, current, accepted)
     if not waiting:
         return
-    told = "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in waiting)
+    told = "; ".join(f"{name} was {previous.get(name)}, is {current.get(name)}" for name in waiting)
     words = ",".join(sorted({*waiting, *accepted}))
     raise ConfigError(f"a run goes on as it was, but {told}; put it back, or use make resume accept={words}")

@@ -22,14 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.config import schema as schema
 from train.config.schema import Config, ConfigError
-from train.config.serialization import Private, flatten, passwords
+from train.config.serialization import Redactor, extract_credentials, flatten
 from train.config.validation import check
 
-HIDDEN = "(from the environment)"
-FAULTS = (HydraException, OmegaConfBaseException)
+REDACTED = "(from the environment)"
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
 
-def register() -> None:
+def register_schema() -> None:
     """Makes the dataclasses known to Hydra, in a group of their own so that they are no options of the real groups."""
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config)
@@ -38,7 +38,7 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=name, node=node)
 
 
-def to_config(node: DictConfig, *, stored: bool = False) -> Config:
+def to_config(node: DictConfig, *, is_stored: bool = False) -> Config:
     """The composed node as dataclasses, every value checked, `data.image_size` filled in.
 
     stored: whether the node comes from a folder, whose paths have been expanded and are taken as they stand.
@@ -47,14 +47,14 @@ def to_config(node: DictConfig, *, stored: bool = False) -> Config:
     """
     try:
         config = OmegaConf.to_object(node)
-    except FAULTS as fault:
+    except HYDRA_ERRORS as fault:
         raise ConfigError(explain(fault)) from None
     assert isinstance(config, Config)
-    _refuse_added(config)
+    _reject_unknown_keys(config)
     check(config)
-    if not stored:
+    if not is_stored:
         _expand_home(config)
-    _follow_links(config)
+    _resolve_links(config)
     config.data.image_size = schema.resolve_image_size(config)
     return config
 
@@ -68,17 +68,17 @@ def _expand_home(config: Config) -> None:
         group, _, name = key.rpartition(".")
         part = getattr(config, group) if group else config
         if getattr(part, name, None):
-            setattr(part, name, _expanded(key, getattr(part, name)))
+            setattr(part, name, _expand_value(key, getattr(part, name)))
 
 
-def _expanded(key: str, value: Any) -> Any:
+def _expand_value(key: str, value: Any) -> Any:
     """The value of a key, a path with the home directory in the place of `~`."""
     if key in PATH_KEYS and isinstance(value, str):
         return os.path.expanduser(value)  # noqa: PTH111 - keeps the rest as typed
     return value
 
 
-def _follow_links(config: Config) -> None:
+def _resolve_links(config: Config) -> None:
     """Runs that are named by runs/latest, which will be another run in a moment."""
     if config.distill.teacher is not None:
         config.distill.teacher = str(Path(config.distill.teacher).resolve())
@@ -87,14 +87,14 @@ def _follow_links(config: Config) -> None:
         config.model.weights = str(weights.parent.parent.resolve() / "best" / weights.name)
 
 
-def _refuse_added(config: Any, prefix: str = "") -> None:
+def _reject_unknown_keys(config: Any, prefix: str = "") -> None:
     """A `+name=value` gets past Hydra's own test for unknown keys."""
     known = {item.name for item in dataclasses.fields(config)}
     for name, value in vars(config).items():
         if name not in known:
-            raise ConfigError(_say_unknown_key(prefix + name, []))
+            raise ConfigError(_unknown_key_message(prefix + name, []))
         if dataclasses.is_dataclass(value):
-            _refuse_added(value, f"{prefix}{name}.")
+            _reject_unknown_keys(value, f"{prefix}{name}.")
 
 
 def compose(overrides: list[str]) -> Config:
@@ -105,16 +105,16 @@ def compose(overrides: list[str]) -> Config:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    register()
+    register_schema()
     try:
-        with apart(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+        with isolated_hydra(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
             return to_config(hydra_compose("config", overrides=overrides))
-    except FAULTS as fault:
+    except HYDRA_ERRORS as fault:
         raise ConfigError(explain(fault, overrides)) from None
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def isolated_hydra() -> Iterator[None]:
     """Hydra has one state for a process; where a command of its own is at work, it finds that as it was."""
     holder = GlobalHydra.instance()
     before = holder.hydra
@@ -125,7 +125,7 @@ def apart() -> Iterator[None]:
         holder.hydra = before
 
 
-def stored(content: dict[str, Any], words: list[str], trusted: References | None = None) -> DictConfig:
+def from_stored(stored_config: dict[str, Any], overrides: list[str], trusted: References | None = None) -> DictConfig:
     """The config that a folder holds, with these words in it.
 
     Anybody may have written the folder, and `${oc.env:SECRET}` in an address would send the secret there. A reference
@@ -133,18 +133,18 @@ def stored(content: dict[str, Any], words: list[str], trusted: References | None
 
     Raises: ConfigError for a word that is no key of the run, and for a value that was not stored and is not given.
     """
-    known = flatten(content)
-    for word in words:
+    known = flatten(stored_config)
+    for word in overrides:
         name = word.partition("=")[0]
         if name not in known:
             raise ConfigError(f"{name} is no key of this run; use one of run, accept, {', '.join(sorted(known))}")
-    typed = {word.partition("=")[0] for word in words}
+    typed = {word.partition("=")[0] for word in overrides}
     try:
-        names = {group: content[group]["name"] for group in schema.GROUPS}
+        names = {group: stored_config[group]["name"] for group in schema.GROUPS}
         kinds = {group: schema.GROUPS[group][name] for group, name in names.items()}
     except (KeyError, TypeError):
         raise ConfigError("config.yaml does not hold a config of this program; put back the file of the run") from None
-    given = frozenset((key, text) for key, text in references(content) if key not in typed)
+    given = frozenset((key, text) for key, text in find_references(stored_config) if key not in typed)
     if given and trusted is None:
         trusted = conf_references(names)
     for key, text in sorted(given - (trusted or frozenset())):
@@ -156,206 +156,210 @@ def stored(content: dict[str, Any], words: list[str], trusted: References | None
         node = OmegaConf.structured(Config)
         for group, kind in kinds.items():
             node[group] = OmegaConf.structured(kind)
-        node = cast(DictConfig, OmegaConf.merge(node, content, _typed(words)))
-    except FAULTS as fault:
-        raise ConfigError(explain(fault, words)) from None
-    hidden = [name for name, value in flatten(cast(dict, OmegaConf.to_container(node))).items() if value == HIDDEN]
+        node = cast(DictConfig, OmegaConf.merge(node, stored_config, _parse_overrides(overrides)))
+    except HYDRA_ERRORS as fault:
+        raise ConfigError(explain(fault, overrides)) from None
+    hidden = [name for name, value in flatten(cast(dict, OmegaConf.to_container(node))).items() if value == REDACTED]
     if hidden:
         raise ConfigError(f"{hidden[0]} must be given again, since it was not stored; use {hidden[0]}=VALUE")
     return node
 
 
-def _typed(words: list[str]) -> DictConfig:
+def _parse_overrides(overrides: list[str]) -> DictConfig:
     """Values in Hydra's grammar, as in `make train`: of YAML's, off would be false."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     found = OmegaConf.create()
-    for word in OverridesParser.create().parse_overrides(words):
+    for word in OverridesParser.create().parse_overrides(overrides):
         if word.is_sweep_override():
             raise ConfigError(f"{word.key_or_group} must be one value, got {word.get_value_string()}; use one of them")
-        OmegaConf.update(found, word.key_or_group, _expanded(word.key_or_group, word.value()))
+        OmegaConf.update(found, word.key_or_group, _expand_value(word.key_or_group, word.value()))
     return found
 
 
 References = frozenset[tuple[str, str]]  # dotted key, text with ${...}
 
 
-def references(content: dict[str, Any]) -> References:
+def find_references(stored_config: dict[str, Any]) -> References:
     """The texts of a config that refer to something else, those in lists too."""
-    return frozenset((key, text) for key, value in flatten(content).items() for text in _texts(value) if "${" in text)
+    return frozenset(
+        (key, text) for key, value in flatten(stored_config).items() for text in _iterate_strings(value) if "${" in text
+    )
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _iterate_strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for element in value.values() if isinstance(value, dict) else value:
-            yield from _texts(element)
+            yield from _iterate_strings(element)
 
 
-def conf_references(names: dict[str, str]) -> References:
+def conf_references(chosen_options: dict[str, str]) -> References:
     """The references that conf/ holds now. names: the option that was chosen of each group."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    register()
-    with apart(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
-        node = hydra_compose("config", overrides=[f"{group}={name}" for group, name in names.items()])
-    return references(cast(dict, OmegaConf.to_container(node, resolve=False)))
+    register_schema()
+    with isolated_hydra(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+        node = hydra_compose("config", overrides=[f"{group}={name}" for group, name in chosen_options.items()])
+    return find_references(cast(dict, OmegaConf.to_container(node, resolve=False)))
 
 
 # --------------------------------------------------------------------------------------- what came from outside
 
-REFERENCE = re.compile(r"oc\.env\s*:\s*(\w+)")
-PLAIN_REFERENCE = re.compile(r"\$\{\s*[\w.]+\s*(:\s*\w+\s*)?\}")
+ENV_REFERENCE = re.compile(r"oc\.env\s*:\s*(\w+)")
+WHOLE_REFERENCE = re.compile(r"\$\{\s*[\w.]+\s*(:\s*\w+\s*)?\}")
 
 
 # Where a run lies and who hears of it is nobody else's business.
-ELSEWHERE = ("run_dir", "tracking.uri", "tracking.wait_seconds", "data.directory", "data.fingerprint")
+NOT_REPRODUCED = ("run_dir", "tracking.uri", "tracking.wait_seconds", "data.directory", "data.fingerprint")
 
 
-def command_of(typed: dict[str, Any]) -> str:
+def minimal_command(flat_config: dict[str, Any]) -> str:
     """The shortest `make train ...` that makes a run of this config, flat and as it was typed, of what conf/ says."""
-    chosen = {group: typed[f"{group}.name"] for group in schema.GROUPS}
-    usual = _usual(*(f"{group}={name}" for group, name in chosen.items()))
+    chosen = {group: flat_config[f"{group}.name"] for group in schema.GROUPS}
+    usual = _defaults_for(*(f"{group}={name}" for group, name in chosen.items()))
     words = [
-        f"{group}={name}" for group, name in chosen.items() if group in ("model", "data") or name != _chosen()[group]
+        f"{group}={name}"
+        for group, name in chosen.items()
+        if group in ("model", "data") or name != _default_options()[group]
     ]
-    for name, value in typed.items():
-        if name in usual and value not in (usual[name], HIDDEN) and name not in ELSEWHERE:
-            plain = not isinstance(value, str) or re.fullmatch(r"[\w./:-]+", value) or PLAIN_REFERENCE.fullmatch(value)
-            words.append(f"{name}={as_typed(value) if plain else quoted(value)}")
+    for name, value in flat_config.items():
+        if name in usual and value not in (usual[name], REDACTED) and name not in NOT_REPRODUCED:
+            plain = not isinstance(value, str) or re.fullmatch(r"[\w./:-]+", value) or WHOLE_REFERENCE.fullmatch(value)
+            words.append(f"{name}={format_value(value) if plain else quote_value(value)}")
     return " ".join(["make train", *map(shlex.quote, words)])
 
 
 @cache
-def _usual(*groups: str) -> dict[str, Any]:
+def _defaults_for(*groups: str) -> dict[str, Any]:
     """What conf/ says where nothing but these options is typed."""
     return flatten(dataclasses.asdict(compose(list(groups))))
 
 
-def private(node: DictConfig) -> Private:
+def make_redactor(node: DictConfig) -> Redactor:
     """What of a composed config is not for anybody's eyes: environment values, passwords in addresses.
 
     A value that is nothing but a reference is stored as the reference; one that mixes it with text is not stored.
     """
     raw = flatten(cast(dict, OmegaConf.to_container(node, resolve=False)))
-    stored = {name: str(value) for name, value in raw.items() if REFERENCE.search(str(value))}
+    stored = {name: str(value) for name, value in raw.items() if ENV_REFERENCE.search(str(value))}
     for _ in raw:  # a reference to such a key is one, too
         stored |= {
             name: str(value) for name, value in raw.items() if any(f"${{{key}}}" in str(value) for key in stored)
         }
-    variables = {name for value in stored.values() for name in REFERENCE.findall(value)}
+    variables = {name for value in stored.values() for name in ENV_REFERENCE.findall(value)}
     secrets = {os.environ[name]: f"${{oc.env:{name}}}" for name in variables if os.environ.get(name)}
     for address in (str(raw.get("tracking.uri")), *secrets):
-        secrets |= dict.fromkeys(passwords(address), "***")
-    shown = {name: value if PLAIN_REFERENCE.fullmatch(value) else HIDDEN for name, value in stored.items()}
-    return Private(shown, secrets)
+        secrets |= dict.fromkeys(extract_credentials(address), "***")
+    shown = {name: value if WHOLE_REFERENCE.fullmatch(value) else REDACTED for name, value in stored.items()}
+    return Redactor(shown, secrets)
 
 
 @contextmanager
-def hiding(private: Private) -> Iterator[None]:
+def redacting_errors(redactor: Redactor) -> Iterator[None]:
     """What is wrong with a config is told without what must not be shown. Raises: ConfigError."""
     try:
         yield
     except ValueError as fault:
-        raise ConfigError(private.hide(str(fault))) from None
+        raise ConfigError(redactor.redact(str(fault))) from None
 
 
 # ---------------------------------------------------------------------------------------- Hydra's faults in one line
 
 
-def explain(fault: Exception, overrides: list[str] | None = None) -> str:
+def explain(error: Exception, overrides: list[str] | None = None) -> str:
     """One line for the user: what was given, what is allowed, what to do."""
-    text = _chain(fault)
+    text = _join_messages(error)
     kinds: tuple[tuple[Callable, Callable], ...] = (
-        (_missing_option, _say_missing_option),
-        (_wrong_stage, _say_wrong_stage),
-        (_wrong_type, _say_wrong_type),
-        (_unknown_key, _say_unknown_key),
-        (_list_of_values, _say_list_of_values),
-        (_not_a_word, _say_not_a_word),
+        (_match_missing_option, _missing_option_message),
+        (_match_wrong_stage, _wrong_stage_message),
+        (_match_wrong_type, _wrong_type_message),
+        (_match_unknown_key, _unknown_key_message),
+        (_match_multiple_values, _multiple_values_message),
+        (_match_invalid_override, _invalid_override_message),
     )
     for match, sentence in kinds:
-        found = match(fault, text)
+        found = match(error, text)
         if found is not None:
             return sentence(*found, overrides or [])
     return " ".join(text.split())
 
 
-def _chain(fault: BaseException | None) -> str:
+def _join_messages(error: BaseException | None) -> str:
     """All messages from the fault down to its cause."""
     lines = []
-    while fault is not None:
-        lines.append(str(fault))
-        fault = fault.__cause__
+    while error is not None:
+        lines.append(str(error))
+        error = error.__cause__
     return "\n".join(lines)
 
 
-def _missing_option(fault: Exception, _: str) -> tuple | None:
-    if isinstance(fault, MissingConfigException) and fault.options is not None:
-        group, _, given = (fault.missing_cfg_file or "").rpartition("/")
-        return group, given, sorted(fault.options)
+def _match_missing_option(error: Exception, _: str) -> tuple | None:
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, given = (error.missing_cfg_file or "").rpartition("/")
+        return group, given, sorted(error.options)
     return None
 
 
-def _say_missing_option(group: str, given: str, options: list[str], _: list[str]) -> str:
-    near = difflib.get_close_matches(given, options, 1, 0.5)
+def _missing_option_message(group: str, option: str, options: list[str], _: list[str]) -> str:
+    near = difflib.get_close_matches(option, options, 1, 0.5)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
-    return f"{group} must be one of {', '.join(options)}, got {given}{hint}"
+    return f"{group} must be one of {', '.join(options)}, got {option}{hint}"
 
 
-def _wrong_stage(_: Exception, text: str) -> tuple | None:
+def _match_wrong_stage(_: Exception, text: str) -> tuple | None:
     """Told with the key within the element, which says nothing by itself."""
-    return () if re.search(rf"reference_type=(List\[)?{schema.Stage.__name__}\b", text) else None
+    return () if re.search(rf"reference_type=(List\[)?{schema.FineTuneStage.__name__}\b", text) else None
 
 
-def _say_wrong_stage(overrides: list[str]) -> str:
+def _wrong_stage_message(overrides: list[str]) -> str:
     name = "fine_tune.stages"
     typed = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith(f"{name}=")]
-    example = as_typed([dataclasses.asdict(schema.Stage())])
+    example = format_value([dataclasses.asdict(schema.FineTuneStage())])
     return f"{name} must be a list like {example}, got {typed[-1] if typed else 'that'}"
 
 
-def _wrong_type(_: Exception, text: str) -> tuple | None:
+def _match_wrong_type(_: Exception, text: str) -> tuple | None:
     if re.search(r"could not be converted|is not a valid|is not Optional|Invalid (value|type) assigned", text):
         found = re.search(r"full_key: ([\w.\[\]]+)", text)
         return (found[1],) if found else None
     return None
 
 
-def _say_wrong_type(name: str, overrides: list[str]) -> str:
+def _wrong_type_message(name: str, overrides: list[str]) -> str:
     words = [word.partition("=") for word in overrides]
     typed = [value for key, _, value in words if key.lstrip("+") == name]
-    example = _defaults().get(name)
+    example = _default_values().get(name)
     kinds = {bool: "true or false", int: "a whole number", float: "a number", list: "a list like [a,b]", str: "a word"}
-    hint = f"; use e.g. {name}={as_typed(example)}" if example not in (None, "") else ""
+    hint = f"; use e.g. {name}={format_value(example)}" if example not in (None, "") else ""
     return f"{name} must be {kinds.get(type(example), 'of another type')}, got {typed[-1] if typed else 'that'}{hint}"
 
 
-def as_typed(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one would type it."""
     if isinstance(value, list):
-        return "[" + ",".join(map(as_typed, value)) + "]"
+        return "[" + ",".join(map(format_value, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{as_typed(element)}" for name, element in value.items()) + "}"
+        return "{" + ",".join(f"{name}:{format_value(element)}" for name, element in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
-def quoted(text: str) -> str:
+def quote_value(text: str) -> str:
     """A text as one would type it where it may hold what Hydra's grammar has a use for."""
     return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
 
 
-def _unknown_key(_: Exception, text: str) -> tuple | None:
+def _match_unknown_key(_: Exception, text: str) -> tuple | None:
     found = re.search(r"Could not override '([^']+)'", text)
     found = found or re.search(r"(?:Could not append|already at) '([^']+)'", text)
     found = found or re.search(r"Key '\w+' not in '\w+'\s+full_key: ([\w.\[\]]+)", text)
     return (found[1],) if found else None
 
 
-def _say_unknown_key(name: str, overrides: list[str]) -> str:
-    known = _keys(overrides)
+def _unknown_key_message(name: str, overrides: list[str]) -> str:
+    known = _available_keys(overrides)
     leaf, prefix = name.rpartition(".")[2], name.rpartition(".")[0]
     options = schema.GROUPS.get(prefix, {})
     owners = [option for option, node in options.items() if leaf in {item.name for item in dataclasses.fields(node)}]
@@ -369,31 +373,31 @@ def _say_unknown_key(name: str, overrides: list[str]) -> str:
     return f"{name} is no key{f' of {prefix}' if prefix else ''}; use one of {', '.join(siblings)}"
 
 
-def _list_of_values(_: Exception, text: str) -> tuple | None:
+def _match_multiple_values(_: Exception, text: str) -> tuple | None:
     found = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
     found = found or re.search(r"'schema/(\w+)/.*is not a subclass of(.*)", text, re.DOTALL)
     return (found[1], found[2]) if found else None
 
 
-def _say_list_of_values(name: str, value: str, overrides: list[str]) -> str:
+def _multiple_values_message(name: str, value: str, overrides: list[str]) -> str:
     value = dict(word.split("=", 1) for word in overrides if "=" in word).get(name, value).strip("[]")
     value = "..." if name == "tracking.uri" else value
     return f"{name} must be one value, got {value}; to try each of them use make sweep {name}={value}"
 
 
-def _not_a_word(fault: Exception, _: str) -> tuple | None:
-    return (fault.override,) if isinstance(fault, OverrideParseException) else None
+def _match_invalid_override(error: Exception, _: str) -> tuple | None:
+    return (error.override,) if isinstance(error, OverrideParseException) else None
 
 
-def _say_not_a_word(given: str, _: list[str]) -> str:
-    if given.lstrip("+").startswith("tracking.uri="):  # it may hold a password
-        given = "tracking.uri=..."
-    return f"words must be key=value, got {given}; put quotes inside for special characters: key=\"'...'\""
+def _invalid_override_message(override: str, _: list[str]) -> str:
+    if override.lstrip("+").startswith("tracking.uri="):  # it may hold a password
+        override = "tracking.uri=..."
+    return f"words must be key=value, got {override}; put quotes inside for special characters: key=\"'...'\""
 
 
-def _keys(overrides: list[str]) -> list[str]:
+def _available_keys(overrides: list[str]) -> list[str]:
     """All keys of the options that these words choose."""
-    chosen = _chosen() | dict(word.split("=", 1) for word in overrides if "=" in word)
+    chosen = _default_options() | dict(word.split("=", 1) for word in overrides if "=" in word)
     keys = [item.name for item in dataclasses.fields(Config)] + ["experiment"]
     for name, part in vars(Config()).items():
         node = schema.GROUPS[name].get(chosen[name]) if name in schema.GROUPS else type(part)
@@ -402,13 +406,13 @@ def _keys(overrides: list[str]) -> list[str]:
     return sorted(keys)
 
 
-def _chosen() -> dict[str, str]:
+def _default_options() -> dict[str, str]:
     """The option of every group that is taken where none is typed."""
     defaults = yaml.safe_load((schema.ROOT / "conf/config.yaml").read_text())["defaults"]
     return {group: name for item in defaults if isinstance(item, dict) for group, name in item.items()}
 
 
-def _defaults() -> dict[str, Any]:
+def _default_values() -> dict[str, Any]:
     """Default values by dotted key, over all options of all groups."""
     values = flatten(dataclasses.asdict(Config()))
     for group, options in schema.GROUPS.items():

@@ -12,41 +12,41 @@ from urllib.parse import unquote, urlsplit
 
 from train.config.schema import Config
 
-LAYOUT = 1  # of a run's folder; it goes up when an older version could not make sense of it any more
+RUN_FORMAT_VERSION = 1  # of a run's folder; it goes up when an older version could not make sense of it any more
 
 
-class NewerError(ValueError):
+class FormatVersionError(ValueError):
     """A run that a newer version of the project has written."""
 
 
-def refuse_newer(run: Path, identity: dict[str, Any]) -> None:
+def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
     """identity: of run.json. Raises: NewerError."""
-    if identity.get("layout", 1) > LAYOUT:
-        raise NewerError(
-            f"run must be of layout {LAYOUT} at most, got {run}, which a newer version wrote as {identity['layout']}; "
-            "use that version"
+    if run_json.get("layout", 1) > RUN_FORMAT_VERSION:
+        raise FormatVersionError(
+            f"run must be of layout {RUN_FORMAT_VERSION} at most, got {run_dir}, which a newer version wrote as "
+            f"{run_json['layout']}; use that version"
         )
 
 
 @dataclass(frozen=True)
-class Private:
+class Redactor:
     """What must not be written down.
 
     `stored`: what stands in the config's place of a value that came from the environment, by key. `secrets`: texts and
     what is shown instead of them.
     """
 
-    stored: dict[str, str] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
 
-    def hide(self, text: str) -> str:
+    def redact(self, text: str) -> str:
         """The text without the secrets. Those of less than four characters are in every text and tell nothing."""
         for secret in sorted(self.secrets, key=len, reverse=True):
             text = text.replace(secret, self.secrets[secret]) if len(secret) > 3 else text
         return text
 
 
-def passwords(address: str) -> list[str]:
+def extract_credentials(address: str) -> list[str]:
     """The parts of an address that are nobody's business, as written and as meant."""
     try:
         parts = urlsplit(address)
@@ -56,7 +56,7 @@ def passwords(address: str) -> list[str]:
     return [text for part in found if part for text in (part, unquote(part))]
 
 
-def without_secrets(uri: str) -> str:
+def strip_credentials(uri: str) -> str:
     """The address without user, password, query and fragment, which is where secrets stand."""
     address = uri.partition("?")[0].partition("#")[0]
     scheme, separator, rest = address.partition("://")
@@ -64,13 +64,13 @@ def without_secrets(uri: str) -> str:
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
-def to_dict(config: Config, private: Private) -> dict[str, Any]:
+def to_dict(config: Config, redactor: Redactor) -> dict[str, Any]:
     """The config as it may be stored: environment references as they were typed, addresses without secrets."""
     content = dataclasses.asdict(config)
     del content["sweep"], content["claim"]  # no part of a run
     if config.tracking.uri is not None:
-        content["tracking"]["uri"] = without_secrets(config.tracking.uri)
-    for name, reference in private.stored.items():
+        content["tracking"]["uri"] = strip_credentials(config.tracking.uri)
+    for name, reference in redactor.references.items():
         *parents, last = name.split(".")
         node = content
         for parent in parents:
@@ -79,38 +79,38 @@ def to_dict(config: Config, private: Private) -> dict[str, Any]:
     return content
 
 
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"model.width": 1.0, ...}`: every key with its dotted name."""
     flat: dict[str, Any] = {}
-    for name, value in content.items():
+    for name, value in nested.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
-def config_hash(config: Config, private: Private) -> str:
+def config_hash(config: Config, redactor: Redactor) -> str:
     """SHA-256 over all keys but `run_dir`, `tracking`, the data's fingerprint and MEETING; references as typed."""
-    content = to_dict(config, private)
+    content = to_dict(config, redactor)
     flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
-    for name in ("data.fingerprint", *MEETING):
+    for name in ("data.fingerprint", *RENDEZVOUS_KEYS):
         del flat[name]
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 # How the processes of a run find each other, which may be another way in every life.
-MEETING = ("distributed.coordinator", "distributed.index", "distributed.wait_seconds")
+RENDEZVOUS_KEYS = ("distributed.coordinator", "distributed.index", "distributed.wait_seconds")
 
 # What does not make another variant: a run's seed, where it and its data lie, what is done with it afterwards.
-ALIKE = (
+NOT_PART_OF_VARIANT = (
     "seed", "run_dir", "data.root", "data.file", "data.manual_dir", "data.directory", "data.fingerprint", "gpu_memory",
-    "evaluate.test", "evaluate.report", *MEETING,
+    "evaluate.test", "evaluate.report", *RENDEZVOUS_KEYS,
 )  # fmt: skip
 
 
-def variant(flat: dict[str, Any]) -> dict[str, Any]:
+def variant_config(flat: dict[str, Any]) -> dict[str, Any]:
     """Of a flat config what runs have in common that are compared over seeds."""
-    return {name: v for name, v in flat.items() if name not in ALIKE and not name.startswith("tracking.")}
+    return {name: v for name, v in flat.items() if name not in NOT_PART_OF_VARIANT and not name.startswith("tracking.")}
 
 
-def group_of(flat: dict[str, Any]) -> str:
+def variant_id(flat: dict[str, Any]) -> str:
     """Twelve characters that stand for the variant."""
-    return hashlib.sha256(json.dumps(variant(flat), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(variant_config(flat), sort_keys=True).encode()).hexdigest()[:12]

@@ -10,12 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from train.config.schema import (  # fmt: skip
-    ALL_PARTS,
+    ALL_LAYER_GROUPS,
     GROUPS,
-    HEAD_PART,
-    PARTS,
-    SMALLEST_IMAGE,
-    UPPER_PARTS,
+    HEAD_LAYER_GROUP,
+    LAYER_GROUPS,
+    MIN_IMAGE_SIZE,
+    UPPER_LAYER_GROUPS,
     Checkpoint,
     Config,
     ConfigError,
@@ -23,7 +23,7 @@ from train.config.schema import (  # fmt: skip
     Model,
     Tracking,
 )
-from train.config.serialization import without_secrets
+from train.config.serialization import strip_credentials
 
 
 def check(config: Any, prefix: str = "") -> None:
@@ -44,7 +44,7 @@ def check(config: Any, prefix: str = "") -> None:
         elif value is not None:
             _check_value(name, value, item)
     if isinstance(config, Config):
-        _check_together(config)
+        _check_consistency(config)
 
 
 def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
@@ -53,12 +53,8 @@ def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
         raise ConfigError(f"{name} must be a finite number, got {value}; use e.g. {name}={_example(item)}")
     if choices and value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")
-    too_low = _violates(value, limits["least"], lambda v, x: v < x) or _violates(
-        value, limits["above"], lambda v, x: v <= x
-    )
-    too_high = _violates(value, limits["most"], lambda v, x: v > x) or _violates(
-        value, limits["below"], lambda v, x: v >= x
-    )
+    too_low = _violates(value, limits["ge"], lambda v, x: v < x) or _violates(value, limits["gt"], lambda v, x: v <= x)
+    too_high = _violates(value, limits["le"], lambda v, x: v > x) or _violates(value, limits["lt"], lambda v, x: v >= x)
     if too_low or too_high:
         raise ConfigError(f"{name} must be {describe_limits(item)}, got {value}; use e.g. {name}={_example(item)}")
 
@@ -74,17 +70,17 @@ def _example(item: dataclasses.Field) -> Any:
     default = item.default if item.default is not MISSING else None
     if isinstance(default, int | float) and not isinstance(default, bool):
         return default
-    return limits["least"] if limits["least"] is not None else 0.5
+    return limits["ge"] if limits["ge"] is not None else 0.5
 
 
 def describe_limits(item: dataclasses.Field) -> str:
     """A key's range in words: "at least 0 and below 1"."""
-    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = item.metadata["limits"].items()
     return " and ".join(f"{words[name]} {limit:.10g}" for name, limit in limits if limit is not None)
 
 
-def _check_together(config: Config) -> None:
+def _check_consistency(config: Config) -> None:
     _check_names(config)
     _check_blocks(config.model)
     _check_image_size(config.model, config.data)
@@ -121,7 +117,10 @@ def _check_data(data: Data) -> None:
 
 
 def _check_stages(config: Config) -> None:
-    stages, allowed = config.fine_tune.stages, (ALL_PARTS, UPPER_PARTS, *PARTS[config.model.name], HEAD_PART)
+    stages, allowed = (
+        config.fine_tune.stages,
+        (ALL_LAYER_GROUPS, UPPER_LAYER_GROUPS, *LAYER_GROUPS[config.model.name], HEAD_LAYER_GROUP),
+    )
     if not stages:
         if config.fine_tune.layer_decay != 1:
             raise ConfigError("fine_tune.layer_decay must go with fine_tune.stages, got none; use experiment=fine_tune")
@@ -241,7 +240,7 @@ def _check_blocks(model: Model) -> None:
 
 
 def _check_image_size(model: Model, data: Data) -> None:
-    smallest = SMALLEST_IMAGE[model.name]
+    smallest = MIN_IMAGE_SIZE[model.name]
     if data.image_size is not None and data.image_size < smallest:
         raise ConfigError(
             f"data.image_size must be at least {smallest} for {model.name}, got {data.image_size}; "
@@ -266,5 +265,6 @@ def _check_tracking(tracking: Tracking) -> None:
     if not (web or database):
         raise ConfigError(
             "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's address), "
-            f"got {without_secrets(tracking.uri)!r}; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db"
+            f"got {strip_credentials(tracking.uri)!r}; use e.g. "
+            "tracking.uri=http://127.0.0.1:5000, or null for mlflow.db"
         )

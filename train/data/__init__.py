@@ -57,13 +57,13 @@ def load(
     """
     check(name, root=root, manual_dir=manual_dir, file=file, data_dir=data_dir)
     from train.data.dataset import open_dataset
-    from train.data.decode import View
+    from train.data.decode import ImageSpec
     from train.data.ingestion.validation import Limits
 
     return open_dataset(
         name,
         data_dir,
-        View(image_size, channels, (background[0], background[1], background[2]), crop_fraction),
+        ImageSpec(image_size, channels, (background[0], background[1], background[2]), crop_fraction),
         Limits(max_bytes, max_pixels, on_error, max_skipped),
         on_leak,
         {"validation": validation_fraction, "test": test_fraction},

@@ -15,11 +15,11 @@ class Source:
     prepared_bytes: size of the prepared set, from the TFDS catalogue; what it takes on disk besides the downloads.
     """
 
-    tfds: str = ""
+    tfds_name: str = ""
     train: str = "train"
     test: str = ""
-    files: tuple[str, ...] = ()
-    by_hand: bool = False
+    manual_files: tuple[str, ...] = ()
+    requires_manual_download: bool = False
     prepared_bytes: int = 0
 
 
@@ -33,18 +33,18 @@ IDX_FILES = tuple(
 # that part is the test split, and validation is cut from the training part.
 SOURCES: dict[str, Source] = {
     "digits": Source("digits", prepared_bytes=MIB),
-    "mnist": Source("mnist", test="test", files=IDX_FILES, prepared_bytes=22 * MIB),
-    "fashion_mnist": Source("fashion_mnist", test="test", files=IDX_FILES, prepared_bytes=37 * MIB),
-    "cifar10": Source("cifar10", test="test", files=("cifar-10-binary.tar.gz",), prepared_bytes=133 * MIB),
+    "mnist": Source("mnist", test="test", manual_files=IDX_FILES, prepared_bytes=22 * MIB),
+    "fashion_mnist": Source("fashion_mnist", test="test", manual_files=IDX_FILES, prepared_bytes=37 * MIB),
+    "cifar10": Source("cifar10", test="test", manual_files=("cifar-10-binary.tar.gz",), prepared_bytes=133 * MIB),
     "imagenette": Source(
-        "imagenette/160px-v2", test="validation", files=("imagenette2-160.tgz",), prepared_bytes=125 * MIB
+        "imagenette/160px-v2", test="validation", manual_files=("imagenette2-160.tgz",), prepared_bytes=125 * MIB
     ),
-    "tf_flowers": Source("tf_flowers", files=("flower_photos.tgz",), prepared_bytes=222 * MIB),
+    "tf_flowers": Source("tf_flowers", manual_files=("flower_photos.tgz",), prepared_bytes=222 * MIB),
     "imagenet2012": Source(
         "imagenet2012",
         test="validation",
-        files=("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
-        by_hand=True,
+        manual_files=("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
+        requires_manual_download=True,
         prepared_bytes=160_000 * MIB,
     ),
     "folder": Source(),
@@ -52,7 +52,7 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def source(name: str) -> Source:
+def get_source(name: str) -> Source:
     """The `Source` of a name. Raises: ValueError that lists the names."""
     if name not in SOURCES:
         raise ValueError(f"data must be one of {', '.join(SOURCES)}, got {name}; use data=digits")

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.decode import View, decode, decode_jpeg, decode_resized
+from train.data.decode import ImageSpec, decode, decode_and_resize, decode_jpeg
 from train.data.fingerprint import digest, fingerprint
-from train.data.ingestion.duplicates import Leaks, find_leaks, sentences, without_leaks
-from train.data.ingestion.example_index import Column, Verdicts
+from train.data.ingestion.duplicates import Duplicates, describe, find_duplicates, remove_duplicates
+from train.data.ingestion.example_index import ExampleIndex, TextColumn
 from train.data.ingestion.validation import Limits, ingest
 from train.data.sources.folder import list_folder
 from train.data.sources.listing import SPLITS, FileStore, Listing, Store
 from train.data.sources.manifest import list_manifest
-from train.data.sources.tfds import list_prepared
+from train.data.sources.tfds import list_tfds
 
-NAMED = 3
+MAX_NAMED = 3
 CHUNK = 10_000  # rows that are taken out of the table at once
-UNEVEN = 3  # from which ratio of the largest to the smallest class on it is worth a sentence
+IMBALANCE_RATIO = 3  # from which ratio of the largest to the smallest class on it is worth a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,35 +34,40 @@ class Split:
 
     name: str
     store: Store
-    verdicts: Verdicts
-    rows: np.ndarray
+    example_index: ExampleIndex
+    indices: np.ndarray
     labels: np.ndarray
-    view: View
-    origin: str
-    folder: Path
-    pixels: str = "memory"
+    image_spec: ImageSpec
+    error_prefix: str
+    cache_dir: Path
+    cache_mode: str = "memory"
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     @property
     def sha256(self) -> np.ndarray:
         """S64 [N], hexadecimal, of the encoded bytes."""
-        return self.verdicts.sha256[self.rows]
+        return self.example_index.sha256[self.indices]
 
     @cached_property
     def digest(self) -> str:
         """Over every (id, content, label), in whatever order."""
-        return digest(chain.from_iterable(map(self._lines, range(0, len(self), CHUNK))))
+        return digest(chain.from_iterable(map(self._digest_entries, range(0, len(self), CHUNK))))
 
-    def _lines(self, start: int) -> Iterator[tuple[str, bytes, int]]:
+    def _digest_entries(self, start: int) -> Iterator[tuple[str, bytes, int]]:
         """(id, content, label) of some examples."""
-        rows, labels = self.rows[start : start + CHUNK], self.labels[start : start + CHUNK]
-        return zip(self.verdicts.texts("path", rows), self.verdicts.sha256[rows].tolist(), labels.tolist(), strict=True)
+        rows, labels = self.indices[start : start + CHUNK], self.labels[start : start + CHUNK]
+        return zip(
+            self.example_index.texts_at("path", rows),
+            self.example_index.sha256[rows].tolist(),
+            labels.tolist(),
+            strict=True,
+        )
 
-    def id_of(self, index: int) -> str:
+    def example_id(self, index: int) -> str:
         """TFDS part and number, or the path relative to the root."""
-        return self.verdicts.text("path", self.rows[index])
+        return self.example_index.text_at("path", self.indices[index])
 
     def read(self, indices: Iterable[int]) -> list[bytes]:
         """The encoded bytes of several examples.
@@ -70,57 +75,59 @@ class Split:
         Raises: ValueError that names the example which can't be read or is not what was looked at.
         """
         indices = list(indices)
-        rows = [int(self.rows[index]) for index in indices]
+        rows = [int(self.indices[index]) for index in indices]
         try:
             encoded = self.store.read(rows)
         except OSError:
             encoded = [self._read_one(index) for index in indices]
-        contents = self.verdicts.sha256
+        contents = self.example_index.sha256
         for index, row, data in zip(indices, rows, encoded, strict=True):
             if hashlib.sha256(data).hexdigest().encode() != contents[row]:
-                raise self._unreadable(index, "changed since the data set was opened")
+                raise self._unreadable_error(index, "changed since the data set was opened")
         return encoded
 
-    def example(self, index: int) -> np.ndarray:
+    def load_example(self, index: int) -> np.ndarray:
         """Decoded example, uint8 [image_size, image_size, channels] in 0..255. Raises: ValueError as `read`."""
         return self.decode(index, self.read([index])[0])
 
-    def is_plain(self, index: int) -> bool:
+    def is_fast_jpeg(self, index: int) -> bool:
         """Whether `decode_plain` decodes it to the same picture as `decode_whole`."""
-        return self.view.channels == 3 and bool(self.verdicts.numbers("plain")[self.rows[index]])
+        return self.image_spec.channels == 3 and bool(self.example_index.numeric_column("plain")[self.indices[index]])
 
-    def size_of(self, index: int) -> tuple[int, int]:
+    def stored_size(self, index: int) -> tuple[int, int]:
         """Height and width as stored, before turning."""
-        row = self.rows[index]
-        return self.verdicts.numbers("height")[row], self.verdicts.numbers("width")[row]
+        row = self.indices[index]
+        return self.example_index.numeric_column("height")[row], self.example_index.numeric_column("width")[row]
 
     def decode(self, index: int, data: bytes) -> np.ndarray:
         """Its bytes as the view wants them. Raises: ValueError that names the example."""
-        return self._named(index, lambda: decode_resized(data, self.view))
+        return self._decode_or_raise(index, lambda: decode_and_resize(data, self.image_spec))
 
-    def decode_whole(self, index: int, data: bytes) -> np.ndarray:
+    def decode_full(self, index: int, data: bytes) -> np.ndarray:
         """Its bytes as uint8 [H, W, channels], in its own size. Raises: ValueError that names the example."""
-        return self._named(index, lambda: decode(data, self.view.channels, self.view.background, max_pixels=None))
+        return self._decode_or_raise(
+            index, lambda: decode(data, self.image_spec.channels, self.image_spec.background, max_pixels=None)
+        )
 
-    def decode_plain(self, index: int, data: bytes, part: int) -> np.ndarray:
+    def decode_jpeg_scaled(self, index: int, data: bytes, scale_denom: int) -> np.ndarray:
         """Its bytes, a plain JPEG's, as uint8 [H, W, 3] at 1/part of its size. Raises: ValueError that names it."""
-        return self._named(index, lambda: decode_jpeg(data, part))
+        return self._decode_or_raise(index, lambda: decode_jpeg(data, scale_denom))
 
-    def _named(self, index: int, work: Callable[[], np.ndarray]) -> np.ndarray:
+    def _decode_or_raise(self, index: int, decoder: Callable[[], np.ndarray]) -> np.ndarray:
         try:
-            return work()
+            return decoder()
         except ValueError as error:
-            raise self._unreadable(index, str(error)) from error
+            raise self._unreadable_error(index, str(error)) from error
 
     def _read_one(self, index: int) -> bytes:
         try:
-            return self.store.read([int(self.rows[index])])[0]
+            return self.store.read([int(self.indices[index])])[0]
         except OSError as error:
-            raise self._unreadable(index, error.strerror or str(error)) from error
+            raise self._unreadable_error(index, error.strerror or str(error)) from error
 
-    def _unreadable(self, index: int, why: str) -> ValueError:
-        place = f"{self.origin}{self.id_of(index)}"
-        return ValueError(f"every example must be readable, got {place} ({why}); use the data as it was")
+    def _unreadable_error(self, index: int, reason: str) -> ValueError:
+        place = f"{self.error_prefix}{self.example_id(index)}"
+        return ValueError(f"every example must be readable, got {place} ({reason}); use the data as it was")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +145,14 @@ class Dataset:
     fingerprint: str
     notes: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
-    leaks: dict[str, int] = field(default_factory=dict)
+    leak_counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def splits(self) -> dict[str, Split]:
         return {split.name: split for split in (self.train, self.validation, self.test)}
 
     @property
-    def counts(self) -> dict[str, int]:
+    def split_sizes(self) -> dict[str, int]:
         """Examples per split."""
         return {name: len(split) for name, split in self.splits.items()}
 
@@ -160,7 +167,7 @@ class Dataset:
 def open_dataset(
     name: str,
     data_dir: str,
-    view: View,
+    image_spec: ImageSpec,
     limits: Limits,
     on_leak: str,
     fractions: dict[str, float],
@@ -181,21 +188,23 @@ def open_dataset(
     elif name == "manifest":
         listing = list_manifest(str(file), root, data_dir)
     else:
-        listing = list_prepared(name, data_dir, manual_dir)
+        listing = list_tfds(name, data_dir, manual_dir)
     verdicts = ingest(listing, limits)
-    labels = verdicts.numbers("label")
-    rows = cut(verdicts, fractions)
-    leaks = find_leaks(rows, verdicts, labels)
-    rows, notes = _handle(leaks, rows, listing, verdicts, on_leak)
+    labels = verdicts.numeric_column("label")
+    rows = assign_splits(verdicts, fractions)
+    leaks = find_duplicates(rows, verdicts, labels)
+    rows, notes = _handle_duplicates(leaks, rows, listing, verdicts, on_leak)
     if train_per_class is not None:
-        rows["train"] = few(rows["train"], labels, verdicts.sha256, train_per_class, listing.classes)
+        rows["train"] = limit_per_class(rows["train"], labels, verdicts.sha256, train_per_class, listing.classes)
         notes = [*notes, f"train: {train_per_class} examples of every class, by data.train_per_class"]
-    skipped = tuple((verdicts.text("path", row), why) for row, why in verdicts.problems())
+    skipped = tuple((verdicts.text_at("path", row), why) for row, why in verdicts.problems())
     store = listing.store
     if isinstance(store, FileStore):  # the table on disk has them, too
-        store = FileStore(store.root, Column(verdicts, "path"), labels)
+        store = FileStore(store.root, TextColumn(verdicts, "path"), labels)
     splits = {
-        split: Split(split, store, verdicts, found, labels[found], view, listing.origin, Path(data_dir) / ".pixels")
+        split: Split(
+            split, store, verdicts, found, labels[found], image_spec, listing.error_prefix, Path(data_dir) / ".pixels"
+        )
         for split, found in rows.items()
     }
     whole = fingerprint({split: found.digest for split, found in splits.items()})
@@ -205,14 +214,14 @@ def open_dataset(
         listing.classes,
         **splits,
         fingerprint=whole,
-        notes=(*_told_skipped(skipped), *notes, *_told_uneven(labels[rows["train"]], listing.classes)),
+        notes=(*_skipped_message(skipped), *notes, *_imbalance_message(labels[rows["train"]], listing.classes)),
         skipped=skipped,
-        leaks=counts,
+        leak_counts=counts,
     )
 
 
-def _handle(
-    leaks: Leaks, rows: dict[str, np.ndarray], listing: Listing, verdicts: Verdicts, on_leak: str
+def _handle_duplicates(
+    duplicates: Duplicates, rows: dict[str, np.ndarray], listing: Listing, example_index: ExampleIndex, on_leak: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The splits, without what leaks where that is wanted, and what to tell.
 
@@ -220,9 +229,11 @@ def _handle(
     """
 
     def named(row: int) -> str:
-        return f"{verdicts.text('path', row)} in {next(split for split, found in rows.items() if row in found)}"
+        return f"{example_index.text_at('path', row)} in {next(split for split, found in rows.items() if row in found)}"
 
-    certain, likely = sentences(leaks, named, lambda row: listing.classes[verdicts.numbers("label")[row]])
+    certain, likely = describe(
+        duplicates, named, lambda row: listing.classes[example_index.numeric_column("label")[row]]
+    )
     if certain and on_leak == "raise":
         raise ValueError(
             f"the data must hold every image in one split and with one label, got {'; '.join(certain)}; "
@@ -231,24 +242,26 @@ def _handle(
     warnings = [f"warning: {sentence}" for sentence in likely]
     if not certain or on_leak == "warn":
         return rows, [*(f"warning: {sentence}; data.on_leak=drop leaves them out" for sentence in certain), *warnings]
-    kept = without_leaks(rows, leaks)
-    _refuse_empty(kept, len(verdicts))
+    kept = remove_duplicates(rows, duplicates)
+    _check_not_empty(kept, len(example_index))
     gone = {split: len(found) - len(kept[split]) for split, found in rows.items()}
     told = " and ".join(f"{count} of {split}" for split, count in gone.items() if count)
     return kept, [f"left out {told}: {'; '.join(certain)}", *warnings]
 
 
-def _told_skipped(skipped: Sequence[tuple[str, str]]) -> list[str]:
+def _skipped_message(skipped: Sequence[tuple[str, str]]) -> list[str]:
     if not skipped:
         return []
-    named = "; ".join(f"{name} ({why})" for name, why in skipped[:NAMED])
-    return [f"warning: {len(skipped)} broken examples are left out: {named}{'; ...' if len(skipped) > NAMED else ''}"]
+    named = "; ".join(f"{name} ({why})" for name, why in skipped[:MAX_NAMED])
+    return [
+        f"warning: {len(skipped)} broken examples are left out: {named}{'; ...' if len(skipped) > MAX_NAMED else ''}"
+    ]
 
 
-def _told_uneven(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+def _imbalance_message(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
     counts = np.bincount(labels, minlength=len(classes))
     least, most = int(counts.argmin()), int(counts.argmax())
-    if counts[most] < UNEVEN * counts[least]:
+    if counts[most] < IMBALANCE_RATIO * counts[least]:
         return []
     return [
         f"classes are uneven: {counts[least]:,} of {classes[least]} to {counts[most]:,} of {classes[most]} in train; "
@@ -259,30 +272,30 @@ def _told_uneven(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ cutting
 
 
-def cut(verdicts: Verdicts, fractions: dict[str, float]) -> dict[str, np.ndarray]:
+def assign_splits(example_index: ExampleIndex, fractions: dict[str, float]) -> dict[str, np.ndarray]:
     """Rows of every split: official parts as they are, missing ones cut from train by content.
 
     An example's place is a hash of its own bytes: adding examples moves no other, and equal images stay together.
     Raises: ValueError when a split would be empty.
     """
-    parts = {split: verdicts.rows_of(split) for split in SPLITS}
-    pool = np.concatenate([parts.pop("train"), verdicts.rows_of("")])
-    place = positions(verdicts.sha256, pool)
+    parts = {split: example_index.rows_in_split(split) for split in SPLITS}
+    pool = np.concatenate([parts.pop("train"), example_index.rows_in_split("")])
+    place = content_hash_uniform(example_index.sha256, pool)
     rest, start = np.ones(len(pool), dtype=bool), 0.0
     found: dict[str, np.ndarray] = {}
     for split in ("test", "validation"):
-        if verdicts.has(split):
+        if example_index.has_split(split):
             found[split] = parts[split]
             continue
         taken = (place >= start) & (place < start + fractions[split])
         found[split], rest, start = pool[taken], rest & ~taken, start + fractions[split]
     found["train"] = pool[rest]
-    _refuse_empty(found, len(verdicts))
+    _check_not_empty(found, len(example_index))
     return {split: found[split] for split in SPLITS}
 
 
-def few(
-    rows: np.ndarray, labels: np.ndarray, contents: np.ndarray, per_class: int, classes: Sequence[str]
+def limit_per_class(
+    rows: np.ndarray, labels: np.ndarray, content_hashes: np.ndarray, per_class: int, classes: Sequence[str]
 ) -> np.ndarray:
     """So many rows of every class, in their order: more of them are these and others.
 
@@ -290,7 +303,7 @@ def few(
     """
     if per_class < 1:
         raise ValueError(f"data.train_per_class must be at least 1, got {per_class}; use 1 or null")
-    order = rows[np.argsort(positions(contents, rows), kind="stable")]
+    order = rows[np.argsort(content_hash_uniform(content_hashes, rows), kind="stable")]
     chosen = [order[labels[order] == label][:per_class] for label in range(len(classes))]
     for name, found in zip(classes, chosen, strict=True):
         if len(found) < per_class:
@@ -301,17 +314,17 @@ def few(
     return np.sort(np.concatenate(chosen))
 
 
-def positions(contents: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def content_hash_uniform(content_hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Where examples lie in [0, 1): float64 [rows] from SHA-256s (S64 [N]) by hashing once more."""
     heads = bytearray()
     for start in range(0, len(rows), CHUNK):
-        found = bytes.fromhex(contents[rows[start : start + CHUNK]].tobytes().decode())
+        found = bytes.fromhex(content_hashes[rows[start : start + CHUNK]].tobytes().decode())
         for place in range(0, len(found), 32):
             heads += hashlib.sha256(b"split" + found[place : place + 32]).digest()[:8]
     return np.frombuffer(heads, ">u8") / 2**64
 
 
-def _refuse_empty(splits: dict[str, np.ndarray], count: int) -> None:
+def _check_not_empty(splits: dict[str, np.ndarray], count: int) -> None:
     for split, rows in splits.items():
         if not len(rows):
             raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-JPEG_PARTS = (1, 2, 4, 8)  # of its size; a JPEG is quick to decode at one over these
+JPEG_SCALE_DENOMS = (1, 2, 4, 8)  # of its size; a JPEG is quick to decode at one over these
 
 # Damage that still leaves a picture. What leaves none raises.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -29,11 +29,11 @@ WHITE = (255, 255, 255)
 MAX_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would come before ours, and could not be raised
 LARGE_PIXELS = 4_000_000
-_one_large = threading.Lock()  # two at once may need more memory than there is, and one of them would fail
+_large_image_lock = threading.Lock()  # two at once may need more memory than there is, and one of them would fail
 
 
 @dataclass(frozen=True)
-class View:
+class ImageSpec:
     """What every image is brought to: a square of `image_size` pixels with 1 (grey) or 3 channels (RGB).
 
     background: red, green, blue in 0..255, behind what is transparent. crop_fraction: in (0, 1], share of the short
@@ -73,7 +73,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     """Raises: ValueError with the reason in one line, also for an image of more than `max_pixels`."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        return _header(image, max_pixels)
+        return _make_header(image, max_pixels)
     except Exception as error:
         raise ValueError(_reason(error)) from error
 
@@ -92,30 +92,30 @@ def decode(
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        header = _header(image, max_pixels)
-        with _alone(header.width * header.height):
+        header = _make_header(image, max_pixels)
+        with _limit_memory(header.width * header.height):
             image.load()
             if _orientation(image) != 1:
                 image = ImageOps.exif_transpose(image)
-            return _pixels(_opaque(image, background), channels)
+            return _to_array(_to_opaque(image, background), channels)
     except Exception as error:  # Pillow raises many kinds on hostile bytes; each of them means "cannot be read"
         raise ValueError(_reason(error)) from error
 
 
-def decode_jpeg(data: bytes, part: int = 1) -> np.ndarray:
+def decode_jpeg(data: bytes, scale_denom: int = 1) -> np.ndarray:
     """A JPEG at 1/part of its size, rounded up: uint8 [H, W, 3] in 0..255, not turned. part: one of JPEG_PARTS.
 
     Raises: ValueError, also for damage that still leaves a picture.
     """
-    if part == 1:
+    if scale_denom == 1:
         return simplejpeg.decode_jpeg(data, "RGB")
     height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    return simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // part), min_width=-(-width // part))
+    return simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // scale_denom), min_width=-(-width // scale_denom))
 
 
-def decode_resized(data: bytes, view: View) -> np.ndarray:
+def decode_and_resize(data: bytes, spec: ImageSpec) -> np.ndarray:
     """`decode`, then `resize`: uint8 [image_size, image_size, channels] in 0..255."""
-    return resize(decode(data, view.channels, view.background, None), view.image_size, view.crop_fraction)
+    return resize(decode(data, spec.channels, spec.background, None), spec.image_size, spec.crop_fraction)
 
 
 def resize(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
@@ -131,7 +131,7 @@ def resize(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> n
     side = crop_fraction * min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
-    with _alone(height * width):
+    with _limit_memory(height * width):
         planes = [_resize_plane(plane, image_size, box) for plane in np.moveaxis(pixels, -1, 0)]
     return np.clip(np.rint(np.stack(planes, axis=-1)), 0, 255).astype(np.uint8)
 
@@ -142,11 +142,11 @@ def _resize_plane(plane: np.ndarray, image_size: int, box: tuple[float, float, f
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))
 
 
-def _alone(pixels: int) -> contextlib.AbstractContextManager:
-    return _one_large if pixels > LARGE_PIXELS else contextlib.nullcontext()
+def _limit_memory(num_pixels: int) -> contextlib.AbstractContextManager:
+    return _large_image_lock if num_pixels > LARGE_PIXELS else contextlib.nullcontext()
 
 
-def _header(image: Image.Image, max_pixels: int | None) -> Header:
+def _make_header(image: Image.Image, max_pixels: int | None) -> Header:
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels:,}")
     return Header(str(image.format), image.width, image.height, image.mode)
@@ -166,18 +166,18 @@ def _orientation(image: Image.Image) -> int:
     return found if found in range(2, 9) else 1
 
 
-def _opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _to_opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any mode to `L` or `RGB`."""
     if image.mode.startswith("I"):
-        image = _eight_bit(image)
+        image = _to_eight_bit(image)
     if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, background)
         image.alpha_composite(layer)
-    return _as_mode(image, "L" if image.mode in ("1", "L") else "RGB")
+    return _convert_mode(image, "L" if image.mode in ("1", "L") else "RGB")
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _to_eight_bit(image: Image.Image) -> Image.Image:
     samples = np.asarray(image)
     grey = Image.fromarray((samples >> 8).astype(np.uint8))
     clear = image.info.get("transparency")
@@ -187,12 +187,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    pixels = np.asarray(_as_mode(image, "L" if channels == 1 else "RGB"))
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    pixels = np.asarray(_convert_mode(image, "L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)  # convert copies even when there is nothing to do
 
 

@@ -24,14 +24,14 @@ from train.storage import checksummed
 
 ALIGNMENT = 64  # bytes
 CHUNK = 256  # examples that a thread decodes at once
-DISK_SHARE = 0.5  # of the free space; somebody else may want some, too
+MAX_DISK_FRACTION = 0.5  # of the free space; somebody else may want some, too
 GIB = 2**30
-INCOMPLETE = "incomplete-"
+INCOMPLETE_PREFIX = "incomplete-"
 HELD: WeakKeyDictionary[Split, np.ndarray] = WeakKeyDictionary()
-LIFE = uuid.uuid4().hex  # of this process
+PROCESS_TOKEN = uuid.uuid4().hex  # of this process
 
 
-def place(dataset: Dataset, cache: str, ram_budget: float, crops: bool) -> tuple[Dataset, str]:
+def choose_cache(dataset: Dataset, cache: str, ram_budget: float, crops: bool) -> tuple[Dataset, str]:
     """Says where the pixels of every split are kept, and tells it in a sentence.
 
     cache: auto, memory, disk or none. ram_budget: GiB for all splits together. crops: whether training cuts its crops
@@ -40,101 +40,111 @@ def place(dataset: Dataset, cache: str, ram_budget: float, crops: bool) -> tuple
     Raises: ValueError where they can't be kept as the user wants.
     """
     held = {name: split for name, split in dataset.splits.items() if not (crops and name == "train")}
-    room = {"memory": ram_budget * GIB, "disk": _room_on_disk(dataset.train.folder), "none": math.inf}
+    room = {"memory": ram_budget * GIB, "disk": _available_disk_bytes(dataset.train.cache_dir), "none": math.inf}
     placed: dict[str, Split] = {}
     told: dict[str, list[tuple[str, int]]] = {}
     for name, split in dataset.splits.items():
         size, where = decoded_bytes(split), "files"
         if name in held:
-            there = kept(split).exists()
-            where = _choose(cache, size, room | ({"disk": math.inf} if there else {}), held, name)
+            there = cache_path(split).exists()
+            where = _choose_mode(cache, size, room | ({"disk": math.inf} if there else {}), held, name)
             room[where] -= 0 if where == "disk" and there else size
-        placed[name] = replace(split, pixels=where)
+        placed[name] = replace(split, cache_mode=where)
         told.setdefault(where, []).append((name, size))
-    sentence = "; ".join(_told(where, splits) for where, splits in told.items())
+    sentence = "; ".join(_cache_message(where, splits) for where, splits in told.items())
     return replace(dataset, **placed), f"pixels: {sentence}"  # type: ignore[arg-type]
 
 
-def _told(where: str, splits: list[tuple[str, int]]) -> str:
+def _cache_message(cache_mode: str, splits: list[tuple[str, int]]) -> str:
     names, size = ", ".join(name for name, _ in splits), sum(size for _, size in splits)
-    return f"{names} {WORDS[where]}" + (f" ({size / GIB:.2f} GiB)" if where in ("memory", "disk") else "")
-
-
-WORDS = {"memory": "in memory", "disk": "on disk", "none": "decoded each time", "files": "cropped from the files"}
-
-
-def _choose(cache: str, size: int, room: dict[str, float], held: dict[str, Split], name: str) -> str:
-    if cache == "auto":
-        return next(where for where in ("memory", "disk", "none") if size <= room[where])
-    if size <= room[cache]:
-        return cache
-    what = {"memory": "data.ram_budget", "disk": "half of the free disk"}[cache]
-    needed = -(-sum(map(decoded_bytes, held.values())) // GIB)
-    more = f", or data.ram_budget={needed}" if cache == "memory" else ""
-    raise ValueError(
-        f"data.cache must be one that has room, got {cache} with {max(room[cache], 0) / GIB:.2f} GiB left of {what} "
-        f"and {size / GIB:.2f} GiB of {name}; use data.cache=auto{more}"
+    return f"{names} {CACHE_DESCRIPTIONS[cache_mode]}" + (
+        f" ({size / GIB:.2f} GiB)" if cache_mode in ("memory", "disk") else ""
     )
 
 
-def _room_on_disk(folder: Path) -> float:
+CACHE_DESCRIPTIONS = {
+    "memory": "in memory",
+    "disk": "on disk",
+    "none": "decoded each time",
+    "files": "cropped from the files",
+}
+
+
+def _choose_mode(
+    cache: str, size: int, available_bytes: dict[str, float], cached_splits: dict[str, Split], name: str
+) -> str:
+    if cache == "auto":
+        return next(where for where in ("memory", "disk", "none") if size <= available_bytes[where])
+    if size <= available_bytes[cache]:
+        return cache
+    what = {"memory": "data.ram_budget", "disk": "half of the free disk"}[cache]
+    needed = -(-sum(map(decoded_bytes, cached_splits.values())) // GIB)
+    more = f", or data.ram_budget={needed}" if cache == "memory" else ""
+    raise ValueError(
+        f"data.cache must be one that has room, got {cache} with "
+        f"{max(available_bytes[cache], 0) / GIB:.2f} GiB left of {what} and {size / GIB:.2f} GiB of {name}; "
+        f"use data.cache=auto{more}"
+    )
+
+
+def _available_disk_bytes(folder: Path) -> float:
     """Bytes that may be taken; none where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(folder).free * DISK_SHARE if os.access(folder, os.W_OK) else 0
+        return shutil.disk_usage(folder).free * MAX_DISK_FRACTION if os.access(folder, os.W_OK) else 0
     except OSError:
         return 0
 
 
 def decoded_bytes(split: Split) -> int:
     """Size of all its examples as pixels."""
-    return len(split) * int(np.prod(split.view.shape))
+    return len(split) * int(np.prod(split.image_spec.shape))
 
 
 # ------------------------------------------------------------------------------------------------- one of three ways
 
 
-def reader(split: Split) -> Callable[[np.ndarray], np.ndarray]:
+def make_reader(split: Split) -> Callable[[np.ndarray], np.ndarray]:
     """int [B] -> uint8 [B, image_size, image_size, channels]."""
-    if split.pixels == "memory":
-        return partial(gathered, images(split))
-    if split.pixels == "disk":
-        return Kept(split).take
-    return lambda indices: decoded(split, indices.tolist())
+    if split.cache_mode == "memory":
+        return partial(gather, images(split))
+    if split.cache_mode == "disk":
+        return DiskCache(split).read
+    return lambda indices: decode_examples(split, indices.tolist())
 
 
-def decoded(split: Split, indices: Sequence[int]) -> np.ndarray:
+def decode_examples(split: Split, indices: Sequence[int]) -> np.ndarray:
     """Read and decoded now. Raises: ValueError that names the example."""
     pixels = [split.decode(index, data) for index, data in zip(indices, split.read(indices), strict=True)]
-    return np.stack(pixels) if pixels else np.empty((0, *split.view.shape), np.uint8)
+    return np.stack(pixels) if pixels else np.empty((0, *split.image_spec.shape), np.uint8)
 
 
 def images(split: Split) -> np.ndarray:
     """As `in_memory`, which is called once for each split and holds its array as long as the split lives."""
     if split not in HELD:
-        HELD[split] = in_memory(split)
+        HELD[split] = load_into_memory(split)
     return HELD[split]
 
 
-def in_memory(split: Split) -> np.ndarray:
+def load_into_memory(split: Split) -> np.ndarray:
     """All of them, uint8 [N, image_size, image_size, channels]; kept on disk, too, for the next start."""
-    pixels = np.empty((len(split), *split.view.shape), np.uint8)
-    if kept(split).exists() or decoded_bytes(split) <= _room_on_disk(split.folder):
+    pixels = np.empty((len(split), *split.image_spec.shape), np.uint8)
+    if cache_path(split).exists() or decoded_bytes(split) <= _available_disk_bytes(split.cache_dir):
         with contextlib.suppress(OSError):  # the next start takes longer, no more
-            Kept(split).read_into(pixels)
+            DiskCache(split).read_into(pixels)
             return pixels
-    for start, some in _all_decoded(split):
+    for start, some in _decode_chunks(split):
         pixels[start : start + len(some)] = some
     return pixels
 
 
-def gathered(pixels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def gather(pixels: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Some of the images. Not by tf.gather: a tensor in the graph of a stream is copied whenever an epoch begins."""
-    found = aligned((len(indices), *pixels.shape[1:]))
+    found = empty_aligned((len(indices), *pixels.shape[1:]))
     return np.take(pixels, indices, axis=0, out=found, mode="clip")  # any other mode goes through a copy
 
 
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
+def empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
     """uint8 of any content. TensorFlow takes over an array whose memory begins at such a place, and copies others."""
     size = math.prod(shape)
     memory = np.empty(size + ALIGNMENT, np.uint8)
@@ -142,93 +152,95 @@ def aligned(shape: tuple[int, ...]) -> np.ndarray:
     return memory[start : start + size].reshape(shape)
 
 
-class Kept:
+class DiskCache:
     """Pixels on disk, each image with a checksum that is looked at whenever it is read."""
 
     def __init__(self, split: Split):
         """Decodes them all the first time. Raises: OSError where there is no room, ValueError naming an example."""
-        self._split, folder = split, kept(split)
+        self._split, folder = split, cache_path(split)
         if not folder.exists():
-            with checksummed.alone(folder):
+            with checksummed.exclusive(folder):
                 if not folder.exists():
-                    _keep(split, folder)
+                    _write_cache(split, folder)
         try:
             self._pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
-            self._sums = np.load(folder / "sums.npy", allow_pickle=False)
+            self._checksums = np.load(folder / "sums.npy", allow_pickle=False)
         except (EOFError, ValueError) as error:
-            raise self._damaged(f"{split.name} cut short") from error
+            raise self._damaged_error(f"{split.name} cut short") from error
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
+    def read(self, indices: np.ndarray) -> np.ndarray:
         """Raises: ValueError if the disk gives other bytes than it was given."""
         found = self._pixels[indices]
-        self._check(indices.tolist(), found)
+        self._verify_checksums(indices.tolist(), found)
         return found
 
     def read_into(self, pixels: np.ndarray) -> None:
         """All of them, uint8 [N, ...], past the mapped memory, which would hold them once more. Raises: as `take`."""
-        with (kept(self._split) / "pixels.npy").open("rb") as file:
+        with (cache_path(self._split) / "pixels.npy").open("rb") as file:
             file.seek(self._pixels.offset)
             file.readinto(pixels.reshape(-1).data)
-        self._check(range(len(pixels)), pixels)
+        self._verify_checksums(range(len(pixels)), pixels)
 
-    def _check(self, indices: Iterable[int], found: np.ndarray) -> None:
+    def _verify_checksums(self, indices: Iterable[int], found: np.ndarray) -> None:
         for index, pixels in zip(indices, found, strict=True):
-            if zlib.crc32(pixels) != self._sums[index]:
-                raise self._damaged(f"{self._split.origin}{self._split.id_of(index)} damaged")
+            if zlib.crc32(pixels) != self._checksums[index]:
+                raise self._damaged_error(f"{self._split.error_prefix}{self._split.example_id(index)} damaged")
 
-    def _damaged(self, what: str) -> ValueError:
-        place = kept(self._split)
+    def _damaged_error(self, what: str) -> ValueError:
+        place = cache_path(self._split)
         return ValueError(f"every example must be readable, got {what} in {place}; use rm -r {place}, it is made again")
 
 
-def kept(split: Split) -> Path:
+def cache_path(split: Split) -> Path:
     """Where they lie: another name for other examples, another order, view, decoder or version of Pillow."""
-    what = hashlib.sha256(Path(decode.__file__).read_bytes() + version("pillow").encode() + repr(split.view).encode())
+    what = hashlib.sha256(
+        Path(decode.__file__).read_bytes() + version("pillow").encode() + repr(split.image_spec).encode()
+    )
     for start in range(0, len(split), CHUNK):
-        what.update(split.verdicts.sha256[split.rows[start : start + CHUNK]].tobytes())
-    return split.folder / what.hexdigest()[:32]
+        what.update(split.example_index.sha256[split.indices[start : start + CHUNK]].tobytes())
+    return split.cache_dir / what.hexdigest()[:32]
 
 
-def _keep(split: Split, folder: Path) -> None:
+def _write_cache(split: Split, folder: Path) -> None:
     """Whole or not at all; where two processes do it at once all the same, the first one's stays."""
-    temporary = folder.with_name(f"{_mine()}{os.getpid()}-{LIFE}-{uuid.uuid4().hex}")
+    temporary = folder.with_name(f"{_temporary_prefix()}{os.getpid()}-{PROCESS_TOKEN}-{uuid.uuid4().hex}")
     _remove_leftovers(folder.parent)
     temporary.mkdir(parents=True)
     try:
-        shape, sums = (len(split), *split.view.shape), np.empty(len(split), np.uint32)
+        shape, sums = (len(split), *split.image_spec.shape), np.empty(len(split), np.uint32)
         with (temporary / "pixels.npy").open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for start, some in _all_decoded(split):
+            for start, some in _decode_chunks(split):
                 sums[start : start + len(some)] = [zlib.crc32(pixels) for pixels in some]
                 file.write(some.data)
-            _onto_disk(file)
+            _fsync(file)
         with (temporary / "sums.npy").open("wb") as file:
             np.save(file, sums)
-            _onto_disk(file)
+            _fsync(file)
         with contextlib.suppress(OSError):  # somebody was quicker
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _onto_disk(file: BinaryIO) -> None:
+def _fsync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
 def _remove_leftovers(folder: Path) -> None:
     """What processes of this machine that were killed have left; another one may be at work in the same folder."""
-    for left in folder.glob(f"{_mine()}*"):
-        process, _, rest = left.name.removeprefix(_mine()).partition("-")
-        if not _is_at_work(int(process), rest):
+    for left in folder.glob(f"{_temporary_prefix()}*"):
+        process, _, rest = left.name.removeprefix(_temporary_prefix()).partition("-")
+        if not _is_process_alive(int(process), rest):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _is_at_work(process: int, rest: str) -> bool:
-    if process == os.getpid():  # of a container the first process has always the same number
-        return rest.startswith(LIFE)
+def _is_process_alive(pid: int, suffix: str) -> bool:
+    if pid == os.getpid():  # of a container the first process has always the same number
+        return suffix.startswith(PROCESS_TOKEN)
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # it is somebody else's
@@ -236,13 +248,13 @@ def _is_at_work(process: int, rest: str) -> bool:
     return True
 
 
-def _mine() -> str:
-    return f"{INCOMPLETE}{platform.node()}-"
+def _temporary_prefix() -> str:
+    return f"{INCOMPLETE_PREFIX}{platform.node()}-"
 
 
-def _all_decoded(split: Split) -> Iterator[tuple[int, np.ndarray]]:
+def _decode_chunks(split: Split) -> Iterator[tuple[int, np.ndarray]]:
     """(first index, pixels) in order, decoded by threads."""
     starts = range(0, len(split), CHUNK)
     chunks = [range(start, min(start + CHUNK, len(split))) for start in starts]
-    workers = parallel_map.decoders(split.verdicts.numbers("size")[split.rows[0]])
-    return zip(starts, parallel_map.in_order(partial(decoded, split), chunks, workers), strict=True)
+    workers = parallel_map.decoder_threads(split.example_index.numeric_column("size")[split.indices[0]])
+    return zip(starts, parallel_map.map_in_order(partial(decode_examples, split), chunks, workers), strict=True)

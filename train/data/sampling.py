@@ -14,12 +14,12 @@ def keyed_generator(seed: int, purpose: str, epoch: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-def permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """The order of an epoch: int64 [examples], every index exactly once."""
-    return keyed_generator(seed, "order", epoch).permutation(examples)
+    return keyed_generator(seed, "order", epoch).permutation(num_examples)
 
 
-def balanced(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
+def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
     """An order of as many examples in which every class comes equally often: int64 [N].
 
     Classes differ by one example at most where N is no multiple of them. Within a class every example comes before one
@@ -37,12 +37,12 @@ def balanced(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
     return generator.permutation(np.concatenate(drawn))
 
 
-def uniform_rows(seed: int, purpose: str, epoch: int, examples: int, columns: int) -> np.ndarray:
+def uniform_rows(seed: int, purpose: str, epoch: int, num_examples: int, columns: int) -> np.ndarray:
     """Draws of an epoch: float32 [examples, columns] in [0, 1); row i belongs to example i, in whatever batch it comes.
 
     Drawn column by column, so that one more column leaves those before it as they were.
     """
-    generator, draws = keyed_generator(seed, purpose, epoch), np.empty((examples, columns), np.float32)
+    generator, draws = keyed_generator(seed, purpose, epoch), np.empty((num_examples, columns), np.float32)
     for column in range(columns):
-        draws[:, column] = generator.random(examples, dtype=np.float32)
+        draws[:, column] = generator.random(num_examples, dtype=np.float32)
     return draws

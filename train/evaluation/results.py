@@ -16,104 +16,110 @@ from typing import Any
 
 import numpy as np
 
-from train.evaluation.metrics import Outcome, scores
+from train.evaluation.metrics import ClassificationResult, compute_metrics
 from train.storage.atomic import write_atomically
 
-COLUMNS = ("id", "class", "predicted", "confidence", "probability_of_class")
-SUMMARY = (
+CSV_COLUMNS = ("id", "class", "predicted", "confidence", "probability_of_class")
+SUMMARY_METRICS = (
     "loss", "accuracy", "accuracy_interval", "top5_accuracy", "macro_f1", "roc_auc", "ece", "examples",
 )  # fmt: skip
-MISTAKES = 24  # shown
-WATCHED = 12  # examples that Grad-CAM is drawn for
+MAX_TOP_ERRORS = 24  # shown
+GRAD_CAM_EXAMPLES = 12  # examples that Grad-CAM is drawn for
 
 
-def assess(place: Path, split: Any, outcome: Outcome) -> dict[str, Any]:
+def write_results(output_dir: Path, split: Any, result: ClassificationResult) -> dict[str, Any]:
     """Writes scores.json and predictions.csv into `place`; what is in the first. split: what the outcome is of."""
-    place.mkdir(parents=True, exist_ok=True)
-    found = scores(outcome)
-    write_atomically(place / "scores.json", json.dumps(found, indent=1) + "\n")
-    write_atomically(place / "predictions.csv", predictions(split, outcome))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    found = compute_metrics(result)
+    write_atomically(output_dir / "scores.json", json.dumps(found, indent=1) + "\n")
+    write_atomically(output_dir / "predictions.csv", predictions_csv(split, result))
     return found
 
 
-def predictions(split: Any, outcome: Outcome) -> str:
+def predictions_csv(split: Any, result: ClassificationResult) -> str:
     """CSV with COLUMNS."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(COLUMNS)
-    own = outcome.probabilities[np.arange(len(outcome.truth)), outcome.truth]
-    for index, (true, said) in enumerate(zip(outcome.truth, outcome.predicted, strict=True)):
-        sure = (f"{outcome.confidence[index]:.6f}", f"{own[index]:.6f}")
-        lines.writerow([split.id_of(index), outcome.classes[true], outcome.classes[said], *sure])
+    lines.writerow(CSV_COLUMNS)
+    own = result.probabilities[np.arange(len(result.labels)), result.labels]
+    for index, (true, said) in enumerate(zip(result.labels, result.predicted, strict=True)):
+        sure = (f"{result.confidence[index]:.6f}", f"{own[index]:.6f}")
+        lines.writerow([split.example_id(index), result.classes[true], result.classes[said], *sure])
     return text.getvalue()
 
 
-def draw(place: Path, split: Any, outcome: Outcome, found: dict[str, Any], model: Any) -> None:
+def write_plots(
+    output_dir: Path, split: Any, result: ClassificationResult, metrics: dict[str, Any], model: Any
+) -> None:
     """Draws the pictures of a split into `place`. model: images -> logits, whose answers the outcome has."""
     from train.evaluation.plots import classification as charts
     from train.evaluation.plots import image_grids
-    from train.evaluation.plots.style import png
+    from train.evaluation.plots.style import to_png
 
-    names = list(outcome.classes)
+    names = list(result.classes)
     pictures: dict[str, Callable[[], Any]] = {
-        "confusion.png": lambda: charts.confusion(found["confusion"], names),
-        "reliability.png": lambda: charts.reliability(found["calibration"], found["ece"]),
-        "classes.png": lambda: charts.per_class(found["classes"]),
-        "mistakes.png": lambda: mistakes(split, outcome, image_grids),
-        "attention.png": lambda: attention(split, outcome, model, image_grids),
+        "confusion.png": lambda: charts.plot_confusion_matrix(metrics["confusion"], names),
+        "reliability.png": lambda: charts.plot_reliability_diagram(metrics["calibration"], metrics["ece"]),
+        "classes.png": lambda: charts.plot_per_class_f1(metrics["classes"]),
+        "mistakes.png": lambda: top_errors(split, result, image_grids),
+        "attention.png": lambda: grad_cam_examples(split, result, model, image_grids),
     }
     for name, make in pictures.items():
-        write_atomically(place / name, png(make()))
+        write_atomically(output_dir / name, to_png(make()))
 
 
-def draw_filters(place: Path, model: Any) -> None:
+def write_filters_plot(output_dir: Path, model: Any) -> None:
     """filters.png, of the first convolution."""
     from train.evaluation.plots import image_grids
-    from train.evaluation.plots.style import png
-    from train.models.grad_cam import first_filters
+    from train.evaluation.plots.style import to_png
+    from train.models.grad_cam import first_conv_kernel
 
-    write_atomically(place / "filters.png", png(image_grids.filters(*first_filters(model))))
+    write_atomically(output_dir / "filters.png", to_png(image_grids.plot_filters(*first_conv_kernel(model))))
 
 
-def mistakes(split: Any, outcome: Outcome, gallery: Any) -> Any:
+def top_errors(split: Any, result: ClassificationResult, image_grids: Any) -> Any:
     """The most confident ones."""
-    wrong = np.flatnonzero(~outcome.right)
-    chosen = wrong[np.argsort(-outcome.confidence[wrong], kind="stable")][:MISTAKES]
-    return gallery.mistakes(
-        images_of(split, chosen),
-        named(outcome, outcome.truth[chosen]),
-        list(zip(named(outcome, outcome.predicted[chosen]), outcome.confidence[chosen].tolist(), strict=True)),
-        [Path(split.id_of(int(index))).name for index in chosen],
+    wrong = np.flatnonzero(~result.correct)
+    chosen = wrong[np.argsort(-result.confidence[wrong], kind="stable")][:MAX_TOP_ERRORS]
+    return image_grids.plot_top_errors(
+        load_images(split, chosen),
+        class_names(result, result.labels[chosen]),
+        list(zip(class_names(result, result.predicted[chosen]), result.confidence[chosen].tolist(), strict=True)),
+        [Path(split.example_id(int(index))).name for index in chosen],
     )
 
 
-def attention(split: Any, outcome: Outcome, model: Any, gallery: Any) -> Any:
+def grad_cam_examples(split: Any, result: ClassificationResult, model: Any, image_grids: Any) -> Any:
     """What the network looked at in mistakes and in what it got right: half of each, as far as there are such."""
     from train.models.grad_cam import grad_cam
 
-    wrong, right = np.flatnonzero(~outcome.right), np.flatnonzero(outcome.right)
-    right = right[np.argsort(outcome.truth[right], kind="stable")]  # so that many classes are among them
-    chosen = np.concatenate([spaced(wrong, WATCHED // 2), spaced(right, WATCHED)])[:WATCHED]
-    images = images_of(split, chosen)
-    maps, layer = grad_cam(model, images, outcome.predicted[chosen])
-    said, true = named(outcome, outcome.predicted[chosen]), named(outcome, outcome.truth[chosen])
+    wrong, right = np.flatnonzero(~result.correct), np.flatnonzero(result.correct)
+    right = right[np.argsort(result.labels[right], kind="stable")]  # so that many classes are among them
+    chosen = np.concatenate([evenly_spaced(wrong, GRAD_CAM_EXAMPLES // 2), evenly_spaced(right, GRAD_CAM_EXAMPLES)])[
+        :GRAD_CAM_EXAMPLES
+    ]
+    images = load_images(split, chosen)
+    maps, layer = grad_cam(model, images, result.predicted[chosen])
+    said, true = class_names(result, result.predicted[chosen]), class_names(result, result.labels[chosen])
     titles = [one if one == other else f"{one}, is {other}" for one, other in zip(said, true, strict=True)]
-    return gallery.attention(images, maps, titles, layer)
+    return image_grids.plot_grad_cam(images, maps, titles, layer)
 
 
-def spaced(indices: np.ndarray, count: int) -> np.ndarray:
+def evenly_spaced(indices: np.ndarray, count: int) -> np.ndarray:
     """So many of them at most, evenly over the whole."""
     if len(indices) <= count:
         return indices
     return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
 
 
-def images_of(split: Any, indices: np.ndarray) -> np.ndarray:
+def load_images(split: Any, indices: np.ndarray) -> np.ndarray:
     """uint8 [N, S, S, C]."""
-    shape = (0, *split.view.shape)
-    return np.stack([split.example(int(index)) for index in indices]) if len(indices) else np.zeros(shape, np.uint8)
+    shape = (0, *split.image_spec.shape)
+    return (
+        np.stack([split.load_example(int(index)) for index in indices]) if len(indices) else np.zeros(shape, np.uint8)
+    )
 
 
-def named(outcome: Outcome, numbers: np.ndarray) -> list[str]:
+def class_names(result: ClassificationResult, indices: np.ndarray) -> list[str]:
     """Classes."""
-    return [outcome.classes[number] for number in numbers]
+    return [result.classes[number] for number in indices]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
+CONFIDENCE_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Mean:
     high: float
 
     @property
-    def half(self) -> float:
+    def half_width(self) -> float:
         """Half of the interval's width."""
         return (self.high - self.low) / 2
 
@@ -34,7 +34,7 @@ class Difference(Mean):
     p: float
 
 
-def mean_of(values: Sequence[float]) -> Mean:
+def mean_interval(values: Sequence[float]) -> Mean:
     """Raises: ValueError for no value."""
     if not len(values):
         raise ValueError("a mean must have at least one value, got none")
@@ -47,12 +47,12 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(n, mean, deviation, mean - half, mean + half)
 
 
-def paired(one: dict[int, float], other: dict[int, float]) -> Difference | None:
+def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Difference | None:
     """`one` minus `other` over the seeds that both have; None where there is none. Equal differences have p 0 or 1."""
-    seeds = sorted(one.keys() & other.keys())
+    seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return None
-    found = mean_of([one[seed] - other[seed] for seed in seeds])
+    found = mean_interval([values[seed] - baseline[seed] for seed in seeds])
     if found.n == 1:
         return Difference(**vars(found), p=math.nan)
     if found.deviation == 0:
@@ -63,7 +63,7 @@ def paired(one: dict[int, float], other: dict[int, float]) -> Difference | None:
     return Difference(**vars(found), p=float(2 * t.sf(abs(statistic), found.n - 1)))
 
 
-def _t_quantile(freedom: int) -> float:
+def _t_quantile(degrees_of_freedom: int) -> float:
     from scipy.stats import t
 
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom))

@@ -14,23 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from train.formats import converters
-from train.formats.converters import Content
-from train.formats.runtimes import FILES, READERS, read
-from train.formats.usage_snippets import PACKAGES, lines_of
+from train.formats.converters import ExportBundle
+from train.formats.runtimes import FILE_NAMES, PREDICTOR_LOADERS, load_predictor
+from train.formats.usage_snippets import RUNTIME_PACKAGES, usage_snippet
 
 __all__ = [
-    "FILES", "FORMATS", "PACKAGES", "QUANTIZATIONS", "READERS", "Content", "Format", "check", "lines_of", "read",
+    "FILE_NAMES",
+    "FORMATS",
+    "PREDICTOR_LOADERS",
+    "QUANTIZATIONS",
+    "RUNTIME_PACKAGES",
+    "ExportBundle",
+    "Format",
+    "load_predictor",
+    "resolve_formats",
+    "usage_snippet",
 ]  # fmt: skip
 
 QUANTIZATIONS = ("none", "float16", "int8")
-EXTRA = "export"
+OPTIONAL_EXTRA = "export"
 
 
 @dataclass(frozen=True)
 class Format:
     """packages: modules of the extra `export` that it needs. quantizations: those that it knows."""
 
-    write: Callable[[Content, Path], None]
+    write: Callable[[ExportBundle, Path], None]
     packages: tuple[str, ...] = ()
     quantizations: tuple[str, ...] = ("none",)
 
@@ -43,7 +52,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def check(name: str, quantize: str) -> list[str]:
+def resolve_formats(name: str, quantize: str) -> list[str]:
     """The formats that are meant. name: one of FORMATS, or all: those that know the quantization.
 
     Raises: ValueError for what is none of them, or has not got its packages.
@@ -57,15 +66,15 @@ def check(name: str, quantize: str) -> list[str]:
         raise ValueError(f"quantize={quantize} must go with format={' or '.join(able)}, got format={name}")
     chosen = able if name == "all" else [name]
     for one in chosen:
-        missing = [package for package in FORMATS[one].packages if not _is_there(package)]
+        missing = [package for package in FORMATS[one].packages if not _is_installed(package)]
         if missing:
             raise ValueError(
                 f"format={one} must have {', '.join(FORMATS[one].packages)}, got no {', '.join(missing)}; "
-                f"install the extra {EXTRA}: .venv/bin/python -m uv pip install --python .venv/bin/python "
-                f"-r requirements-{EXTRA}.lock"
+                f"install the extra {OPTIONAL_EXTRA}: .venv/bin/python -m uv pip install --python .venv/bin/python "
+                f"-r requirements-{OPTIONAL_EXTRA}.lock"
             )
     return chosen
 
 
-def _is_there(package: str) -> Any:
+def _is_installed(package: str) -> Any:
     return importlib.util.find_spec(package)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-PRECISE = ("preprocessing", "probabilities")  # parts of the graph, by name, that are never quantized
-LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in parts of 65,536, as Pillow rounds it
+NEVER_QUANTIZED = ("preprocessing", "probabilities")  # parts of the graph, by name, that are never quantized
+LUMA_WEIGHTS = (19595, 38470, 7471)  # ITU-R 601-2 in parts of 65,536, as Pillow rounds it
 CLASSES = "classes"
 
 
 @dataclass(frozen=True)
-class Content:
+class ExportBundle:
     """What is written. classes: in the order of the answers. background: red, green, blue behind what is transparent.
 
     quantize: none, float16 or int8. images: uint8 [N, H, W, C], by which int8 finds the range of every activation.
@@ -27,17 +27,17 @@ class Content:
     classes: Sequence[str]
     background: Sequence[int]
     quantize: str
-    images: np.ndarray
+    calibration_images: np.ndarray
 
 
-def write_keras(content: Content, path: Path) -> None:
-    content.model.save(path)
+def write_keras(bundle: ExportBundle, path: Path) -> None:
+    bundle.model.save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------- TensorFlow
 
 
-def write_saved_model(content: Content, path: Path) -> None:
+def write_saved_model(bundle: ExportBundle, path: Path) -> None:
     """Signatures: `serving_default` of images, `encoded` of strings [N], each a JPEG or a PNG.
 
     Both answer with `probabilities` and `classes`, the names beside them, [N, classes].
@@ -45,8 +45,8 @@ def write_saved_model(content: Content, path: Path) -> None:
     import tensorflow as tf
     from keras.export import ExportArchive
 
-    model, channels = content.model, content.model.input_shape[-1]
-    names = tf.constant(list(content.classes))
+    model, channels = bundle.model, bundle.model.input_shape[-1]
+    names = tf.constant(list(bundle.classes))
 
     def answer(probabilities: Any) -> dict[str, Any]:
         return {"probabilities": probabilities, CLASSES: tf.tile(names[None], [tf.shape(probabilities)[0], 1])}
@@ -55,9 +55,9 @@ def write_saved_model(content: Content, path: Path) -> None:
         return answer(model(images, training=False))
 
     def encoded(encoded: Any) -> dict[str, Any]:
-        kind = tf.TensorSpec([len(content.classes)], tf.float32)
+        kind = tf.TensorSpec([len(bundle.classes)], tf.float32)
         found = tf.map_fn(
-            lambda data: model(_decoded(data, channels, content.background)[None], training=False)[0],
+            lambda data: model(_decode_image(data, channels, bundle.background)[None], training=False)[0],
             encoded,
             fn_output_signature=kind,
         )
@@ -70,7 +70,7 @@ def write_saved_model(content: Content, path: Path) -> None:
     archive.write_out(str(path), verbose=False)
 
 
-def _decoded(data: Any, channels: int, background: Sequence[int]) -> Any:
+def _decode_image(data: Any, channels: int, background: Sequence[int]) -> Any:
     """A string as uint8 [H, W, channels], to the bits of train.data.decode where EXIF says nothing."""
     import tensorflow as tf
 
@@ -85,33 +85,33 @@ def _decoded(data: Any, channels: int, background: Sequence[int]) -> Any:
 
     colour = tf.cond(tf.io.is_jpeg(data), jpeg, png)
     if channels == 1:
-        colour = (tf.reduce_sum(colour * tf.constant(LUMA), axis=-1, keepdims=True) + 32768) // 65536
+        colour = (tf.reduce_sum(colour * tf.constant(LUMA_WEIGHTS), axis=-1, keepdims=True) + 32768) // 65536
     return tf.cast(colour, tf.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ONNX
 
 
-def write_onnx(content: Content, path: Path) -> None:
+def write_onnx(bundle: ExportBundle, path: Path) -> None:
     """Input `images`, output `probabilities`; the classes are JSON in the metadata `classes`."""
     import onnx
 
-    content.model.export(path, format="onnx", verbose=False)
+    bundle.model.export(path, format="onnx", verbose=False)
     graph = onnx.load(path)
     _rename_output(graph, "probabilities")
-    if content.quantize == "float16":
+    if bundle.quantize == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        graph = convert_float_to_float16(graph, keep_io_types=True, node_block_list=_onnx_nodes(graph))
-    if content.quantize == "int8":
-        graph = _onnx_int8(graph, content.images)
-    onnx.helper.set_model_props(graph, {CLASSES: json.dumps(list(content.classes))})
+        graph = convert_float_to_float16(graph, keep_io_types=True, node_block_list=_unquantized_onnx_nodes(graph))
+    if bundle.quantize == "int8":
+        graph = _quantize_onnx_int8(graph, bundle.calibration_images)
+    onnx.helper.set_model_props(graph, {CLASSES: json.dumps(list(bundle.classes))})
     onnx.save(graph, path)
 
 
-def _onnx_nodes(graph: Any) -> list[str]:
+def _unquantized_onnx_nodes(graph: Any) -> list[str]:
     """The names of those in PRECISE."""
-    return [node.name for node in graph.graph.node if any(part in node.name for part in PRECISE)]
+    return [node.name for node in graph.graph.node if any(part in node.name for part in NEVER_QUANTIZED)]
 
 
 def _rename_output(graph: Any, name: str) -> None:
@@ -122,14 +122,14 @@ def _rename_output(graph: Any, name: str) -> None:
     output.name = name
 
 
-def _onnx_int8(graph: Any, images: np.ndarray) -> Any:
+def _quantize_onnx_int8(graph: Any, calibration_images: np.ndarray) -> Any:
     """Weights and activations; what is in PRECISE stays as it was."""
     import onnx
     from onnxruntime import quantization as onnx_quantization
 
     class Images(onnx_quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter(images)
+            self.batches = iter(calibration_images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(self.batches, None)
@@ -139,7 +139,7 @@ def _onnx_int8(graph: Any, images: np.ndarray) -> Any:
         path = Path(place) / "int8.onnx"
         onnx_quantization.quantize_static(
             graph, path, Images(), per_channel=True, op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-            nodes_to_exclude=_onnx_nodes(graph),
+            nodes_to_exclude=_unquantized_onnx_nodes(graph),
         )  # fmt: skip
         return onnx.load(path)
 
@@ -147,46 +147,50 @@ def _onnx_int8(graph: Any, images: np.ndarray) -> Any:
 # -------------------------------------------------------------------------------------------------------------- TFLite
 
 
-def write_tflite(content: Content, path: Path) -> None:
+def write_tflite(bundle: ExportBundle, path: Path) -> None:
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as place:
-        content.model.export(place, format="tf_saved_model", verbose=False)
+        bundle.model.export(place, format="tf_saved_model", verbose=False)
 
         def converter() -> Any:
             made = tf.lite.TFLiteConverter.from_saved_model(place)
             made.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-            if content.quantize != "none":
+            if bundle.quantize != "none":
                 made.optimizations = [tf.lite.Optimize.DEFAULT]
-            if content.quantize == "float16":
+            if bundle.quantize == "float16":
                 made.target_spec.supported_types = [tf.float16]
             return made
 
         path.write_bytes(
-            _tflite_int8(converter, content.images) if content.quantize == "int8" else converter().convert()
+            _quantize_tflite_int8(converter, bundle.calibration_images)
+            if bundle.quantize == "int8"
+            else converter().convert()
         )
 
 
-def _tflite_int8(converter: Callable[[], Any], images: np.ndarray) -> bytes:
+def _quantize_tflite_int8(make_converter: Callable[[], Any], calibration_images: np.ndarray) -> bytes:
     """Weights and activations; what is in PRECISE stays as it was."""
     import tensorflow as tf
 
-    floating = converter()
+    floating = make_converter()
     floating.optimizations = []
-    whole = converter()
-    whole.representative_dataset = lambda: ([image[None]] for image in images)
-    options = tf.lite.experimental.QuantizationDebugOptions(denylisted_nodes=_tflite_nodes(floating.convert()))
+    whole = make_converter()
+    whole.representative_dataset = lambda: ([image[None]] for image in calibration_images)
+    options = tf.lite.experimental.QuantizationDebugOptions(
+        denylisted_nodes=_unquantized_tflite_nodes(floating.convert())
+    )
     debugger = tf.lite.experimental.QuantizationDebugger(
         converter=whole, debug_dataset=whole.representative_dataset, debug_options=options
     )
     return debugger.get_nondebug_quantized_model()
 
 
-def _tflite_nodes(content: bytes) -> list[str]:
+def _unquantized_tflite_nodes(model_bytes: bytes) -> list[str]:
     """The names of those in PRECISE, as the converter knows them: by what they give. The answer has none of its own."""
     from ai_edge_litert.interpreter import Interpreter
 
-    network = Interpreter(model_content=content)
+    network = Interpreter(model_content=model_bytes)
     names = [tensor["name"] for tensor in network.get_tensor_details()]
     answers = [output["name"] for output in network.get_output_details()]
-    return [name for name in names if name in answers or any(part in name for part in PRECISE)]
+    return [name for name in names if name in answers or any(part in name for part in NEVER_QUANTIZED)]

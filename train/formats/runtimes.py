@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-Predict = Callable[[np.ndarray], np.ndarray]
+PredictFunction = Callable[[np.ndarray], np.ndarray]
 
-FILES = {"keras": "model.keras", "saved_model": "saved_model", "onnx": "model.onnx", "tflite": "model.tflite"}
+FILE_NAMES = {"keras": "model.keras", "saved_model": "saved_model", "onnx": "model.onnx", "tflite": "model.tflite"}
 
 
-def read(name: str, path: Path, threads: int | None = None) -> Predict:
+def load_predictor(name: str, path: Path, threads: int | None = None) -> PredictFunction:
     """name: a key of READERS. path: as FILES names it. threads: of ONNX Runtime and LiteRT; TensorFlow has its own."""
-    return READERS[name](path, threads)
+    return PREDICTOR_LOADERS[name](path, threads)
 
 
-def read_keras(path: Path, _: int | None) -> Predict:
+def load_keras(path: Path, _: int | None) -> PredictFunction:
     import keras
 
     model = keras.models.load_model(path)
@@ -30,7 +30,7 @@ def read_keras(path: Path, _: int | None) -> Predict:
     return lambda images: np.asarray(model.predict_on_batch(images))
 
 
-def read_saved_model(path: Path, _: int | None) -> Predict:
+def load_saved_model(path: Path, _: int | None) -> PredictFunction:
     """By the signature that TensorFlow Serving asks for."""
     import tensorflow as tf
 
@@ -43,7 +43,7 @@ def read_saved_model(path: Path, _: int | None) -> Predict:
     return predict
 
 
-def read_onnx(path: Path, threads: int | None) -> Predict:
+def load_onnx(path: Path, threads: int | None) -> PredictFunction:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -52,7 +52,7 @@ def read_onnx(path: Path, threads: int | None) -> Predict:
     return lambda images: session.run(["probabilities"], {"images": images})[0]
 
 
-def read_tflite(path: Path, threads: int | None) -> Predict:
+def load_tflite(path: Path, threads: int | None) -> PredictFunction:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
@@ -72,9 +72,9 @@ def read_tflite(path: Path, threads: int | None) -> Predict:
     return predict
 
 
-READERS: dict[str, Callable[[Path, int | None], Predict]] = {
-    "keras": read_keras,
-    "saved_model": read_saved_model,
-    "onnx": read_onnx,
-    "tflite": read_tflite,
+PREDICTOR_LOADERS: dict[str, Callable[[Path, int | None], PredictFunction]] = {
+    "keras": load_keras,
+    "saved_model": load_saved_model,
+    "onnx": load_onnx,
+    "tflite": load_tflite,
 }

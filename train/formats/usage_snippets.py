@@ -1,7 +1,7 @@
 """How a file of each format is loaded where this project is not: five lines of Python, which a test executes."""
 
 # path: of a picture, upright, of 8 bits a sample and without transparency. {mode}: what Pillow calls its channels.
-LINES = {
+USAGE_SNIPPETS = {
     "keras": """import keras, numpy, PIL.Image
 model = keras.models.load_model("model.keras")
 image = numpy.atleast_3d(PIL.Image.open(path).convert("{mode}"))
@@ -27,7 +27,7 @@ model.invoke(); probabilities = model.get_tensor(model.get_output_details()[0]["
 print(open("classes.txt").read().splitlines()[probabilities.argmax()], probabilities.max())
 """,
 }
-PACKAGES = {
+RUNTIME_PACKAGES = {
     "keras": "keras tensorflow pillow",
     "saved_model": "tensorflow",
     "onnx": "onnxruntime pillow",
@@ -35,6 +35,6 @@ PACKAGES = {
 }
 
 
-def lines_of(name: str, channels: int) -> str:
+def usage_snippet(name: str, channels: int) -> str:
     """Of a format, for a network of 1 or 3 channels."""
-    return LINES[name].format(mode="L" if channels == 1 else "RGB")
+    return USAGE_SNIPPETS[name].format(mode="L" if channels == 1 else "RGB")

@@ -12,14 +12,22 @@ from train.models.heads import HEADS
 from train.models.inception_resnet_v2 import inception_resnet_v2
 from train.models.inception_v1 import inception_v1
 from train.models.inception_v3 import inception_v3
-from train.models.layer_groups import parts
+from train.models.layer_groups import group_layers
 from train.models.vgg16 import STAGES, vgg16
 from train.models.vgg16_inception import vgg16_inception
 from train.models.weights import load as load_weights
 
 __all__ = [
-    "BLOCK_KINDS", "BUILDERS", "HEADS", "NATIVE_SIZE", "SMALLEST", "build", "inference", "load_weights", "options_of",
-    "parts",
+    "BLOCK_KINDS",
+    "BUILDERS",
+    "HEADS",
+    "MIN_IMAGE_SIZE",
+    "NATIVE_SIZE",
+    "build",
+    "group_layers",
+    "inference_model",
+    "load_weights",
+    "option_names",
 ]  # fmt: skip
 
 BUILDERS: dict[str, Callable[..., keras.Model]] = {
@@ -31,7 +39,7 @@ BUILDERS: dict[str, Callable[..., keras.Model]] = {
 }
 
 # Smallest side of an image in pixels that leaves a map at the end of the trunk.
-SMALLEST: dict[str, int] = {
+MIN_IMAGE_SIZE: dict[str, int] = {
     "vgg16": 32,
     "vgg16_inception": 32,
     "inception_v1": 32,
@@ -76,14 +84,14 @@ def build(
     builder = _look_up("model", name, BUILDERS)
     _check_options(name, options)
     for option, value in options.items():
-        CHECKS[option](value)
-    shape = _checked_shape(name, input_shape)
-    if not _is_whole(num_classes) or num_classes < 2:
+        OPTION_CHECKS[option](value)
+    shape = _check_shape(name, input_shape)
+    if not _is_int(num_classes) or num_classes < 2:
         raise ValueError(f"num_classes must be a whole number of at least 2, got {num_classes!r}; use 2 or more")
     return builder(shape, num_classes, **options)
 
 
-def inference(model: keras.Model) -> keras.Model:
+def inference_model(model: keras.Model) -> keras.Model:
     """Returns the network without its auxiliary heads, sharing all variables with `model`.
 
     Input: as `model`. Output: float32 `[N, num_classes]`, the `main` logits. It is made of Keras's own layers and
@@ -92,7 +100,7 @@ def inference(model: keras.Model) -> keras.Model:
     return keras.Model(model.input, model.output["main"], name=model.name)
 
 
-def options_of(name: str) -> tuple[str, ...]:
+def option_names(name: str) -> tuple[str, ...]:
     """Returns the names of the options that the named model takes."""
     parameters = inspect.signature(_look_up("model", name, BUILDERS)).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
@@ -108,7 +116,7 @@ def _look_up(field: str, name: str, table: dict[str, Any]) -> Any:
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
-    allowed = options_of(name)
+    allowed = option_names(name)
     for option in options:
         if option not in allowed:
             raise ValueError(
@@ -116,13 +124,13 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
             )
 
 
-def _checked_shape(name: str, input_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def _check_shape(name: str, input_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     shape = tuple(input_shape)
-    if len(shape) != 3 or not all(_is_whole(size) for size in shape):
+    if len(shape) != 3 or not all(_is_int(size) for size in shape):
         raise ValueError(f"input_shape must be (height, width, channels), got {input_shape!r}; use (32, 32, 3)")
     if shape[2] not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {shape[2]}; use data.channels=3")
-    least = SMALLEST[name]
+    least = MIN_IMAGE_SIZE[name]
     if min(shape[:2]) < least:
         raise ValueError(
             f"data.image_size must be at least {least} for {name}, got {min(shape[:2])}; use data.image_size={least}"
@@ -132,21 +140,21 @@ def _checked_shape(name: str, input_shape: tuple[int, int, int]) -> tuple[int, i
     return shape
 
 
-def _is_whole(value: Any) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_width(value: Any) -> None:
-    if not _is_number(value) or value <= 0:
+    if not _is_finite_number(value) or value <= 0:
         raise ValueError(f"model.width must be a number above 0, got {value!r}; use model.width=1.0")
 
 
 def _check_momentum(value: Any) -> None:
-    if not _is_number(value) or not 0 <= value < 1:
+    if not _is_finite_number(value) or not 0 <= value < 1:
         raise ValueError(
             f"model.batch_norm_momentum must be at least 0 and below 1, got {value!r}; "
             "use model.batch_norm_momentum=0.9"
@@ -154,7 +162,7 @@ def _check_momentum(value: Any) -> None:
 
 
 def _check_aux_weight(value: Any) -> None:
-    if not _is_number(value) or value < 0:
+    if not _is_finite_number(value) or value < 0:
         raise ValueError(
             f"model.aux_weight must be at least 0, got {value!r}; use model.aux_weight=0 for no auxiliary head"
         )
@@ -176,7 +184,7 @@ def _check_batch_norm(value: Any) -> None:
         raise ValueError(f"model.batch_norm must be true or false, got {value!r}; use model.batch_norm=true")
 
 
-CHECKS: dict[str, Callable[[Any], None]] = {
+OPTION_CHECKS: dict[str, Callable[[Any], None]] = {
     "width": _check_width,
     "head": lambda value: _look_up("model.head", value, HEADS),
     "batch_norm_momentum": _check_momentum,

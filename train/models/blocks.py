@@ -21,7 +21,7 @@ IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)
 LUMA_BGR = (0.114, 0.587, 0.299)
 
 
-def scaled(channels: int, width: float) -> int:
+def scale_channels(channels: int, width: float) -> int:
     """Returns `channels * width` rounded half up, at least 1."""
     return max(1, int(channels * width + 0.5))
 
@@ -30,11 +30,11 @@ def scaled(channels: int, width: float) -> int:
 # section 2.2), which keeps the size of a signal in [-1, 1] through ReLUs. Glorot's, Keras's default, shrinks it layer
 # by layer: five stages of `conv` at full width stayed near chance with it, and reached 0.98 with He's (digits, 32 px,
 # three epochs).
-RECTIFIED = "he_normal"
+KERNEL_INITIALIZER = "he_normal"
 
 
 @dataclass(frozen=True)
-class Widths:
+class BranchWidths:
     """Channels of an Inception block, all at least 1.
 
     The projection after the pooling branch has no field: it takes what the other branches leave of `total`, so that
@@ -42,26 +42,26 @@ class Widths:
     """
 
     total: int
-    one: int
-    reduce_three: int
-    three: int
-    reduce_five: int
-    five: int
+    conv_1x1: int
+    reduce_3x3: int
+    conv_3x3: int
+    reduce_5x5: int
+    conv_5x5: int
 
-    def scaled(self, width: float) -> "Widths":
+    def scaled(self, width: float) -> "BranchWidths":
         """Returns the same block with every width multiplied by `width`."""
-        return Widths(*(scaled(channels, width) for channels in vars(self).values()))
+        return BranchWidths(*(scale_channels(channels, width) for channels in vars(self).values()))
 
 
-def proportional(total: int) -> Widths:
+def proportional_widths(total: int) -> BranchWidths:
     """Returns the notebook's branch widths for a block of `total` channels: 256 gives 64, 96-128, 16-32 and 32."""
-    return Widths(total, total // 4, total * 3 // 8, total // 2, total // 16, total // 8)
+    return BranchWidths(total, total // 4, total * 3 // 8, total // 2, total // 16, total // 8)
 
 
 # --- input -----------------------------------------------------------------------------------------------------------
 
 
-def images(input_shape: tuple[int, int, int]) -> Tensor:
+def image_input(input_shape: tuple[int, int, int]) -> Tensor:
     """Returns the input of a network: `[N, H, W, C]` in 0..255, uint8 or float.
 
     It is declared float32 because Keras casts what it is given to the declared type: uint8 becomes float32 without
@@ -94,7 +94,7 @@ def normalize_caffe(x: Tensor) -> Tensor:
 # --- convolution units -----------------------------------------------------------------------------------------------
 
 
-def conv(x: Tensor, filters: int, name: str, initializer: str = RECTIFIED) -> Tensor:
+def conv_relu(x: Tensor, filters: int, name: str, initializer: str = KERNEL_INITIALIZER) -> Tensor:
     """A 3x3 convolution with bias and ReLU in one layer called `name`.
 
     Source: Simonyan & Zisserman 2014, table 1; layer names as in keras.applications.
@@ -103,7 +103,7 @@ def conv(x: Tensor, filters: int, name: str, initializer: str = RECTIFIED) -> Te
     return layer(x)
 
 
-def unit(
+def conv_bn_relu(
     x: Tensor, filters: int, kernel: tuple[int, int], name: str, momentum: float | None, strides: int = 1
 ) -> Tensor:
     """Convolution, batch normalisation and ReLU: the layers `name_conv`, `name_bn`, `name_act`.
@@ -118,7 +118,7 @@ def unit(
         strides=strides,
         padding="same",
         use_bias=plain,
-        kernel_initializer=RECTIFIED if plain else "glorot_uniform",
+        kernel_initializer=KERNEL_INITIALIZER if plain else "glorot_uniform",
         name=f"{name}_conv",
     )
     x = convolution(x)
@@ -130,153 +130,159 @@ def unit(
 # --- block kinds -----------------------------------------------------------------------------------------------------
 
 
-def conv_block(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def conv_block(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `conv`: a 3x3 convolution with bias. Source: Simonyan & Zisserman 2014, table 1, configuration D."""
     del momentum  # nothing to normalise
-    return conv(x, widths.total, name)
+    return conv_relu(x, widths.total, name)
 
 
-def conv_bn_block(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def conv_bn_block(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `conv_bn`: a 3x3 convolution with batch normalisation. Source: Ioffe & Szegedy 2015, section 3.2."""
-    return unit(x, widths.total, (3, 3), name, momentum)
+    return conv_bn_relu(x, widths.total, (3, 3), name, momentum)
 
 
-def inception_naive(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def inception_naive(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `inception_naive`: 3x3 and 5x5 see all input channels, no 1x1 bottleneck before them.
 
     Source: Szegedy et al. 2014 (Going Deeper with Convolutions), figure 2a. The projection after the pooling stays:
     without it the block would be wider than the ones it is compared with.
     """
     branches = [
-        unit(x, widths.one, (1, 1), f"{name}_Branch_0", momentum),
-        unit(x, widths.three, (3, 3), f"{name}_Branch_1", momentum),
-        unit(x, widths.five, (5, 5), f"{name}_Branch_2", momentum),
+        conv_bn_relu(x, widths.conv_1x1, (1, 1), f"{name}_Branch_0", momentum),
+        conv_bn_relu(x, widths.conv_3x3, (3, 3), f"{name}_Branch_1", momentum),
+        conv_bn_relu(x, widths.conv_5x5, (5, 5), f"{name}_Branch_2", momentum),
     ]
-    return _join(x, branches, widths, name, momentum)
+    return _concatenate_with_pool(x, branches, widths, name, momentum)
 
 
-def inception_v1(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def inception_v1(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `inception_v1`: 1x1, 3x3, 5x5 and pooling side by side, 1x1 reductions before the larger kernels.
 
     Source: Szegedy et al. 2014, figure 2b; the notebook's `InceptionV1_block`.
     """
-    return _reduced(x, widths, name, momentum, three=[(3, 3)], five=[(5, 5)])
+    return _bottleneck_block(x, widths, name, momentum, kernels_3x3=[(3, 3)], kernels_5x5=[(5, 5)])
 
 
-def inception_two_3x3(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def inception_two_3x3(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `inception_two_3x3`: the 5x5 becomes two 3x3, which together see as far.
 
     Source: Szegedy et al. 2015 (Rethinking the Inception Architecture), section 3.1 and figure 5.
     """
-    return _reduced(x, widths, name, momentum, three=[(3, 3)], five=[(3, 3), (3, 3)])
+    return _bottleneck_block(x, widths, name, momentum, kernels_3x3=[(3, 3)], kernels_5x5=[(3, 3), (3, 3)])
 
 
-def inception_v3(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def inception_v3(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `inception_v3`: each nxn becomes 1xn, then nx1.
 
     Source: Szegedy et al. 2015, section 3.2 and figure 6; the notebook's `InceptionV3_block`.
     """
-    return _reduced(x, widths, name, momentum, three=[(1, 3), (3, 1)], five=[(1, 5), (5, 1)])
+    return _bottleneck_block(x, widths, name, momentum, kernels_3x3=[(1, 3), (3, 1)], kernels_5x5=[(1, 5), (5, 1)])
 
 
-def inception_expanded(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def inception_expanded(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `inception_expanded`: 1xn and nx1 side by side, half of the branch's width each, concatenated.
 
     Source: Szegedy et al. 2015, figure 7. A half is at least one channel wide.
     """
     branches = [
-        unit(x, widths.one, (1, 1), f"{name}_Branch_0", momentum),
-        _side_by_side(x, widths.reduce_three, widths.three, 3, f"{name}_Branch_1", momentum),
-        _side_by_side(x, widths.reduce_five, widths.five, 5, f"{name}_Branch_2", momentum),
+        conv_bn_relu(x, widths.conv_1x1, (1, 1), f"{name}_Branch_0", momentum),
+        _expanded_branch(x, widths.reduce_3x3, widths.conv_3x3, 3, f"{name}_Branch_1", momentum),
+        _expanded_branch(x, widths.reduce_5x5, widths.conv_5x5, 5, f"{name}_Branch_2", momentum),
     ]
-    return _join(x, branches, widths, name, momentum)
+    return _concatenate_with_pool(x, branches, widths, name, momentum)
 
 
-def inception_3x3_reduce(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def inception_3x3_reduce(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `inception_3x3_reduce`: as `inception_v1`, but 3x3 convolutions do the reductions.
 
     Source: the question of the notes whether a 3x3 with n maps could not reduce as well; it has nine times the
     weights. The projection after the pooling reduces nothing for a larger kernel and stays 1x1.
     """
-    return _reduced(x, widths, name, momentum, three=[(3, 3)], five=[(5, 5)], reduction=(3, 3))
+    return _bottleneck_block(
+        x, widths, name, momentum, kernels_3x3=[(3, 3)], kernels_5x5=[(5, 5)], reduction_kernel=(3, 3)
+    )
 
 
-def single_1x1(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def single_1x1(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `single_1x1`: one 1x1 convolution with the multiply-accumulates of `inception_v1` on the same input."""
-    return _single(x, widths, name, momentum, 1)
+    return _single_conv(x, widths, name, momentum, 1)
 
 
-def single_3x3(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def single_3x3(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `single_3x3`: one 3x3 convolution with the multiply-accumulates of `inception_v1` on the same input."""
-    return _single(x, widths, name, momentum, 3)
+    return _single_conv(x, widths, name, momentum, 3)
 
 
-def single_5x5(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def single_5x5(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `single_5x5`: one 5x5 convolution with the multiply-accumulates of `inception_v1` on the same input."""
-    return _single(x, widths, name, momentum, 5)
+    return _single_conv(x, widths, name, momentum, 5)
 
 
-def inception_v1_macs(in_channels: int, widths: Widths) -> int:
+def inception_v1_macs(in_channels: int, widths: BranchWidths) -> int:
     """Returns the multiply-accumulates of an `inception_v1` block for each position of its map."""
-    projection = max(1, widths.total - widths.one - widths.three - widths.five)
-    entry = widths.one + widths.reduce_three + widths.reduce_five + projection
+    projection = max(1, widths.total - widths.conv_1x1 - widths.conv_3x3 - widths.conv_5x5)
+    entry = widths.conv_1x1 + widths.reduce_3x3 + widths.reduce_5x5 + projection
     return (
         conv_macs(1, 1, in_channels, entry, (1, 1))
-        + conv_macs(1, 1, widths.reduce_three, widths.three, (3, 3))
-        + conv_macs(1, 1, widths.reduce_five, widths.five, (5, 5))
+        + conv_macs(1, 1, widths.reduce_3x3, widths.conv_3x3, (3, 3))
+        + conv_macs(1, 1, widths.reduce_5x5, widths.conv_5x5, (5, 5))
     )
 
 
 Kernels = list[tuple[int, int]]
 
 
-def _reduced(
+def _bottleneck_block(
     x: Tensor,
-    widths: Widths,
+    widths: BranchWidths,
     name: str,
     momentum: float | None,
-    three: Kernels,
-    five: Kernels,
-    reduction: tuple[int, int] = (1, 1),
+    kernels_3x3: Kernels,
+    kernels_5x5: Kernels,
+    reduction_kernel: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """A block whose second and third branch reduce the channels, then convolve by the given kernels in turn."""
-    branches = [unit(x, widths.one, (1, 1), f"{name}_Branch_0", momentum)]
+    branches = [conv_bn_relu(x, widths.conv_1x1, (1, 1), f"{name}_Branch_0", momentum)]
     for branch, reduce, filters, kernels in (
-        (1, widths.reduce_three, widths.three, three),
-        (2, widths.reduce_five, widths.five, five),
+        (1, widths.reduce_3x3, widths.conv_3x3, kernels_3x3),
+        (2, widths.reduce_5x5, widths.conv_5x5, kernels_5x5),
     ):
-        y = unit(x, reduce, reduction, f"{name}_Branch_{branch}", momentum)
+        y = conv_bn_relu(x, reduce, reduction_kernel, f"{name}_Branch_{branch}", momentum)
         for position, kernel in enumerate(kernels, start=1):
-            y = unit(y, filters, kernel, f"{name}_Branch_{branch}_{position}", momentum)
+            y = conv_bn_relu(y, filters, kernel, f"{name}_Branch_{branch}_{position}", momentum)
         branches.append(y)
-    return _join(x, branches, widths, name, momentum)
+    return _concatenate_with_pool(x, branches, widths, name, momentum)
 
 
-def _side_by_side(x: Tensor, reduce: int, filters: int, size: int, name: str, momentum: float | None) -> Tensor:
+def _expanded_branch(
+    x: Tensor, reduce_filters: int, filters: int, kernel_size: int, name: str, momentum: float | None
+) -> Tensor:
     """A 1x1 reduction, then 1xn and nx1 on its output, concatenated to `filters` channels (2 at least)."""
-    x = unit(x, reduce, (1, 1), name, momentum)
-    row = unit(x, max(1, filters // 2), (1, size), f"{name}_1", momentum)
-    column = unit(x, max(1, filters - filters // 2), (size, 1), f"{name}_2", momentum)
+    x = conv_bn_relu(x, reduce_filters, (1, 1), name, momentum)
+    row = conv_bn_relu(x, max(1, filters // 2), (1, kernel_size), f"{name}_1", momentum)
+    column = conv_bn_relu(x, max(1, filters - filters // 2), (kernel_size, 1), f"{name}_2", momentum)
     return layers.Concatenate(name=f"{name}_Concatenated")([row, column])
 
 
-def _join(x: Tensor, branches: list[Tensor], widths: Widths, name: str, momentum: float | None) -> Tensor:
+def _concatenate_with_pool(
+    x: Tensor, branches: list[Tensor], widths: BranchWidths, name: str, momentum: float | None
+) -> Tensor:
     """Adds the pooling branch, which takes the remaining channels, and concatenates all branches."""
     remainder = max(1, widths.total - sum(branch.shape[-1] for branch in branches))
     pooled = layers.MaxPooling2D((3, 3), strides=1, padding="same", name=f"{name}_Branch_3_pool")(x)
-    projected = unit(pooled, remainder, (1, 1), f"{name}_Branch_3", momentum)
+    projected = conv_bn_relu(pooled, remainder, (1, 1), f"{name}_Branch_3", momentum)
     return layers.Concatenate(name=f"{name}_Concatenated")([*branches, projected])
 
 
-def _single(x: Tensor, widths: Widths, name: str, momentum: float | None, size: int) -> Tensor:
+def _single_conv(x: Tensor, widths: BranchWidths, name: str, momentum: float | None, kernel_size: int) -> Tensor:
     """One convolution, as wide as the multiply-accumulates of `inception_v1` in its place pay for."""
     in_channels = x.shape[-1]
-    per_filter = conv_macs(1, 1, in_channels, 1, (size, size))
+    per_filter = conv_macs(1, 1, in_channels, 1, (kernel_size, kernel_size))
     filters = max(1, int(inception_v1_macs(in_channels, widths) / per_filter + 0.5))
-    return unit(x, filters, (size, size), name, momentum)
+    return conv_bn_relu(x, filters, (kernel_size, kernel_size), name, momentum)
 
 
-BlockKind = Callable[[Tensor, Widths, str, float | None], Tensor]
+BlockKind = Callable[[Tensor, BranchWidths, str, float | None], Tensor]
 
 BLOCK_KINDS: dict[str, BlockKind] = {
     "conv": conv_block,

@@ -11,20 +11,20 @@ import keras
 import numpy as np
 from keras import ops
 
-from train.models.graph import Graph
+from train.models.graph import LayerGraph
 
-LEAST_SIDE = 4  # a map of fewer positions tells no places
+MIN_MAP_SIZE = 4  # a map of fewer positions tells no places
 
 
-def last_map(model: keras.Model) -> keras.Layer:
+def grad_cam_layer(model: keras.Model) -> keras.Layer:
     """The deepest layer that everything goes through with maps of at least 4 x 4; of smaller images the first one."""
-    graph = Graph(model)
+    graph = LayerGraph(model)
     by_name = {layer.name: layer for layer in graph.order}
     maps, name = [], graph.order[-1].name
     while name := graph.dominator[name]:
         if by_name[name].output.ndim == 4:
             maps.append(by_name[name])
-    return next((layer for layer in maps if min(layer.output.shape[1:3]) >= LEAST_SIDE), maps[-1])
+    return next((layer for layer in maps if min(layer.output.shape[1:3]) >= MIN_MAP_SIZE), maps[-1])
 
 
 def grad_cam(model: keras.Model, images: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, str]:
@@ -32,12 +32,12 @@ def grad_cam(model: keras.Model, images: np.ndarray, classes: np.ndarray) -> tup
 
     model: images [N, H, W, C] -> logits [N, classes]; classes: int [N].
     """
-    layer = last_map(model)
+    layer = grad_cam_layer(model)
     maps = keras.Model(model.inputs[0], layer.output)(images, training=False)
     above = keras.Model(layer.output, model.outputs[0])
     own = ops.one_hot(classes, model.output_shape[-1])
     slopes = ops.cast(
-        SLOPES[keras.backend.backend()](lambda x: ops.sum(above(x, training=False) * own), maps), "float32"
+        GRADIENTS[keras.backend.backend()](lambda x: ops.sum(above(x, training=False) * own), maps), "float32"
     )
     weights = ops.mean(slopes, axis=(1, 2), keepdims=True)
     heat = ops.relu(ops.sum(weights * ops.cast(maps, "float32"), axis=-1, keepdims=True))
@@ -46,7 +46,7 @@ def grad_cam(model: keras.Model, images: np.ndarray, classes: np.ndarray) -> tup
     return np.divide(heat, most, out=np.zeros_like(heat), where=most > 0), layer.name
 
 
-def _tensorflow_slopes(function: Any, x: Any) -> Any:
+def _tensorflow_gradient(function: Any, x: Any) -> Any:
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
@@ -55,16 +55,16 @@ def _tensorflow_slopes(function: Any, x: Any) -> Any:
     return tape.gradient(found, x)
 
 
-def _jax_slopes(function: Any, x: Any) -> Any:
+def _jax_gradient(function: Any, x: Any) -> Any:
     import jax
 
     return jax.grad(function)(x)
 
 
-SLOPES = {"tensorflow": _tensorflow_slopes, "jax": _jax_slopes}  # of a number by a tensor
+GRADIENTS = {"tensorflow": _tensorflow_gradient, "jax": _jax_gradient}  # of a number by a tensor
 
 
-def first_filters(model: keras.Model) -> tuple[np.ndarray, str]:
+def first_conv_kernel(model: keras.Model) -> tuple[np.ndarray, str]:
     """The kernel of the first convolution, float32 [height, width, channels, filters], and its layer's name."""
     layer = next(layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
     return np.asarray(layer.kernel, np.float32), layer.name

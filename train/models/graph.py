@@ -9,7 +9,7 @@ def own_layers(model: keras.Model) -> list[keras.Layer]:
     return [layer for layer in model.layers if not isinstance(layer, layers.InputLayer) and layer.name != "normalize"]
 
 
-class Graph:
+class LayerGraph:
     """Which layer feeds which, and the layer that every path to a layer goes through."""
 
     def __init__(self, model: keras.Model) -> None:
@@ -23,18 +23,18 @@ class Graph:
         for name, sources in self.inputs.items():
             for source in sources:
                 self.consumers[source].append(name)
-        self.place = {layer.name: position for position, layer in enumerate(self.order)}
+        self.position = {layer.name: position for position, layer in enumerate(self.order)}
         self.dominator: dict[str, str] = {}
         for layer in self.order:
-            self.dominator[layer.name] = self._common(self.inputs[layer.name])
+            self.dominator[layer.name] = self._common_dominator(self.inputs[layer.name])
 
-    def _common(self, sources: list[str]) -> str:
+    def _common_dominator(self, sources: list[str]) -> str:
         """The last layer that all paths to all `sources` share; empty at the beginning of the network."""
         common = sources[0] if sources else ""
         for other in sources[1:]:
             while common != other:
                 # The later one of the two cannot be shared, as the order is that of the data.
-                if self.place.get(common, -1) > self.place.get(other, -1):
+                if self.position.get(common, -1) > self.position.get(other, -1):
                     common = self.dominator[common]
                 else:
                     other = self.dominator[other]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from keras import layers
 
-from train.models.blocks import Tensor, scaled, unit
+from train.models.blocks import Tensor, conv_bn_relu, scale_channels
 
 
 def logits(x: Tensor, num_classes: int, name: str) -> Tensor:
@@ -26,7 +26,7 @@ def fc(x: Tensor, width: float) -> Tensor:
     """
     x = layers.Flatten(name="flatten")(x)
     for name in ("fc1", "fc2"):
-        x = layers.Dense(scaled(4096, width), activation="relu", name=name)(x)
+        x = layers.Dense(scale_channels(4096, width), activation="relu", name=name)(x)
     return x
 
 
@@ -36,16 +36,16 @@ def avg(x: Tensor, width: float) -> Tensor:
     return layers.GlobalAveragePooling2D(name="avg_pool")(x)
 
 
-def max_(x: Tensor, width: float) -> Tensor:
+def max_pool(x: Tensor, width: float) -> Tensor:
     """Head `max`: the largest value over the map. Source: the notebook's network without its top."""
     del width  # nothing to scale
     return layers.GlobalMaxPooling2D(name="max_pool")(x)
 
 
-HEADS: dict[str, Callable[[Tensor, float], Tensor]] = {"fc": fc, "avg": avg, "max": max_}
+HEADS: dict[str, Callable[[Tensor, float], Tensor]] = {"fc": fc, "avg": avg, "max": max_pool}
 
 
-def main(x: Tensor, head: str, num_classes: int, width: float, dropout: float = 0.0) -> Tensor:
+def main_head(x: Tensor, head: str, num_classes: int, width: float, dropout: float = 0.0) -> Tensor:
     """The classifier that is measured: the named head, dropout if any, and the logits `predictions`."""
     x = HEADS[head](x, width)
     if dropout:
@@ -56,14 +56,14 @@ def main(x: Tensor, head: str, num_classes: int, width: float, dropout: float = 
 # --- auxiliary heads: [N, H, W, C] -> [N, num_classes] ---------------------------------------------------------------
 
 
-def pool_to(x: Tensor, side: int, name: str) -> Tensor:
+def adaptive_average_pool(x: Tensor, output_size: int, name: str) -> Tensor:
     """Average pooling to at most `side` x `side`, every position of the map seen.
 
     Stride and window follow from the map: 14 x 14 to 4 x 4 and 17 x 17 to 5 x 5 both give the 5 x 5 window with
     stride 3 of the papers, and smaller maps get what fits.
     """
     height, width = x.shape[1:3]
-    targets = [min(side, height), min(side, width)]
+    targets = [min(output_size, height), min(output_size, width)]
     strides = [size // target for size, target in zip((height, width), targets, strict=True)]
     window = [
         size - (target - 1) * stride for size, target, stride in zip((height, width), targets, strides, strict=True)
@@ -77,10 +77,10 @@ def aux_inception_v1(x: Tensor, num_classes: int, width: float, momentum: float 
     Source: Szegedy et al. 2014, section 5. Layers are called `name_...`; `momentum=None` leaves batch normalisation
     out, as published.
     """
-    x = pool_to(x, 4, f"{name}_pool")
-    x = unit(x, scaled(128, width), (1, 1), name, momentum)
+    x = adaptive_average_pool(x, 4, f"{name}_pool")
+    x = conv_bn_relu(x, scale_channels(128, width), (1, 1), name, momentum)
     x = layers.Flatten(name=f"{name}_flatten")(x)
-    x = layers.Dense(scaled(1024, width), activation="relu", name=f"{name}_fc")(x)
+    x = layers.Dense(scale_channels(1024, width), activation="relu", name=f"{name}_fc")(x)
     x = layers.Dropout(0.7, name=f"{name}_dropout")(x)
     return logits(x, num_classes, f"{name}_predictions")
 
@@ -91,9 +91,9 @@ def aux_inception_v3(x: Tensor, num_classes: int, width: float, momentum: float,
     Source: Szegedy et al. 2015, section 4 and figure 8; widths as in TensorFlow-slim's `inception_v3`. Layers are
     called `name_...`. Both convolutions are normalised, also on a trunk that is not.
     """
-    x = pool_to(x, 5, f"{name}_pool")
-    x = unit(x, scaled(128, width), (1, 1), f"{name}_1", momentum)
-    x = layers.Conv2D(scaled(768, width), x.shape[1:3], use_bias=False, name=f"{name}_2_conv")(x)  # 1 x 1 x 768
+    x = adaptive_average_pool(x, 5, f"{name}_pool")
+    x = conv_bn_relu(x, scale_channels(128, width), (1, 1), f"{name}_1", momentum)
+    x = layers.Conv2D(scale_channels(768, width), x.shape[1:3], use_bias=False, name=f"{name}_2_conv")(x)  # 1 x 1 x 768
     x = layers.BatchNormalization(momentum=momentum, scale=False, name=f"{name}_2_bn")(x)
     x = layers.Activation("relu", name=f"{name}_2_act")(x)
     x = layers.Flatten(name=f"{name}_flatten")(x)

@@ -4,19 +4,27 @@ import keras
 from keras import layers
 
 from train.models import heads
-from train.models.blocks import BLOCK_KINDS, Tensor, Widths, images, normalize_symmetric, scaled, unit
+from train.models.blocks import (
+    BLOCK_KINDS,
+    BranchWidths,
+    Tensor,
+    conv_bn_relu,
+    image_input,
+    normalize_symmetric,
+    scale_channels,
+)
 
 # Szegedy et al. 2014, table 1: output, 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5; the rest of the output projects the pool.
-BLOCKS = {
-    "3a": Widths(256, 64, 96, 128, 16, 32),
-    "3b": Widths(480, 128, 128, 192, 32, 96),
-    "4a": Widths(512, 192, 96, 208, 16, 48),
-    "4b": Widths(512, 160, 112, 224, 24, 64),
-    "4c": Widths(512, 128, 128, 256, 24, 64),
-    "4d": Widths(528, 112, 144, 288, 32, 64),
-    "4e": Widths(832, 256, 160, 320, 32, 128),
-    "5a": Widths(832, 256, 160, 320, 32, 128),
-    "5b": Widths(1024, 384, 192, 384, 48, 128),
+BLOCK_WIDTHS = {
+    "3a": BranchWidths(256, 64, 96, 128, 16, 32),
+    "3b": BranchWidths(480, 128, 128, 192, 32, 96),
+    "4a": BranchWidths(512, 192, 96, 208, 16, 48),
+    "4b": BranchWidths(512, 160, 112, 224, 24, 64),
+    "4c": BranchWidths(512, 128, 128, 256, 24, 64),
+    "4d": BranchWidths(528, 112, 144, 288, 32, 64),
+    "4e": BranchWidths(832, 256, 160, 320, 32, 128),
+    "5a": BranchWidths(832, 256, 160, 320, 32, 128),
+    "5b": BranchWidths(1024, 384, 192, 384, 48, 128),
 }
 POOL_AFTER = {"3b": "pool3", "4e": "pool4"}
 AUX_AFTER = {"4a": "aux_1", "4d": "aux_2"}
@@ -42,17 +50,17 @@ def inception_v1(
     Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux_1`, `aux_2`.
     """
     momentum = batch_norm_momentum if batch_norm else None
-    inputs = images(input_shape)
+    inputs = image_input(input_shape)
     x = stem(normalize_symmetric(inputs), width, momentum)
     ends = {}
-    for block, widths in BLOCKS.items():
+    for block, widths in BLOCK_WIDTHS.items():
         x = BLOCK_KINDS["inception_v1"](x, widths.scaled(width), f"inception_{block}", momentum)
         if block in AUX_AFTER:
             ends[AUX_AFTER[block]] = x
         if block in POOL_AFTER:
             x = _pool(x, POOL_AFTER[block])
     # The auxiliary heads come last: the initial values of everything else are then the same with and without them.
-    outputs = {"main": heads.main(x, head, num_classes, width, dropout=0.4)}
+    outputs = {"main": heads.main_head(x, head, num_classes, width, dropout=0.4)}
     if aux_weight:
         for name, end in ends.items():
             outputs[name] = heads.aux_inception_v1(end, num_classes, width, momentum, name)
@@ -61,10 +69,10 @@ def inception_v1(
 
 def stem(x: Tensor, width: float, momentum: float | None) -> Tensor:
     """The layers before the first Inception block: `[N, H, W, C]` to `[N, H / 8, W / 8, 192]`."""
-    x = unit(x, scaled(64, width), (7, 7), "conv1", momentum, strides=2)  # 112 x 112 x 64
+    x = conv_bn_relu(x, scale_channels(64, width), (7, 7), "conv1", momentum, strides=2)  # 112 x 112 x 64
     x = _pool(x, "pool1")  # 56 x 56 x 64
-    x = unit(x, scaled(64, width), (1, 1), "conv2_reduce", momentum)
-    x = unit(x, scaled(192, width), (3, 3), "conv2", momentum)  # 56 x 56 x 192
+    x = conv_bn_relu(x, scale_channels(64, width), (1, 1), "conv2_reduce", momentum)
+    x = conv_bn_relu(x, scale_channels(192, width), (3, 3), "conv2", momentum)  # 56 x 56 x 192
     return _pool(x, "pool2")  # 28 x 28 x 192
 
 

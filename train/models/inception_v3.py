@@ -3,9 +3,9 @@
 import keras
 
 from train.models import heads
-from train.models.blocks import images, normalize_symmetric
-from train.models.keras_applications import copy
-from train.models.weights import symbolic
+from train.models.blocks import image_input, normalize_symmetric
+from train.models.keras_applications import clone_scaled
+from train.models.weights import without_weights
 
 
 def inception_v3(
@@ -25,12 +25,12 @@ def inception_v3(
     Input: uint8 or float `[N, H, W, C]` in 0..255, H and W at least 75, C 1 or 3.
     Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux`.
     """
-    with symbolic():
+    with without_weights():
         pattern = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=input_shape)
-    inputs = images(input_shape)
-    ends = copy(pattern, normalize_symmetric(inputs), width, batch_norm_momentum)
+    inputs = image_input(input_shape)
+    ends = clone_scaled(pattern, normalize_symmetric(inputs), width, batch_norm_momentum)
     # The auxiliary head comes last: the initial values of everything else are then the same with and without it.
-    outputs = {"main": heads.main(ends["mixed10"], head, num_classes, width)}  # from 8 x 8 x 2048
+    outputs = {"main": heads.main_head(ends["mixed10"], head, num_classes, width)}  # from 8 x 8 x 2048
     if aux_weight:
         outputs["aux"] = heads.aux_inception_v3(ends["mixed7"], num_classes, width, batch_norm_momentum, "aux")
     return keras.Model(inputs, outputs, name="inception_v3")

@@ -7,19 +7,19 @@ from typing import Any
 import keras
 from keras import layers
 
-from train.models.blocks import Tensor, scaled
+from train.models.blocks import Tensor, scale_channels
 
 
-def copy(pattern: keras.Model, x: Tensor, width: float, momentum: float) -> dict[str, Tensor]:
+def clone_scaled(template: keras.Model, x: Tensor, width: float, momentum: float) -> dict[str, Tensor]:
     """Rebuilds `pattern` on the tensor `x` with scaled widths, fixed names and the given normalisation momentum.
 
     The pattern needs no values (see `symbolic`). Returns the output of each new layer by its name.
     """
-    names = fixed_names(pattern)
-    filters = scaled_filters(pattern, width)
-    tensors = {id(pattern.input): x}
+    names = canonical_names(template)
+    filters = scaled_filters(template, width)
+    tensors = {id(template.input): x}
     ends = {}
-    for layer in pattern.layers[1:]:  # in the order of the data; the first is the input
+    for layer in template.layers[1:]:  # in the order of the data; the first is the input
         config = layer.get_config() | {"name": names[layer.name]}
         if isinstance(layer, layers.Conv2D):
             config["filters"] = filters[layer.name]
@@ -30,16 +30,16 @@ def copy(pattern: keras.Model, x: Tensor, width: float, momentum: float) -> dict
     return ends
 
 
-def fixed_names(pattern: keras.Model) -> dict[str, str]:
+def canonical_names(template: keras.Model) -> dict[str, str]:
     """Maps layer names to those that a fresh process would have given.
 
     Keras counts unnamed layers up over the whole process (`conv2d_94` in the second network); here each kind of
     layer counts from the beginning of the network.
     """
     counted: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    names = {layer.name: layer.name for layer in pattern.layers}
-    for layer in pattern.layers:
-        match = re.fullmatch(rf"({_counted_name(layer)})_?(\d*)", layer.name)
+    names = {layer.name: layer.name for layer in template.layers}
+    for layer in template.layers:
+        match = re.fullmatch(rf"({_auto_name_stem(layer)})_?(\d*)", layer.name)
         if match:
             counted[match[1]].append((int(match[2] or 0), layer.name))
     for stem, found in counted.items():
@@ -48,29 +48,29 @@ def fixed_names(pattern: keras.Model) -> dict[str, str]:
     return names
 
 
-def _counted_name(layer: keras.Layer) -> str:
+def _auto_name_stem(layer: keras.Layer) -> str:
     """The name that Keras counts up for this kind of layer: `BatchNormalization` gives `batch_normalization`."""
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", type(layer).__name__).lower()
 
 
-def scaled_filters(pattern: keras.Model, width: float) -> dict[str, int]:
+def scaled_filters(template: keras.Model, width: float) -> dict[str, int]:
     """Returns the filters of each convolution of `pattern` at the given width, by layer name.
 
     Each is rounded, with two exceptions: the last convolution before a concatenation takes what the others leave of
     the rounded total, and the one that ends a residual branch has the channels of the tensor that it is added to.
     """
-    return _Channels(pattern, width).filters
+    return _ChannelScaler(template, width).filters
 
 
-class _Channels:
+class _ChannelScaler:
     """Follows the scaled channel numbers through a network that still has its own."""
 
-    def __init__(self, pattern: keras.Model, width: float) -> None:
+    def __init__(self, template: keras.Model, width: float) -> None:
         self.width = width
         self.filters: dict[str, int] = {}
-        self.channels = {id(pattern.input): pattern.input.shape[-1]}
+        self.channels = {id(template.input): template.input.shape[-1]}
         self.producers: dict[int, keras.Layer] = {}
-        for layer in pattern.layers[1:]:
+        for layer in template.layers[1:]:
             self.channels[id(layer.output)] = self._visit(layer)
             self.producers[id(layer.output)] = layer
 
@@ -78,17 +78,17 @@ class _Channels:
         """Returns the channels of the layer's output."""
         inputs = keras.tree.flatten(layer.input)
         if isinstance(layer, layers.Conv2D):
-            self.filters[layer.name] = scaled(layer.filters, self.width)
+            self.filters[layer.name] = scale_channels(layer.filters, self.width)
             return self.filters[layer.name]
         if isinstance(layer, layers.Concatenate):
-            total = scaled(layer.output.shape[-1], self.width)
-            self._widen(inputs[-1], max(1, total - sum(self.channels[id(tensor)] for tensor in inputs[:-1])))
+            total = scale_channels(layer.output.shape[-1], self.width)
+            self._set_filters(inputs[-1], max(1, total - sum(self.channels[id(tensor)] for tensor in inputs[:-1])))
             return sum(self.channels[id(tensor)] for tensor in inputs)
         if len(inputs) == 2:  # shortcut, residual branch
-            self._widen(inputs[1], self.channels[id(inputs[0])])
+            self._set_filters(inputs[1], self.channels[id(inputs[0])])
         return self.channels[id(inputs[0])]
 
-    def _widen(self, tensor: Any, filters: int) -> None:
+    def _set_filters(self, tensor: Any, filters: int) -> None:
         """Sets the width of the convolution whose normalised and activated output `tensor` is, if it is one."""
         chain = [tensor]
         while isinstance(producer := self.producers[id(chain[-1])], layers.BatchNormalization | layers.Activation):

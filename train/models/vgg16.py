@@ -6,7 +6,7 @@ import keras
 from keras import layers
 
 from train.models import blocks, heads
-from train.models.blocks import PLAIN_KINDS, BlockKind, Tensor, Widths
+from train.models.blocks import PLAIN_KINDS, BlockKind, BranchWidths, Tensor
 
 # Simonyan & Zisserman 2014, table 1, configuration D: channels and number of convolutions of each stage.
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -29,24 +29,24 @@ def vgg16(
     Input: uint8 or float `[N, H, W, C]` in 0..255, H and W at least 32, C 1 or 3.
     Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux`.
     """
-    inputs = blocks.images(input_shape)
+    inputs = blocks.image_input(input_shape)
     x = blocks.normalize_caffe(inputs)
-    kinds = (("conv", unscaled_conv),) * len(STAGES)
-    outputs = staged(x, kinds, num_classes, width, head, batch_norm_momentum, aux_weight)
+    kinds = (("conv", glorot_conv_block),) * len(STAGES)
+    outputs = build_stages(x, kinds, num_classes, width, head, batch_norm_momentum, aux_weight)
     return keras.Model(inputs, outputs, name="vgg16")
 
 
-def unscaled_conv(x: Tensor, widths: Widths, name: str, momentum: float | None) -> Tensor:
+def glorot_conv_block(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """The kind `conv` for images of about -124..151, with the initial values of keras.applications.
 
     Glorot's smaller kernels bring such a signal down to about 1 over the thirteen layers; with He's the same network
     diverges at a learning rate of 0.01.
     """
     del momentum  # nothing to normalise
-    return blocks.conv(x, widths.total, name, initializer="glorot_uniform")
+    return blocks.conv_relu(x, widths.total, name, initializer="glorot_uniform")
 
 
-def staged(
+def build_stages(
     x: Tensor,
     kinds: Sequence[tuple[str, BlockKind]],
     num_classes: int,
@@ -60,11 +60,11 @@ def staged(
     for number, ((kind, block), (channels, repeats)) in enumerate(zip(kinds, STAGES, strict=True), start=1):
         prefix = f"block{number}_conv" if kind in PLAIN_KINDS else f"Block_{number}_"
         for position in range(1, repeats + 1):
-            x = block(x, blocks.proportional(channels).scaled(width), f"{prefix}{position}", momentum)
+            x = block(x, blocks.proportional_widths(channels).scaled(width), f"{prefix}{position}", momentum)
         x = layers.MaxPooling2D((2, 2), name=f"block{number}_pool")(x)
         fourth = x if number == 4 else fourth  # 14 x 14 x 512 at 224, as GoogLeNet's first end point
     # The auxiliary head comes last: the initial values of everything else are then the same with and without it.
-    outputs = {"main": heads.main(x, head, num_classes, width)}
+    outputs = {"main": heads.main_head(x, head, num_classes, width)}
     if aux_weight:
         outputs["aux"] = heads.aux_inception_v3(fourth, num_classes, width, momentum, "aux")
     return outputs

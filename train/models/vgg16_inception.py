@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import keras
 
-from train.models.blocks import BLOCK_KINDS, images, normalize_symmetric
-from train.models.vgg16 import staged
+from train.models.blocks import BLOCK_KINDS, image_input, normalize_symmetric
+from train.models.vgg16 import build_stages
 
 # The notebook's network: stage 3 of InceptionV1 blocks, stage 5 of factorised ones, batch normalisation everywhere.
-NOTEBOOK = ("conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3")
+NOTEBOOK_BLOCKS = ("conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3")
 
 
 def vgg16_inception(
@@ -19,7 +19,7 @@ def vgg16_inception(
     head: str = "avg",
     batch_norm_momentum: float = 0.9,
     aux_weight: float = 0.3,
-    blocks: Sequence[str] = NOTEBOOK,
+    blocks: Sequence[str] = NOTEBOOK_BLOCKS,
 ) -> keras.Model:
     """VGG16 whose five stages are each made of one kind of block, with an auxiliary classifier after the fourth.
 
@@ -28,8 +28,8 @@ def vgg16_inception(
     Input: uint8 or float `[N, H, W, C]` in 0..255, H and W at least 32, C 1 or 3.
     Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux`.
     """
-    inputs = images(input_shape)
+    inputs = image_input(input_shape)
     x = normalize_symmetric(inputs)
     kinds = [(kind, BLOCK_KINDS[kind]) for kind in blocks]
-    outputs = staged(x, kinds, num_classes, width, head, batch_norm_momentum, aux_weight)
+    outputs = build_stages(x, kinds, num_classes, width, head, batch_norm_momentum, aux_weight)
     return keras.Model(inputs, outputs, name="vgg16_inception")

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from train import data
-from train.cli.progress import say
+from train.cli.progress import print_and_log
 from train.config import schema as schema
 from train.config.schema import ROOT, Config, ConfigError, options
-from train.config.serialization import Private, to_dict
+from train.config.serialization import Redactor, to_dict
 from train.evaluation.metrics import evaluate
 from train.runtime import setup
 from train.tracking import run_metadata
-from train.tracking.run_dir import RunFolder
+from train.tracking.run_dir import RunDir
 from train.training import loop
 
-STREAM = ("balanced", "class_weights")  # keys of `data` that say what is made of the examples, not which there are
+STREAM_KEYS = ("balanced", "class_weights")  # keys of `data` that say what is made of the examples, not which there are
 
 
 def check_files(config: Config) -> None:
@@ -44,8 +44,8 @@ def check_sources(config: Config) -> None:
         )
     if teacher is None:
         return
-    folder, side = RunFolder(Path(teacher), ""), schema.resolve_image_size(config)
-    card = folder.card() if folder.status() == "finished" else {}
+    folder, side = RunDir(Path(teacher), ""), schema.resolve_image_size(config)
+    card = folder.model_info() if folder.status() == "finished" else {}
     if not card:
         raise ConfigError(f"distill.teacher must be the folder of a finished run, got {teacher}; use another one")
     if (found := card["input"]["shape"]) != (ours := [side, side, config.data.channels]):
@@ -54,7 +54,7 @@ def check_sources(config: Config) -> None:
         )
 
 
-def augmentation_of(config: Config) -> Any:
+def make_augmentation(config: Config) -> Any:
     """What is done to the training examples."""
     from train.data.augmentation import policy
 
@@ -70,10 +70,10 @@ def load_data(config: Config, *, crops: bool) -> tuple[Any, str]:
 
     chosen = options(config.data)
     how = {name: chosen.pop(name) for name in ("cache", "ram_budget")}
-    for name in (*STREAM, "fingerprint"):
+    for name in (*STREAM_KEYS, "fingerprint"):
         chosen.pop(name)
     chosen["data_dir"] = str(ROOT / chosen.pop("directory"))
-    return pixel_cache.place(data.load(config.data.name, **chosen), **how, crops=crops)
+    return pixel_cache.choose_cache(data.load(config.data.name, **chosen), **how, crops=crops)
 
 
 def check_fingerprint(config: Config, dataset: Any) -> None:
@@ -85,17 +85,17 @@ def check_fingerprint(config: Config, dataset: Any) -> None:
         )
 
 
-def data_source(config: Config, private: Private) -> str:
+def data_source(config: Config, redactor: Redactor) -> str:
     """Where the data came from, as it may be stored."""
-    stored = to_dict(config, private)["data"]
+    stored = to_dict(config, redactor)["data"]
     return stored.get("file") or stored.get("root") or stored.get("manual_dir") or stored["name"]
 
 
-def counts(dataset: Any) -> str:
-    return " + ".join(f"{count:,} {name}" for name, count in dataset.counts.items())
+def split_sizes(dataset: Any) -> str:
+    return " + ".join(f"{count:,} {name}" for name, count in dataset.split_sizes.items())
 
 
-def steps_of(config: Config, dataset: Any) -> int:
+def steps_per_epoch(config: Config, dataset: Any) -> int:
     """Steps per epoch."""
     from train.data import pipeline
 
@@ -103,72 +103,76 @@ def steps_of(config: Config, dataset: Any) -> int:
     return min(steps, config.steps_per_epoch or steps)
 
 
-def left_out(config: Config, dataset: Any, steps: int) -> str:
+def epoch_message(config: Config, dataset: Any, epoch_steps: int) -> str:
     """What of the training split an epoch does not see."""
-    left = len(dataset.train) - steps * config.batch_size
-    return f"{steps} steps of {config.batch_size} per epoch, training examples left out of each: {left}"
+    left = len(dataset.train) - epoch_steps * config.batch_size
+    return f"{epoch_steps} steps of {config.batch_size} per epoch, training examples left out of each: {left}"
 
 
-def network(config: Config, dataset: Any) -> tuple[Any, Any]:
+def make_models(config: Config, dataset: Any) -> tuple[Any, Any]:
     """The network with its auxiliary heads, and the one without that shares its variables."""
     from train import models
 
-    setup.seed(config.seed)
+    setup.set_seed(config.seed)
     side, keys = schema.resolve_image_size(config), options(config.model)
     shape, weights = (side, side, config.data.channels), keys.pop("weights")
     model = models.build(config.model.name, shape, len(dataset.classes), **keys)
     if weights is not None:
         heads = not (config.fine_tune.stages and config.fine_tune.new_head)
-        say(models.load_weights(model, weights, heads=heads).sentence())
-    return model, models.inference(model)
+        print_and_log(models.load_weights(model, weights, load_heads=heads).summary())
+    return model, models.inference_model(model)
 
 
-def teacher_of(config: Config, dataset: Any) -> Any:
+def load_teacher(config: Config, dataset: Any) -> Any:
     """The network to learn from, if there is one. Raises: ConfigError for one that answers other questions."""
     if config.distill.teacher is None:
         return None
-    folder = RunFolder(Path(config.distill.teacher), "")
-    found, ours = folder.card()["classes"], [*dataset.classes]
+    folder = RunDir(Path(config.distill.teacher), "")
+    found, ours = folder.model_info()["classes"], [*dataset.classes]
     if found != ours:
         raise ConfigError(f"distill.teacher must know the classes of this run, {ours}, got {found}; use another run")
     return load_best(folder, config)[0]
 
 
-def sources(config: Config, teacher: Any) -> dict[str, str]:
+def input_digests(config: Config, teacher: Any) -> dict[str, str]:
     """What training starts and learns from, by content."""
     from train.training.step.base import weights_sha256
 
     weights = config.model.weights
-    found = {"model.weights_sha256": run_metadata.sha256_of(Path(weights))} if weights not in (None, "imagenet") else {}
+    found = (
+        {"model.weights_sha256": run_metadata.file_sha256(Path(weights))} if weights not in (None, "imagenet") else {}
+    )
     return found | ({"distill.teacher_sha256": weights_sha256(teacher)} if teacher else {})
 
 
-def ground(config: Config, private: Private, dataset: Any, teacher: Any) -> dict[str, Any]:
+def run_provenance(config: Config, redactor: Redactor, dataset: Any, teacher: Any) -> dict[str, Any]:
     """All that the bits of a run stand on here."""
-    processor = setup.processor(config.backend, config.device)
-    return run_metadata.ground(config, private, dataset.fingerprint, processor, sources(config, teacher))
+    processor = setup.processor_name(config.backend, config.device)
+    return run_metadata.run_provenance(config, redactor, dataset.fingerprint, processor, input_digests(config, teacher))
 
 
-def training_step(config: Config, model: Any, inference: Any, steps: int, teacher: Any) -> Any:
+def make_training_step(config: Config, model: Any, inference: Any, epoch_steps: int, teacher: Any) -> Any:
     """Optimizer, schedule and losses around the model's own training step."""
     from train import models
     from train.training import losses, optimizers, step
-    from train.training.step.layerwise_lr import Plan
+    from train.training.step.layerwise_lr import FreezeSchedule
 
-    if config.gradient_accumulation > steps * config.epochs:
+    if config.gradient_accumulation > epoch_steps * config.epochs:
         raise ConfigError(
-            f"gradient_accumulation must be at most the run's {steps * config.epochs} steps, "
+            f"gradient_accumulation must be at most the run's {epoch_steps * config.epochs} steps, "
             f"got {config.gradient_accumulation}; use e.g. gradient_accumulation=1"
         )
     rates, rules, tuning = options(config.schedule), options(config.optimizer), config.fine_tune
-    stages, peak = lasting(config), rules.pop("learning_rate")
+    stages, peak = resolved_stages(config), rules.pop("learning_rate")
     peaks = [(stage.epochs, stage.learning_rate_factor * peak) for stage in stages]
-    rate = optimizers.build_schedule(config.schedule.name, stages=peaks, epoch_steps=steps, **rates)
+    rate = optimizers.build_schedule(config.schedule.name, stages=peaks, steps_per_epoch=epoch_steps, **rates)
     plan = None
     if tuning.stages:
         order = tuple((stage.epochs, stage.from_part) for stage in stages)
-        plan = Plan(models.parts(model), order, tuning.layer_decay, steps / config.gradient_accumulation)
-    optimizer = optimizers.build(
+        plan = FreezeSchedule(
+            models.group_layers(model), order, tuning.layer_decay, epoch_steps / config.gradient_accumulation
+        )
+    optimizer = optimizers.build_optimizer(
         config.optimizer.name,
         rate,
         gradient_clip=config.gradient_clip,
@@ -177,30 +181,34 @@ def training_step(config: Config, model: Any, inference: Any, steps: int, teache
         **rules,
     )
     teaching = (config.distill.weight, config.distill.temperature) if teacher else None
-    weighted, weights = losses.build(tuple(model.output), config.model.aux_weight, config.label_smoothing, teaching)
-    metrics = losses.metrics(tuple(model.output), taught=teacher is not None)
+    weighted, weights = losses.build_losses(
+        tuple(model.output), config.model.aux_weight, config.label_smoothing, teaching
+    )
+    metrics = losses.build_metrics(tuple(model.output), distilled=teacher is not None)
     model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
-    return step.of(config.backend)(
+    return step.get_step_class(config.backend)(
         model,
         inference,
         rate,
         config.batch_size,
         jit=config.jit == "on",
-        mixed=bool(config.augment.mixup or config.augment.cutmix),
-        weighted=config.data.class_weights,
-        gradients=config.tracking.gradients,
-        plan=plan,
+        float_images=bool(config.augment.mixup or config.augment.cutmix),
+        example_weights=config.data.class_weights,
+        measure_gradients=config.tracking.gradients,
+        freeze_schedule=plan,
         teacher=teacher,
     )
 
 
-def lasting(config: Config) -> list[schema.Stage]:
+def resolved_stages(config: Config) -> list[schema.FineTuneStage]:
     """The stages of a run, the last one up to its end; one for all where the config has none."""
-    *first, last = config.fine_tune.stages or [schema.Stage()]
+    *first, last = config.fine_tune.stages or [schema.FineTuneStage()]
     return [*first, replace(last, epochs=config.epochs - sum(stage.epochs for stage in first))]
 
 
-def train_batches(config: Config, dataset: Any, augmentation: Any, steps: int, epoch: int, first: int) -> Any:
+def train_batches(
+    config: Config, dataset: Any, augmentation: Any, epoch_steps: int, epoch: int, first_batch: int
+) -> Any:
     """The batches of an epoch from number `first` on."""
     from train.data import pipeline
 
@@ -210,43 +218,43 @@ def train_batches(config: Config, dataset: Any, augmentation: Any, steps: int, e
         seed=config.seed,
         epoch=epoch,
         augmentation=augmentation,
-        first_batch=first,
+        first_batch=first_batch,
         num_classes=len(dataset.classes),
-        share=share(config),
-        **{name: getattr(config.data, name) for name in STREAM},
+        shard=shard(config),
+        **{name: getattr(config.data, name) for name in STREAM_KEYS},
     )
-    return placed(config, stream.take(steps - first))
+    return prefetch_to_device(config, stream.take(epoch_steps - first_batch))
 
 
-def share(config: Config) -> tuple[int, int]:
+def shard(config: Config) -> tuple[int, int]:
     """Which part of every batch this process makes."""
     return config.distributed.index, config.distributed.processes
 
 
-def placed(config: Config, stream: Any) -> Any:
+def prefetch_to_device(config: Config, stream: Any) -> Any:
     """The batches where the step will want them."""
     from train.data import pipeline
 
     # JAX takes a batch to its device while it is still busy with the one before.
     there = config.device == "gpu" and config.backend == "tensorflow"
-    return pipeline.on_device(stream, "GPU:0") if there else stream
+    return pipeline.prefetch_to_device(stream, "GPU:0") if there else stream
 
 
 @contextmanager
-def naming_broken_examples() -> Iterator[None]:
+def surface_example_errors() -> Iterator[None]:
     """Brings an unreadable example's own message out of what TensorFlow wraps around it."""
     from train.data import pipeline
 
     try:
         yield
     except Exception as fault:
-        line = pipeline.example_error(fault)
+        line = pipeline.extract_example_error(fault)
         if line is None:
             raise
         raise ValueError(line) from fault
 
 
-def load_best(folder: RunFolder, config: Config) -> tuple[Any, Callable]:
+def load_best(folder: RunDir, config: Config) -> tuple[Any, Callable]:
     """The network that was kept, so that this is what is measured, and what answers with its logits."""
     import keras
 
@@ -254,32 +262,40 @@ def load_best(folder: RunFolder, config: Config) -> tuple[Any, Callable]:
     from train.training import step
 
     model = keras.models.load_model(folder.inside("best/model.keras"))
-    predict = step.of(config.backend).predictor(model, jit=config.jit == "on")
-    return model, test_time_augmentation.averaged(predict, config.evaluate.views)
+    predict = step.get_step_class(config.backend).make_predictor(model, jit=config.jit == "on")
+    return model, test_time_augmentation.average_views(predict, config.evaluate.views)
 
 
-def answers(config: Config, split: Any, classes: int, predict: Callable, stops: loop.Stops) -> tuple[Any, Any]:
+def predict_split(
+    config: Config, split: Any, num_classes: int, predict: Callable, signals: loop.SignalHandler
+) -> tuple[Any, Any]:
     """Logits and true classes of a split, every example once, in its order. classes: how many the data has."""
     from train.data import pipeline
     from train.evaluation import metrics
 
-    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=classes)
-    return metrics.answers(predict, stops.heed(placed(config, batches)), len(split))
+    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=num_classes)
+    return metrics.predict_all(predict, signals.guard(prefetch_to_device(config, batches)), len(split))
 
 
-def measure(config: Config, dataset: Any, split: Any, predict: Callable, stops: loop.Stops) -> dict[str, float]:
+def evaluate_split(
+    config: Config, dataset: Any, split: Any, predict: Callable, signals: loop.SignalHandler
+) -> dict[str, float]:
     """Every example of the split, once."""
     from train.data import pipeline
 
     batches = pipeline.eval_batches(
-        split, batch_size=config.batch_size, num_classes=len(dataset.classes), share=share(config)
+        split, batch_size=config.batch_size, num_classes=len(dataset.classes), shard=shard(config)
     )
-    return evaluate(predict, stops.heed(placed(config, batches)), len(split))
+    return evaluate(predict, signals.guard(prefetch_to_device(config, batches)), len(split))
 
 
-def cost_of(model: Any, inference: Any) -> dict[str, Any]:
+def compute_cost(model: Any, inference: Any) -> dict[str, Any]:
     """What an image costs the network in use, by block and layer, and the multiply-accumulates of that in training."""
-    from train.models.cost import cost, layer_macs, totals
+    from train.models.cost import block_costs, layer_macs, total_cost
 
     layers = {layer.name: macs for layer in inference.layers if (macs := layer_macs(layer))}
-    return {"blocks": [vars(row) for row in cost(inference)], "layers": layers, "training_macs": totals(model).macs}
+    return {
+        "blocks": [vars(row) for row in block_costs(inference)],
+        "layers": layers,
+        "training_macs": total_cost(model).macs,
+    }

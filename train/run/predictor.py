@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from train.config.serialization import NewerError, refuse_newer
-from train.data.decode import View, decode, decode_resized, read_header
-from train.formats.runtimes import FILES, read
+from train.config.serialization import FormatVersionError, check_format_version
+from train.data.decode import ImageSpec, decode, decode_and_resize, read_header
+from train.formats.runtimes import FILE_NAMES, load_predictor
 from train.runtime import setup
-from train.storage.atomic import OutsideError, inside, read_inside
+from train.storage.atomic import UnsafePathError, read_inside, resolve_inside
 
 RUNTIMES = ("keras", "onnx")
-BATCH = 32
-AHEAD = 4 * BATCH  # pictures that are decoded while others are answered
+BATCH_SIZE = 32
+DECODE_AHEAD = 4 * BATCH_SIZE  # pictures that are decoded while others are answered
 
 
 @dataclass(frozen=True)
@@ -38,40 +38,40 @@ class Network:
 
     predict: Callable[[np.ndarray], np.ndarray]
     decode: Callable[[bytes], np.ndarray]
-    view: View
+    image_spec: ImageSpec
     classes: list[str]
     max_bytes: int
     max_pixels: int
-    batch: int = BATCH
+    batch_size: int = BATCH_SIZE
     model: Any = None
 
 
-def load(run: Path, engine: str, *, many: bool) -> Network:
+def load_network(run: Path, runtime_name: str, *, compiled: bool) -> Network:
     """engine: one of RUNTIMES. many: whether it pays to compile. Raises: ValueError where there is no network."""
-    card, config = card_of(run)
+    card, config = read_model_info(run)
     side, _, channels = card["input"]["shape"]
-    view = View(side, channels, tuple(config["background"]), config["crop_fraction"])
+    view = ImageSpec(side, channels, tuple(config["background"]), config["crop_fraction"])
     limits = config["max_bytes"], config["max_pixels"]
-    if engine == "onnx":
-        answer = exported(run)
+    if runtime_name == "onnx":
+        answer = load_onnx_export(run)
         if view.crop_fraction == 1:
-            return Network(answer, partial(decode_resized, view=view), view, card["classes"], *limits)
+            return Network(answer, partial(decode_and_resize, spec=view), view, card["classes"], *limits)
         own = partial(
             decode, channels=channels, background=view.background, max_pixels=None
         )  # the file crops by itself
-        return Network(answer, own, view, card["classes"], *limits, batch=1)
-    inside(run, "best/model.keras")
-    model = loaded(run / "best/model.keras")
-    answer = model.predict_on_batch if many else model
+        return Network(answer, own, view, card["classes"], *limits, batch_size=1)
+    resolve_inside(run, "best/model.keras")
+    model = load_keras_model(run / "best/model.keras")
+    answer = model.predict_on_batch if compiled else model
     return Network(
-        lambda images: softmax(np.asarray(answer(images))), partial(decode_resized, view=view), view, card["classes"],
-        *limits, model=model,
+        lambda images: softmax(np.asarray(answer(images))), partial(decode_and_resize, spec=view), view,
+        card["classes"], *limits, model=model,
     )  # fmt: skip
 
 
-def loaded(path: Path) -> Any:
+def load_keras_model(path: Path) -> Any:
     """The Keras model. Raises: ValueError for a file that is damaged, or has code in it."""
-    setup.load("tensorflow", Path(os.devnull))  # without what it does not need, and without its chatter
+    setup.import_backend("tensorflow", Path(os.devnull))  # without what it does not need, and without its chatter
     import keras
     import tensorflow as tf
 
@@ -85,28 +85,31 @@ def loaded(path: Path) -> Any:
     return model
 
 
-def card_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_model_info(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the network is, and the run's `data`. Raises: ValueError where there is no network."""
     try:
-        refuse_newer(run, json.loads(read_inside(run, "run.json")))
+        check_format_version(run, json.loads(read_inside(run, "run.json")))
         card = json.loads(read_inside(run, "best/model.json"))
         return card, yaml.safe_load(read_inside(run, "config.yaml"))["data"]
-    except (NewerError, OutsideError):
+    except (FormatVersionError, UnsafePathError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         raise ValueError(f"run must be the folder of a run that has weights, got {run}; use run=runs/latest") from None
 
 
-def exported(run: Path) -> Callable[[np.ndarray], np.ndarray]:
+def load_onnx_export(run: Path) -> Callable[[np.ndarray], np.ndarray]:
     """Raises: ValueError where there is no such export, or one of another network, or no ONNX Runtime."""
-    path, again = inside(run, f"export/onnx/{FILES['onnx']}"), f"make export run={shlex.quote(str(run))} format=onnx"
+    path, again = (
+        resolve_inside(run, f"export/onnx/{FILE_NAMES['onnx']}"),
+        f"make export run={shlex.quote(str(run))} format=onnx",
+    )
     if not path.exists():
         raise ValueError(f"runtime=onnx must have the exported file, got no {path}; {again}")
     known = json.loads(read_inside(run, "export/onnx/summary.json"))["network"]
     if known != hashlib.sha256(read_inside(run, "best/model.json")).hexdigest():
         raise ValueError(f"runtime=onnx must have the run's best network, got an older one in {path}; {again}")
     try:
-        return read("onnx", path)
+        return load_predictor("onnx", path)
     except ImportError:
         raise ValueError(f"runtime=onnx must have the extra export, got no onnxruntime; {again}") from None
     except Exception as fault:  # it has many
@@ -118,23 +121,23 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return raised / raised.sum(axis=1, keepdims=True)
 
 
-def answers(network: Network, paths: list[Path]) -> Iterator[tuple[Path, np.ndarray | Exception, np.ndarray]]:
+def predict_files(network: Network, paths: list[Path]) -> Iterator[tuple[Path, np.ndarray | Exception, np.ndarray]]:
     """Of every picture, in their order: its pixels, or why it can't be read, and its probabilities."""
-    pictures = decoded(network, paths)
-    while batch := list(islice(pictures, network.batch)):
+    pictures = decode_files(network, paths)
+    while batch := list(islice(pictures, network.batch_size)):
         whole = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
         said = iter(network.predict(np.stack(whole)) if whole else ())
         for path, pixels in batch:
             yield path, pixels, next(said) if isinstance(pixels, np.ndarray) else np.empty(0)
 
 
-def decoded(network: Network, paths: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray | Exception]]:
+def decode_files(network: Network, paths: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray | Exception]]:
     """In their order, by all cores; so many ahead at most."""
-    ahead = AHEAD if network.batch > 1 else 1  # a picture in its own size may be large
+    ahead = DECODE_AHEAD if network.batch_size > 1 else 1  # a picture in its own size may be large
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque[tuple[Path, Future]] = deque()
         for path in paths:
-            waiting.append((path, pool.submit(picture, network, path)))
+            waiting.append((path, pool.submit(read_image, network, path)))
             if len(waiting) > ahead:
                 name, future = waiting.popleft()
                 yield name, future.result()
@@ -142,30 +145,30 @@ def decoded(network: Network, paths: Iterable[Path]) -> Iterator[tuple[Path, np.
             yield name, future.result()
 
 
-def picture(network: Network, path: Path) -> np.ndarray | Exception:
+def read_image(network: Network, path: Path) -> np.ndarray | Exception:
     """Pixels as the network wants them, or what is wrong."""
     try:
         if not path.is_file():
             raise ValueError("it is no file")
-        refuse_large(network, path.stat().st_size)
-        return pixels_of(network, path.read_bytes())
+        check_size(network, path.stat().st_size)
+        return decode_image(network, path.read_bytes())
     except (OSError, ValueError) as fault:
         return fault
 
 
-def pixels_of(network: Network, data: bytes) -> np.ndarray:
+def decode_image(network: Network, data: bytes) -> np.ndarray:
     """Encoded bytes as the network wants them. Raises: ValueError for what is no picture, or one too large."""
-    refuse_large(network, len(data))
+    check_size(network, len(data))
     read_header(data, network.max_pixels)
     return network.decode(data)
 
 
-def refuse_large(network: Network, size: int) -> None:
+def check_size(network: Network, size: int) -> None:
     if size > network.max_bytes:
         raise ValueError(f"{size:,} bytes are more than the limit of {network.max_bytes:,}")
 
 
-def ranked(probabilities: np.ndarray, classes: list[str], top: int) -> list[tuple[str, float]]:
+def top_classes(probabilities: np.ndarray, classes: list[str], top: int) -> list[tuple[str, float]]:
     """The most likely classes; among equal ones the lower index first."""
     return [
         (classes[number], float(probabilities[number])) for number in np.argsort(-probabilities, kind="stable")[:top]

@@ -6,87 +6,91 @@ import dataclasses
 import time
 from typing import Any
 
-from train.config.compatibility import changed, refuse_changes
+from train.config.compatibility import check_compatible, differing_keys
 from train.config.schema import Config, options
-from train.distributed.process_group import Team
+from train.distributed.process_group import ProcessGroup
 from train.storage import fault_injection
 from train.tracking.journal import Journal
-from train.tracking.run_dir import Pulse, RunFolder
-from train.training.checkpoint import UNPLANNED, Checkpoints, Interval
+from train.tracking.run_dir import Heartbeat, RunDir
+from train.training.checkpoint import PREEMPTION_SUFFIX, CheckpointManager, CheckpointPolicy
 from train.training.loop import DivergedError, Progress
 
 
-def interval_of(config: Config) -> Interval:
+def checkpoint_policy(config: Config) -> CheckpointPolicy:
     """When checkpoints are due."""
-    return Interval(**{name: value for name, value in options(config.checkpoint).items() if name != "keep"})
+    return CheckpointPolicy(**{name: value for name, value in options(config.checkpoint).items() if name != "keep"})
 
 
-class Keeper:
+class RunState:
     """Ties the loop to a run's folder."""
 
-    def __init__(self, folder: RunFolder, config: Config, step: Any, inference: Any, dataset: Any, team: Team):
+    def __init__(
+        self, folder: RunDir, config: Config, step: Any, inference: Any, dataset: Any, process_group: ProcessGroup
+    ):
         """Cuts a torn line off the journal, and finds the newest checkpoint that is whole."""
         self.folder, self.config, self.step, self.inference, self.dataset = folder, config, step, inference, dataset
-        self.team = team
+        self.process_group = process_group
         self.journal = Journal(folder.journal)
-        self.checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint.keep)
-        self.found = self.checkpoints.newest()
+        self.checkpoints = CheckpointManager(folder.path / "checkpoints", config.checkpoint.keep)
+        self.checkpoint = self.checkpoints.load_latest()
         self.progress = Progress()
-        self._interval = interval_of(config)
+        self._policy = checkpoint_policy(config)
 
-    def changes(self, ground: dict[str, Any], accepted: frozenset[str]) -> list[dict[str, Any]]:
+    def config_changes(self, provenance: dict[str, Any], accepted_changes: frozenset[str]) -> list[dict[str, Any]]:
         """What is not as it was in the life before, to be recorded; each begins a new branch of the journal.
 
         Raises: ConfigError naming what differs and was not accepted.
         """
-        before = self.folder.read_json("ground.json", self.found.content["ground"] if self.found else ground)
-        refuse_changes(before, ground, accepted)
-        line, recorded = self._place()["journal_lines"], self.folder.identity()["changes"]
+        before = self.folder.read_json(
+            "ground.json", self.checkpoint.metadata["ground"] if self.checkpoint else provenance
+        )
+        check_compatible(before, provenance, accepted_changes)
+        line, recorded = self._start_position()["journal_lines"], self.folder.identity()["changes"]
         changes = [
-            {"name": name, "was": before.get(name), "is": ground.get(name), "line": line}
-            for name in changed(before, ground)
+            {"name": name, "was": before.get(name), "is": provenance.get(name), "line": line}
+            for name in differing_keys(before, provenance)
         ]
         if not changes and recorded and recorded[-1]["line"] > line:
             # The checkpoints behind the last change are gone. What is done now can't be compared with what came of it.
             changes = [{"name": "journal_lines", "was": recorded[-1]["line"], "is": line, "line": line}]
         return changes
 
-    def go_on(self, changes: int) -> None:
+    def restore(self, change_count: int) -> None:
         """Back to the checkpoint, if there is one. `changes`: how many there were in the run. Writes nothing.
 
         Raises: ValueError naming a tensor that no longer fits, or a journal that has lost lines.
         """
-        self._changes = changes
-        if self.found:
-            self.step.load(self.found.arrays)
-            self.found.arrays.clear()  # they are in the network now
-        self._stand(self._place())
+        self._change_count = change_count
+        if self.checkpoint:
+            self.step.load(self.checkpoint.arrays)
+            self.checkpoint.arrays.clear()  # they are in the network now
+        self._set_position(self._start_position())
 
-    def begin(self, ground: dict[str, Any], pulse: Pulse) -> None:
+    def begin_attempt(self, provenance: dict[str, Any], heartbeat: Heartbeat) -> None:
         """A life begins to train."""
-        self._ground, self._pulse = ground, pulse
-        pulse.at_least(self._place()["steps_executed"])
-        self.folder.write_json("ground.json", ground)
-        fault_injection.point("life/ground")
+        self._provenance, self._heartbeat = provenance, heartbeat
+        heartbeat.ensure(self._start_position()["steps_executed"])
+        self.folder.write_json("ground.json", provenance)
+        fault_injection.fail_point("life/ground")
 
-    def _place(self) -> dict[str, Any]:
+    def _start_position(self) -> dict[str, Any]:
         """Where a life starts."""
         start = {"progress": dataclasses.asdict(Progress()), "journal_lines": 0, "steps_executed": 0}
-        return self.found.content if self.found else start
+        return self.checkpoint.metadata if self.checkpoint else start
 
-    def _stand(self, place: dict[str, Any], rollbacks: int | None = None) -> None:
-        self.progress = Progress.of(place["progress"])
+    def _set_position(self, position: dict[str, Any], rollbacks: int | None = None) -> None:
+        self.progress = Progress.from_dict(position["progress"])
         if rollbacks is not None:
             self.progress.rollbacks = rollbacks
-        card = self.folder.card()
+        card = self.folder.model_info()
         if card:  # also where the best was found behind this place, or on a branch that was left
             self.progress.best_epoch, self.progress.best_accuracy = card["epoch"], card["validation_main_accuracy"]
-        branch = (self._changes, self.progress.rollbacks)
-        self.journal.go_on(place["journal_lines"], branch, compare=self.config.deterministic)
+        branch = (self._change_count, self.progress.rollbacks)
+        self.journal.seek(position["journal_lines"], branch, compare=self.config.deterministic)
 
-    def share(self) -> None:
+    def broadcast_state(self) -> None:
         """All processes stand where this one does."""
-        self.team.share({"progress": dataclasses.asdict(self.progress)}, self.step.state())
+        self.process_group.broadcast_state({"progress": dataclasses.asdict(self.progress)}, self.step.state())
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -94,103 +98,107 @@ class Keeper:
 
     # ------------------------------------------------------------------------------------- what the loop asks for
 
-    def heed(self, values: dict[str, float]) -> dict[str, float]:
-        return self.team.heed(values)
+    def broadcast_metrics(self, values: dict[str, float]) -> dict[str, float]:
+        return self.process_group.broadcast_metrics(values)
 
-    def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
+    def log_metrics(self, epoch: int, step: int, values: dict[str, float]) -> None:
         self.journal.append(epoch, step, values)
 
-    def keep_best(self, epoch: int, values: dict[str, float]) -> None:
-        with self.step.averaged(), self.step.thawed():
+    def save_best(self, epoch: int, values: dict[str, float]) -> None:
+        with self.step.using_ema_weights(), self.step.unfrozen():
             self.folder.save_best(self.inference, epoch, values, self.dataset.classes, self.dataset.fingerprint)
 
-    def step_done(self, progress: Progress) -> None:
-        self._pulse.beat()
-        fault_injection.point("step", progress.steps)
+    def on_step_end(self, progress: Progress) -> None:
+        self._heartbeat.tick()
+        fault_injection.fail_point("step", progress.steps)
 
-    def due(self, progress: Progress) -> bool:
-        return self._interval.due(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
+    def should_checkpoint(self, progress: Progress) -> bool:
+        return self._policy.should_save(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
-    def save(self, progress: Progress, *, planned: bool) -> None:
+    def save(self, progress: Progress, *, periodic: bool) -> None:
         """A copy of the state, which a thread writes while training goes on. Nothing if that has been done here."""
-        if self.checkpoints.begun == progress.name:
+        if self.checkpoints.latest_started == progress.checkpoint_name:
             return
-        name = progress.name if planned else progress.name + UNPLANNED
-        with self.checkpoints.stalling():
+        name = progress.checkpoint_name if periodic else progress.checkpoint_name + PREEMPTION_SUFFIX
+        with self.checkpoints.measure_stall():
             content = {
                 "run_id": self.folder.run_id,
                 "progress": dataclasses.asdict(progress),
-                "journal_lines": self.journal.lines,
-                "steps_executed": self._pulse.steps,
-                "ground": self._ground,
+                "journal_lines": self.journal.position,
+                "steps_executed": self._heartbeat.steps,
+                "ground": self._provenance,
                 "time": time.time(),
             }
             self.checkpoints.save(name, self.step.state(), content)
 
     # ------------------------------------------------------------------------------------------------- what came of it
 
-    def roll_back(self, fault: DivergedError) -> None:
+    def roll_back(self, error: DivergedError) -> None:
         """Back to the last checkpoint with a lower learning rate, if the config wants that; the journal tells it.
 
         Raises: DivergedError saying what else there is to do.
         """
         self.checkpoints.wait()
-        saved, rule, before = self.checkpoints.newest(planned=True), self.config.rollback, self.progress.rollbacks
+        saved, rule, before = (
+            self.checkpoints.load_latest(periodic_only=True),
+            self.config.rollback,
+            self.progress.rollbacks,
+        )
         if self.config.on_divergence != "rollback" or before >= rule.at_most or saved is None:
             times = f" after {before} rollbacks" if before else ""
-            fault.args = (
-                f"{fault}{times}; the last good checkpoint is {saved.name if saved else 'none'}; use a lower "
+            error.args = (
+                f"{error}{times}; the last good checkpoint is {saved.name if saved else 'none'}; use a lower "
                 "optimizer.learning_rate, a gradient_clip, on_divergence=rollback, or precision=float32",
             )
-            self.team.share({}, self.step.state())
-            raise fault
+            self.process_group.broadcast_state({}, self.step.state())
+            raise error
         number = before + 1
         factor = rule.learning_rate_factor**number
         self.step.load(saved.arrays)
-        self.step.slow_down(factor)
-        self._stand(saved.content, number)
-        fault_injection.point("rollback")
+        self.step.set_lr_scale(factor)
+        self._set_position(saved.metadata, number)
+        fault_injection.fail_point("rollback")
         told = {"number": number, "learning_rate_factor": factor, "to_step": self.progress.steps}
-        self.record(fault.epoch, fault.step, {f"rollback/{name}": float(value) for name, value in told.items()})
-        self.share()
+        self.log_metrics(error.epoch, error.step, {f"rollback/{name}": float(value) for name, value in told.items()})
+        self.broadcast_state()
 
 
-class Follower:
+class WorkerState:
     """What a process has in a keeper's place that does not lead: it stands where process 0 does, and keeps nothing."""
 
-    def __init__(self, config: Config, step: Any, team: Team):
-        self.step, self.team, self.progress = step, team, Progress()
-        self._interval = interval_of(config)
+    def __init__(self, config: Config, step: Any, process_group: ProcessGroup):
+        self.step, self.process_group, self.progress = step, process_group, Progress()
+        self._policy = checkpoint_policy(config)
 
-    def take(self) -> bool:
+    def receive_state(self) -> bool:
         """Goes to where process 0 stands; whether it goes on."""
-        content, state = self.team.share({}, self.step.state())
+        content, state = self.process_group.broadcast_state({}, self.step.state())
         if not content:
             return False
         self.step.load(state)
-        self.progress = Progress.of(content["progress"])
+        self.progress = Progress.from_dict(content["progress"])
         return True
 
-    def heed(self, values: dict[str, float]) -> dict[str, float]:
-        return self.team.heed(values)
+    def broadcast_metrics(self, values: dict[str, float]) -> dict[str, float]:
+        return self.process_group.broadcast_metrics(values)
 
-    def record(self, epoch: int, step: int, values: dict[str, float]) -> None:
+    def log_metrics(self, epoch: int, step: int, values: dict[str, float]) -> None:
         pass
 
-    def keep_best(self, epoch: int, values: dict[str, float]) -> None:
+    def save_best(self, epoch: int, values: dict[str, float]) -> None:
         pass
 
-    def step_done(self, progress: Progress) -> None:
-        fault_injection.point("step", progress.steps)
+    def on_step_end(self, progress: Progress) -> None:
+        fault_injection.fail_point("step", progress.steps)
 
-    def due(self, progress: Progress) -> bool:
+    def should_checkpoint(self, progress: Progress) -> bool:
         """As with process 0: where it looks whether all numbers are finite, all do."""
-        return self._interval.due(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
+        return self._policy.should_save(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
-    def save(self, progress: Progress, *, planned: bool) -> None:
+    def save(self, progress: Progress, *, periodic: bool) -> None:
         pass
 
-    def roll_back(self, fault: DivergedError) -> None:
+    def roll_back(self, error: DivergedError) -> None:
         """Raises: DivergedError where process 0 does not go on."""
-        if not self.take():
-            raise fault
+        if not self.receive_state():
+            raise error

@@ -11,7 +11,7 @@ from typing import Any
 BACKENDS = ("tensorflow", "jax")
 
 
-def of(backend: str) -> Any:
+def get_backend(backend: str) -> Any:
     """The module of a backend, which is imported with it. Raises: KeyError for an unknown one."""
     if backend not in BACKENDS:
         raise KeyError(backend)

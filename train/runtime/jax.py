@@ -20,12 +20,12 @@ from train.distributed import rendezvous
 NAME = "JAX"
 JIT = "on"  # there is no other way
 CACHE_BYTES = 2 * 2**30
-LOST_SECONDS = 30  # without a sign of life: then a process counts as dead, and all end
+HEARTBEAT_TIMEOUT_SECONDS = 30  # without a sign of life: then a process counts as dead, and all end
 
 _mesh: Mesh | None = None
 
 
-def join(config: Config) -> None:
+def initialize(config: Config) -> None:
     """Connects the processes of a run; before anything asks for devices.
 
     Raises: ConfigError if they don't all come.
@@ -37,15 +37,15 @@ def join(config: Config) -> None:
     group = config.distributed
     if group.processes == 1:
         return
-    rendezvous.meet(group)
+    rendezvous.rendezvous(group)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the loop
     jax.distributed.initialize(
         group.coordinator,
         group.processes,
         group.index,
-        initialization_timeout=LOST_SECONDS,
-        heartbeat_timeout_seconds=LOST_SECONDS,
-        coordinator_bind_address=rendezvous.bound_to(str(group.coordinator)),
+        initialization_timeout=HEARTBEAT_TIMEOUT_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+        coordinator_bind_address=rendezvous.bind_address(str(group.coordinator)),
         cluster_detection_method="deactivate",
     )
     counts = Counter(device.process_index for device in jax.devices())
@@ -63,7 +63,7 @@ def gpus() -> list[Any]:
         return []
 
 
-def capability(gpu: Any) -> tuple[int, int]:
+def compute_capability(gpu: Any) -> tuple[int, int]:
     """NVIDIA's compute capability; (0, 0) where it is not known."""
     major, _, minor = str(getattr(gpu, "compute_capability", "0.0")).partition(".")
     return int(major), int(minor or 0)
@@ -74,7 +74,7 @@ def describe(gpu: Any) -> str:
     return gpu.device_kind
 
 
-def count(device: str) -> int:
+def count_devices(device: str) -> int:
     """Devices of a kind that this process has."""
     return len(jax.local_devices(backend=device))
 
@@ -111,5 +111,5 @@ def peak_memory_bytes() -> int | None:
     return int(found["peak_bytes_in_use"]) if found else None
 
 
-def forget_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """JAX has no way to."""

@@ -22,11 +22,11 @@ from train.config.validation import check_batch
 from train.runtime import backends
 
 # What `auto` means, by kind of device and model, and why: written by `scripts/bench.py --settings`.
-FASTEST = Path(__file__).with_name("auto_settings.json")
+AUTO_SETTINGS = Path(__file__).with_name("auto_settings.json")
 
 # What it means where nothing has been measured: processors with bfloat16 instructions and GPUs of compute capability
 # 8.0 have units for mixed_bfloat16, GPUs from 7.0 on for mixed_float16, which processors compute very slowly.
-USUAL = {
+DEFAULT_PRECISION = {
     "cpu": "float32",
     "cpu_bfloat16": "mixed_bfloat16",
     "gpu": "float32",
@@ -36,44 +36,44 @@ USUAL = {
 
 XLA_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # Each process tunes for itself: one that finds its step compiled already would leave the others waiting for its share.
-XLA_UNSHARED = "--xla_gpu_shard_autotuning=false"
+XLA_NO_SHARDED_AUTOTUNING = "--xla_gpu_shard_autotuning=false"
 
 
-def prepare(config: Config, chatter: Path) -> tuple[Config, list[str]]:
+def prepare(config: Config, library_log: Path) -> tuple[Config, list[str]]:
     """Imports the backend, sets it up as the config says; the config with every `auto` filled in, and what to tell.
 
     What its libraries write while they are loaded goes to the file `chatter`.
 
     Raises: ConfigError if a GPU was asked for and none is there, or an earlier run of the process was on other ground.
     """
-    _refuse_other_ground(config, "backend")
-    os.environ.update(environment(config))
-    load(config.backend, chatter)
+    _check_process_settings(config, "backend")
+    os.environ.update(backend_environment(config))
+    import_backend(config.backend, library_log)
     import keras
 
-    machine = backends.of(config.backend)
-    with output_into(chatter, 1, 2):
+    machine = backends.get_backend(config.backend)
+    with redirect_fds(library_log, 1, 2):
         machine.join(config)
     device, notes = _choose_device(machine, config.device)
     devices = _count_devices(machine, config.devices, device)
-    config, why = settle(dataclasses.replace(config, device=device, devices=devices))
+    config, why = resolve_auto(dataclasses.replace(config, device=device, devices=devices))
     check_batch(config)
-    _refuse_other_ground(config, "device", "devices", "threads", "deterministic")
+    _check_process_settings(config, "device", "devices", "threads", "deterministic")
     machine.set_up(config)
     if device == "gpu":
-        notes += told_of_tf32(device_kind(config.backend, device), config.precision)
+        notes += tf32_note(device_capability(config.backend, device), config.precision)
     elif config.gpu_memory is not None:
         notes.append("warning: gpu_memory has no effect, since this computes on the CPU")
     keras.utils.clear_session()  # also resets the precision policy, so it stands before it
     keras.config.set_dtype_policy(config.precision)
-    _forget_peak_memory(machine)
+    _reset_peak_memory(machine)
     where = device if devices == "1" else f"{devices} x {device}"
     where += f" in {config.distributed.processes} processes" if config.distributed.processes > 1 else ""
     ground = f"on: {machine.NAME}, {where}, {config.threads} threads, {config.precision}, jit {config.jit}{why}"
     return config, [*notes, ground]
 
 
-def environment(config: Config) -> dict[str, str]:
+def backend_environment(config: Config) -> dict[str, str]:
     """What a backend's libraries read there when they are loaded."""
     if config.backend != "jax":
         return {}
@@ -81,25 +81,25 @@ def environment(config: Config) -> dict[str, str]:
     if config.deterministic and XLA_DETERMINISTIC not in flags:
         flags.append(XLA_DETERMINISTIC)
     if config.distributed.processes > 1:
-        flags.append(XLA_UNSHARED)
+        flags.append(XLA_NO_SHARDED_AUTOTUNING)
     own = {"NPROC": threads, "PJRT_NPROC": threads, "XLA_FLAGS": " ".join(flags)}
     return own | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # three quarters of a GPU's memory, otherwise
 
 
-def told_of_tf32(kind: str, precision: str) -> list[str]:
+def tf32_note(kind: str, precision: str) -> list[str]:
     """What somebody should hear who asked for float32: TensorFlow multiplies in fewer bits where there are units."""
     if (kind, precision) != ("gpu_bfloat16", "float32"):
         return []
     return ["float32: this GPU multiplies in TF32, with 10 bits after the leading one, as is TensorFlow's usual way"]
 
 
-def settle(config: Config) -> tuple[Config, str]:
+def resolve_auto(config: Config) -> tuple[Config, str]:
     """The config with every `auto` filled in for its device, and in brackets why; nothing where nothing was open."""
-    kind = device_kind(config.backend, config.device)
+    kind = device_capability(config.backend, config.device)
     # What has been measured, was with TensorFlow.
-    table = json.loads(FASTEST.read_text()) if config.backend == "tensorflow" else {}
+    table = json.loads(AUTO_SETTINGS.read_text()) if config.backend == "tensorflow" else {}
     found = table.get(kind, {}).get(config.model.name) or {
-        "precision": USUAL[kind], "jit": backends.of(config.backend).JIT, "cores": 1.0,
+        "precision": DEFAULT_PRECISION[kind], "jit": backends.get_backend(config.backend).JIT, "cores": 1.0,
         "why": f"usual for {kind}, not measured",
     }  # fmt: skip
     found["threads"] = max(1, round(found["cores"] * cores()))
@@ -110,15 +110,15 @@ def settle(config: Config) -> tuple[Config, str]:
 
 # Keras and TensorFlow import these where they are installed, for wrappers, pictures and data frames that nothing here
 # uses. Together they are a third of the time that it takes.
-UNUSED = ("sklearn", "matplotlib", "pandas")
-NOT_BY = {"tensorflow": ("scipy",), "jax": ()}
+UNUSED_PACKAGES = ("sklearn", "matplotlib", "pandas")
+UNUSED_BY_BACKEND = {"tensorflow": ("scipy",), "jax": ()}
 
 
-def load(backend: str, chatter: Path) -> None:
+def import_backend(backend: str, library_log: Path) -> None:
     """Imports Keras and TensorFlow, quietly, and without what is not needed."""
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with output_into(chatter, 2), absent(*UNUSED, *NOT_BY[backend]):
+    with redirect_fds(library_log, 2), hide_modules(*UNUSED_PACKAGES, *UNUSED_BY_BACKEND[backend]):
         import keras  # noqa: F401
         import tensorflow as tf
 
@@ -127,7 +127,7 @@ def load(backend: str, chatter: Path) -> None:
 
 
 @contextmanager
-def absent(*packages: str) -> Iterator[None]:
+def hide_modules(*packages: str) -> Iterator[None]:
     """For a while these can't be imported, except where they have been before."""
     hidden = [name for name in packages if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # as importlib's documentation says
@@ -139,7 +139,7 @@ def absent(*packages: str) -> Iterator[None]:
 
 
 @contextmanager
-def output_into(path: Path, *descriptors: int) -> Iterator[None]:
+def redirect_fds(path: Path, *descriptors: int) -> Iterator[None]:
     """Sends standard output (1) or error (2), those of C++ libraries too, to the end of a file for a while."""
 
     def flush() -> None:
@@ -165,30 +165,30 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose_device(machine: Any, device: str) -> tuple[str, list[str]]:
+def _choose_device(backend: Any, device: str) -> tuple[str, list[str]]:
     """`cpu` or `gpu`, and what somebody should hear who expected the other one."""
-    there = bool(machine.gpus())
+    there = bool(backend.gpus())
     if device == "gpu" and not there:
         raise ConfigError(
-            f"device must be one that is there, got gpu but {machine.NAME} finds no GPU; "
+            f"device must be one that is there, got gpu but {backend.NAME} finds no GPU; "
             "use device=cpu, or install the NVIDIA driver and type: make setup"
         )
     if device == "auto" and not there and Path("/proc/driver/nvidia/version").exists():
-        told = f"warning: there is an NVIDIA driver but {machine.NAME} finds no GPU, so this computes on the CPU"
+        told = f"warning: there is an NVIDIA driver but {backend.NAME} finds no GPU, so this computes on the CPU"
         return "cpu", [told]
     return ("gpu" if there and device != "cpu" else "cpu"), []
 
 
-def _count_devices(machine: Any, wanted: str, device: str) -> str:
-    there = machine.count(device)
-    if wanted != "all" and int(wanted) > there:
+def _count_devices(backend: Any, requested: str, device: str) -> str:
+    there = backend.count(device)
+    if requested != "all" and int(requested) > there:
         raise ConfigError(
-            f"devices must be at most those that this process has, {there}, got {wanted}; use devices=all"
+            f"devices must be at most those that this process has, {there}, got {requested}; use devices=all"
         )
-    return str(there) if wanted == "all" else wanted
+    return str(there) if requested == "all" else requested
 
 
-def seed(number: int) -> None:
+def set_seed(number: int) -> None:
     """Starts all randomness anew, just before the network is built.
 
     What comes earlier may draw, too: preparing a data set does, and only the first time.
@@ -198,25 +198,26 @@ def seed(number: int) -> None:
     keras.utils.set_random_seed(number)
 
 
-_ground: dict[str, object] = {}
+_process_settings: dict[str, object] = {}
 
 
-def _refuse_other_ground(config: Config, *names: str) -> None:
+def _check_process_settings(config: Config, *names: str) -> None:
     """What the libraries can't take back in a process must be the same for all its runs."""
     for name in names:
         value = getattr(config, name)
-        if _ground.setdefault(name, value) != value:
+        if _process_settings.setdefault(name, value) != value:
             raise ConfigError(
-                f"{name} must be the same for all runs of a process, got {value} after {_ground[name]}; use another one"
+                f"{name} must be the same for all runs of a process, got {value} after "
+                f"{_process_settings[name]}; use another one"
             )
 
 
-def device_kind(backend: str, device: str) -> str:
+def device_capability(backend: str, device: str) -> str:
     """`cpu`, `cpu_bfloat16`, `gpu`, `gpu_float16` or `gpu_bfloat16`: what the tables above are keyed by."""
     if device == "cpu":
         return "cpu_bfloat16" if {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "cpu"
-    machine = backends.of(backend)
-    capability = machine.capability(machine.gpus()[0])
+    machine = backends.get_backend(backend)
+    capability = machine.compute_capability(machine.gpus()[0])
     return "gpu_bfloat16" if capability >= (8, 0) else "gpu_float16" if capability >= (7, 0) else "gpu"
 
 
@@ -228,10 +229,10 @@ def _cpu_flags() -> set[str]:
     return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
 
 
-def processor(backend: str, device: str) -> str:
+def processor_name(backend: str, device: str) -> str:
     """The model of what computes: another one may give other bits."""
     if device == "gpu":
-        machine = backends.of(backend)
+        machine = backends.get_backend(backend)
         return machine.describe(machine.gpus()[0])
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -242,7 +243,7 @@ def processor(backend: str, device: str) -> str:
 
 def peak_memory_bytes(backend: str) -> int:
     """Largest resident memory of this process since `prepare`; on a GPU, the largest device memory in use."""
-    if (found := backends.of(backend).peak_memory_bytes()) is not None:
+    if (found := backends.get_backend(backend).peak_memory_bytes()) is not None:
         return found
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -251,8 +252,8 @@ def peak_memory_bytes(backend: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _forget_peak_memory(machine: Any) -> None:
+def _reset_peak_memory(backend: Any) -> None:
     """Each run of a sweep has a peak of its own."""
-    machine.forget_peak_memory()
+    backend.reset_peak_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

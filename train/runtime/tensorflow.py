@@ -12,11 +12,11 @@ NAME = "TensorFlow"
 JIT = "off"  # what `jit=auto` means where nothing has been measured
 
 
-def join(_config: Config) -> None:
+def initialize(_config: Config) -> None:
     """There is one process."""
 
 
-def count(_device: str) -> int:
+def count_devices(_device: str) -> int:
     """Devices of a kind that a run may use."""
     return 1
 
@@ -25,7 +25,7 @@ def gpus() -> list[Any]:
     return tf.config.list_physical_devices("GPU")
 
 
-def capability(gpu: Any) -> tuple[int, int]:
+def compute_capability(gpu: Any) -> tuple[int, int]:
     """NVIDIA's compute capability; (0, 0) where it is not known."""
     return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
 
@@ -59,6 +59,6 @@ def peak_memory_bytes() -> int | None:
     return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
 
 
-def forget_peak_memory() -> None:
+def reset_peak_memory() -> None:
     if tf.config.get_visible_devices("GPU"):
         tf.config.experimental.reset_memory_stats("GPU:0")

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-class OutsideError(ValueError):
+class UnsafePathError(ValueError):
     """A name in a folder leads to something that is not a file or folder of its own."""
 
 
-def inside(folder: Path, name: str) -> Path:
+def resolve_inside(folder: Path, name: str) -> Path:
     """The real path of `folder / name`, which need not exist.
 
     Raises: OutsideError if it is not below the folder.
     """
     real = (folder / name).resolve()
     if not real.is_relative_to(folder.resolve()):
-        raise OutsideError(f"{folder / name} is a link to {real}, outside the folder; replace it by a file of its own")
+        raise UnsafePathError(
+            f"{folder / name} is a link to {real}, outside the folder; replace it by a file of its own"
+        )
     return real
 
 
@@ -34,12 +36,12 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
 
     Raises: OutsideError for a link that leads out of the folder, or a pipe, a socket, a device; OSError.
     """
-    real = inside(folder, name)
+    real = resolve_inside(folder, name)
     descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block
     try:
         opened = Path(f"/proc/self/fd/{descriptor}").readlink()
         if opened != real or not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OutsideError(f"{folder / name} is not a regular file; replace it by one")
+            raise UnsafePathError(f"{folder / name} is not a regular file; replace it by one")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -59,15 +61,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     fresh = path.with_name(f".{path.name}.new")
     try:
-        write_through(fresh, content.encode() if isinstance(content, str) else content)
+        write_and_fsync(fresh, content.encode() if isinstance(content, str) else content)
         fresh.replace(path)
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
-def write_through(path: Path, content: bytes) -> None:
+def write_and_fsync(path: Path, content: bytes) -> None:
     """Has the content on disk before returning."""
     with path.open("wb") as file:
         file.write(content)
@@ -75,7 +77,7 @@ def write_through(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def point_link(link: Path, target: Path) -> None:
+def replace_symlink(link: Path, target: Path) -> None:
     """Makes `link` a relative link to `target`, in the place of what it pointed at before.
 
     Raises: OSError, with the old link still there.
@@ -88,10 +90,10 @@ def point_link(link: Path, target: Path) -> None:
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
-    sync_folder(link.parent)
+    fsync_folder(link.parent)
 
 
-def sync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
     """Has the names in a folder on disk: a file's own fsync does not cover its name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """One process at a time, of all that would make `path`; whoever comes next looks whether it is there.
 
     The kernel lets go of the lock when its holder dies. Where there can be none, each makes its own.
@@ -37,17 +37,17 @@ def write(path: Path, fill: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
             # First: beside the old content the new seal does not fit, which is noticed.
-            _seal_of(path).write_text(_digest(temporary))
+            _checksum_path(path).write_text(_digest(temporary))
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether the file is there and as it was written."""
     try:
-        return _digest(path).encode() == _seal_of(path).read_bytes()
+        return _digest(path).encode() == _checksum_path(path).read_bytes()
     except OSError:
         return False
 
@@ -57,5 +57,5 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal_of(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")

@@ -7,29 +7,29 @@ import signal
 import threading
 from collections import Counter
 
-ASKED = "INCEPTION_FAULT"  # POINT:NUMBER[:SECONDS]
+FAULT_VARIABLE = "INCEPTION_FAULT"  # POINT:NUMBER[:SECONDS]
 
-_passed: Counter[str] = Counter()
+_pass_counts: Counter[str] = Counter()
 
 
-def point(name: str, number: int | None = None) -> None:
+def fail_point(name: str, occurrence: int | None = None) -> None:
     """Kills the process with SIGKILL if it was asked to die here.
 
     `number`: which passing this is; by default they are counted. With SECONDS it dies so much later, wherever it is
     then.
     """
-    asked = os.environ.get(ASKED)
+    asked = os.environ.get(FAULT_VARIABLE)
     if asked is None:
         return
-    _passed[name] += 1
+    _pass_counts[name] += 1
     where, at, *delay = asked.split(":")
-    if (where, int(at)) != (name, _passed[name] if number is None else number):
+    if (where, int(at)) != (name, _pass_counts[name] if occurrence is None else occurrence):
         return
     if delay:
-        threading.Timer(float(delay[0]), _die).start()
+        threading.Timer(float(delay[0]), _kill_process).start()
     else:
-        _die()
+        _kill_process()
 
 
-def _die() -> None:
+def _kill_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,60 +9,60 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table as Rows
 
-from train.cli.progress import say
-from train.sweep.search import Plan
-from train.sweep.trials import SweepFolder, Trial
-from train.sweep.workers import Ended, Slots
+from train.cli.progress import print_and_log
+from train.sweep.search import SearchAlgorithm
+from train.sweep.trials import SweepDir, Trial
+from train.sweep.workers import TrialResult, WorkerPool
 
-EVERY_SECONDS = 1.0
-ENDED_SHOWN = 8  # the newest of those that have ended
+REFRESH_SECONDS = 1.0
+MAX_ENDED_SHOWN = 8  # the newest of those that have ended
 
 
-class Table:
+class LiveTable:
     """Trial, state, epoch, validation accuracy, time left."""
 
-    def __init__(self, folder: SweepFolder, plan: Plan):
-        self._folder, self._plan = folder, plan
+    def __init__(self, folder: SweepDir, algorithm: SearchAlgorithm):
+        self._folder, self._algorithm = folder, algorithm
         self._console = Console(highlight=False)
         self._live = (
             Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
         )
-        self._ended: dict[int, tuple[Trial, str]] = {}
-        self._begun: dict[int, tuple[float, int]] = {}
-        self._due = 0.0
+        self._results: dict[int, tuple[Trial, str]] = {}
+        self._first_seen: dict[int, tuple[float, int]] = {}
+        self._next_refresh = 0.0
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> LiveTable:
         if self._live:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
 
-    def tell(self, trial: Trial, ended: Ended, again: bool) -> None:
+    def print_result(self, trial: Trial, result: TrialResult, will_retry: bool) -> None:
         """A trial has ended."""
-        told = what_became_of(trial, ended, again)
-        self._ended[trial.number] = trial, told
-        say(f"trial {trial.number + 1}/{self._plan.expected}  {trial.label}  {told}")
+        told = describe_result(trial, result, will_retry)
+        self._results[trial.number] = trial, told
+        print_and_log(f"trial {trial.number + 1}/{self._algorithm.expected}  {trial.label}  {told}")
 
-    def show(self, slots: Slots) -> None:
+    def refresh(self, workers: WorkerPool) -> None:
         """What runs now; at most once a second."""
-        if self._live is None or time.monotonic() < self._due:
+        if self._live is None or time.monotonic() < self._next_refresh:
             return
-        self._due = time.monotonic() + EVERY_SECONDS
+        self._next_refresh = time.monotonic() + REFRESH_SECONDS
         rows = Rows("trial", "what", "epoch", "validation accuracy", "left", box=None)
-        for slot in slots.busy:
+        for slot in workers.busy:
             assert slot.trial
             rows.add_row(*self._row(slot.trial))
-        waiting = self._plan.expected - len(self._ended) - len(slots.busy)
-        rows.caption = f"{len(self._ended)} ended, {max(0, waiting)} waiting"
+        waiting = self._algorithm.expected - len(self._results) - len(workers.busy)
+        rows.caption = f"{len(self._results)} ended, {max(0, waiting)} waiting"
         self._live.update(rows, refresh=True)
 
     def _row(self, trial: Trial) -> tuple[str, ...]:
-        accuracies, total = trial.accuracies(), trial.epochs()
+        accuracies, total = trial.validation_accuracies(), trial.total_epochs()
         done = len(accuracies)
-        began, before = self._begun.setdefault(trial.number, (time.monotonic(), done))
+        began, before = self._first_seen.setdefault(trial.number, (time.monotonic(), done))
         left = ""
         if done > before:
             seconds = (time.monotonic() - began) / (done - before) * (total - done)
@@ -71,14 +71,14 @@ class Table:
         return str(trial.number + 1), trial.label, f"{done}/{total}", accuracy, left
 
 
-def what_became_of(trial: Trial, ended: Ended, again: bool) -> str:
+def describe_result(trial: Trial, result: TrialResult, will_retry: bool) -> str:
     """In a few words."""
-    if ended.code:
-        return ended.why + (", again" if again else "")
-    summary, found = trial.summary(), trial.accuracies()
+    if result.exit_code:
+        return result.reason + (", again" if will_retry else "")
+    summary, found = trial.summary(), trial.validation_accuracies()
     told = [f"validation accuracy {max(found):.4f}"] if found else []
     if "test" in summary:
         told.append(f"test accuracy {summary['test']['accuracy']:.4f}")
-    if trial.paused():
+    if trial.is_paused():
         told.append(summary["failure"])
     return ", ".join(told)

@@ -7,54 +7,54 @@ import time
 from contextlib import ExitStack
 from types import TracebackType
 
-from train.cli.progress import say
+from train.cli.progress import print_and_log
 from train.config.schema import ROOT, Config
 from train.sweep import plots
-from train.sweep.trials import SweepFolder, Trial
+from train.sweep.trials import SweepDir, Trial
 from train.tracking import environment, uploader
-from train.tracking.journal import FIRST, Journal, read_journal
-from train.tracking.run_dir import Pulse, RunFolder
+from train.tracking.journal import INITIAL_BRANCH, Journal, read_journal
+from train.tracking.run_dir import Heartbeat, RunDir
 
 
-class SweepRecord:
+class ParentRun:
     """Keeps `record/` up to date as long as the sweep is run."""
 
-    def __init__(self, folder: SweepFolder, config: Config):
+    def __init__(self, folder: SweepDir, config: Config):
         self.folder, self._config = folder, config
-        self.run = RunFolder(folder.path / "record", folder.content["sweep_id"])
-        self._held = ExitStack()
+        self.run_dir = RunDir(folder.path / "record", folder.manifest["sweep_id"])
+        self._exit_stack = ExitStack()
 
-    def __enter__(self) -> SweepRecord:
-        self.run.path.mkdir(exist_ok=True)
-        self._held.enter_context(self.run.held())
-        if not (self.run.path / "run.json").exists():
-            self._identify()
-        (self.run.path / "summary.json").unlink(missing_ok=True)
-        self._pulse = Pulse(self.run.path / "heartbeat")
-        self._journal = Journal(self.run.journal)
-        written = len(list(read_journal(self.run.journal)))
-        self._journal.go_on(written, FIRST, compare=False)
-        self._uri = self._config.tracking.uri or uploader.default_uri(ROOT)
-        self._uploader = uploader.start(self.run, self._uri)
+    def __enter__(self) -> ParentRun:
+        self.run_dir.path.mkdir(exist_ok=True)
+        self._exit_stack.enter_context(self.run_dir.locked())
+        if not (self.run_dir.path / "run.json").exists():
+            self._write_identity()
+        (self.run_dir.path / "summary.json").unlink(missing_ok=True)
+        self._heartbeat = Heartbeat(self.run_dir.path / "heartbeat")
+        self._journal = Journal(self.run_dir.journal)
+        written = len(list(read_journal(self.run_dir.journal)))
+        self._journal.seek(written, INITIAL_BRANCH, compare=False)
+        self._tracking_uri = self._config.tracking.uri or uploader.default_uri(ROOT)
+        self._uploader = uploader.start(self.run_dir, self._tracking_uri)
         return self
 
-    def _identify(self) -> None:
+    def _write_identity(self) -> None:
         """run.json and params.json."""
-        content = self.folder.content
+        content = self.folder.manifest
         keys = sorted({axis["key"] for axis in content["axes"]})
         again = shlex.join(["make", "sweep", *content["identity"]])
-        self.run.write_json(
+        self.run_dir.write_json(
             "run.json",
             {
-                "run_id": self.run.run_id,
+                "run_id": self.run_dir.run_id,
                 "experiment": self._config.tracking.experiment,
                 "name": f"sweep of {', '.join(keys) or 'seeds'}",
                 "time": content["time"],
                 "tags": {
                     **environment.tags(ROOT),
                     "kind": "sweep",
-                    "run_dir": str(self.run.path),
-                    **environment.note(again),
+                    "run_dir": str(self.run_dir.path),
+                    **environment.command_note(again),
                 },
                 "log_model": False,
                 "requirements": [],
@@ -62,9 +62,9 @@ class SweepRecord:
             },
         )
         words = (word.partition("=") for word in content["identity"])
-        self.run.write_json("params.json", {name: value for name, _, value in words})
+        self.run_dir.write_json("params.json", {name: value for name, _, value in words})
 
-    def note(self, trials: list[Trial], failed: int) -> None:
+    def log_progress(self, trials: list[Trial], failed: int) -> None:
         """One more trial has ended."""
         found = [value for trial in trials if (value := trial.objective()) is not None]
         values = {"sweep/finished": float(len(found)), "sweep/failed": float(failed)}
@@ -72,21 +72,21 @@ class SweepRecord:
             values["sweep/best_validation_accuracy"] = max(found)
         self._journal.append(0, len(found) + failed, values)
 
-    def end(self, status: str, crowned: list[Trial]) -> None:
+    def write_summary(self, status: str, best_trials: list[Trial]) -> None:
         """The last thing that is written; the uploader takes it from there."""
         try:
-            plots.draw(self.folder, self.run.path)
+            plots.write_plots(self.folder, self.run_dir.path)
         except Exception as fault:  # of libraries that draw; the sweep has ended all the same
-            say(f"warning: no pictures of the sweep: {type(fault).__name__}: {fault}")
-        summary = {"status": status, "time": time.time(), "run_id": self.run.run_id}
-        if crowned:
-            told = (f"{trial.label}: {trial.objective():.4f} ({trial.folder})" for trial in crowned)
+            print_and_log(f"warning: no pictures of the sweep: {type(fault).__name__}: {fault}")
+        summary = {"status": status, "time": time.time(), "run_id": self.run_dir.run_id}
+        if best_trials:
+            told = (f"{trial.label}: {trial.objective():.4f} ({trial.folder})" for trial in best_trials)
             summary["best_trial"] = "; ".join(told)
-        self.run.write_json("summary.json", summary)
+        self.run_dir.write_json("summary.json", summary)
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
-        if not (self.run.path / "summary.json").exists():
-            self.end("interrupted" if kind is KeyboardInterrupt else "failed", [])
-        self._pulse.close()
-        uploader.wait(self._uploader, self.run, self._uri, self._config.tracking.wait_seconds)
-        self._held.close()
+    def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        if not (self.run_dir.path / "summary.json").exists():
+            self.write_summary("interrupted" if exc_type is KeyboardInterrupt else "failed", [])
+        self._heartbeat.close()
+        uploader.wait(self._uploader, self.run_dir, self._tracking_uri, self._config.tracking.wait_seconds)
+        self._exit_stack.close()

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from train.sweep.search_space import Axis
-from train.sweep.trials import SweepFolder, Trial
+from train.sweep.trials import SweepDir, Trial
 
-NAMES = ("parallel_coordinates.png", "importances.png", "accuracy_and_cost.png")
-LEAST = 2  # trials and axes, for what compares them
+PLOT_FILES = ("parallel_coordinates.png", "importances.png", "accuracy_and_cost.png")
+MIN_TO_COMPARE = 2  # trials and axes, for what compares them
 WIDTH, HEIGHT, DPI = 9, 5, 110  # inches, and dots for each
-OBJECTIVE = "validation accuracy"
+OBJECTIVE_LABEL = "validation accuracy"
 
 
-def draw(folder: SweepFolder, place: Path) -> None:
+def write_plots(folder: SweepDir, output_dir: Path) -> None:
     """Draws as many of NAMES into `place` as there is something to be seen in."""
     import matplotlib as mpl
 
@@ -26,56 +26,61 @@ def draw(folder: SweepFolder, place: Path) -> None:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     done = [
-        (trial, max(found)) for trial in folder.trials if (found := trial.accuracies()) and "macs" in trial.summary()
+        (trial, max(found))
+        for trial in folder.trials
+        if (found := trial.validation_accuracies()) and "macs" in trial.summary()
     ]
-    if len(done) < LEAST:
+    if len(done) < MIN_TO_COMPARE:
         return
-    study = study_of([Axis(**axis) for axis in folder.content["axes"]], done)
-    save(plots.plot_parallel_coordinate(study, target_name=OBJECTIVE), place / NAMES[0])
+    study = make_study([Axis(**axis) for axis in folder.manifest["axes"]], done)
+    save_figure(plots.plot_parallel_coordinate(study, target_name=OBJECTIVE_LABEL), output_dir / PLOT_FILES[0])
     varied = {name for trial in study.trials for name in trial.params}
-    if len({value for _, value in done}) > 1 and len(varied) >= LEAST:
+    if len({value for _, value in done}) > 1 and len(varied) >= MIN_TO_COMPARE:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        save(plots.plot_param_importances(study, evaluator=evaluator, target_name=OBJECTIVE), place / NAMES[1])
-    save(accuracy_and_cost(done), place / NAMES[2])
+        save_figure(
+            plots.plot_param_importances(study, evaluator=evaluator, target_name=OBJECTIVE_LABEL),
+            output_dir / PLOT_FILES[1],
+        )
+    save_figure(plot_accuracy_vs_cost(done), output_dir / PLOT_FILES[2])
 
 
-def study_of(axes: list[Axis], done: list[tuple[Trial, float]]) -> Any:
+def make_study(axes: list[Axis], completed: list[tuple[Trial, float]]) -> Any:
     """All that has come to a value as a study of Optuna's, whichever search it was; what was pruned has one, too."""
     import optuna
 
-    from train.sweep.search import distribution
+    from train.sweep.search import to_distribution
 
     study = optuna.create_study(direction="maximize")
-    for trial, value in done:
-        params = {axis.key: shown(axis, trial.values[axis.key]) for axis in axes}
-        spread = {axis.key: distribution(axis) for axis in axes}
+    for trial, value in completed:
+        params = {axis.key: to_distribution_value(axis, trial.values[axis.key]) for axis in axes}
+        spread = {axis.key: to_distribution(axis) for axis in axes}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=value))
     return study
 
 
-def shown(axis: Axis, value: Any) -> Any:
+def to_distribution_value(axis: Axis, value: Any) -> Any:
     """A value as it stands in the axis's distribution."""
     return value if axis.is_range else axis.words[[*axis.values].index(value)]
 
 
-def accuracy_and_cost(done: list[tuple[Trial, float]]) -> Any:
+def plot_accuracy_vs_cost(completed: list[tuple[Trial, float]]) -> Any:
     """Every trial's best validation accuracy over the multiply-accumulates of an image."""
     from matplotlib import pyplot
 
     _, axes = pyplot.subplots(figsize=(WIDTH, HEIGHT))
-    costs = [trial.summary()["macs"] for trial, _ in done]
-    axes.scatter(costs, [value for _, value in done], s=30, alpha=0.8)
+    costs = [trial.summary()["macs"] for trial, _ in completed]
+    axes.scatter(costs, [value for _, value in completed], s=30, alpha=0.8)
     if max(costs) > 2 * min(costs):
         axes.set_xscale("log")
-    best, value = max(done, key=lambda pair: (pair[1], -pair[0].number))
+    best, value = max(completed, key=lambda pair: (pair[1], -pair[0].number))
     axes.annotate(best.label, (best.summary()["macs"], value), (6, 6), textcoords="offset points", fontsize=8)
     axes.set_xlabel("multiply-accumulates per image")
-    axes.set_ylabel(OBJECTIVE)
+    axes.set_ylabel(OBJECTIVE_LABEL)
     axes.grid(alpha=0.3)
     return axes
 
 
-def save(axes: Any, path: Path) -> None:
+def save_figure(axes: Any, path: Path) -> None:
     """Whatever of a figure Optuna returns."""
     from matplotlib import pyplot
 

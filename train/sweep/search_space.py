@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 
 from train.config.schema import GROUPS, ConfigError
 
-CHOOSES_FILES = (*GROUPS, "experiment")
+CONFIG_GROUP_KEYS = (*GROUPS, "experiment")
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,31 @@ class Axis:
     high: float | None = None
     log: bool = False
 
-    def value(self, found: Any) -> Any:
+    def decode(self, sampled: Any) -> Any:
         """What a word of this axis means; a number of a range means itself."""
-        return found if self.is_range else self.values[list(self.words).index(found)]
+        return sampled if self.is_range else self.values[list(self.words).index(sampled)]
 
     @property
     def is_range(self) -> bool:
         return self.low is not None
 
     @property
-    def chooses_files(self) -> bool:
+    def is_config_group(self) -> bool:
         """Whether it decides which of conf/'s files are read."""
-        return self.key in CHOOSES_FILES
+        return self.key in CONFIG_GROUP_KEYS
 
 
-def parse(words: Iterable[str], loader: Any) -> tuple[list[str], list[Axis]]:
+def parse_axes(overrides: Iterable[str], loader: Any) -> tuple[list[str], list[Axis]]:
     """What all trials have in common, and what differs. loader: Hydra's, for `glob`.
 
     Raises: ConfigError for a range that can't be one.
     """
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
-    common = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-    return common, [_axis(override) for override in overrides if override.is_sweep_override()]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    common = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    return common, [_parse_axis(override) for override in parsed if override.is_sweep_override()]
 
 
-def _axis(override: Override) -> Axis:
+def _parse_axis(override: Override) -> Axis:
     key, value = override.get_key_element(), override.value()
     if not isinstance(value, IntervalSweep):
         found = [Override._convert_value(element) for element in override.sweep_iterator()]
@@ -70,7 +70,7 @@ def _axis(override: Override) -> Axis:
     return Axis(key, low=low, high=high, log=log)
 
 
-def points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
+def grid_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
     """Every combination, the last axis turning fastest. Raises: ConfigError for a range, which has no end of values."""
     axes = list(axes)
     for axis in axes:
@@ -83,18 +83,18 @@ def points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
         yield dict(zip((axis.key for axis in axes), values, strict=True))
 
 
-def choices(axes: Iterable[Axis]) -> list[list[str]]:
+def config_group_choices(axes: Iterable[Axis]) -> list[list[str]]:
     """Every combination of words for the axes that choose files; one without words where there are none."""
-    lists = [[f"{axis.key}={word}" for word in axis.words] for axis in axes if axis.chooses_files]
+    lists = [[f"{axis.key}={word}" for word in axis.words] for axis in axes if axis.is_config_group]
     return [list(words) for words in itertools.product(*lists)]
 
 
-def corners(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
+def boundary_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
     """Points that together have every value, and both ends of every range; with all choices of files."""
     axes = list(axes)
     found = {axis.key: axis.values or (axis.low, axis.high) for axis in axes}
-    files = [axis for axis in axes if axis.chooses_files]
+    files = [axis for axis in axes if axis.is_config_group]
     others = {key: values for key, values in found.items() if key not in {axis.key for axis in files}}
-    for chosen in points(files):
+    for chosen in grid_points(files):
         for number in range(max((len(values) for values in others.values()), default=1)):
             yield chosen | {key: values[number % len(values)] for key, values in others.items()}

@@ -11,9 +11,9 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-COMPUTING = ("tensorflow", "keras", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
+NUMERICAL_PACKAGES = ("tensorflow", "keras", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
 NOTE_WIDTH = 100  # characters of a line
-JOINED = " \\\n  "  # a shell reads on
+LINE_CONTINUATION = " \\\n  "  # a shell reads on
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "hydra-core", "mlflow")
 
 
@@ -38,11 +38,11 @@ def tags(root: Path) -> dict[str, str]:
 
 def versions(backend: str) -> dict[str, str]:
     """Of everything that computes: other versions may give other bits."""
-    names = (*COMPUTING, *(("jax", "jaxlib") if backend == "jax" else ()))
+    names = (*NUMERICAL_PACKAGES, *(("jax", "jaxlib") if backend == "jax" else ()))
     return {"version.python": platform.python_version(), **{f"version.{name}": version(name) for name in names}}
 
 
-def code(package: Path) -> str:
+def source_hash(package: Path) -> str:
     """SHA-256 over the package's sources, names and contents."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -62,15 +62,17 @@ def _user() -> str:
         return "unknown"
 
 
-def _git(root: Path, *words: str) -> str:
+def _git(root: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def note(command: str) -> dict[str, str]:
+def command_note(command: str) -> dict[str, str]:
     """The tag that MLflow shows as a run's description: the command, in lines that a page has room for."""
     lines = [""]
     for word in map(shlex.quote, shlex.split(command)):
@@ -78,4 +80,4 @@ def note(command: str) -> dict[str, str]:
             lines.append(word)
         else:
             lines[-1] = f"{lines[-1]} {word}".lstrip()
-    return {"mlflow.note.content": f"```sh\n{JOINED.join(lines)}\n```"}
+    return {"mlflow.note.content": f"```sh\n{LINE_CONTINUATION.join(lines)}\n```"}

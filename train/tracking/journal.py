@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from train.storage import fault_injection
-from train.storage.atomic import open_inside, read_inside, sync_folder
+from train.storage.atomic import fsync_folder, open_inside, read_inside
 
 log = logging.getLogger(__name__)
 
-TIMED = ("images_per_second", "data_wait_fraction", "cost/peak_memory_bytes")  # differ between two equal runs
-FIRST = (0, 0)
+NONDETERMINISTIC = (
+    "images_per_second",
+    "data_wait_fraction",
+    "cost/peak_memory_bytes",
+)  # differ between two equal runs
+INITIAL_BRANCH = (0, 0)
 
 
 class ReplayError(ArithmeticError):
@@ -38,15 +42,15 @@ class Journal:
     def __init__(self, path: Path):
         """Cuts off a last line that was being written when the machine went down."""
         self.path = path
-        self.lines, self.branch = 0, FIRST  # where we stand: behind so many of the file's lines
-        self._ahead: deque[tuple[int, dict[str, Any]]] = deque()  # lines of earlier lives, with their numbers
+        self.position, self.branch = 0, INITIAL_BRANCH  # where we stand: behind so many of the file's lines
+        self._replay_queue: deque[tuple[int, dict[str, Any]]] = deque()  # lines of earlier lives, with their numbers
         self._compare = True
-        self._total = 0
+        self._line_count = 0
         if path.exists():
-            _cut_torn_line(path)
-            self.go_on(0, FIRST, compare=True)
+            _truncate_partial_line(path)
+            self.seek(0, INITIAL_BRANCH, compare=True)
 
-    def go_on(self, lines: int, branch: tuple[int, int], *, compare: bool) -> None:
+    def seek(self, position: int, branch: tuple[int, int], *, compare: bool) -> None:
         """From behind the first `lines` lines, on `branch`; its lines behind there were written by an earlier life.
 
         `compare`: whether the same bits must come again.
@@ -54,15 +58,15 @@ class Journal:
         Raises: ValueError if the journal has fewer lines.
         """
         known = [line for line, _ in read_journal(self.path)]
-        if lines > len(known):
+        if position > len(known):
             raise ValueError(
-                f"{self.path} must have the {lines} lines that the checkpoint knows, got {len(known)}; put it back"
+                f"{self.path} must have the {position} lines that the checkpoint knows, got {len(known)}; put it back"
             )
-        self.lines, self.branch, self._compare, self._total = lines, branch, compare, len(known)
-        self._ahead = deque(
+        self.position, self.branch, self._compare, self._line_count = position, branch, compare, len(known)
+        self._replay_queue = deque(
             (number, line)
             for number, line in enumerate(known)
-            if number >= lines and tuple(line.get("branch", FIRST)) == branch
+            if number >= position and tuple(line.get("branch", INITIAL_BRANCH)) == branch
         )
 
     def append(self, epoch: int, step: int, values: dict[str, float]) -> None:
@@ -71,23 +75,23 @@ class Journal:
         Raises: ReplayError naming the step, if an earlier life found other numbers there; OSError.
         """
         line: dict[str, Any] = {"epoch": epoch, "step": step, "time": time.time(), "values": values}
-        if self.branch != FIRST:
+        if self.branch != INITIAL_BRANCH:
             line["branch"] = list(self.branch)
-        if self._ahead and not self._compare and _place(self._ahead[0][1]) != _place(line):
-            self._ahead.clear()  # other bits took another way, such as stopping earlier
-        if self._ahead:
-            number, earlier = self._ahead.popleft()
+        if self._replay_queue and not self._compare and _line_key(self._replay_queue[0][1]) != _line_key(line):
+            self._replay_queue.clear()  # other bits took another way, such as stopping earlier
+        if self._replay_queue:
+            number, earlier = self._replay_queue.popleft()
             if self._compare:
-                _refuse_difference(earlier, line)
-            self.lines = number + 1
+                _check_identical(earlier, line)
+            self.position = number + 1
         else:
-            _append(self.path, (json.dumps(line) + "\n").encode())
-            self._total += 1
-            self.lines = self._total
-        fault_injection.point("journal")
+            _append_line(self.path, (json.dumps(line) + "\n").encode())
+            self._line_count += 1
+            self.position = self._line_count
+        fault_injection.fail_point("journal")
 
 
-def _append(path: Path, line: bytes) -> None:
+def _append_line(path: Path, line: bytes) -> None:
     """The whole line, or nothing of it where the disk is full."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     with os.fdopen(descriptor, "ab", buffering=0) as file:
@@ -97,14 +101,14 @@ def _append(path: Path, line: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             os.fsync(file.fileno())
             if not size:
-                sync_folder(path.parent)
+                fsync_folder(path.parent)
         except OSError:
             with suppress(OSError):
                 file.truncate(size)
             raise
 
 
-def _cut_torn_line(path: Path) -> None:
+def _truncate_partial_line(path: Path) -> None:
     content = read_inside(path.parent, path.name)
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -112,18 +116,18 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _place(line: dict[str, Any]) -> tuple[int, int, set[str]]:
+def _line_key(line: dict[str, Any]) -> tuple[int, int, set[str]]:
     return line["epoch"], line["step"], set(line["values"])
 
 
-def _refuse_difference(earlier: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_identical(recorded: dict[str, Any], replayed: dict[str, Any]) -> None:
     """What is a function of config, data and code must come again to the last bit; times and rates need not."""
-    before, after = comparable(earlier), comparable(now)
+    before, after = comparable(recorded), comparable(replayed)
     if before == after:
         return
-    where = f"epoch {now['epoch'] + 1} at step {now['step']}"
+    where = f"epoch {replayed['epoch'] + 1} at step {replayed['step']}"
     if before[:2] != after[:2]:
-        what = f"the journal goes on at epoch {earlier['epoch'] + 1}, step {earlier['step']}"
+        what = f"the journal goes on at epoch {recorded['epoch'] + 1}, step {recorded['step']}"
     else:
         names = sorted(name for name in {*before[2], *after[2]} if before[2].get(name) != after[2].get(name))
         what = f"{names[0]} was {before[2].get(names[0])}, is {after[2].get(names[0])}"
@@ -135,7 +139,7 @@ def _refuse_difference(earlier: dict[str, Any], now: dict[str, Any]) -> None:
 
 def comparable(line: dict[str, Any]) -> tuple[int, int, dict[str, str]]:
     """Epoch, step and the values that two equal runs have in common, as texts: a number that is none equals itself."""
-    values = {name: json.dumps(value) for name, value in line["values"].items() if name not in TIMED}
+    values = {name: json.dumps(value) for name, value in line["values"].items() if name not in NONDETERMINISTIC}
     return line["epoch"], line["step"], values
 
 

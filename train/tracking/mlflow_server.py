@@ -10,16 +10,16 @@ import tempfile
 from pathlib import Path
 
 
-def become(module: str, run: Path, port: int) -> None:
+def exec_server(module: str, run_path: Path, port: int) -> None:
     """Replaces this process by the server. module: what has `_load_pyfunc`. run: the folder that it is told of.
 
     Raises: ValueError if the port is taken.
     """
-    refuse_taken(port)
+    check_port_free(port)
     import mlflow
 
     place = Path(tempfile.mkdtemp(prefix="serve-"))  # a few lines; the network stays where it is
-    (place / "run.json").write_text(json.dumps({"run": str(run)}))
+    (place / "run.json").write_text(json.dumps({"run": str(run_path)}))
     mlflow.pyfunc.save_model(
         place / "model", loader_module=module, data_path=str(place / "run.json"), pip_requirements=[]
     )
@@ -38,7 +38,7 @@ def bad_request(message: str) -> Exception:
     return MlflowException(message, error_code=BAD_REQUEST)
 
 
-def refuse_taken(port: int) -> None:
+def check_port_free(port: int) -> None:
     """Raises: ValueError for a port of 127.0.0.1 that nothing can listen on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

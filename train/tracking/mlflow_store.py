@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from train.config.serialization import Private, passwords
+from train.config.serialization import Redactor, extract_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
@@ -48,26 +48,26 @@ def _avoid_percent_in_the_path_of_mlflow() -> str | None:
 SITE_PACKAGES = _avoid_percent_in_the_path_of_mlflow()
 
 CHAMPION = "champion"  # alias of a registered model
-ACCURACY = "validation_main_accuracy"  # tag of a version: what the champion is chosen by
-WEIGHTS = "weights_sha256"  # tag of a logged model
+ACCURACY_TAG = "validation_main_accuracy"  # tag of a version: what the champion is chosen by
+WEIGHTS_TAG = "weights_sha256"  # tag of a logged model
 ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
-RETRYABLE = (408, 409, 429)  # of the statuses from 400 to 499: too slow, in conflict, too many
+RETRYABLE_STATUS_CODES = (408, 409, 429)  # of the statuses from 400 to 499: too slow, in conflict, too many
 # What keeps SQLite from answering now and may be mended meanwhile: in use, full, gone, not writable.
 SQLITE_OUTAGES = (
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT,
     sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_PERM,
 )  # fmt: skip
-BATCH = 1000  # most metrics that one request may hold
-PARAMS = 100  # most parameters that one request may hold
-RUN_ID = "run_id"
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts, not prompts
-HEARTBEAT = "heartbeat"
-PARENT = "mlflow.parentRunId"  # the UI shows a run with it below the other
+MAX_METRICS_PER_REQUEST = 1000  # most metrics that one request may hold
+MAX_PARAMS_PER_REQUEST = 100  # most parameters that one request may hold
+RUN_ID_TAG = "run_id"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts, not prompts
+HEARTBEAT_TAG = "heartbeat"
+PARENT_TAG = "mlflow.parentRunId"  # the UI shows a run with it below the other
 SUMMARY_TAGS = (
     "config_hash", "data_fingerprint", "weights_sha256", "status", "lives", "rollbacks", "changes", "pruned",
     "best_trial",
 )  # fmt: skip
-STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class Store:
@@ -78,18 +78,18 @@ class Store:
         import mlflow
 
         self._mlflow, self.uri = mlflow, use_credentials(uri)
-        with _alone(self.uri):
+        with _exclusive(self.uri):
             mlflow.set_tracking_uri(self.uri)
             self.client = connect(uri)
-            self.mlflow_id = self._run(self._experiment(identity["experiment"]), identity)
+            self.mlflow_id = self._get_or_create_run(self._get_or_create_experiment(identity["experiment"]), identity)
 
-    def _experiment(self, name: str) -> str:
+    def _get_or_create_experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return self.client.create_experiment(name, artifact_location(self.uri, name), KIND)
+                return self.client.create_experiment(name, artifact_location(self.uri, name), EXPERIMENT_TAGS)
             except MlflowException as error:  # another run on the same server was faster
                 found = self.client.get_experiment_by_name(name)
                 if error.error_code != ALREADY_EXISTS or found is None:
@@ -98,39 +98,39 @@ class Store:
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
 
-    def _run(self, experiment_id: str, identity: dict[str, Any]) -> str:
-        found = self.client.search_runs([experiment_id], f"tags.{RUN_ID} = '{identity['run_id']}'", max_results=1)
+    def _get_or_create_run(self, experiment_id: str, identity: dict[str, Any]) -> str:
+        found = self.client.search_runs([experiment_id], f"tags.{RUN_ID_TAG} = '{identity['run_id']}'", max_results=1)
         if found:
             return found[0].info.run_id
-        tags = {**identity["tags"], RUN_ID: identity["run_id"]}
+        tags = {**identity["tags"], RUN_ID_TAG: identity["run_id"]}
         run = self.client.create_run(
             experiment_id, start_time=int(identity["time"] * 1000), tags=tags, run_name=identity["name"]
         )
         return run.info.run_id
 
-    def link(self, sweep: str) -> bool:
+    def set_parent(self, sweep_id: str) -> bool:
         """Makes the run a child of the sweep's; whether that is there already."""
         run = self.client.get_run(self.mlflow_id)
-        found = self.client.search_runs([run.info.experiment_id], f"tags.{RUN_ID} = '{sweep}'", max_results=1)
-        if found and run.data.tags.get(PARENT) != found[0].info.run_id:
-            self.client.set_tag(self.mlflow_id, PARENT, found[0].info.run_id)
+        found = self.client.search_runs([run.info.experiment_id], f"tags.{RUN_ID_TAG} = '{sweep_id}'", max_results=1)
+        if found and run.data.tags.get(PARENT_TAG) != found[0].info.run_id:
+            self.client.set_tag(self.mlflow_id, PARENT_TAG, found[0].info.run_id)
         return bool(found)
 
-    def adopt(self, sweep: str) -> None:
+    def set_children(self, sweep_id: str) -> None:
         """Makes all runs of the sweep children of this one; some may have come before it."""
         experiment = self.client.get_run(self.mlflow_id).info.experiment_id
-        for run in pages(self.client.search_runs, [experiment], f"tags.sweep = '{sweep}'"):
-            if run.data.tags.get(PARENT) != self.mlflow_id:
-                self.client.set_tag(run.info.run_id, PARENT, self.mlflow_id)
+        for run in paginate(self.client.search_runs, [experiment], f"tags.sweep = '{sweep_id}'"):
+            if run.data.tags.get(PARENT_TAG) != self.mlflow_id:
+                self.client.set_tag(run.info.run_id, PARENT_TAG, self.mlflow_id)
 
     def log_params(self, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
         entries = [Param(name, str(value)[:6000]) for name, value in sorted(params.items())]
-        for start in range(0, len(entries), PARAMS):
-            self.client.log_batch(self.mlflow_id, params=entries[start : start + PARAMS])
+        for start in range(0, len(entries), MAX_PARAMS_PER_REQUEST):
+            self.client.log_batch(self.mlflow_id, params=entries[start : start + MAX_PARAMS_PER_REQUEST])
 
-    def log_lines(self, lines: list[dict[str, Any]]) -> None:
+    def log_journal_lines(self, lines: list[dict[str, Any]]) -> None:
         """Journal lines with their own steps and times; the same line twice is stored once."""
         from mlflow.entities import Metric
 
@@ -139,14 +139,14 @@ class Store:
             for line in lines
             for name, value in line["values"].items()
         ]
-        for start in range(0, len(metrics), BATCH):
-            self.client.log_batch(self.mlflow_id, metrics=metrics[start : start + BATCH])
+        for start in range(0, len(metrics), MAX_METRICS_PER_REQUEST):
+            self.client.log_batch(self.mlflow_id, metrics=metrics[start : start + MAX_METRICS_PER_REQUEST])
 
-    def log_once(self, values: dict[str, float], *, time: float, step: int) -> None:
+    def log_changed_metrics(self, values: dict[str, float], *, time: float, step: int) -> None:
         """Metrics, without those that have this value already."""
         known = self.client.get_run(self.mlflow_id).data.metrics
         fresh = {name: value for name, value in values.items() if known.get(name) != value}
-        self.log_lines([{"values": fresh, "time": time, "step": step}])
+        self.log_journal_lines([{"values": fresh, "time": time, "step": step}])
 
     def log_dataset(self, dataset: dict[str, Any]) -> None:
         """The data set with our own digest; MLflow's would walk the whole of it."""
@@ -164,13 +164,13 @@ class Store:
     def log_file(self, path: Path, folder: str | None = None) -> None:
         self.client.log_artifact(self.mlflow_id, str(path), folder)
 
-    def log_model(self, path: Path, weights: str, requirements: list[str]) -> str:
+    def log_model(self, path: Path, weights_sha256: str, requirements: list[str]) -> str:
         """Uploads the inference model with its signature, once; its id in the store.
 
         An upload that was cut off is completed in its place, so that no second copy is stored. weights: the SHA-256
         that tells this model from others of the run. requirements: named, because MLflow takes long to find them.
         """
-        model = self._logged_model(weights)
+        model = self._get_or_create_logged_model(weights_sha256)
         if model.status != "READY":
             with TemporaryDirectory(prefix="mlflow-model-") as saved:
                 self._save_model(path, Path(saved, "model"), model, requirements)
@@ -183,20 +183,20 @@ class Store:
             self.client.log_outputs(self.mlflow_id, [LoggedModelOutput(model.model_id, step=0)])
         return model.model_id
 
-    def _logged_model(self, weights: str) -> Any:
+    def _get_or_create_logged_model(self, weights_sha256: str) -> Any:
         """The store's entry for these weights of the run, which is made if there is none."""
         run = self.client.get_run(self.mlflow_id)
         experiments = [run.info.experiment_id]
-        wanted = f"source_run_id = '{self.mlflow_id}' AND tags.{WEIGHTS} = '{weights}'"
+        wanted = f"source_run_id = '{self.mlflow_id}' AND tags.{WEIGHTS_TAG} = '{weights_sha256}'"
         matches = list(self.client.search_logged_models(experiments, wanted, max_results=1))
         if matches:
             return matches[0]
         return self.client.create_logged_model(
-            run.info.experiment_id, name="model", source_run_id=self.mlflow_id, tags={WEIGHTS: weights},
+            run.info.experiment_id, name="model", source_run_id=self.mlflow_id, tags={WEIGHTS_TAG: weights_sha256},
             params=run.data.params,
         )  # fmt: skip
 
-    def _save_model(self, path: Path, target: Path, logged: Any, requirements: list[str]) -> None:
+    def _save_model(self, path: Path, target: Path, logged_model: Any, requirements: list[str]) -> None:
         import keras
         import numpy as np
         from mlflow.models import Model, ModelSignature
@@ -209,10 +209,10 @@ class Store:
         )
         self._mlflow.keras.save_model(
             model, str(target), signature=signature, pip_requirements=requirements,
-            mlflow_model=Model(logged.artifact_location, self.mlflow_id, model_id=logged.model_id),
+            mlflow_model=Model(logged_model.artifact_location, self.mlflow_id, model_id=logged_model.model_id),
         )  # fmt: skip
 
-    def register_model(self, model_id: str, card: dict[str, Any]) -> None:
+    def register_model(self, model_id: str, model_info: dict[str, Any]) -> None:
         """A version of the experiment's model, once; CHAMPION names the most accurate one on the data of this run.
 
         card: of best/model.json.
@@ -221,14 +221,14 @@ class Store:
         experiment = self.client.get_experiment(run.info.experiment_id).name
         name = f"{experiment}-{run.data.tags['data']}".replace(":", "-")  # which names may not have
         name = name.replace('"', "'")  # which a filter can't hold: MLflow's grammar has no escapes
-        with _alone(self.uri):
+        with _exclusive(self.uri):
             self._create_registered_model(name, f"inference models of {experiment}")
             source = f"models:/{model_id}"
             if source not in {version.source for version in self._versions(name)}:
-                tags = {ACCURACY: str(card[ACCURACY]), "data": card["data_fingerprint"]}
+                tags = {ACCURACY_TAG: str(model_info[ACCURACY_TAG]), "data": model_info["data_fingerprint"]}
                 self.client.create_model_version(name, source, self.mlflow_id, tags=tags, model_id=model_id)
             # Of two runs that end at once on a server each may have read before the other one wrote: so until it holds.
-            while (best := self._best_version(name, card["data_fingerprint"])) != self._champion(name):
+            while (best := self._best_version(name, model_info["data_fingerprint"])) != self._champion_version(name):
                 self.client.set_registered_model_alias(name, CHAMPION, best)
 
     def _create_registered_model(self, name: str, description: str) -> None:
@@ -241,38 +241,38 @@ class Store:
                 raise
 
     def _versions(self, name: str) -> list[Any]:
-        return list(pages(self.client.search_model_versions, f'name = "{name}"'))
+        return list(paginate(self.client.search_model_versions, f'name = "{name}"'))
 
-    def _best_version(self, name: str, data: str) -> str:
+    def _best_version(self, name: str, data_fingerprint: str) -> str:
         """The number of the version with the highest validation accuracy on that data, of equal ones the first."""
-        versions = [version for version in self._versions(name) if version.tags.get("data") == data]
-        return min(versions, key=lambda version: (-float(version.tags[ACCURACY]), int(version.version))).version
+        versions = [version for version in self._versions(name) if version.tags.get("data") == data_fingerprint]
+        return min(versions, key=lambda version: (-float(version.tags[ACCURACY_TAG]), int(version.version))).version
 
-    def _champion(self, name: str) -> str | None:
+    def _champion_version(self, name: str) -> str | None:
         return self.client.get_registered_model(name).aliases.get(CHAMPION)
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """The run's process is alive, whatever was said of its last life."""
-        self.client.set_tag(self.mlflow_id, HEARTBEAT, f"{time.time():.0f}")
+        self.client.set_tag(self.mlflow_id, HEARTBEAT_TAG, f"{time.time():.0f}")
         if self.client.get_run(self.mlflow_id).info.status != "RUNNING":
             self.client.update_run(self.mlflow_id, status="RUNNING")
-        self._forget("failure", "status")
+        self._delete_tags("failure", "status")
 
-    def _forget(self, *names: str) -> None:
+    def _delete_tags(self, *names: str) -> None:
         for name in set(names) & set(self.client.get_run(self.mlflow_id).data.tags):
             self.client.delete_tag(self.mlflow_id, name)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Tags from the summary, and the run's end."""
         if not summary.get("failure"):
-            self._forget("failure")
+            self._delete_tags("failure")
         for name in (*SUMMARY_TAGS, "failure"):
             if summary.get(name):
                 self.client.set_tag(self.mlflow_id, name, str(summary[name])[:5000])
-        self.client.set_terminated(self.mlflow_id, STATUS[summary["status"]], int(summary["time"] * 1000))
+        self.client.set_terminated(self.mlflow_id, MLFLOW_STATUS[summary["status"]], int(summary["time"] * 1000))
 
 
-def is_refusal(error: Exception) -> bool:
+def is_permanent_error(error: Exception) -> bool:
     """Whether asking again will be answered in the same way: not an outage, but a permanent no.
 
     The server's own answers are told by their status, SQLite's by its result code. What no library of ours classifies
@@ -281,23 +281,23 @@ def is_refusal(error: Exception) -> bool:
     import requests
     from mlflow.exceptions import InvalidUrlException, MlflowException
 
-    for cause in _causes(error):
+    for cause in _error_chain(error):
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
-            return _is_final(cause.response.status_code)
+            return _is_permanent_status(cause.response.status_code)
         if isinstance(cause, sqlite3.Error) and hasattr(cause, "sqlite_errorcode"):
             return cause.sqlite_errorcode & 0xFF not in SQLITE_OUTAGES
     if isinstance(error, MlflowException):
-        return isinstance(error, InvalidUrlException) or _is_final(error.get_http_status_code())
+        return isinstance(error, InvalidUrlException) or _is_permanent_status(error.get_http_status_code())
     return isinstance(error, ValueError | TypeError | LookupError | AttributeError | ImportError) and not isinstance(
         error, OSError
     )
 
 
-def _is_final(status: int) -> bool:
-    return 400 <= status < 500 and status not in RETRYABLE
+def _is_permanent_status(status: int) -> bool:
+    return 400 <= status < 500 and status not in RETRYABLE_STATUS_CODES
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error, what it came from, and the database driver's own that SQLAlchemy wraps."""
     while error is not None:
         yield error
@@ -306,28 +306,28 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def mark_gone(client: Any, mlflow_id: str) -> None:
+def mark_stale(client: Any, mlflow_id: str) -> None:
     """The run's process died without a word."""
     client.set_tag(mlflow_id, "status", "failed")
     client.set_tag(mlflow_id, "failure", "the training process is gone")
     client.set_terminated(mlflow_id, "FAILED")
 
 
-def running(uri: str) -> Iterator[tuple[Any, Any]]:
+def list_running(uri: str) -> Iterator[tuple[Any, Any]]:
     """A client, and every run of ours that the store takes for running."""
     client = connect(uri)
-    experiments = [found.experiment_id for found in pages(client.search_experiments)]
+    experiments = [found.experiment_id for found in paginate(client.search_experiments)]
     wanted = "attributes.status = 'RUNNING'"
-    for run in pages(client.search_runs, experiments, wanted) if experiments else ():
-        if RUN_ID in run.data.tags:
+    for run in paginate(client.search_runs, experiments, wanted) if experiments else ():
+        if RUN_ID_TAG in run.data.tags:
             yield client, run
 
 
-def pages(search: Callable, *words: Any) -> Iterator[Any]:
+def paginate(search: Callable, *arguments: Any) -> Iterator[Any]:
     """All that a search finds; it gives a page at a time."""
     token = None
     while True:
-        page = search(*words, page_token=token)
+        page = search(*arguments, page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -343,7 +343,7 @@ def connect(uri: str) -> Any:
     with _without_stray_folder(uri, path):
         _make_default_experiment(uri, path)
         client = MlflowClient(uri)
-        if quoted(str(path)) != str(path):
+        if quote_sqlite_path(str(path)) != str(path):
             client.search_registered_models(max_results=1)  # the registry, too, opens the address when first asked
         return client
 
@@ -373,17 +373,17 @@ def default_uri(root: Path) -> str:
 
 
 def sqlite_uri(path: Path) -> str:
-    return f"sqlite:///{quoted(str(path.absolute()))}"
+    return f"sqlite:///{quote_sqlite_path(str(path.absolute()))}"
 
 
-def quoted(path: str) -> str:
+def quote_sqlite_path(path: str) -> str:
     """A path as it stands in the address of a SQLite file, where `%` and `?` mean something else."""
     return path.replace("%", "%25").replace("?", "%3F")
 
 
-def without_passwords(text: str, uri: str) -> str:
+def redact_passwords(text: str, uri: str) -> str:
     """A message of MLflow's about the store at `uri`, as it may be shown."""
-    return Private(secrets=dict.fromkeys(passwords(uri), "***")).hide(text)
+    return Redactor(secrets=dict.fromkeys(extract_credentials(uri), "***")).redact(text)
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
@@ -410,7 +410,7 @@ def use_credentials(uri: str) -> str:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
+def _exclusive(uri: str) -> Iterator[None]:
     """One process at a time makes the database and the experiment: their first creation races."""
     path = database_path(uri)
     if path is None:

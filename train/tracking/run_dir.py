@@ -19,15 +19,15 @@ from typing import Any
 
 import yaml
 
-from train.config.serialization import NewerError, refuse_newer
+from train.config.serialization import FormatVersionError, check_format_version
 from train.storage import fault_injection
-from train.storage.atomic import OutsideError, inside, point_link, read_inside, write_atomically
+from train.storage.atomic import UnsafePathError, read_inside, replace_symlink, resolve_inside, write_atomically
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class RunFolder:
+class RunDir:
     """`config.yaml`, `run.json` (identity), `metrics.jsonl` (journal), `best/`, `summary.json`, `train.log`."""
 
     path: Path
@@ -38,7 +38,7 @@ class RunFolder:
 
         Raises: OutsideError if a link leads out of the folder.
         """
-        return inside(self.path, name)
+        return resolve_inside(self.path, name)
 
     def read_bytes(self, name: str) -> bytes:
         """Raises: OutsideError for what is not a regular file of the folder; OSError."""
@@ -52,10 +52,10 @@ class RunFolder:
     def best(self) -> Path:
         return self.path / "best"
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.path / name, json.dumps(content, indent=2) + "\n")
+    def write_json(self, name: str, payload: dict[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(payload, indent=2) + "\n")
 
-    def read_json(self, name: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+    def read_json(self, name: str, default: dict[str, Any]) -> dict[str, Any]:
         """What `write_json` wrote, or `otherwise` where it has not come to that.
 
         Raises: ValueError naming a file that is none of ours.
@@ -63,14 +63,14 @@ class RunFolder:
         try:
             return json.loads(self.read_bytes(name))
         except FileNotFoundError:
-            return otherwise
-        except OutsideError:
+            return default
+        except UnsafePathError:
             raise
         except ValueError:
             raise ValueError(f"{self.path / name} must hold JSON, as it was written; put it back") from None
 
-    def write_yaml(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    def write_yaml(self, name: str, payload: dict[str, Any]) -> None:
+        write_atomically(self.path / name, yaml.safe_dump(payload, sort_keys=False, allow_unicode=True))
 
     def write_text(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text)
@@ -90,7 +90,7 @@ class RunFolder:
             inference.save(fresh / "model.keras")
             with (fresh / "model.keras").open("rb") as file:
                 os.fsync(file.fileno())
-            fault_injection.point("best/model")
+            fault_injection.fail_point("best/model")
             content = {
                 "classes": list(classes),
                 "input": {"shape": list(inference.input_shape[1:]), "dtype": "uint8", "range": [0, 255]},
@@ -99,12 +99,12 @@ class RunFolder:
                 "data_fingerprint": fingerprint,
             }
             write_atomically(fresh / "model.json", json.dumps(content, indent=2) + "\n")
-            fault_injection.point("best/card")
-            point_link(self.best, fresh)
+            fault_injection.fail_point("best/card")
+            replace_symlink(self.best, fresh)
         except Exception:  # h5py has its own for a full disk
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        fault_injection.point("best/turned")
+        fault_injection.fail_point("best/turned")
         if old.name in (".best-a", ".best-b"):
             shutil.rmtree(old, ignore_errors=True)
 
@@ -125,25 +125,25 @@ class RunFolder:
             raise ValueError(f"{self.path / 'config.yaml'} does not hold a config; put back the file of the run")
         return content
 
-    def sweep(self) -> str | None:
+    def sweep_id(self) -> str | None:
         """The id of the sweep in whose folder it lies."""
         try:
             return json.loads((self.path.parent / "sweep.json").read_text())["sweep_id"]
         except FileNotFoundError:
             return None
 
-    def label(self) -> str | None:
+    def trial_label(self) -> str | None:
         """What makes it differ from the other trials of its sweep."""
-        if self.sweep() is None:
+        if self.sweep_id() is None:
             return None
         number = self.path.name.partition("-")[0]
         return json.loads((self.path.parent / "trials" / f"{number}.json").read_text())["label"]
 
-    def life(self) -> int:
+    def attempt(self) -> int:
         """The number of the run's newest life."""
-        return read_pulse(self.path / "heartbeat")[1]
+        return read_heartbeat(self.path / "heartbeat")[1]
 
-    def card(self) -> dict[str, Any]:
+    def model_info(self) -> dict[str, Any]:
         """best/model.json; empty as long as there is none."""
         return self.read_json("best/model.json", {})
 
@@ -156,27 +156,27 @@ class RunFolder:
         return self.read_json("summary.json", {}).get("status")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Holds the run's lock; it goes with the process, however that ends.
 
         Raises: ValueError if another process holds it, or the folder has got another run since it was made.
         """
-        with _locked(self.path / ".lock", f"run_dir must not be in use, got {self.path}, where a run is alive"):
+        with _file_lock(self.path / ".lock", f"run_dir must not be in use, got {self.path}, where a run is alive"):
             if (self.path / "run.json").exists() and self.identity()["run_id"] != self.run_id:
                 raise ValueError(f"run_dir must be a folder without a run, got {self.path}, which holds one")
             yield
 
     @contextmanager
-    def recording(self, *, wait: bool) -> Iterator[None]:
+    def upload_lock(self, *, wait: bool) -> Iterator[None]:
         """One process at a time feeds the store.
 
         `wait`: for the one that does to end; otherwise raises ValueError.
         """
         refusal = f"run must not be recorded by two, got {self.path}; wait a moment"
-        with _locked(self.path / ".uploader.lock", None if wait else refusal):
+        with _file_lock(self.path / ".uploader.lock", None if wait else refusal):
             yield
 
-    def alive(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a process holds the run's lock."""
         try:
             descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
@@ -193,7 +193,7 @@ class RunFolder:
 
 
 @contextmanager
-def _locked(path: Path, refusal: str | None) -> Iterator[None]:
+def _file_lock(path: Path, busy_message: str | None) -> Iterator[None]:
     """Holds a lock; without a `refusal` it waits for it.
 
     Raises: ValueError with the refusal if another process holds it, or saying that the file can't be written or locked.
@@ -204,19 +204,19 @@ def _locked(path: Path, refusal: str | None) -> Iterator[None]:
         raise ValueError(f"{path.parent} must be a folder that can be written ({fault.strerror})") from None
     try:
         try:
-            taken = _lock_within(descriptor, seconds=math.inf if refusal is None else 0.5)
+            taken = _try_lock(descriptor, seconds=math.inf if busy_message is None else 0.5)
         except OSError as fault:
             raise ValueError(
                 f"{path.parent} must be on storage where files can be locked ({fault.strerror}); use another run_dir"
             ) from None
         if not taken:
-            raise ValueError(refusal)
+            raise ValueError(busy_message)
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock_within(descriptor: int, seconds: float) -> bool:
+def _try_lock(descriptor: int, seconds: float) -> bool:
     """Whether the lock could be had; somebody who only asks about it holds it for a moment, too."""
     deadline = time.monotonic() + seconds
     while True:
@@ -230,7 +230,7 @@ def _lock_within(descriptor: int, seconds: float) -> bool:
             return True
 
 
-class Pulse:
+class Heartbeat:
     """The file `heartbeat`: steps executed in all lives, and lives; its time is that of the last step.
 
     Rewritten in place at every step, which needs no room on the disk and survives the process.
@@ -238,35 +238,35 @@ class Pulse:
 
     def __init__(self, path: Path):
         """A new life begins."""
-        self.steps, self.lives = read_pulse(path)
-        self.lives += 1
+        self.steps, self.attempts = read_heartbeat(path)
+        self.attempts += 1
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         self._write()
 
-    def beat(self) -> None:
+    def tick(self) -> None:
         """One more step."""
         self.steps += 1
         self._write()
 
-    def at_least(self, steps: int) -> None:
+    def ensure(self, steps: int) -> None:
         """What a checkpoint knows, where the machine went down before the file was on disk."""
         self.steps = max(self.steps, steps)
         self._write()
 
     def _write(self) -> None:
-        os.pwrite(self._descriptor, f"{self.steps:19} {self.lives:6}\n".encode(), 0)
+        os.pwrite(self._descriptor, f"{self.steps:19} {self.attempts:6}\n".encode(), 0)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
 
-def read_pulse(path: Path) -> tuple[int, int]:
+def read_heartbeat(path: Path) -> tuple[int, int]:
     """Steps executed and lives begun so far; noughts where no life has begun."""
     words = path.read_text().split() if path.exists() else []
     return (int(words[0]), int(words[1])) if len(words) == 2 and "".join(words).isdigit() else (0, 0)
 
 
-def create(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) -> RunFolder:
+def create_run_dir(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) -> RunDir:
     """Makes `run_dir`, or `<runs>/<experiment>/<time>-<short id>`, and with `latest` points `<runs>/latest` at it.
 
     Raises: ValueError if the folder can't be written.
@@ -278,46 +278,46 @@ def create(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) ->
         path.mkdir(parents=True, exist_ok=True)
         (path / ".lock").touch()
         if latest and path.is_relative_to(runs):
-            point_link(runs / "latest", path)
+            replace_symlink(runs / "latest", path)
     except OSError as fault:
         raise ValueError(
             f"run_dir must be a folder that can be written, got {path} ({fault.strerror}); use run_dir=PATH"
         ) from None
-    return RunFolder(path, run_id)
+    return RunDir(path, run_id)
 
 
-def open_folder(path: Path) -> RunFolder:
+def open_run_dir(path: Path) -> RunDir:
     """The run that lies at `path`.
 
     Raises: ValueError if none does, or one that a newer version has written.
     """
     try:
         identity = json.loads(read_inside(path, "run.json"))
-        refuse_newer(path, identity)
-        return RunFolder(path.resolve(), identity["run_id"])
-    except (NewerError, OutsideError):
+        check_format_version(path, identity)
+        return RunDir(path.resolve(), identity["run_id"])
+    except (FormatVersionError, UnsafePathError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"run must be the folder of a run, got {path}; use e.g. run=runs/latest") from None
 
 
-def newest_unfinished(runs: Path) -> RunFolder:
+def latest_unfinished(runs: Path) -> RunDir:
     """The run below `runs` that began last of those that are neither finished nor alive.
 
     Raises: ValueError if there is none.
     """
     paths = {path.resolve() for pattern in ("*/run.json", "*/*/run.json") for path in runs.glob(pattern)}
-    waiting = [folder for path in paths if (folder := _unfinished(path.parent))]
+    waiting = [folder for path in paths if (folder := _open_if_unfinished(path.parent))]
     if not waiting:
         raise ValueError(f"there must be an unfinished run, got none below {runs}; use run=FOLDER")
     return max(waiting, key=lambda folder: folder.identity()["time"])
 
 
-def _unfinished(path: Path) -> RunFolder | None:
+def _open_if_unfinished(path: Path) -> RunDir | None:
     """The run, if it waits to be gone on with. One that can't be read must not stand in the way of the others."""
     try:
-        folder = open_folder(path)
-        return folder if folder.status() != "finished" and not folder.alive() else None
+        folder = open_run_dir(path)
+        return folder if folder.status() != "finished" and not folder.is_running() else None
     except ValueError as fault:
         log.warning("left out: %s", fault)
         return None

@@ -21,24 +21,24 @@ import yaml
 from train.cli import arguments
 from train.config import composition
 from train.config.schema import ROOT, Config
-from train.config.serialization import LAYOUT, Private, config_hash, flatten, group_of, to_dict
+from train.config.serialization import RUN_FORMAT_VERSION, Redactor, config_hash, flatten, to_dict, variant_id
 from train.storage.atomic import write_atomically
 from train.tracking import environment
-from train.tracking.run_dir import Pulse, RunFolder
+from train.tracking.run_dir import Heartbeat, RunDir
 
 log = logging.getLogger(__name__)
 
 GAP = 2  # pixels between the examples of a sheet
 SHEET_PIXELS = 800  # small examples are shown larger, to about this width
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # The inference model needs these to be loaded; named, because MLflow takes long to find them out.
 MODEL_PACKAGES = ("tensorflow", "keras", "numpy")
 
 
 @contextmanager
-def log_file(folder: RunFolder) -> Iterator[None]:
+def log_to_file(folder: RunDir) -> Iterator[None]:
     """What is logged goes into the run's train.log, and this project's own warnings to the terminal, too."""
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
@@ -63,7 +63,7 @@ def log_file(folder: RunFolder) -> Iterator[None]:
         handler.close()
 
 
-def begin(folder: RunFolder, config: Config) -> dict[str, Any]:
+def initial_summary(folder: RunDir, config: Config) -> dict[str, Any]:
     """The summary of a run that has done nothing yet."""
     return {
         "status": "failed",
@@ -77,35 +77,35 @@ def begin(folder: RunFolder, config: Config) -> dict[str, Any]:
     }
 
 
-def identify(folder: RunFolder, config: Config, private: Private, changes: list[dict[str, Any]]) -> None:
+def write_run_json(folder: RunDir, config: Config, redactor: Redactor, config_changes: list[dict[str, Any]]) -> None:
     """Writes run.json and the config as it was typed; for a run that goes on, what was changed on the way."""
     (folder.path / "summary.json").unlink(missing_ok=True)  # it told of a life that is no longer the last
     if (folder.path / "run.json").exists():
-        settle(folder, config, private)
+        write_resolved_config(folder, config, redactor)
         identity = folder.identity()
-        now = {"changes": identity["changes"] + changes, "log_model": config.tracking.log_model}
+        now = {"changes": identity["changes"] + config_changes, "log_model": config.tracking.log_model}
         folder.write_json("run.json", identity | now)
         return
     (folder.path / "params.json").unlink(missing_ok=True)
-    stored = to_dict(config, private)
+    stored = to_dict(config, redactor)
     folder.write_yaml("config.yaml", stored)
     typed = flatten(stored)
-    again = composition.command_of(typed)
+    again = composition.minimal_command(typed)
     identity = {
-        "layout": LAYOUT,
+        "layout": RUN_FORMAT_VERSION,
         "run_id": folder.run_id,
         "experiment": config.tracking.experiment,
-        "name": name_of(folder, config),
+        "name": run_name(folder, config),
         "time": time.time(),
         "tags": {
             **environment.tags(ROOT),
             "model": config.model.name,
             "data": config.data.name,
             "seed": str(config.seed),
-            "group": group_of(typed),
-            **environment.note(again),
+            "group": variant_id(typed),
+            **environment.command_note(again),
             "run_dir": stored["run_dir"] or str(folder.path),
-            **({"sweep": folder.sweep()} if folder.sweep() else {}),
+            **({"sweep": folder.sweep_id()} if folder.sweep_id() else {}),
         },
         "log_model": config.tracking.log_model,
         "requirements": environment.requirements(MODEL_PACKAGES),
@@ -116,46 +116,46 @@ def identify(folder: RunFolder, config: Config, private: Private, changes: list[
     folder.write_json("run.json", identity)
 
 
-def name_of(folder: RunFolder, config: Config) -> str:
+def run_name(folder: RunDir, config: Config) -> str:
     """What a person reads in MLflow's lists: what tells runs apart that are likely to stand side by side."""
-    label = folder.label()
+    label = folder.trial_label()
     if label is None:
         return f"{config.model.name} seed {config.seed}"
     return label.replace("model=", "") if "model=" in label else f"{config.model.name} {label}"
 
 
-def settle(folder: RunFolder, config: Config, private: Private) -> None:
+def write_resolved_config(folder: RunDir, config: Config, redactor: Redactor) -> None:
     """The config with every `auto` filled in. MLflow's parameters can't change: they stay those of the first life."""
-    stored = to_dict(config, private)
+    stored = to_dict(config, redactor)
     folder.write_yaml("config.yaml", stored)
     if not (folder.path / "params.json").exists():
         folder.write_json("params.json", flatten(stored))
 
 
-def ground(
-    config: Config, private: Private, fingerprint: str, processor: str, sources: dict[str, str]
+def run_provenance(
+    config: Config, redactor: Redactor, fingerprint: str, processor: str, input_digests: dict[str, str]
 ) -> dict[str, Any]:
     """All that the bits of a run depend on, by name; keys that change no bit: `train.config.compatibility.FREE`."""
     return {
-        **flatten(to_dict(config, private)),
-        **sources,
+        **flatten(to_dict(config, redactor)),
+        **input_digests,
         "data_fingerprint": fingerprint,
         "processor": processor,
-        "code": environment.code(ROOT / "train"),
+        "code": environment.source_hash(ROOT / "train"),
         **environment.versions(config.backend),
     }
 
 
-def sha256_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(
-    folder: RunFolder,
+def write_metadata(
+    folder: RunDir,
     summary: dict[str, Any],
     config: Config,
-    private: Private,
+    redactor: Redactor,
     dataset: Any,
     source: str,
     model: Any,
@@ -167,7 +167,7 @@ def describe(
     cost: `blocks`, rows of train.models.cost, and `training_macs`.
     """
     summary |= {
-        "config_hash": config_hash(config, private),
+        "config_hash": config_hash(config, redactor),
         "data_fingerprint": dataset.fingerprint,
         "parameters": inference.count_params(),
         "macs": sum(row["macs"] for row in cost["blocks"]),
@@ -175,7 +175,7 @@ def describe(
         "training_macs": cost["training_macs"],
     }
     folder.write_json("cost.json", cost)
-    stored = to_dict(config, private)
+    stored = to_dict(config, redactor)
     stored["data"]["fingerprint"] = dataset.fingerprint
     folder.write_yaml("config.yaml", stored)
     folder.write_json(
@@ -185,22 +185,22 @@ def describe(
             "fingerprint": dataset.fingerprint,
             "source": source,
             "splits": {name: split.digest for name, split in dataset.splits.items()},
-            "counts": dataset.counts,
+            "counts": dataset.split_sizes,
             "classes": list(dataset.classes),
             "class_counts": dataset.class_counts,
             "skipped": [{"name": name, "problem": why} for name, why in dataset.skipped],
-            "leaks": dataset.leaks,
+            "leaks": dataset.leak_counts,
         },
     )
     lines: list[str] = []
     model.summary(line_length=120, print_fn=lambda line, **_: lines.append(line))
     folder.write_text("model_summary.txt", "\n".join(lines) + "\n")
     example = io.BytesIO()
-    np.save(example, dataset.validation.example(0)[None])
+    np.save(example, dataset.validation.load_example(0)[None])
     write_atomically(folder.path / "input_example.npy", example.getvalue())
 
 
-def picture(folder: RunFolder, images: np.ndarray, mixed: bool) -> None:
+def write_batch_image(folder: RunDir, images: np.ndarray, mixed: bool) -> None:
     """The first training batch as the network sees it, `augmented.png`: at most 8 x 8 examples.
 
     images: uint8 [N, S, S, C] in 0..255, or float32 where they are `mixed`.
@@ -222,21 +222,23 @@ def picture(folder: RunFolder, images: np.ndarray, mixed: bool) -> None:
     write_atomically(folder.path / "augmented.png", data.getvalue())
 
 
-def progress(summary: dict[str, Any], step: Any, keeper: Any, pulse: Pulse, peak_memory_bytes: int) -> None:
+def update_summary(
+    summary: dict[str, Any], step: Any, run_state: Any, heartbeat: Heartbeat, peak_memory_bytes: int
+) -> None:
     """How far the loop came and what it cost."""
-    reached = keeper.progress
-    clock = reached.clock
+    reached = run_state.progress
+    clock = reached.timer
     summary |= {
         "epochs": reached.epoch,
         "steps": reached.steps,
-        "steps_executed": pulse.steps,
-        "lives": pulse.lives,
+        "steps_executed": heartbeat.steps,
+        "lives": heartbeat.attempts,
         "rollbacks": reached.rollbacks,
-        "changes": [f"{c['name']} was {c['was']}, is {c['is']}" for c in keeper.folder.identity()["changes"]],
+        "changes": [f"{c['name']} was {c['was']}, is {c['is']}" for c in run_state.folder.identity()["changes"]],
         "stopped_early": reached.stopped_early,
         "train_images_per_second": clock.images_per_second(),
         "data_wait_fraction": clock.data_wait_fraction(),
-        "checkpoint_stall_seconds": keeper.checkpoints.stall_seconds,
+        "checkpoint_stall_seconds": run_state.checkpoints.stall_seconds,
         "peak_memory_bytes": peak_memory_bytes,
     }
     if reached.best_epoch >= 0:
@@ -244,33 +246,33 @@ def progress(summary: dict[str, Any], step: Any, keeper: Any, pulse: Pulse, peak
     summary["weights_sha256"] = step.weights_sha256()  # can't be read where a process of several is gone
 
 
-def report(fault: Exception, folder: RunFolder | None, private: Private) -> int:
+def report_failure(error: Exception, folder: RunDir | None, redactor: Redactor) -> int:
     """Tells a failure in one line, with the traceback in train.log; exit code 2 where the input was at fault.
 
     A ValueError that the project itself raised is about the input. Anything else is a defect, and its traceback is
     shown. folder: None in a process that writes nothing.
     """
-    trace = private.hide("".join(traceback.format_exception(fault)))
+    trace = redactor.redact("".join(traceback.format_exception(error)))
     if folder:
         log.error("the run failed\n%s", trace)
-    frames = traceback.extract_tb(fault.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__)
     ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "train")
-    if ours and isinstance(fault, ValueError | ArithmeticError | ConnectionError):
-        code = arguments.tell(private.hide(str(fault)))
-        return code if isinstance(fault, ValueError) else 1
-    if isinstance(fault, OSError) and fault.errno in FULL:
+    if ours and isinstance(error, ValueError | ArithmeticError | ConnectionError):
+        code = arguments.print_error(redactor.redact(str(error)))
+        return code if isinstance(error, ValueError) else 1
+    if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         where = f" run={shlex.quote(str(folder.path))}" if folder else ""
-        place = fault.filename or (folder.path if folder else "the disk")  # prepared data may lie on one of its own
-        arguments.tell(f"{place} can't be written ({fault.strerror}); mend that, then: make resume{where}")
+        place = error.filename or (folder.path if folder else "the disk")  # prepared data may lie on one of its own
+        arguments.print_error(f"{place} can't be written ({error.strerror}); mend that, then: make resume{where}")
         return 1
     print(trace, file=sys.stderr)
-    arguments.tell(
-        f"{type(fault).__name__}; the whole story is in {folder.path / 'train.log' if folder else 'the lines above'}"
+    arguments.print_error(
+        f"{type(error).__name__}; the whole story is in {folder.path / 'train.log' if folder else 'the lines above'}"
     )
     return 1
 
 
-def close(folder: RunFolder, summary: dict[str, Any]) -> int:
+def write_summary(folder: RunDir, summary: dict[str, Any]) -> int:
     """The last thing that a run writes; whoever finds it knows that the run has ended. 0, or 1 where it is not."""
     summary["time"] = time.time()
     try:
@@ -279,14 +281,14 @@ def close(folder: RunFolder, summary: dict[str, Any]) -> int:
             folder.write_json("params.json", flatten(stored))
         folder.write_json("summary.json", summary)
     except OSError as fault:
-        arguments.tell(
+        arguments.print_error(
             f"the summary could not be written to {folder.path} ({fault.strerror}); mend that, then: make resume"
         )
         return 1
     return 0
 
 
-def one_line(summary: dict[str, Any], folder: RunFolder) -> str:
+def format_summary(summary: dict[str, Any], folder: RunDir) -> str:
     """The summary as `key=value` words, the folder last."""
     words = {name: summary[name] for name in ("status", "model", "data", "seed", "epochs", "steps")}
     if summary.get("test"):
@@ -300,14 +302,14 @@ def one_line(summary: dict[str, Any], folder: RunFolder) -> str:
         words |= {"lives": summary["lives"], "steps_executed": summary["steps_executed"]}
     if summary.get("train_images_per_second"):
         words["images_per_second"] = f"{summary['train_images_per_second']:.0f}"
-    return " ".join(f"{name}={value}" for name, value in words.items()) + f" run={short(folder.path)}"
+    return " ".join(f"{name}={value}" for name, value in words.items()) + f" run={relative_path(folder.path)}"
 
 
-def shell_path(path: Path) -> str:
+def quote_path(path: Path) -> str:
     """As one types it in a shell: short, and quoted where it has to be."""
-    return shlex.quote(str(short(path)))
+    return shlex.quote(str(relative_path(path)))
 
 
-def short(path: Path) -> Path:
+def relative_path(path: Path) -> Path:
     """Relative to where one stands, if it lies below."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

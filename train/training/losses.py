@@ -11,8 +11,8 @@ import keras
 from keras import ops
 
 
-def build(
-    outputs: Sequence[str], aux_weight: float, label_smoothing: float, teaching: tuple[float, float] | None = None
+def build_losses(
+    outputs: Sequence[str], aux_weight: float, label_smoothing: float, distillation: tuple[float, float] | None = None
 ) -> tuple[dict, dict]:
     """Losses and their weights by output name.
 
@@ -29,32 +29,32 @@ def build(
         name: keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=label_smoothing, name=name)
         for name in outputs
     }
-    if teaching is not None:
-        losses["main"] = Taught(losses["main"], *teaching)
+    if distillation is not None:
+        losses["main"] = DistillationLoss(losses["main"], *distillation)
     weights = {name: 1.0 if name == "main" else aux_weight for name in outputs}
     return losses, weights
 
 
-class Taught(keras.losses.Loss):
+class DistillationLoss(keras.losses.Loss):
     """`weight` of the loss is how far the answers are from a teacher's, both softened by `temperature`.
 
     Source: Hinton et al. 2015 (Distilling the Knowledge in a Neural Network), section 2, with its factor of the
     temperature squared, which keeps gradients as large as those of the labels.
     """
 
-    def __init__(self, hard: keras.losses.Loss, weight: float, temperature: float):
+    def __init__(self, label_loss: keras.losses.Loss, weight: float, temperature: float):
         super().__init__(name="taught")
-        self.hard, self.weight, self.temperature = hard, weight, temperature
+        self.label_loss, self.weight, self.temperature = label_loss, weight, temperature
 
     def call(self, y_true, y_pred):
         """y_true: float32 [N, 2 x classes]. y_pred: logits [N, classes]. Returns [N]."""
         labels, teacher = ops.split(y_true, 2, axis=-1)
         wanted = ops.log_softmax(teacher / self.temperature)
         distance = ops.sum(ops.exp(wanted) * (wanted - ops.log_softmax(y_pred / self.temperature)), axis=-1)
-        return (1 - self.weight) * self.hard.call(labels, y_pred) + self.weight * self.temperature**2 * distance
+        return (1 - self.weight) * self.label_loss.call(labels, y_pred) + self.weight * self.temperature**2 * distance
 
 
-class TaughtAccuracy(keras.metrics.CategoricalAccuracy):
+class DistillationAccuracy(keras.metrics.CategoricalAccuracy):
     """Top-1 accuracy where the teacher's logits stand behind the labels."""
 
     def update_state(self, y_true, y_pred, sample_weight=None):
@@ -62,9 +62,10 @@ class TaughtAccuracy(keras.metrics.CategoricalAccuracy):
         return super().update_state(labels, y_pred, sample_weight)
 
 
-def metrics(outputs: Sequence[str], *, taught: bool = False) -> dict[str, list[keras.metrics.Metric]]:
+def build_metrics(outputs: Sequence[str], *, distilled: bool = False) -> dict[str, list[keras.metrics.Metric]]:
     """Top-1 accuracy of every output, `<output>_accuracy`."""
     kinds = {
-        name: TaughtAccuracy if taught and name == "main" else keras.metrics.CategoricalAccuracy for name in outputs
+        name: DistillationAccuracy if distilled and name == "main" else keras.metrics.CategoricalAccuracy
+        for name in outputs
     }
     return {name: [kind(name="accuracy")] for name, kind in kinds.items()}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-SPARED = ("bias", "beta", "gamma")
+NO_DECAY = ("bias", "beta", "gamma")
 
 
 def sgd(learning_rate, *, momentum: float, nesterov: bool, **common) -> keras.optimizers.Optimizer:
@@ -30,7 +30,7 @@ def rmsprop(learning_rate, *, rho: float, momentum: float, epsilon: float, **com
 OPTIMIZERS: dict[str, Callable] = {"sgd": sgd, "adamw": adamw, "rmsprop": rmsprop}
 
 
-def build(
+def build_optimizer(
     name: str,
     schedule: keras.optimizers.schedules.LearningRateSchedule,
     *,
@@ -61,7 +61,7 @@ def build(
         **options,
     )
     if weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=list(SPARED))
+        optimizer.exclude_from_weight_decay(var_names=list(NO_DECAY))
     return optimizer
 
 
@@ -71,8 +71,8 @@ def build(
 class Span(NamedTuple):
     """How long a schedule runs: in all, and one epoch."""
 
-    steps: int
-    epoch_steps: int
+    total_steps: int
+    steps_per_epoch: int
 
 
 def constant(peak: float, _: Span) -> Callable:
@@ -82,19 +82,19 @@ def constant(peak: float, _: Span) -> Callable:
 
 def cosine(peak: float, span: Span, *, final_fraction: float) -> Callable:
     """Half a cosine from the peak to `final_fraction` of it. Source: Loshchilov & Hutter 2017, without restarts."""
-    return keras.optimizers.schedules.CosineDecay(peak, span.steps, alpha=final_fraction)
+    return keras.optimizers.schedules.CosineDecay(peak, span.total_steps, alpha=final_fraction)
 
 
 def exponential(peak: float, span: Span, *, factor: float, every_epochs: float) -> Callable:
     """Times `factor` every `every_epochs`, in stairs. Source: Szegedy et al. 2016, section 8."""
     return keras.optimizers.schedules.ExponentialDecay(
-        peak, max(1, round(every_epochs * span.epoch_steps)), factor, staircase=True
+        peak, max(1, round(every_epochs * span.steps_per_epoch)), factor, staircase=True
     )
 
 
 def step(peak: float, span: Span, *, factor: float, milestones: Sequence[float]) -> Callable:
     """Times `factor` at each milestone, a share of the steps."""
-    boundaries = [round(share * span.steps) for share in milestones]
+    boundaries = [round(share * span.total_steps) for share in milestones]
     values = [peak * factor**n for n in range(len(milestones) + 1)]
     return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
 
@@ -102,54 +102,54 @@ def step(peak: float, span: Span, *, factor: float, milestones: Sequence[float])
 SCHEDULES: dict[str, Callable] = {"constant": constant, "cosine": cosine, "exponential": exponential, "step": step}
 
 
-class Rate(keras.optimizers.schedules.LearningRateSchedule):
+class ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """Follows `decay`, times `factor`, a variable: going back after a divergence lowers it while the run goes on."""
 
     def __init__(self, decay: Callable):
         self.decay = decay
-        self.factor = keras.Variable(1.0, trainable=False, dtype="float32", name="learning_rate_factor")
+        self.scale = keras.Variable(1.0, trainable=False, dtype="float32", name="learning_rate_factor")
 
     def __call__(self, step):
-        return self.factor * self.decay(ops.cast(step, "float32"))
+        return self.scale * self.decay(ops.cast(step, "float32"))
 
     def get_config(self):
         return {"decay": self.decay}
 
 
-class Staged:
+class PiecewiseSchedule:
     """One schedule after the other, each with its own warm-up and counted from its own start."""
 
-    def __init__(self, parts: Sequence[tuple[int, Callable]]):
+    def __init__(self, segments: Sequence[tuple[int, Callable]]):
         """parts: steps and schedule of each."""
-        self.parts = parts
+        self.segments = segments
 
     def __call__(self, step):
         start, found = 0, None
-        for steps, schedule in self.parts:
+        for steps, schedule in self.segments:
             value = schedule(ops.maximum(step - start, 0.0))
             found = value if found is None else ops.where(step >= start, value, found)
             start += steps
         return found
 
 
-def warmed(decay: Callable, warmup_steps: int) -> Callable:
+def with_warmup(schedule: Callable, warmup_steps: int) -> Callable:
     """Climbs linearly to `decay`'s first value over `warmup_steps`, then follows it, counted from there."""
     if not warmup_steps:
-        return decay
-    return lambda step: decay(ops.maximum(step - warmup_steps, 0.0)) * ops.minimum((step + 1.0) / warmup_steps, 1.0)
+        return schedule
+    return lambda step: schedule(ops.maximum(step - warmup_steps, 0.0)) * ops.minimum((step + 1.0) / warmup_steps, 1.0)
 
 
 def build_schedule(
-    name: str, *, stages: Sequence[tuple[int, float]], epoch_steps: int, warmup_epochs: float, **options
-) -> Rate:
+    name: str, *, stages: Sequence[tuple[int, float]], steps_per_epoch: int, warmup_epochs: float, **options
+) -> ScaledSchedule:
     """Learning rate by step: in every stage (its epochs, its peak) warm-up, then the named schedule over what is left.
 
     Raises: ValueError for an unknown name.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name}")
-    warmup_steps, parts = round(warmup_epochs * epoch_steps), []
+    warmup_steps, parts = round(warmup_epochs * steps_per_epoch), []
     for epochs, peak in stages:
-        span = Span(max(1, epochs * epoch_steps - warmup_steps), epoch_steps)
-        parts.append((epochs * epoch_steps, warmed(SCHEDULES[name](peak, span, **options), warmup_steps)))
-    return Rate(Staged(parts))
+        span = Span(max(1, epochs * steps_per_epoch - warmup_steps), steps_per_epoch)
+        parts.append((epochs * steps_per_epoch, with_warmup(SCHEDULES[name](peak, span, **options), warmup_steps)))
+    return ScaledSchedule(PiecewiseSchedule(parts))

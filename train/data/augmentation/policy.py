@@ -16,17 +16,17 @@ from typing import Any
 
 import tensorflow as tf
 
-from train.data.augmentation.mixup_cutmix import Mix
-from train.data.augmentation.randaugment import Paint
-from train.data.augmentation.random_resized_crop import Crop
+from train.data.augmentation.mixup_cutmix import MixupCutmix
+from train.data.augmentation.randaugment import RandAugment
+from train.data.augmentation.random_resized_crop import RandomResizedCrop
 
 
 @dataclass(frozen=True)
-class Move:
+class BatchOp:
     """A change of whole batches: apply(images uint8 [B, S, S, C], draws float32 [B, columns] in [0, 1)) -> images."""
 
     purpose: str
-    columns: int
+    num_draws: int
     apply: Callable[[Any, Any], Any]
 
 
@@ -34,10 +34,10 @@ class Move:
 class Augmentation:
     """What is done to the examples of the training split."""
 
-    crop: Crop | None = None
-    paint: Paint | None = None
-    moves: tuple[Move, ...] = ()
-    mix: Mix | None = None
+    random_resized_crop: RandomResizedCrop | None = None
+    randaugment: RandAugment | None = None
+    batch_ops: tuple[BatchOp, ...] = ()
+    mixup_cutmix: MixupCutmix | None = None
 
 
 def build(name: str, *, erase: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, **options: Any) -> Augmentation:
@@ -51,9 +51,9 @@ def build(name: str, *, erase: float = 0.0, mixup: float = 0.0, cutmix: float = 
     if name not in AUGMENTS:
         raise ValueError(f"augment must be one of {', '.join(AUGMENTS)}, got {name}; use augment=crop")
     found = AUGMENTS[name](**options)
-    erasing = (Move("erase", ERASE_DRAWS, partial(erased, probability=erase)),) if erase else ()
-    mixing = Mix(mixup, cutmix) if mixup or cutmix else None
-    return Augmentation(found.crop, found.paint, (*found.moves, *erasing), mixing)
+    erasing = (BatchOp("erase", ERASE_DRAWS, partial(random_erasing, probability=erase)),) if erase else ()
+    mixing = MixupCutmix(mixup, cutmix) if mixup or cutmix else None
+    return Augmentation(found.random_resized_crop, found.randaugment, (*found.batch_ops, *erasing), mixing)
 
 
 def none() -> Augmentation:
@@ -63,25 +63,26 @@ def none() -> Augmentation:
 
 def crop(pad: float = 1 / 8) -> Augmentation:
     """Padded crop."""
-    return Augmentation(moves=(Move("augment", SHIFT_DRAWS, partial(shifted, pad=pad, mirror=False)),))
+    return Augmentation(batch_ops=(BatchOp("augment", SHIFT_DRAWS, partial(random_shift, pad=pad, mirror=False)),))
 
 
 def flip_crop(pad: float = 1 / 8) -> Augmentation:
     """Padded crop, and every second image mirrored."""
-    return Augmentation(moves=(Move("augment", SHIFT_DRAWS, partial(shifted, pad=pad, mirror=True)),))
+    return Augmentation(batch_ops=(BatchOp("augment", SHIFT_DRAWS, partial(random_shift, pad=pad, mirror=True)),))
 
 
 def inception(
     least_area: float = 0.08, most_stretch: float = 4 / 3, color: float = 1.0, mirror: bool = True
 ) -> Augmentation:
     """Random resized crop with distorted colours, mirrored: see crop.py."""
-    return Augmentation(crop=Crop(least_area, most_stretch, color, mirror))
+    return Augmentation(random_resized_crop=RandomResizedCrop(least_area, most_stretch, color, mirror))
 
 
 def randaugment(ops: int = 2, magnitude: float = 9.0, pad: float = 1 / 8, mirror: bool = True) -> Augmentation:
     """RandAugment after a padded crop would cut off what it moves in, so it comes before; see paint.py."""
     return Augmentation(
-        paint=Paint(ops, magnitude), moves=(Move("augment", SHIFT_DRAWS, partial(shifted, pad=pad, mirror=mirror)),)
+        randaugment=RandAugment(ops, magnitude),
+        batch_ops=(BatchOp("augment", SHIFT_DRAWS, partial(random_shift, pad=pad, mirror=mirror)),),
     )
 
 
@@ -98,7 +99,7 @@ AUGMENTS: dict[str, Callable[..., Augmentation]] = {
 SHIFT_DRAWS = 3  # vertical, horizontal, mirror
 
 
-def shifted(images: Any, draws: Any, *, pad: float, mirror: bool) -> Any:
+def random_shift(images: Any, draws: Any, *, pad: float, mirror: bool) -> Any:
     """Shifts every image by up to `pad` of its side in each direction; what comes in at an edge is its reflection.
 
     Source: padded crop of He et al., "Deep Residual Learning for Image Recognition" (2015), section 4.2, which pads 4
@@ -107,14 +108,14 @@ def shifted(images: Any, draws: Any, *, pad: float, mirror: bool) -> Any:
     pad: in [0, 0.5]. mirror: turns every second image left to right, for images whose mirror image is one of the same
     class.
     """
-    rows = _shift(images.shape[1], draws[:, 0], pad)
-    columns = _shift(images.shape[2], draws[:, 1], pad)
+    rows = _shifted_indices(images.shape[1], draws[:, 0], pad)
+    columns = _shifted_indices(images.shape[2], draws[:, 1], pad)
     if mirror:
         columns = tf.where(draws[:, 2:3] < 0.5, columns[:, ::-1], columns)
     return tf.gather(tf.gather(images, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def _shift(side: int, draws: Any, pad: float) -> Any:
+def _shifted_indices(side: int, draws: Any, pad: float) -> Any:
     """Source index of every output row: int32 [B, side], shifted by -border..border, reflected at the edges."""
     if not 0 <= pad <= 0.5:
         raise ValueError(f"pad must be a fraction of the side in 0..0.5, got {pad}; use augment.pad=0.125")
@@ -127,10 +128,10 @@ def _shift(side: int, draws: Any, pad: float) -> Any:
 
 ERASE_DRAWS = 8  # whether, area, stretch, place (2), colour (3)
 ERASED_AREA = (0.02, 0.4)
-ERASED_STRETCH = (0.3, 1 / 0.3)
+ERASED_ASPECT_RATIO = (0.3, 1 / 0.3)
 
 
-def erased(images: Any, draws: Any, *, probability: float) -> Any:
+def random_erasing(images: Any, draws: Any, *, probability: float) -> Any:
     """Covers a rectangle of some images with one colour.
 
     Source: Zhong et al., "Random Erasing Data Augmentation" (2017), section 3.2, whose areas and stretches these are; a
@@ -138,19 +139,19 @@ def erased(images: Any, draws: Any, *, probability: float) -> Any:
     """
     side, channels = images.shape[1], images.shape[3]
     area = ERASED_AREA[0] + draws[:, 1] * (ERASED_AREA[1] - ERASED_AREA[0])
-    stretch = ERASED_STRETCH[0] * (ERASED_STRETCH[1] / ERASED_STRETCH[0]) ** draws[:, 2]
+    stretch = ERASED_ASPECT_RATIO[0] * (ERASED_ASPECT_RATIO[1] / ERASED_ASPECT_RATIO[0]) ** draws[:, 2]
     height = tf.minimum(tf.sqrt(area * stretch), 1.0) * side
     width = tf.minimum(tf.sqrt(area / stretch), 1.0) * side
     inside = tf.logical_and(
-        _between(side, draws[:, 3] * (side - height), height)[:, :, None],
-        _between(side, draws[:, 4] * (side - width), width)[:, None, :],
+        _interval_mask(side, draws[:, 3] * (side - height), height)[:, :, None],
+        _interval_mask(side, draws[:, 4] * (side - width), width)[:, None, :],
     )
     inside = tf.logical_and(inside, (draws[:, 0] < probability)[:, None, None])[..., None]
     color = tf.cast(draws[:, 5 : 5 + channels] * 256, tf.uint8)[:, None, None, :]
     return tf.where(inside, color, images)
 
 
-def _between(side: int, start: Any, length: Any) -> Any:
+def _interval_mask(side: int, start: Any, length: Any) -> Any:
     """bool [B, side]: whether the middle of a pixel lies in start..start+length."""
     middle = tf.range(side, dtype=tf.float32)[None, :] + 0.5
     return tf.logical_and(middle >= start[:, None], middle < (start + length)[:, None])

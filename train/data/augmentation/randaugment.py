@@ -7,12 +7,12 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 PURPOSE = "paint"
-MOST = 30.0  # the scale of the magnitude
-GREY = 128  # what comes in from outside
+MAX_MAGNITUDE = 30.0  # the scale of the magnitude
+FILL_GREY = 128  # what comes in from outside
 
 
 @dataclass(frozen=True)
-class Paint:
+class RandAugment:
     """`ops` changes one after the other, of `magnitude` in 0..30.
 
     Source: Cubuk et al., "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space" (2019),
@@ -24,16 +24,19 @@ class Paint:
     magnitude: float
 
     @property
-    def columns(self) -> int:
+    def num_draws(self) -> int:
         """Draws per example: which change and which direction, each time."""
         return 2 * self.ops
 
     def apply(self, pixels: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """pixels: uint8 [S, S, C] in 0..255, C = 1 or 3; draws: float32 [columns] in [0, 1). The same shape."""
-        image, strength = Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels), self.magnitude / MOST
-        names = tuple(CHANGES)
+        image, strength = (
+            Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels),
+            self.magnitude / MAX_MAGNITUDE,
+        )
+        names = tuple(OPERATIONS)
         for which, direction in draws.reshape(-1, 2).tolist():
-            change = CHANGES[names[min(int(which * len(names)), len(names) - 1)]]
+            change = OPERATIONS[names[min(int(which * len(names)), len(names) - 1)]]
             image = change(image, strength if direction < 0.5 else -strength)
         return np.asarray(image).reshape(pixels.shape)
 
@@ -43,12 +46,12 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     a, b, c, d, e, f = matrix
     x, y = image.width / 2, image.height / 2
     about = (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y)
-    grey = GREY if image.mode == "L" else (GREY,) * 3
+    grey = FILL_GREY if image.mode == "L" else (FILL_GREY,) * 3
     return image.transform(image.size, Image.Transform.AFFINE, about, Image.Resampling.BILINEAR, fillcolor=grey)
 
 
 def _rotate(image: Image.Image, strength: float) -> Image.Image:
-    grey = GREY if image.mode == "L" else (GREY,) * 3
+    grey = FILL_GREY if image.mode == "L" else (FILL_GREY,) * 3
     return image.rotate(30 * strength, Image.Resampling.BILINEAR, fillcolor=grey)
 
 
@@ -65,7 +68,7 @@ def _solarize(image: Image.Image, strength: float) -> Image.Image:
     return ImageOps.solarize(image, round(256 * (1 - abs(strength))))
 
 
-CHANGES: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "identity": lambda image, _: image,
     "autocontrast": lambda image, _: ImageOps.autocontrast(image),
     "equalize": lambda image, _: ImageOps.equalize(image),

@@ -35,57 +35,57 @@ IDENTITY = b"identity"
 
 
 @dataclass(frozen=True, eq=False)
-class Verdicts:
+class ExampleIndex:
     """identity: of what was looked at; another identity means that it has to be looked at again."""
 
     identity: str
     table: Any  # read out of its buffers: Arrow's own conversions load pandas, which takes longer than all the rest
-    _arrays: dict[str, np.ndarray] = field(default_factory=dict)  # views of columns, which take a while to make
+    _column_cache: dict[str, np.ndarray] = field(default_factory=dict)  # views of columns, which take a while to make
 
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def numbers(self, name: str) -> np.ndarray:
+    def numeric_column(self, name: str) -> np.ndarray:
         """A column of numbers, [N]; not copied, except that of truths."""
-        if name not in self._arrays:
+        if name not in self._column_cache:
             data = self.table[name].chunk(0).buffers()[1]
-            if NUMBERS[name] is np.bool_:
-                self._arrays[name] = (
+            if NUMERIC_COLUMNS[name] is np.bool_:
+                self._column_cache[name] = (
                     np.unpackbits(np.frombuffer(data, np.uint8), count=len(self), bitorder="little") > 0
                 )
             else:
-                self._arrays[name] = np.frombuffer(data, NUMBERS[name])[: len(self)]
-        return self._arrays[name]
+                self._column_cache[name] = np.frombuffer(data, NUMERIC_COLUMNS[name])[: len(self)]
+        return self._column_cache[name]
 
     @property
     def sha256(self) -> np.ndarray:
         """S64 [N]; not copied."""
-        return self.fixed("sha256").view("S64").reshape(-1)
+        return self.bytes_column("sha256").view("S64").reshape(-1)
 
     @property
     def thumbnails(self) -> np.ndarray:
         """uint8 [N, 64]; not copied."""
-        return self.fixed("thumbnail")
+        return self.bytes_column("thumbnail")
 
-    def fixed(self, name: str) -> np.ndarray:
+    def bytes_column(self, name: str) -> np.ndarray:
         """A column of 64 bytes each, uint8 [N, 64]; not copied."""
-        if name not in self._arrays:
+        if name not in self._column_cache:
             data = np.frombuffer(self.table[name].chunk(0).buffers()[1], np.uint8)
-            self._arrays[name] = data[: 64 * len(self)].reshape(-1, 64)
-        return self._arrays[name]
+            self._column_cache[name] = data[: 64 * len(self)].reshape(-1, 64)
+        return self._column_cache[name]
 
-    def text(self, name: str, row: int) -> str:
+    def text_at(self, name: str, row: int) -> str:
         """The entry of a column of texts."""
         return self.table[name][int(row)].as_py()
 
-    def texts(self, name: str, rows: np.ndarray) -> list[str]:
+    def texts_at(self, name: str, rows: np.ndarray) -> list[str]:
         """The entries of several rows; many times quicker than one by one."""
         _, ends, texts = self.table[name].chunk(0).buffers()
         bounds, data = np.frombuffer(ends, np.int64), memoryview(texts)
         places = zip(bounds[rows].tolist(), bounds[rows + 1].tolist(), strict=True)
         return [str(data[start:end], "utf-8") for start, end in places]
 
-    def equals(self, name: str, text: str) -> np.ndarray:
+    def text_equals(self, name: str, text: str) -> np.ndarray:
         """bool [N]: where a column of texts has this one."""
         chunk, wanted = self.table[name].chunk(0), np.frombuffer(text.encode(), np.uint8)
         ends = np.frombuffer(chunk.buffers()[1], np.int64)[: len(self) + 1]
@@ -96,29 +96,29 @@ class Verdicts:
             found[rows] = (texts == wanted).all(1)
         return found
 
-    def sound(self) -> np.ndarray:
+    def valid_mask(self) -> np.ndarray:
         """bool [N]: without a problem."""
-        return self.equals("problem", "")
+        return self.text_equals("problem", "")
 
-    def rows_of(self, split: str) -> np.ndarray:
+    def rows_in_split(self, split: str) -> np.ndarray:
         """int64: rows of a split without a problem, in order."""
-        return np.flatnonzero(self.equals("split", split) & self.sound())
+        return np.flatnonzero(self.text_equals("split", split) & self.valid_mask())
 
-    def has(self, split: str) -> bool:
+    def has_split(self, split: str) -> bool:
         """Whether any example is of this split, broken ones too."""
-        return bool(self.equals("split", split).any())
+        return bool(self.text_equals("split", split).any())
 
     def problems(self) -> list[tuple[int, str]]:
         """(row, reason) of every example that can't be used."""
-        rows = np.flatnonzero(~self.sound())
-        return [(row, self.text("problem", row)) for row in rows.tolist()]
+        rows = np.flatnonzero(~self.valid_mask())
+        return [(row, self.text_at("problem", row)) for row in rows.tolist()]
 
 
-class Column(Sequence[str]):
+class TextColumn(Sequence[str]):
     """A column of texts, looked up where it lies."""
 
-    def __init__(self, verdicts: Verdicts, name: str):
-        self._column = verdicts.table[name]
+    def __init__(self, index: ExampleIndex, name: str):
+        self._column = index.table[name]
 
     def __len__(self) -> int:
         return len(self._column)
@@ -127,77 +127,79 @@ class Column(Sequence[str]):
         return self._column[int(row)].as_py()
 
 
-NUMBERS = {
+NUMERIC_COLUMNS = {
     "label": np.int32, "size": np.int64, "time": np.int64, "width": np.int32, "height": np.int32, "plain": np.bool_,
     "likeness": np.uint64,
 }  # fmt: skip
-BYTES = ("sha256", "thumbnail")
-TEXTS = ("format", "problem")
+BYTES_COLUMNS = ("sha256", "thumbnail")
+TEXT_COLUMNS = ("format", "problem")
 
 
-class Draft:
+class ExampleIndexBuilder:
     """Verdicts in the making, all columns but the names' and the splits'; a million rows take 200 MB."""
 
     def __init__(self, rows: int):
-        self.numbers: dict[str, np.ndarray] = {name: np.zeros(rows, kind) for name, kind in NUMBERS.items()}
-        self.bytes = {name: np.zeros((rows, 64), np.uint8) for name in BYTES}
-        self.texts = {name: [""] * rows for name in TEXTS}
+        self.numeric_columns: dict[str, np.ndarray] = {
+            name: np.zeros(rows, kind) for name, kind in NUMERIC_COLUMNS.items()
+        }
+        self.bytes_columns = {name: np.zeros((rows, 64), np.uint8) for name in BYTES_COLUMNS}
+        self.text_columns = {name: [""] * rows for name in TEXT_COLUMNS}
 
-    def fill(self, row: int, **entries: Any) -> None:
+    def set_row(self, row: int, **entries: Any) -> None:
         """Entries by column; the others stay as they are."""
         for name, entry in entries.items():
-            if name in BYTES:
-                self.bytes[name][row] = np.frombuffer(entry, np.uint8)
+            if name in BYTES_COLUMNS:
+                self.bytes_columns[name][row] = np.frombuffer(entry, np.uint8)
             else:
-                (self.numbers if name in NUMBERS else self.texts)[name][row] = entry
+                (self.numeric_columns if name in NUMERIC_COLUMNS else self.text_columns)[name][row] = entry
 
-    def copy(self, rows: np.ndarray, before: Verdicts, earlier: np.ndarray) -> None:
+    def copy_rows(self, rows: np.ndarray, previous: ExampleIndex, previous_rows: np.ndarray) -> None:
         """Takes the entries of earlier rows over."""
-        for name, column in self.numbers.items():
-            column[rows] = before.numbers(name)[earlier]
-        for name, fixed in self.bytes.items():
-            fixed[rows] = before.fixed(name)[earlier]
-        for name, texts in self.texts.items():
-            for row, text in zip(rows.tolist(), before.table[name].take(earlier).to_pylist(), strict=True):
+        for name, column in self.numeric_columns.items():
+            column[rows] = previous.numeric_column(name)[previous_rows]
+        for name, fixed in self.bytes_columns.items():
+            fixed[rows] = previous.bytes_column(name)[previous_rows]
+        for name, texts in self.text_columns.items():
+            for row, text in zip(rows.tolist(), previous.table[name].take(previous_rows).to_pylist(), strict=True):
                 texts[row] = text
 
-    def finish(self, identity: str, names: Sequence[str], splits: Sequence[str]) -> Verdicts:
+    def build(self, identity: str, names: Sequence[str], splits: Sequence[str]) -> ExampleIndex:
         import pyarrow as pa
 
         fixed = {
             name: pa.FixedSizeBinaryArray.from_buffers(pa.binary(64), len(column), [None, pa.py_buffer(column)])
-            for name, column in self.bytes.items()
+            for name, column in self.bytes_columns.items()
         }
-        texts = {"path": names, "split": splits, **self.texts}
+        texts = {"path": names, "split": splits, **self.text_columns}
         columns = {name: pa.array(entries, pa.large_string()) for name, entries in texts.items()}
-        columns |= {name: pa.array(column) for name, column in self.numbers.items()} | fixed
-        return Verdicts(identity, pa.table(columns).replace_schema_metadata({IDENTITY: identity.encode()}))
+        columns |= {name: pa.array(column) for name, column in self.numeric_columns.items()} | fixed
+        return ExampleIndex(identity, pa.table(columns).replace_schema_metadata({IDENTITY: identity.encode()}))
 
 
-def place_of(data_dir: str, name: str, where: Path) -> Path:
+def index_path_for(data_dir: str, name: str, source_path: Path) -> Path:
     """Where the verdicts over the data set `name`, read from `where`, are kept."""
-    place = hashlib.sha256(os.fsencode(where.resolve())).hexdigest()[:16]
+    place = hashlib.sha256(os.fsencode(source_path.resolve())).hexdigest()[:16]
     return Path(data_dir) / ".index" / f"{name}-{place}.v{VERSION}.arrow"
 
 
-def read(path: Path) -> Verdicts | None:
+def read(path: Path) -> ExampleIndex | None:
     """The stored verdicts, mapped into memory; None when there are none or the file is not what was written."""
     import pyarrow as pa
 
-    if not checksummed.is_whole(path):
+    if not checksummed.is_intact(path):
         return None
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    return Verdicts(table.schema.metadata[IDENTITY].decode(), table)
+    return ExampleIndex(table.schema.metadata[IDENTITY].decode(), table)
 
 
-def write(path: Path, verdicts: Verdicts) -> Verdicts:
+def write(path: Path, index: ExampleIndex) -> ExampleIndex:
     """Stores them and gives them back mapped; where nothing can be written, as they are."""
     import pyarrow as pa
 
     def fill(file: Any) -> None:
-        with pa.ipc.new_file(file, verdicts.table.schema) as writer:
-            writer.write_table(verdicts.table, max_chunksize=max(1, len(verdicts)))
+        with pa.ipc.new_file(file, index.table.schema) as writer:
+            writer.write_table(index.table, max_chunksize=max(1, len(index)))
 
     with contextlib.suppress(OSError):
         checksummed.write(path, fill)
-    return read(path) or verdicts
+    return read(path) or index

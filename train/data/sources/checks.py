@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from train.data.catalog import Source, source
+from train.data.catalog import Source, get_source
 from train.data.sources.folder_layout import check_root
 
-TABLES = (".csv", ".jsonl", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson")
 
 
 def check(
@@ -20,7 +20,7 @@ def check(
     Reads folder listings and the first bytes of one file per class, no more.
     Raises: ValueError in one line.
     """
-    chosen = source(name)
+    chosen = get_source(name)
     if name == "folder":
         _check_no_manual_dir(name, manual_dir)
         check_root(root)
@@ -31,7 +31,7 @@ def check(
         return
     if root is not None:
         raise ValueError(f"data.root must be left out for data={name}, got {root}; use data=folder data.root={root}")
-    if not chosen.files:
+    if not chosen.manual_files:
         _check_no_manual_dir(name, manual_dir)
     else:
         _check_manual_dir(name, chosen, manual_dir, is_prepared(chosen, data_dir))
@@ -41,15 +41,17 @@ def _check_table(file: str | None, root: str | None) -> None:
     if file is None or not Path(file).is_file():
         got = "none" if file is None else f"{file}, which is no file"
         raise ValueError(f"data.file must be a CSV or JSON lines file of path and label, got {got}; use data.file=PATH")
-    if Path(file).suffix.lower() not in TABLES:
-        raise ValueError(f"data.file must end in {', '.join(TABLES)}, got {file}; use a table of one of these kinds")
+    if Path(file).suffix.lower() not in TABLE_SUFFIXES:
+        raise ValueError(
+            f"data.file must end in {', '.join(TABLE_SUFFIXES)}, got {file}; use a table of one of these kinds"
+        )
     if root is not None and not Path(root).is_dir():
         raise ValueError(f"data.root must be the folder that paths are relative to, got {root}; use data.root=PATH")
 
 
-def is_prepared(chosen: Source, data_dir: str) -> bool:
+def is_prepared(tfds_source: Source, data_dir: str) -> bool:
     """Whether the set was prepared earlier. The folder gets its name by a rename, when it is complete."""
-    return any((Path(data_dir) / chosen.tfds).glob("*/dataset_info.json"))
+    return any((Path(data_dir) / tfds_source.tfds_name).glob("*/dataset_info.json"))
 
 
 def _check_no_manual_dir(name: str, manual_dir: str | None) -> None:
@@ -59,14 +61,14 @@ def _check_no_manual_dir(name: str, manual_dir: str | None) -> None:
         )
 
 
-def _check_manual_dir(name: str, chosen: Source, manual_dir: str | None, prepared: bool) -> None:
-    needed = f"data.manual_dir must be a folder with {', '.join(chosen.files)} for data={name}"
+def _check_manual_dir(name: str, tfds_source: Source, manual_dir: str | None, prepared: bool) -> None:
+    needed = f"data.manual_dir must be a folder with {', '.join(tfds_source.manual_files)} for data={name}"
     if manual_dir is None:
-        if chosen.by_hand and not prepared:
+        if tfds_source.requires_manual_download and not prepared:
             raise ValueError(f"{needed}, got none; use data.manual_dir=PATH, the files need an account at their origin")
         return
     if not Path(manual_dir).is_dir():
         raise ValueError(f"{needed}, got {manual_dir}, which is no folder; use data.manual_dir=PATH")
-    missing = [file for file in chosen.files if not (Path(manual_dir) / file).is_file()]
+    missing = [file for file in tfds_source.manual_files if not (Path(manual_dir) / file).is_file()]
     if missing and not prepared:
         raise ValueError(f"{needed}, got {manual_dir} without {', '.join(missing)}; use a folder that holds them all")

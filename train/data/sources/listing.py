@@ -38,23 +38,23 @@ class Listing:
     names: Sequence[str]
     splits: Sequence[str]
     store: Store
-    origin: str
-    index: Path
+    error_prefix: str
+    index_path: Path
     identity: str = ""
     labels: Any = None
-    stamps: np.ndarray | None = None
+    file_stats: np.ndarray | None = None
     problems: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-class Numbered(Sequence[str]):
+class LazySequence(Sequence[str]):
     """What `say` tells of every row of parts that lie one after the other; nothing is held in memory."""
 
-    def __init__(self, counts: dict[str, int], say: Callable[[str, int], str]):
+    def __init__(self, counts: dict[str, int], make_entry: Callable[[str, int], str]):
         """say: (part, number within the part) -> entry."""
-        self._say, self._parts = say, list(counts)
+        self._make_entry, self._parts = make_entry, list(counts)
         self._ends = list(itertools.accumulate(counts.values()))
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Numbered(Sequence[str]):
         if row >= len(self):
             raise IndexError(row)
         part = bisect.bisect_right(self._ends, row)
-        return self._say(self._parts[part], row - (self._ends[part - 1] if part else 0))
+        return self._make_entry(self._parts[part], row - (self._ends[part - 1] if part else 0))
 
 
 class FileStore:

@@ -12,9 +12,9 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from train.data.ingestion.example_index import place_of
+from train.data.ingestion.example_index import index_path_for
 from train.data.sources.folder import list_files
-from train.data.sources.folder_layout import PARTS
+from train.data.sources.folder_layout import SPLIT_ALIASES
 from train.data.sources.listing import Listing
 
 COLUMNS = ("path", "label", "split")
@@ -27,13 +27,13 @@ def list_manifest(file: str, root: str | None, data_dir: str) -> Listing:
     """
     place = Path(file)
     try:
-        lines = list(_lines(place))
+        lines = list(_parse_lines(place))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.file must be readable, got {file} ({_reason(error)}); use data.file=PATH") from error
     seen: dict[str, int] = {}
     for number, path, _, _ in lines:
         if path in seen:
-            raise _fault(place, number, f"{path} once more, as in line {seen[path]}", "each path once")
+            raise _manifest_error(place, number, f"{path} once more, as in line {seen[path]}", "each path once")
         seen[path] = number
     classes = tuple(sorted({label for _, _, label, _ in lines}))
     if len(classes) < 2:
@@ -48,38 +48,40 @@ def list_manifest(file: str, root: str | None, data_dir: str) -> Listing:
         [split or ("train" if any(splits) else "") for split in splits],
         [number_of[label] for _, _, label, _ in lines],
         classes,
-        place_of(data_dir, "manifest", place),
+        index_path_for(data_dir, "manifest", place),
     )
 
 
-def _lines(place: Path) -> Iterator[tuple[int, str, str, str]]:
+def _parse_lines(path: Path) -> Iterator[tuple[int, str, str, str]]:
     """(number of the line, path, label, split or "")."""
-    with place.open(encoding="utf-8-sig", newline="") as file:
-        for number, entry in _csv(place, file) if place.suffix.lower() == ".csv" else _json(place, file):
-            _refuse_columns(place, number, entry)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, entry in _parse_csv(path, file) if path.suffix.lower() == ".csv" else _parse_json(path, file):
+            _check_columns(path, number, entry)
             for name in ("path", "label"):
                 if entry.get(name) in (None, ""):
-                    raise _fault(place, number, f"no {name}", f"a {name} in every line")
+                    raise _manifest_error(path, number, f"no {name}", f"a {name} in every line")
             split = str(entry.get("split") or "")
-            if split and split not in PARTS:
-                raise _fault(place, number, f"split {split}", f"one of {', '.join(PARTS)}")
-            yield number, str(entry["path"]), str(entry["label"]), PARTS.get(split, "")
+            if split and split not in SPLIT_ALIASES:
+                raise _manifest_error(path, number, f"split {split}", f"one of {', '.join(SPLIT_ALIASES)}")
+            yield number, str(entry["path"]), str(entry["label"]), SPLIT_ALIASES.get(split, "")
 
 
-def _csv(place: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
+def _parse_csv(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
     lines = csv.reader(file, strict=True)
     try:
         head = next(lines, [])
-        _refuse_columns(place, 1, head)
+        _check_columns(path, 1, head)
         for entry in filter(None, lines):
             if len(entry) > len(head):
-                raise _fault(place, lines.line_num, f"{entry[len(head)]} behind the last column", "as many as above")
+                raise _manifest_error(
+                    path, lines.line_num, f"{entry[len(head)]} behind the last column", "as many as above"
+                )
             yield lines.line_num, dict(zip(head, entry, strict=False))
     except csv.Error as error:
-        raise _fault(place, lines.line_num, str(error), "CSV with a head line path,label") from error
+        raise _manifest_error(path, lines.line_num, str(error), "CSV with a head line path,label") from error
 
 
-def _json(place: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
+def _parse_json(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -88,18 +90,20 @@ def _json(place: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict):
-            raise _fault(place, number, line.strip()[:40], 'lines like {"path": "a.jpg", "label": "cat"}')
+            raise _manifest_error(path, number, line.strip()[:40], 'lines like {"path": "a.jpg", "label": "cat"}')
         yield number, entry
 
 
-def _refuse_columns(place: Path, number: int, names: Iterable[str]) -> None:
+def _check_columns(path: Path, line_number: int, names: Iterable[str]) -> None:
     strange = sorted(set(names) - set(COLUMNS))
     if strange:
-        raise _fault(place, number, strange[0], f"the columns {', '.join(COLUMNS)}")
+        raise _manifest_error(path, line_number, strange[0], f"the columns {', '.join(COLUMNS)}")
 
 
-def _fault(place: Path, number: int, got: str, use: str) -> ValueError:
-    return ValueError(f"data.file must be a table of path, label and split, got {got} in {place}:{number}; use {use}")
+def _manifest_error(path: Path, line_number: int, got: str, use: str) -> ValueError:
+    return ValueError(
+        f"data.file must be a table of path, label and split, got {got} in {path}:{line_number}; use {use}"
+    )
 
 
 def _reason(error: Exception) -> str:

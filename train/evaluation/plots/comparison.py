@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.evaluation.plots.style import BLUE, GREY, ORANGE, RED, figure, shortened
+from train.evaluation.plots.style import BLUE, GREY, ORANGE, RED, make_figure, shorten
 
-MOST = 60  # rows that have a line of their own
-NAMED = 25  # points that have a name
+MAX_ROWS = 60  # rows that have a line of their own
+MAX_NAMED_POINTS = 25  # points that have a name
 
 
-def seeds(rows: list[Any], metric: str) -> Figure:
+def plot_seeds(rows: list[Any], metric: str) -> Figure:
     """Every seed as a dot, the mean as a line, the 95 % interval as a bar. rows: of train.compare, in their order."""
-    shown = rows[:MOST]
-    made, ((axes,),) = figure(8, 1.1 + 0.3 * max(len(shown), 2))
+    shown = rows[:MAX_ROWS]
+    made, ((axes,),) = make_figure(8, 1.1 + 0.3 * max(len(shown), 2))
     places = np.arange(len(shown))
     for place, row in zip(places, shown, strict=True):
         values = list(row.values.values())
@@ -25,38 +25,38 @@ def seeds(rows: list[Any], metric: str) -> Figure:
         if row.accuracy.n > 1:
             axes.plot([row.accuracy.low, row.accuracy.high], [place] * 2, color=ORANGE, linewidth=3, alpha=0.8)
         axes.plot([row.accuracy.mean], [place], "|", color="black", markersize=11, markeredgewidth=1.6)
-    axes.set_yticks(places, [shortened(row.label, 46) for row in shown], fontsize=7)
+    axes.set_yticks(places, [shorten(row.label, 46) for row in shown], fontsize=7)
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    more = f" (the first {MOST} of {len(rows)} rows)" if len(rows) > MOST else ""
+    more = f" (the first {MAX_ROWS} of {len(rows)} rows)" if len(rows) > MAX_ROWS else ""
     axes.set_title(f"{metric}: seeds, mean, 95 % interval{more}")
     return made
 
 
-def front(rows: list[Any], metric: str) -> Figure:
+def plot_pareto_front(rows: list[Any], metric: str) -> Figure:
     """Accuracy over the multiply-accumulates of an image; the line joins what nothing beats at its cost."""
-    made, ((axes,),) = figure(8, 4.6)
-    known = [row for row in rows if not math.isnan(row.figures["macs"])]
+    made, ((axes,),) = make_figure(8, 4.6)
+    known = [row for row in rows if not math.isnan(row.costs["macs"])]
     if not known:
         axes.axis("off")
         axes.text(0, 0.5, "no run has its multiply-accumulates in MLflow")
         return made
     for row in known:
-        colour = RED if row.best_buy else GREY
+        colour = RED if row.on_pareto_front else GREY
         if row.accuracy.n > 1:
             half = [[row.accuracy.mean - row.accuracy.low], [row.accuracy.high - row.accuracy.mean]]
-            axes.errorbar(row.figures["macs"], row.accuracy.mean, half, color=colour, linewidth=1, capsize=2)
-        axes.plot(row.figures["macs"], row.accuracy.mean, "o", color=colour, markersize=5)
-    best = sorted((row for row in known if row.best_buy), key=lambda row: row.figures["macs"])
+            axes.errorbar(row.costs["macs"], row.accuracy.mean, half, color=colour, linewidth=1, capsize=2)
+        axes.plot(row.costs["macs"], row.accuracy.mean, "o", color=colour, markersize=5)
+    best = sorted((row for row in known if row.on_pareto_front), key=lambda row: row.costs["macs"])
     axes.plot(
-        [row.figures["macs"] for row in best], [row.accuracy.mean for row in best], color=RED, linewidth=1, alpha=0.6,
+        [row.costs["macs"] for row in best], [row.accuracy.mean for row in best], color=RED, linewidth=1, alpha=0.6,
         label="nothing is more accurate for as little",
     )  # fmt: skip
-    for row in [*best, *(row for row in known if not row.best_buy)][:NAMED]:
+    for row in [*best, *(row for row in known if not row.on_pareto_front)][:MAX_NAMED_POINTS]:
         axes.annotate(
-            shortened(row.label, 40), (row.figures["macs"], row.accuracy.mean), (5, 4), textcoords="offset points",
+            shorten(row.label, 40), (row.costs["macs"], row.accuracy.mean), (5, 4), textcoords="offset points",
             fontsize=6.5,
         )  # fmt: skip
-    costs = [row.figures["macs"] for row in known]
+    costs = [row.costs["macs"] for row in known]
     if max(costs) > 3 * min(costs):
         axes.set_xscale("log")
     axes.margins(x=0.15)

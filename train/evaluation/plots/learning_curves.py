@@ -6,10 +6,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from train.evaluation.plots.style import BLUE, GREY, ORANGE, PALETTE, figure
+from train.evaluation.plots.style import BLUE, GREY, ORANGE, PALETTE, make_figure
 
 # The main output's own loss stands beside the validation loss; the training's total has the auxiliary losses in it.
-LOSSES = {
+LOSS_CURVES = {
     "train/main_loss": ("train, main", BLUE),
     "train/loss": ("train", BLUE),
     "validation/loss": ("validation", ORANGE),
@@ -19,35 +19,35 @@ TITLES = {
     "accuracy": "accuracy of the main output",
     "learning_rate": "learning rate",
 }
-ACCURACIES = {
+ACCURACY_CURVES = {
     "train/main_accuracy": ("train", BLUE),
     "validation/main_accuracy": ("validation", ORANGE),
     "validation/main_top5_accuracy": ("validation, top 5", GREY),
 }
 
 
-def learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> dict[str, Figure]:
+def plot_learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> dict[str, Figure]:
     """`loss`, `accuracy`, `learning_rate`; epochs count from 1 there, and the best one is marked.
 
     lines: the journal's, in order; epochs count from 0.
     """
     epochs = [line for line in lines if "validation/loss" in line["values"]]
     seen = {name for line in epochs for name in line["values"]}
-    losses = dict(LOSSES)
+    losses = dict(LOSS_CURVES)
     losses.pop("train/loss" if "train/main_loss" in seen else "train/main_loss")
     auxiliary = sorted(name for name in seen if name.startswith("train/aux"))
     found = {}
     for name, title in TITLES.items():
-        found[name], ((axes,),) = figure(4.6, 3.4)
+        found[name], ((axes,),) = make_figure(4.6, 3.4)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if name == "learning_rate":
-            _learning_rate(axes, lines)
+            _plot_learning_rate(axes, lines)
         else:
-            _draw(axes, epochs, losses if name == "loss" else ACCURACIES)
+            _plot_metrics(axes, epochs, losses if name == "loss" else ACCURACY_CURVES)
             for number, own in enumerate(one for one in auxiliary if one.endswith(f"_{name}")):
-                _line(axes, epochs, own, own.removesuffix(f"_{name}"), PALETTE[2 + number % 6], "--")
+                _plot_metric(axes, epochs, own, own.removesuffix(f"_{name}"), PALETTE[2 + number % 6], "--")
             axes.legend(fontsize=7)
         if name != "accuracy":
             axes.set_ylim(bottom=0)
@@ -60,19 +60,19 @@ def learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> dict
     return found
 
 
-def _draw(axes: Any, epochs: list[dict[str, Any]], names: dict[str, tuple[str, str]]) -> None:
-    for name, (label, colour) in names.items():
-        _line(axes, epochs, name, label, colour, "-")
+def _plot_metrics(axes: Any, epochs: list[dict[str, Any]], curves: dict[str, tuple[str, str]]) -> None:
+    for name, (label, colour) in curves.items():
+        _plot_metric(axes, epochs, name, label, colour, "-")
 
 
-def _line(axes: Any, epochs: list[dict[str, Any]], name: str, label: str, colour: str, style: str) -> None:
+def _plot_metric(axes: Any, epochs: list[dict[str, Any]], name: str, label: str, colour: str, style: str) -> None:
     there = [(line["epoch"] + 1, line["values"][name]) for line in epochs if name in line["values"]]
     if there:
         marker = "o" if len(there) == 1 else None
         axes.plot(*zip(*there, strict=True), style, label=label, color=colour, linewidth=1.5, marker=marker)
 
 
-def _learning_rate(axes: Any, lines: list[dict[str, Any]]) -> None:
+def _plot_learning_rate(axes: Any, lines: list[dict[str, Any]]) -> None:
     """Over the steps between the epochs too, where they were logged."""
     ends = [line for line in lines if "validation/loss" in line["values"]]
     if not ends:

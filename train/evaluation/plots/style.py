@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000", "#999999")
 GREY = "#999999"
-MAP = "cividis"  # of one colour scale, dark to light
+COLORMAP = "cividis"  # of one colour scale, dark to light
 DPI = 110
 STYLE = {
     "font.size": 9,
@@ -32,25 +32,25 @@ STYLE = {
 mpl.rcParams.update(STYLE)
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def make_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure of so many inches, and its axes as an array [rows, columns]."""
     made = Figure(figsize=(width, height), dpi=DPI)
     return made, made.subplots(rows, columns, squeeze=False, **options)
 
 
-def png(made: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """The figure as a file."""
     data = io.BytesIO()
-    made.savefig(data, format="png")
+    figure.savefig(data, format="png")
     return data.getvalue()
 
 
-def shortened(name: str, most: int = 18) -> str:
+def shorten(name: str, max_length: int = 18) -> str:
     """A name that has room beside an axis."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    return name if len(name) <= max_length else f"{name[: max_length - 1]}…"
 
 
-def picture(axes: Any, image: Any, title: str = "") -> None:
+def draw_image(axes: Any, image: Any, title: str = "") -> None:
     """An image [H, W, 1 or 3] without axes, its pixels as they are."""
     grey = image.shape[-1] == 1
     axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=255)

@@ -21,7 +21,7 @@ from train.config import composition
 from train.config.schema import Config, ConfigError
 
 
-class Processes(launcher.Launcher):
+class ProcessLauncher(launcher.Launcher):
     """Trials as processes of this machine. The sweeper below hands them over one by one; others can't use it."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -32,36 +32,36 @@ class Processes(launcher.Launcher):
         raise ConfigError("hydra/launcher=processes goes with hydra/sweeper=trials; use both, or neither")
 
 
-class Trials(sweeper.Sweeper):
+class TrialSweeper(sweeper.Sweeper):
     """Freezes the trials of a sweep, and has each one run from its frozen config."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._loader, self._node = hydra_context.config_loader, config
-        self._context, self._task = hydra_context, task_function
+        self._config_loader, self._config = hydra_context.config_loader, config
+        self._hydra_context, self._task_function = hydra_context, task_function
 
     def sweep(self, arguments: list[str]) -> Any:
         """Ends the process with the sweep's exit code."""
         from train.sweep import run
 
-        common = self._without_hydra(self._node)
+        common = self._without_hydra(self._config)
         config = OmegaConf.to_object(common)
         assert isinstance(config, Config)
-        name = self._node.hydra.runtime.choices["hydra/launcher"]
-        elsewhere = None if name == "processes" else run.Elsewhere(name, self._launch)
-        sys.exit(run.sweep(arguments, config, self._loader, self._composed, elsewhere))
+        name = self._config.hydra.runtime.choices["hydra/launcher"]
+        elsewhere = None if name == "processes" else run.ExternalLauncher(name, self._launch)
+        sys.exit(run.run_sweep(arguments, config, self._config_loader, self._compose, elsewhere))
 
-    def _composed(self, words: list[str]) -> DictConfig:
-        return self._without_hydra(self._loader.load_sweep_config(self._node, words))
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        return self._without_hydra(self._config_loader.load_sweep_config(self._config, overrides))
 
-    def _launch(self, jobs: list[list[str]], first: int, folder: str) -> Any:
+    def _launch(self, jobs: list[list[str]], first_number: int, folder: str) -> Any:
         """By the launcher that the user has chosen, which keeps what it has to keep in the folder."""
-        with read_write(self._node):
-            self._node.hydra.sweep.dir, self._node.hydra.sweep.subdir = folder, "."
+        with read_write(self._config):
+            self._config.hydra.sweep.dir, self._config.hydra.sweep.subdir = folder, "."
         launcher = Plugins.instance().instantiate_launcher(
-            config=self._node, hydra_context=self._context, task_function=self._task
+            config=self._config, hydra_context=self._hydra_context, task_function=self._task_function
         )
-        here = [f"hydra.sweep.dir={composition.quoted(folder)}", "hydra.sweep.subdir=."]  # each job composes anew
-        return launcher.launch([[*words, *here] for words in jobs], initial_job_idx=first)
+        here = [f"hydra.sweep.dir={composition.quote_value(folder)}", "hydra.sweep.subdir=."]  # each job composes anew
+        return launcher.launch([[*words, *here] for words in jobs], initial_job_idx=first_number)
 
     @staticmethod
     def _without_hydra(node: DictConfig) -> DictConfig:
@@ -72,18 +72,20 @@ class Trials(sweeper.Sweeper):
 
 
 @dataclass
-class _Trials:
+class _TrialSweeperConfig:
     _target_: str = f"{__name__}.Trials"
 
 
 @dataclass
-class _Processes:
+class _ProcessLauncherConfig:
     _target_: str = f"{__name__}.Processes"
 
 
 def register() -> None:
     """Makes them known to Hydra, which does not look into a package that is installed in place."""
-    ConfigStore.instance().store(group="hydra/sweeper", name="trials", node=_Trials, provider="inception")
-    ConfigStore.instance().store(group="hydra/launcher", name="processes", node=_Processes, provider="inception")
-    Plugins.instance().register(Trials)
-    Plugins.instance().register(Processes)
+    ConfigStore.instance().store(group="hydra/sweeper", name="trials", node=_TrialSweeperConfig, provider="inception")
+    ConfigStore.instance().store(
+        group="hydra/launcher", name="processes", node=_ProcessLauncherConfig, provider="inception"
+    )
+    Plugins.instance().register(TrialSweeper)
+    Plugins.instance().register(ProcessLauncher)

@@ -6,6 +6,6 @@ import importlib
 from typing import Any
 
 
-def of(backend: str) -> Any:
+def get_step_class(backend: str) -> Any:
     """The class of a backend's step (`train.training.step.base.Step`)."""
     return importlib.import_module(f"train.training.step.{backend}").Step

@@ -12,13 +12,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from train.training.step.layerwise_lr import Plan
+from train.training.step.layerwise_lr import FreezeSchedule
 
 Tensor = Any
 
-WATCHED = ("the loss", "the gradients", "the statistics of batch normalisation")
-NORMS = ("all", "first_layer")  # of gradients, where they are measured
-LEAST_LOSS_SCALE = 1.0  # mixed_float16 starts at 32,768 and halves at every skipped step
+CHECKED_TENSORS = ("the loss", "the gradients", "the statistics of batch normalisation")
+GRADIENT_NORMS = ("all", "first_layer")  # of gradients, where they are measured
+MIN_LOSS_SCALE = 1.0  # mixed_float16 starts at 32,768 and halves at every skipped step
 
 
 class Step(ABC):
@@ -28,12 +28,12 @@ class Step(ABC):
     host does not wait for the device at every step.
     """
 
-    COUNTER: str  # dtype of what counts steps
+    COUNTER_DTYPE: str  # dtype of what counts steps
 
     def __init__(
-        self, model: keras.Model, inference: keras.Model, rate: Any, batch_size: int, jit: bool,
-        *, mixed: bool = False, weighted: bool = False, gradients: bool = False, plan: Plan | None = None,
-        teacher: keras.Model | None = None,
+        self, model: keras.Model, inference: keras.Model, schedule: Any, batch_size: int, jit: bool,
+        *, float_images: bool = False, example_weights: bool = False, measure_gradients: bool = False,
+        freeze_schedule: FreezeSchedule | None = None, teacher: keras.Model | None = None,
     ):  # fmt: skip
         """`rate`: the learning rate schedule (optim.Rate); batches have `batch_size` examples.
 
@@ -41,35 +41,40 @@ class Step(ABC):
         plan: None where all of the network learns all of the time. teacher: from images to logits; what it says stands
         behind the labels of `main` (losses.Taught).
         """
-        self.model, self.rate, self._plan = model, rate, plan
+        self.model, self.schedule, self._freeze_schedule = model, schedule, freeze_schedule
         self._teacher: Any = teacher
-        self._outputs = tuple(model.output)
-        self._scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        self._output_names = tuple(model.output)
+        self._uses_loss_scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         # Under mixed_float16 Keras wraps the optimizer, and the averages belong to the one inside.
-        self._optimizer = model.optimizer.inner_optimizer if self._scaling else model.optimizer
-        self._learning = model.trainable_variables  # all that learn in one stage or another
-        model.optimizer.build(self._learning)
-        self._count = self._own((), "count")  # steps of the run, skipped ones too
-        self._first_bad = self._own((len(WATCHED),), "first_bad")  # 0: none
-        self._norms = self._own((len(NORMS),), "norms", "float32") if gradients else None  # of the last step
-        self._moving = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+        self._optimizer = model.optimizer.inner_optimizer if self._uses_loss_scaling else model.optimizer
+        self._trainable_variables = model.trainable_variables  # all that learn in one stage or another
+        model.optimizer.build(self._trainable_variables)
+        self._step_count = self._make_variable((), "count")  # steps of the run, skipped ones too
+        self._first_non_finite = self._make_variable((len(CHECKED_TENSORS),), "first_bad")  # 0: none
+        self._gradient_norms = (
+            self._make_variable((len(GRADIENT_NORMS),), "norms", "float32") if measure_gradients else None
+        )  # of the last step
+        self._moving_statistics = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
         labels = (batch_size, model.output["main"].shape[-1])
-        self._given = [((batch_size, *model.input_shape[1:]), "float32" if mixed else "uint8"), (labels, "float32")]
-        self._given += [((batch_size,), "float32")] if weighted else []
+        self._input_specs = [
+            ((batch_size, *model.input_shape[1:]), "float32" if float_images else "uint8"),
+            (labels, "float32"),
+        ]
+        self._input_specs += [((batch_size,), "float32")] if example_weights else []
         self._make_metrics(labels)
         self._jit = jit
-        self.notes: Callable[[], int] = lambda: 0  # what this process wants all to hear; 0: nothing
-        self._stage: int | None = None  # that is traced
-        moved = [*self._learning, *self._optimizer.variables]
-        self._watched = [v for v in moved if keras.backend.is_float_dtype(v.dtype)]
-        self.predict = self.predictor(inference, jit)  # logits of the main output, float32 [N, classes]
+        self.local_signal: Callable[[], int] = lambda: 0  # what this process wants all to hear; 0: nothing
+        self._traced_stage: int | None = None  # that is traced
+        moved = [*self._trainable_variables, *self._optimizer.variables]
+        self._updated_variables = [v for v in moved if keras.backend.is_float_dtype(v.dtype)]
+        self.predict = self.make_predictor(inference, jit)  # logits of the main output, float32 [N, classes]
 
-    def _own(self, shape: tuple[int, ...], name: str, dtype: str = "") -> keras.Variable:
-        return keras.Variable(np.zeros(shape), dtype=dtype or self.COUNTER, trainable=False, name=name)
+    def _make_variable(self, shape: tuple[int, ...], name: str, dtype: str = "") -> keras.Variable:
+        return keras.Variable(np.zeros(shape), dtype=dtype or self.COUNTER_DTYPE, trainable=False, name=name)
 
     @staticmethod
     @abstractmethod
-    def predictor(model: keras.Model, jit: bool) -> Callable[[Any], np.ndarray]:
+    def make_predictor(model: keras.Model, jit: bool) -> Callable[[Any], np.ndarray]:
         """Images uint8 [N, H, W, C] -> the single output of `model` as an array."""
 
     @abstractmethod
@@ -84,60 +89,64 @@ class Step(ABC):
         """The step of a stage, of batches as `_given` says."""
 
     @abstractmethod
-    def _whole(self) -> bool:
+    def _weights_finite(self) -> bool:
         """Whether all that learns is finite."""
 
     @abstractmethod
-    def _teach(self, images: Tensor) -> Tensor:
+    def _teacher_logits(self, images: Tensor) -> Tensor:
         """The teacher's logits, within a step."""
 
     def begin_epoch(self, epoch: int) -> bool:
         """Freezes what does not learn in this epoch; whether the next step is slow, because its graph is new."""
-        stage = self._plan.stage_of(epoch) if self._plan else 0
-        if stage == self._stage:
+        stage = self._freeze_schedule.stage_of(epoch) if self._freeze_schedule else 0
+        if stage == self._traced_stage:
             return False
-        if self._plan:
-            self._plan.freeze(stage)
-        self._train, self._stage = self._trace(stage), stage
+        if self._freeze_schedule:
+            self._freeze_schedule.freeze(stage)
+        self._train, self._traced_stage = self._trace(stage), stage
         return True
 
     @contextmanager
-    def thawed(self) -> Iterator[None]:
+    def unfrozen(self) -> Iterator[None]:
         """Nothing is marked as frozen, as long as the network is written down for others."""
-        if self._plan and self._stage is not None:
-            for layer in (layer for layers in self._plan.layers.values() for layer in layers):
+        if self._freeze_schedule and self._traced_stage is not None:
+            for layer in (layer for layers in self._freeze_schedule.layer_groups.values() for layer in layers):
                 layer.trainable = True
         try:
             yield
         finally:
-            if self._plan and self._stage is not None:
-                self._plan.freeze(self._stage)
+            if self._freeze_schedule and self._traced_stage is not None:
+                self._freeze_schedule.freeze(self._traced_stage)
 
     def _make_metrics(self, labels: tuple[int, int]) -> None:
         """Lets Keras make the metrics' variables, which `load` fills. Made in a trace they would take a second one."""
-        empty = dict.fromkeys(self._outputs, ops.zeros(labels))
-        truth = self._taught(empty, None)
+        empty = dict.fromkeys(self._output_names, ops.zeros(labels))
+        truth = self._with_teacher_logits(empty, None)
         self.model.compute_loss(y=truth, y_pred=empty)
         self.model.compute_metrics(None, truth, empty, None)
         self.model.reset_metrics()
 
-    def _taught(self, truth: dict[str, Tensor], images: Tensor | None) -> dict[str, Tensor]:
+    def _with_teacher_logits(self, labels_by_output: dict[str, Tensor], images: Tensor | None) -> dict[str, Tensor]:
         """The labels by output, those of `main` with what a teacher says of the images behind them, or zeros."""
         if self._teacher is None:
-            return truth
-        labels = truth["main"]
-        said = ops.zeros_like(labels) if images is None else ops.cast(self._teach(images), "float32")
-        return {**truth, "main": ops.concatenate([labels, said], axis=-1)}
+            return labels_by_output
+        labels = labels_by_output["main"]
+        said = ops.zeros_like(labels) if images is None else ops.cast(self._teacher_logits(images), "float32")
+        return {**labels_by_output, "main": ops.concatenate([labels, said], axis=-1)}
 
-    def fault(self) -> tuple[str, int] | None:
+    def non_finite(self) -> tuple[str, int] | None:
         """What was not finite first, and in which step of the run; None as long as all is well."""
-        first = {name: int(step) for name, step in zip(WATCHED, np.asarray(self._first_bad), strict=True) if step}
+        first = {
+            name: int(step)
+            for name, step in zip(CHECKED_TENSORS, np.asarray(self._first_non_finite), strict=True)
+            if step
+        }
         if first:
             return min(first.items(), key=lambda item: item[1])
-        if self._scaling and float(self.model.optimizer.dynamic_scale) < LEAST_LOSS_SCALE:
-            return f"the gradients (loss scale below {LEAST_LOSS_SCALE:g})", int(self._count)
-        if not self._whole():  # an update may break what it is given whole: the next loss would tell
-            return "the weights", int(self._count)
+        if self._uses_loss_scaling and float(self.model.optimizer.dynamic_scale) < MIN_LOSS_SCALE:
+            return f"the gradients (loss scale below {MIN_LOSS_SCALE:g})", int(self._step_count)
+        if not self._weights_finite():  # an update may break what it is given whole: the next loss would tell
+            return "the weights", int(self._step_count)
         return None
 
     def state(self) -> dict[str, np.ndarray]:
@@ -154,13 +163,13 @@ class Step(ABC):
         """
         variables = self._variables()
         for name in sorted({*variables, *state}):
-            has = _form(variables[name]) if name in variables else "none"
-            got = _form(state[name]) if name in state else "none"
+            has = _dtype_and_shape(variables[name]) if name in variables else "none"
+            got = _dtype_and_shape(state[name]) if name in state else "none"
             if has != got:
                 raise ValueError(f"{name} must be as the network and its optimizer have it ({has}), got {got}")
         for name, variable in variables.items():
             self._assign(variable, state[name])
-        self._assign(self._first_bad, np.zeros(len(WATCHED), self.COUNTER))
+        self._assign(self._first_non_finite, np.zeros(len(CHECKED_TENSORS), self.COUNTER_DTYPE))
 
     def _assign(self, variable: keras.Variable, value: np.ndarray) -> None:
         variable.assign(value)
@@ -177,7 +186,7 @@ class Step(ABC):
             for kind, variables in kinds.items()
             for number, variable in enumerate(variables)
         }
-        return found | {"count": self._count, "learning_rate_factor": self.rate.factor}
+        return found | {"count": self._step_count, "learning_rate_factor": self.schedule.scale}
 
     def metrics(self) -> dict[str, float]:
         """Means since the last `reset_metrics`: `loss`, `main_loss`, `main_accuracy`, `aux_loss`, ...
@@ -185,43 +194,43 @@ class Step(ABC):
         Where gradients are measured also their norms in the last step, `gradient_norm/...`.
         """
         found = {name: float(value) for name, value in self.model.get_metrics_result().items()}
-        if len(self._outputs) == 1:  # Keras leaves the output's name away where there is only one
+        if len(self._output_names) == 1:  # Keras leaves the output's name away where there is only one
             found = {"main_accuracy": found["accuracy"], "main_loss": found["loss"], "loss": found["loss"]}
-        if self._scaling:
+        if self._uses_loss_scaling:
             found["loss_scale"] = float(self.model.optimizer.dynamic_scale)
             # The public counter is divided by the steps that are accumulated.
-            found["skipped_steps"] = float(int(self._count) - int(self._optimizer._iterations))
-        if self._norms is not None:
-            norms = np.asarray(self._norms)
-            found |= {f"gradient_norm/{name}": float(norm) for name, norm in zip(NORMS, norms, strict=True)}
+            found["skipped_steps"] = float(int(self._step_count) - int(self._optimizer._iterations))
+        if self._gradient_norms is not None:
+            norms = np.asarray(self._gradient_norms)
+            found |= {f"gradient_norm/{name}": float(norm) for name, norm in zip(GRADIENT_NORMS, norms, strict=True)}
         return found
 
     def reset_metrics(self) -> None:
         self.model.reset_metrics()
 
-    def heard(self) -> int:
+    def agreed_signal(self) -> int:
         """The largest of what the processes of the run noted (`notes`), the same in all after the same step."""
-        return self.notes()
+        return self.local_signal()
 
     def learning_rate(self) -> float:
         """The learning rate of the next update."""
         return float(self.model.optimizer.learning_rate)
 
-    def slow_down(self, factor: float) -> None:
+    def set_lr_scale(self, scale: float) -> None:
         """Multiplies all learning rates from now on by `factor`, in place of what was given before."""
-        self._assign(self.rate.factor, np.array(factor))
+        self._assign(self.schedule.scale, np.array(scale))
 
-    def factor(self) -> float:
+    def lr_scale(self) -> float:
         """What `slow_down` was given."""
-        return float(self.rate.factor)
+        return float(self.schedule.scale)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def using_ema_weights(self) -> Iterator[None]:
         """The averaged weights in the model's place, where the optimizer keeps some; put back by copy, to the bit."""
         if not self._optimizer.use_ema:
             yield
             return
-        weights = self._learning
+        weights = self._trainable_variables
         kept = [np.array(weight.value) for weight in weights]
         for weight, average in zip(weights, self._optimizer._model_variables_moving_average, strict=True):
             self._assign(weight, np.array(average.value))
@@ -250,12 +259,12 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     return ops.all(ops.stack([ops.isfinite(ops.sum(tensor)) for tensor in tensors if tensor is not None]))
 
 
-def norms(gradients: list[Tensor], variables: list[keras.Variable]) -> Tensor:
+def gradient_norms(gradients: list[Tensor], variables: list[keras.Variable]) -> Tensor:
     """float32 [2], Euclidean: of all gradients together, and of the first kernel's."""
     squares = [ops.sum(ops.square(ops.cast(gradient, "float32"))) for gradient in gradients]
     first = next(number for number, variable in enumerate(variables) if variable.path.endswith("kernel"))
     return ops.sqrt(ops.stack([sum(squares), squares[first]]))
 
 
-def _form(value: Any) -> str:
+def _dtype_and_shape(value: Any) -> str:
     return f"{value.dtype.name if hasattr(value.dtype, 'name') else value.dtype} {tuple(value.shape)}"

@@ -16,19 +16,21 @@ import tensorflow as tf
 
 
 @contextmanager
-def faster(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+def fused_kernels(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
     """While it lasts, a training step of `model` is traced with these kernels. Batches have to have a known size.
 
     Results are those of Keras within rounding: of float32, or of the 16 bits that a policy computes in.
     """
     ours: list[tuple[Any, str, Any]] = []
-    if update := UPDATES.get(type(optimizer)):
+    if update := FUSED_UPDATES.get(type(optimizer)):
         ours.append((optimizer, "update_step", partial(update, optimizer)))
     for layer in model._flatten_layers():
-        if normalises_channels(layer):
-            ours.append((layer, "call", partial(normalise, layer)))
-        elif type(layer) is keras.layers.Conv2D and is_plain(layer) and not tf.config.get_visible_devices("GPU"):
-            ours.append((layer, "call", partial(convolve, layer)))
+        if can_fuse_batchnorm(layer):
+            ours.append((layer, "call", partial(fused_batchnorm, layer)))
+        elif (
+            type(layer) is keras.layers.Conv2D and can_replace_conv(layer) and not tf.config.get_visible_devices("GPU")
+        ):
+            ours.append((layer, "call", partial(conv_with_matmul_gradient, layer)))
     for owner, name, function in ours:
         setattr(owner, name, function)
     try:
@@ -41,14 +43,16 @@ def faster(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterato
 # --------------------------------------------------------------------------------------------- batch normalisation
 
 
-def normalises_channels(layer: keras.Layer) -> bool:
+def can_fuse_batchnorm(layer: keras.Layer) -> bool:
     """Whether the fused kernel can do what the layer does: normalise channels that come last, over this device."""
     if type(layer) is not keras.layers.BatchNormalization or layer.renorm or layer.synchronized:
         return False
     return layer.input.ndim == 4 and layer.axis in (-1, 3)
 
 
-def normalise(layer: keras.layers.BatchNormalization, inputs: tf.Tensor, training: Any = None, mask: Any = None) -> Any:
+def fused_batchnorm(
+    layer: keras.layers.BatchNormalization, inputs: tf.Tensor, training: Any = None, mask: Any = None
+) -> Any:
     """What the layer's own `call` does, by TensorFlow's fused kernel: one pass where Keras's operations take several.
 
     inputs: [N, H, W, C], in the precision of the policy, as is what comes out; sums are made in float32.
@@ -74,25 +78,25 @@ def normalise(layer: keras.layers.BatchNormalization, inputs: tf.Tensor, trainin
 # there are few positions to sum over. There a matrix product is faster, by up to ten times: of all patches of the
 # images with the gradients of the outputs. Up to so many positions for each filter it was, by scripts/bench_kernels.py;
 # in bfloat16 it always was for kernels of one position, where the patches are the images.
-POSITIONS_PER_FILTER = {"bfloat16": 16, "float32": 2}
+MAX_POSITIONS_PER_FILTER = {"bfloat16": 16, "float32": 2}
 
 
-def is_faster_as_product(precision: str, kernel: tuple[int, int], positions: int, filters: int) -> bool:
+def is_matmul_faster(precision: str, kernel: tuple[int, int], positions: int, filters: int) -> bool:
     """Whether the gradient of the filters is. positions: of all images of a batch, in the outputs."""
     if (precision, kernel) == ("bfloat16", (1, 1)):
         return True
-    return positions <= POSITIONS_PER_FILTER.get(precision, 0) * filters
+    return positions <= MAX_POSITIONS_PER_FILTER.get(precision, 0) * filters
 
 
-def is_plain(layer: keras.layers.Conv2D) -> bool:
+def can_replace_conv(layer: keras.layers.Conv2D) -> bool:
     """A convolution that steps by one position, without gaps and groups."""
     return (layer.strides, layer.dilation_rate, layer.groups) == ((1, 1), (1, 1), 1)
 
 
-def convolve(layer: keras.layers.Conv2D, inputs: tf.Tensor) -> tf.Tensor:
+def conv_with_matmul_gradient(layer: keras.layers.Conv2D, inputs: tf.Tensor) -> tf.Tensor:
     """What the layer's own `call` does. inputs: [N, H, W, C]."""
     padding, positions = layer.padding.upper(), math.prod(layer.compute_output_shape(inputs.shape)[:-1])
-    if not is_faster_as_product(inputs.dtype.name, layer.kernel_size, positions, layer.filters):
+    if not is_matmul_faster(inputs.dtype.name, layer.kernel_size, positions, layer.filters):
         return type(layer).call(layer, inputs)
 
     @tf.custom_gradient
@@ -130,14 +134,14 @@ def filter_gradient(images: tf.Tensor, upstream: tf.Tensor, shape: Any, padding:
 # A weight's update in one kernel, which reads and writes everything once, where Keras's operations do so several times.
 
 
-def momentum_step(optimizer: keras.optimizers.SGD, gradient: tf.Tensor, variable: Any, rate: Any) -> None:
+def momentum_step(optimizer: keras.optimizers.SGD, gradient: tf.Tensor, variable: Any, learning_rate: Any) -> None:
     """What the optimizer's own `update_step` does. Source: Sutskever et al. 2013, section 2."""
     if not optimizer.momentum:
-        return type(optimizer).update_step(optimizer, gradient, variable, rate)
+        return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
     tf.raw_ops.ResourceApplyKerasMomentum(
-        var=handle(variable),
-        accum=handle(optimizer.momentums[optimizer._get_variable_index(variable)]),
-        lr=tf.cast(rate, variable.dtype),
+        var=resource_handle(variable),
+        accum=resource_handle(optimizer.momentums[optimizer._get_variable_index(variable)]),
+        lr=tf.cast(learning_rate, variable.dtype),
         grad=gradient,
         momentum=tf.cast(optimizer.momentum, variable.dtype),
         use_nesterov=optimizer.nesterov,
@@ -145,19 +149,19 @@ def momentum_step(optimizer: keras.optimizers.SGD, gradient: tf.Tensor, variable
     return None
 
 
-def adam_step(optimizer: keras.optimizers.AdamW, gradient: tf.Tensor, variable: Any, rate: Any) -> None:
+def adam_step(optimizer: keras.optimizers.AdamW, gradient: tf.Tensor, variable: Any, learning_rate: Any) -> None:
     """What the optimizer's own `update_step` does. Source: Kingma & Ba 2015, algorithm 1."""
     if optimizer.amsgrad:
-        return type(optimizer).update_step(optimizer, gradient, variable, rate)
+        return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
     index, step = optimizer._get_variable_index(variable), tf.cast(optimizer.iterations + 1, variable.dtype)
     beta_1, beta_2 = (tf.cast(beta, variable.dtype) for beta in (optimizer.beta_1, optimizer.beta_2))
     tf.raw_ops.ResourceApplyAdam(
-        var=handle(variable),
-        m=handle(optimizer._momentums[index]),
-        v=handle(optimizer._velocities[index]),
+        var=resource_handle(variable),
+        m=resource_handle(optimizer._momentums[index]),
+        v=resource_handle(optimizer._velocities[index]),
         beta1_power=beta_1**step,
         beta2_power=beta_2**step,
-        lr=tf.cast(rate, variable.dtype),
+        lr=tf.cast(learning_rate, variable.dtype),
         beta1=beta_1,
         beta2=beta_2,
         epsilon=tf.cast(optimizer.epsilon, variable.dtype),
@@ -166,16 +170,16 @@ def adam_step(optimizer: keras.optimizers.AdamW, gradient: tf.Tensor, variable: 
     return None
 
 
-def rmsprop_step(optimizer: keras.optimizers.RMSprop, gradient: tf.Tensor, variable: Any, rate: Any) -> None:
+def rmsprop_step(optimizer: keras.optimizers.RMSprop, gradient: tf.Tensor, variable: Any, learning_rate: Any) -> None:
     """What the optimizer's own `update_step` does. Source: Szegedy et al. 2016, section 8."""
     if optimizer.centered or not optimizer.momentum:
-        return type(optimizer).update_step(optimizer, gradient, variable, rate)
+        return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
     index = optimizer._get_variable_index(variable)
     tf.raw_ops.ResourceApplyRMSProp(
-        var=handle(variable),
-        ms=handle(optimizer._velocities[index]),
-        mom=handle(optimizer._momentums[index]),
-        lr=tf.cast(rate, variable.dtype),
+        var=resource_handle(variable),
+        ms=resource_handle(optimizer._velocities[index]),
+        mom=resource_handle(optimizer._momentums[index]),
+        lr=tf.cast(learning_rate, variable.dtype),
         rho=tf.cast(optimizer.rho, variable.dtype),
         momentum=tf.cast(optimizer.momentum, variable.dtype),
         epsilon=tf.cast(optimizer.epsilon, variable.dtype),
@@ -184,13 +188,13 @@ def rmsprop_step(optimizer: keras.optimizers.RMSprop, gradient: tf.Tensor, varia
     return None
 
 
-UPDATES: dict[type, Any] = {
+FUSED_UPDATES: dict[type, Any] = {
     keras.optimizers.SGD: momentum_step,
     keras.optimizers.AdamW: adam_step,
     keras.optimizers.RMSprop: rmsprop_step,
 }
 
 
-def handle(variable: Any) -> tf.Tensor:
+def resource_handle(variable: Any) -> tf.Tensor:
     """What a kernel is given for a variable of Keras or TensorFlow."""
     return (variable.value if isinstance(variable, keras.Variable) else variable).handle

@@ -11,21 +11,23 @@ import numpy as np
 import tensorflow as tf
 
 from train.training.step import base
-from train.training.step.fused_kernels import faster
-from train.training.step.layerwise_lr import scaled
+from train.training.step.fused_kernels import fused_kernels
+from train.training.step.layerwise_lr import layerwise_lr
 
 
 class Step(base.Step):
     """See the base; state lives in variables, which the graph changes in place."""
 
-    COUNTER = "int64"
+    COUNTER_DTYPE = "int64"
 
-    def __init__(self, *given: Any, **options: Any):
-        super().__init__(*given, **options)
-        self._check = tf.function(lambda: base.all_finite([v.value for v in self._watched]), autograph=False)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._all_finite = tf.function(
+            lambda: base.all_finite([v.value for v in self._updated_variables]), autograph=False
+        )
 
     @staticmethod
-    def predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray]:
+    def make_predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray]:
         # One graph for every batch size: the last batch of a split is smaller, and tracing a deep one takes seconds.
         signature = [tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)]
         run = tf.function(
@@ -34,44 +36,44 @@ class Step(base.Step):
         return lambda images: run(images).numpy()
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
-        if self._stage is None:
+        if self._traced_stage is None:
             self.begin_epoch(0)
         self._train(images, labels, *weights)
 
     def _trace(self, stage: int) -> Callable:
         # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
-        step = tf.function(self._watched_step, jit_compile=self._jit, autograph=False)
-        with faster(self.model, self._optimizer), scaled(self._optimizer, self._plan, stage):
-            return step.get_concrete_function(*(tf.TensorSpec(*given) for given in self._given))
+        step = tf.function(self._checked_step, jit_compile=self._jit, autograph=False)
+        with fused_kernels(self.model, self._optimizer), layerwise_lr(self._optimizer, self._freeze_schedule, stage):
+            return step.get_concrete_function(*(tf.TensorSpec(*given) for given in self._input_specs))
 
-    def _watched_step(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
+    def _checked_step(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
         """Keras's own step, and beside it, on the device, which step was the first with something not finite."""
-        self._count.assign_add(1)
-        scale = self.model.optimizer.dynamic_scale.value if self._scaling else 1.0
-        with _gradients_of(self.model.optimizer) as gradients:
-            truth, *weighing = (dict.fromkeys(self._outputs, values) for values in (labels, *weights))
-            truth = self._taught(truth, images)
+        self._step_count.assign_add(1)
+        scale = self.model.optimizer.dynamic_scale.value if self._uses_loss_scaling else 1.0
+        with _capture_gradients(self.model.optimizer) as gradients:
+            truth, *weighing = (dict.fromkeys(self._output_names, values) for values in (labels, *weights))
+            truth = self._with_teacher_logits(truth, images)
             found = self.model.train_step((images, truth, *weighing))
-        if self._norms is not None:
-            self._norms.assign(base.norms(gradients, self.model.trainable_variables) / scale)
+        if self._gradient_norms is not None:
+            self._gradient_norms.assign(base.gradient_norms(gradients, self.model.trainable_variables) / scale)
         finite = [
             base.all_finite([found["loss"]]),  # the mean so far: one bad loss makes it bad
             # Of scaled gradients some are infinite by design: the step is skipped and the scale halved.
-            tf.constant(True) if self._scaling else base.all_finite(gradients),
-            base.all_finite([v.value for v in self._moving]),
+            tf.constant(True) if self._uses_loss_scaling else base.all_finite(gradients),
+            base.all_finite([v.value for v in self._moving_statistics]),
         ]
-        fresh = tf.logical_and(tf.logical_not(tf.stack(finite)), self._first_bad.value == 0)
-        self._first_bad.assign(tf.where(fresh, self._count.value, self._first_bad.value))
+        fresh = tf.logical_and(tf.logical_not(tf.stack(finite)), self._first_non_finite.value == 0)
+        self._first_non_finite.assign(tf.where(fresh, self._step_count.value, self._first_non_finite.value))
 
-    def _teach(self, images: tf.Tensor) -> tf.Tensor:
+    def _teacher_logits(self, images: tf.Tensor) -> tf.Tensor:
         return self._teacher(images, training=False)
 
-    def _whole(self) -> bool:
-        return bool(self._check())
+    def _weights_finite(self) -> bool:
+        return bool(self._all_finite())
 
 
 @contextmanager
-def _gradients_of(optimizer: keras.optimizers.Optimizer) -> Iterator[list[tf.Tensor]]:
+def _capture_gradients(optimizer: keras.optimizers.Optimizer) -> Iterator[list[tf.Tensor]]:
     """Collects what the optimizer is given while a step is traced."""
     seen: list[tf.Tensor] = []
     apply = optimizer.apply
