@@ -16,13 +16,14 @@ unexport MAKEFLAGS MFLAGS
 
 VENV := .venv
 BIN := $(VENV)/bin
-LOCKS := requirements.lock requirements-dev.lock
+LOCKS := requirements/base.lock requirements/dev.lock
 
 # ---------------------------------------------------------------------------------------------- words of the user
 
 KNOBS := PYTHON ARGS QUICK
 WORDED := train resume sweep evaluate compare report export predict serve cost sync reap ui
-PLAIN := setup lock test test-all torture claims bench bench-data bench-guard bench-safeguards lint format readme readme-check help
+PLAIN := setup lock test test-all stress claims bench bench-data bench-guard bench-safeguards lint format docs docs-check help
+RENAMED := torture=stress readme=docs readme-check=docs-check
 
 override TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 override TYPED := $(filter-out $(KNOBS) MAKEFLAGS MAKEOVERRIDES -*%,$(TYPED))
@@ -34,6 +35,10 @@ endif
 
 override UNKNOWN := $(filter-out $(WORDED) $(PLAIN),$(MAKECMDGOALS))
 ifneq ($(UNKNOWN),)
+override NEW := $(patsubst $(firstword $(UNKNOWN))=%,%,$(filter $(firstword $(UNKNOWN))=%,$(RENAMED)))
+ifneq ($(NEW),)
+$(error make $(firstword $(UNKNOWN)) is called make $(NEW) now)
+endif
 $(error "$(firstword $(UNKNOWN))" is no target and no key=value word; write e.g. model=$(firstword $(UNKNOWN)), or see: make help)
 endif
 ifneq ($(strip $(TYPED)),)
@@ -86,14 +91,14 @@ override INSTALL_INTO_VENV = $(ISOLATED) $(BIN)/uv pip install --python $(BIN)/p
 setup: $(STAMP) ## make .venv from the lock files (every other target does it by itself when it is missing or stale)
 	@echo "environment: $(VENV), $$($(BIN)/python --version)"
 
-$(STAMP): $(LOCKS) requirements-uv.lock requirements-gpu.lock
+$(STAMP): $(LOCKS) requirements/uv.lock requirements/gpu.lock
 	@$(ISOLATED) $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "PYTHON must be Python 3.11 to 3.13, got %d.%d; use e.g. make setup PYTHON=python3.12" % v)'
 	@echo "making $(VENV) from the lock files (once)"
 	@$(ISOLATED) $(PYTHON) -m venv --clear $(VENV)
-	@$(ISOLATED) $(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	@$(ISOLATED) $(BIN)/python -m pip install --no-user --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
 	@set -e; locks="$(LOCKS)"; \
 	if [ -n "$(GPU)" ]; then \
-	    echo "an NVIDIA driver is present: installing the gpu extra"; locks="$$locks requirements-gpu.lock"; \
+	    echo "an NVIDIA driver is present: installing the gpu extra"; locks="$$locks requirements/gpu.lock"; \
 	fi; \
 	for lock in $$locks; do set -- "$$@" -r "$$lock"; done; \
 	$(INSTALL_INTO_VENV) --require-hashes "$$@"
@@ -106,7 +111,7 @@ EXPORT := $(VENV)/.extra-export
 # What trains with backend=jax, where that is typed; a run that goes on has had it.
 JAX := $(if $(findstring jax,$(value backend)),$(VENV)/.extra-jax$(GPU))
 
-$(VENV)/.extra-%: requirements-%.lock $(STAMP)
+$(VENV)/.extra-%: requirements/%.lock $(STAMP)
 	@echo "installing the $* extra (once)"
 	@$(INSTALL_INTO_VENV) --require-hashes -r $<
 	@touch $@
@@ -156,23 +161,23 @@ test: $(EXPORT) $(VENV)/.extra-jax ## the default tests (under 8 minutes on 2 qu
 test-all: $(EXPORT) $(VENV)/.extra-jax $(VENV)/.extra-ray ## all tests, the long ones too (ARGS="-m slow -n 2": those alone)
 	@$(BIN)/python -m pytest $(ARGS)
 
-torture: $(STAMP) ## kill real runs 200 times and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
-	@$(BIN)/python scripts/torture.py $(ARGS)
+stress: $(STAMP) ## kill real runs 200 times and compare them with untouched ones (about 45 minutes on 2 cores; ARGS="--kills 20")
+	@$(BIN)/python scripts/stress/runs.py $(ARGS)
 
 claims: $(STAMP) ## ten claims of the Inception papers, run and judged; goes on where it was (hours; QUICK=1: minutes)
-	@$(BIN)/python scripts/claims.py $(if $(QUICK),--quick) $(ARGS)
+	@$(BIN)/python scripts/claims/claims.py $(if $(QUICK),--quick) $(ARGS)
 
 bench-data: $(STAMP) ## how fast images come, beside bare decoding, Keras and PyTorch (about 25 minutes)
-	@$(BIN)/python scripts/bench_data.py $(ARGS)
+	@$(BIN)/python scripts/benchmarks/data_loading.py $(ARGS)
 
 bench: $(STAMP) ## how fast training is, beside Keras's fit, and PyTorch by ARGS="--torch PYTHON" (about 40 minutes on a quiet machine)
-	@$(BIN)/python scripts/bench.py $(ARGS)
+	@$(BIN)/python scripts/benchmarks/training.py $(ARGS)
 
 bench-guard: $(STAMP) ## whether training is still as fast beside Keras's fit as the kept figures say (about 5 minutes)
-	@$(BIN)/python scripts/bench.py --guard $(ARGS)
+	@$(BIN)/python scripts/benchmarks/training.py --guard $(ARGS)
 
 bench-safeguards: $(STAMP) ## what the safeguards cost, measured side by side (about 20 minutes on a quiet machine)
-	@$(BIN)/python scripts/bench_safeguards.py $(ARGS)
+	@$(BIN)/python scripts/benchmarks/safeguards.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -183,11 +188,11 @@ format: $(STAMP) ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-readme: $(STAMP) ## write the README's tables anew from the commands they name
-	@$(BIN)/python scripts/readme.py
+docs: $(STAMP) ## write the README's tables anew from the commands they name
+	@$(BIN)/python scripts/docs/readme.py
 
-readme-check: $(STAMP) ## run every command of the README (ARGS=--quick: all but the long ones)
-	@$(BIN)/python scripts/readme.py --check $(ARGS)
+docs-check: $(STAMP) ## run every command of the README (ARGS=--quick: all but the long ones)
+	@$(BIN)/python scripts/docs/readme.py --check $(ARGS)
 
 lock: $(STAMP) ## resolve the dependencies anew into the lock files
 	@$(ISOLATED) $(BIN)/python scripts/lock.py

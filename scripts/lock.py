@@ -1,6 +1,6 @@
 """Writes the lock files from pyproject.toml: `make lock`.
 
-`requirements.lock` holds the base; `requirements-<extra>.lock` holds what an extra adds, resolved under the base's
+`requirements/base.lock` holds the base; `requirements-<extra>.lock` holds what an extra adds, resolved under the base's
 versions, so that the two install together; `jax-gpu` also under those of `gpu`. All entries carry hashes, none an
 address.
 """
@@ -10,7 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 COMPILE = [
     sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes",
     "--no-annotate", "--no-header", "--no-emit-index-url", "--no-emit-find-links",
@@ -28,12 +28,12 @@ def compile_lock(requirements: list[str], python: str, output: Path, *options: s
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = project["requires-python"].split(",")[0].removeprefix(">=")
-    base = ROOT / "requirements.lock"
+    base = ROOT / "requirements/base.lock"
     compile_lock(project["dependencies"], python, base)
     for extra, requirements in project["optional-dependencies"].items():
-        others = [ROOT / "requirements-gpu.lock"] if extra.endswith("-gpu") else []
+        others = [ROOT / "requirements/gpu.lock"] if extra.endswith("-gpu") else []
         known = [word for lock in (base, *others) for word in ("--constraint", str(lock))]
-        compile_lock(requirements, python, ROOT / f"requirements-{extra}.lock", *known)
+        compile_lock(requirements, python, ROOT / f"requirements/{extra}.lock", *known)
 
 
 if __name__ == "__main__":

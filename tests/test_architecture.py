@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from support.commands import ROOT
 
 PAGE = (ROOT / "docs/architecture.md").read_text()
 COMMANDS = "commands"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import message, once
 
+from support.commands import message
+from support.shared import once
 from train.compare import (
     HEADINGS,
     columns_that_fit,

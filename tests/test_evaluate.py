@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Done, Finished, message, once, run_command
 from PIL import Image
 
+from support.commands import Done, message, run_command
+from support.shared import Finished, once
 from train.evaluate import evaluate
 from train.evaluation.html import format_compact
 

@@ -14,9 +14,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, Done, Finished, message, once, run_command
 from PIL import Image
 
+from support.commands import ROOT, Done, message, run_command
+from support.shared import Finished, once
 from train import formats, models
 from train.cli.arguments import parse
 from train.data.decode import decode, resize
@@ -296,7 +297,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_extra_is_what_the_formats_need():
-    locked = (ROOT / "requirements-export.lock").read_text()
+    locked = (ROOT / "requirements/export.lock").read_text()
     for one in formats.FORMATS.values():
         for package in one.packages:
             assert f"\n{package.replace('_', '-')}==" in f"\n{locked}"

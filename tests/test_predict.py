@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Done, Finished, message, run_command
 from PIL import Image
 from test_export import shipped  # noqa: F401 (a fixture)
 
+from support.commands import ROOT, Done, message, run_command
+from support.shared import Finished
 from train.config.serialization import RUN_FORMAT_VERSION
 from train.predict import expand_paths, predict, top_classes
 from train.serve import ServedModel

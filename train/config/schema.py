@@ -2,7 +2,7 @@
 
 YAML under conf/ holds values, this file holds types; checks.py holds every value against them. Nothing here imports
 the project, Hydra or TensorFlow, so that a mistake is answered at once. What is manifest twice on purpose (names,
-smallest image sizes) is held equal to the dictionaries behind it by tests/test_config.py.
+smallest image sizes) is held equal to the dictionaries behind it by tests/config/test_config.py.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def resolve_formats(name: str, quantize: str) -> list[str]:
             raise ValueError(
                 f"format={one} must have {', '.join(FORMATS[one].packages)}, got no {', '.join(missing)}; "
                 f"install the extra {OPTIONAL_EXTRA}: .venv/bin/python -m uv pip install --python .venv/bin/python "
-                f"-r requirements-{OPTIONAL_EXTRA}.lock"
+                f"-r requirements/{OPTIONAL_EXTRA}.lock"
             )
     return chosen
 

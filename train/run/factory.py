@@ -35,7 +35,7 @@ def check_sources(config: Config) -> None:
     if importlib.util.find_spec(config.backend) is None:
         raise ConfigError(
             f"backend must be installed, got {config.backend}, which is not; use backend=tensorflow, or install the "
-            f"extra: .venv/bin/python -m uv pip install --python .venv/bin/python -r requirements-{config.backend}.lock"
+            f"extra: .venv/bin/python -m uv pip install --python .venv/bin/python -r requirements/{config.backend}.lock"
         )
     weights, teacher = config.model.weights, config.distill.teacher
     if weights not in (None, "imagenet") and not Path(weights).is_file():

@@ -21,7 +21,7 @@ from train.config.schema import Config, ConfigError
 from train.config.validation import check_batch
 from train.runtime import backends
 
-# What `auto` means, by kind of device and model, and why: written by `scripts/bench.py --settings`.
+# What `auto` means, by kind of device and model, and why: written by `scripts/benchmarks/training.py --settings`.
 AUTO_SETTINGS = Path(__file__).with_name("auto_settings.json")
 
 # What it means where nothing has been measured: processors with bfloat16 instructions and GPUs of compute capability

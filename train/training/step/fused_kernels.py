@@ -74,10 +74,10 @@ def fused_batchnorm(
 
 # ----------------------------------------------------------------------------------------------------- convolution
 
-# On processors oneDNN's kernel for the gradient of the filters spends most of its time on the filters themselves where
-# there are few positions to sum over. There a matrix product is faster, by up to ten times: of all patches of the
-# images with the gradients of the outputs. Up to so many positions for each filter it was, by scripts/bench_kernels.py;
-# in bfloat16 it always was for kernels of one position, where the patches are the images.
+# On processors, oneDNN's kernel for the filter gradient spends most of its time on the filters themselves where there
+# are few positions to sum over. There, the matrix product of all image patches with the output gradients is faster, by
+# up to ten times: up to this many positions per filter in scripts/benchmarks/kernels.py. In bfloat16 it was always
+# faster for 1x1 kernels, whose patches are the images.
 MAX_POSITIONS_PER_FILTER = {"bfloat16": 16, "float32": 2}
 
 

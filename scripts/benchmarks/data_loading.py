@@ -1,0 +1,403 @@
+"""How fast images come, beside bare decoding and beside what people use elsewhere; and how much memory that takes.
+
+    python scripts/benchmarks/data_loading.py --report data.json   (about 25 minutes)
+    python scripts/benchmarks/data_loading.py --torch PYTHON   (an interpreter that has PyTorch and Pillow)
+    python scripts/benchmarks/data_loading.py --images FOLDER   (images of your own, too: FOLDER/class/*)
+    python scripts/benchmarks/data_loading.py --memory --report memory.json   (peak memory, 1,000 to 1,000,000 examples)
+    python scripts/benchmarks/data_loading.py --odd FOLDER --report odd.json   (what becomes of a folder of odd files)
+
+The images are made here: photo-like JPEGs of 320x240 and 1024x768. Every measurement is a process of its own with the
+same number of threads; all contestants take turns, and the table has the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+FALL = 1.6  # how fast the amplitude of light falls with its frequency
+SIDE, BATCH, CLASSES = 224, 32, 4
+SETS = {"320x240": (320, 240, 4096), "1024x768": (1024, 768, 384), "32x32": (32, 32, 20_000)}
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+CACHED_BATCH = 256
+
+
+# ------------------------------------------------------------------------------------------------------- contestants
+
+
+def bare(folder: Path, threads: int) -> Callable[[], Iterable]:
+    """Reading and decoding, and nothing else."""
+    import tensorflow as tf
+
+    paths = sorted(str(path) for path in folder.glob("*/*"))
+
+    def epoch() -> Any:
+        stream = tf.data.Dataset.from_tensor_slices(paths)
+        stream = stream.map(lambda path: tf.io.decode_jpeg(tf.io.read_file(path), channels=3), threads)
+        return only(stream, threads).prefetch(2 * BATCH)
+
+    return epoch
+
+
+def ours(folder: Path, threads: int, name: str, **chosen: Any) -> Callable[[], Iterable]:
+    """This project's stream of training batches."""
+    from train import data
+    from train.data import pipeline, pixel_cache
+    from train.data.augmentation import policy
+
+    side, batch = chosen.pop("side", SIDE), chosen.pop("batch", BATCH)
+    augmentation = policy.build(name, **chosen)
+    dataset = data.load("folder", str(folder.parent / "data"), image_size=side, channels=3, root=str(folder))
+    dataset, _ = pixel_cache.choose_cache(dataset, "auto", 1.0, crops=augmentation.random_resized_crop is not None)
+    epochs = iter(range(1000))
+
+    def epoch() -> Any:
+        return pipeline.train_batches(
+            dataset.train,
+            batch_size=batch,
+            seed=0,
+            epoch=next(epochs),
+            augmentation=augmentation,
+            num_classes=CLASSES,
+            threads=threads,
+        )
+
+    return epoch
+
+
+def keras_layers(folder: Path, threads: int) -> Callable[[], Iterable]:
+    """Keras's tutorial: image_dataset_from_directory and random layers."""
+    import keras
+    import tensorflow as tf
+
+    layers = [
+        keras.layers.RandomFlip("horizontal"),
+        keras.layers.RandomRotation(0.1),
+        keras.layers.RandomZoom(0.2),
+    ]
+
+    def change(images: Any, labels: Any) -> Any:
+        for layer in layers:
+            images = layer(images, training=True)
+        return images, labels
+
+    stream = keras.utils.image_dataset_from_directory(
+        folder, image_size=(SIDE, SIDE), batch_size=BATCH, seed=0, verbose=False
+    )
+    return lambda: only(stream.map(change, tf.data.AUTOTUNE), threads).prefetch(2)
+
+
+def torch_loader(folder: Path, threads: int) -> Callable[[], Iterable]:
+    """PyTorch's DataLoader with Pillow doing the random resized crop and the flip, a process per thread."""
+    import torch  # type: ignore[import-not-found]
+    from PIL import Image
+
+    class Files(torch.utils.data.Dataset):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.paths = sorted(folder.glob("*/*"))
+
+        def __len__(self) -> int:
+            return len(self.paths)
+
+        def __getitem__(self, index: int) -> Any:
+            image, draw = Image.open(self.paths[index]).convert("RGB"), torch.rand(5).tolist()
+            area = image.width * image.height * (0.08 + 0.92 * draw[0])
+            stretch = (3 / 4) * (16 / 9) ** draw[1]
+            width = min(image.width, round((area * stretch) ** 0.5))
+            height = min(image.height, round((area / stretch) ** 0.5))
+            left, top = int(draw[2] * (image.width - width + 1)), int(draw[3] * (image.height - height + 1))
+            box = (left, top, left + width, top + height)
+            image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
+            if draw[4] < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
+
+    loader = torch.utils.data.DataLoader(
+        Files(), BATCH, shuffle=True, num_workers=threads, drop_last=True, persistent_workers=True
+    )
+    return lambda: loader
+
+
+def only(stream: Any, threads: int) -> Any:
+    """The same bounds on threads as our own stream has."""
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    return stream.with_options(options)
+
+
+Contestant = Callable[[Path, int], Callable[[], Iterable]]
+CROP, COLOR = "crop 224, flip", "crop 224, flip, colours"
+PHOTOS = ("320x240", "1024x768", "own")
+CONTESTANTS: dict[str, tuple[Contestant, tuple[str, ...]]] = {
+    "bare decoding": (bare, PHOTOS),
+    CROP: (lambda folder, threads: ours(folder, threads, "inception", color=0.0), PHOTOS),
+    COLOR: (lambda folder, threads: ours(folder, threads, "inception"), PHOTOS),
+    "Keras: flip, rotation, zoom": (keras_layers, PHOTOS),
+    "PyTorch DataLoader: crop 224, flip": (torch_loader, PHOTOS),
+    "in memory, 32 px: flip, padded crop": (
+        lambda folder, threads: ours(folder, threads, "flip_crop", side=32, batch=CACHED_BATCH),
+        ("32x32",),
+    ),
+}
+TORCH = "PyTorch DataLoader: crop 224, flip"
+TARGETED = "320x240"
+TARGETS = (
+    (CROP, "bare decoding", 0.70),
+    (COLOR, "bare decoding", 0.50),
+    (CROP, "Keras: flip, rotation, zoom", 5.0),
+    (CROP, TORCH, 1.8),
+)
+
+
+def measure(name: str, folder: Path, threads: int, seconds: float) -> dict[str, float]:
+    """One contestant in this process: images per second after a first epoch, and peak memory in bytes."""
+    epoch = CONTESTANTS[name][0](folder, threads)
+    count(epoch())
+    images, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        images += count(epoch())
+    return {"images_per_second": images / (time.perf_counter() - start), "peak_bytes": peak_bytes()}
+
+
+def count(epoch: Iterable) -> int:
+    """Images of an epoch; a single image has three dimensions."""
+    images = 0
+    for element in epoch:
+        first = element[0] if isinstance(element, tuple | list) else element
+        images += len(first) if first.ndim == 4 else 1
+    return images
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process and of its workers, which are its children."""
+    return sum(map(_peak_of, [os.getpid(), *_children()]))
+
+
+def _children() -> list[int]:
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(number) for number in found]
+
+
+def _peak_of(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def make_images(folder: Path, width: int, height: int, number: int) -> None:
+    """Photo-like JPEGs: light that varies as in photographs, some flat shapes, quality 90.
+
+    They take 2.4 bits per pixel at 320x240 and 1.4 at 1024x768. Real photographs brought to these sizes took 1.3 to 2.7
+    and 0.7 to 2.0, most of them near the upper end.
+    """
+    from PIL import Image, ImageDraw
+
+    generator = np.random.default_rng(0)
+    for label in range(CLASSES):
+        (folder / f"class {label}").mkdir(parents=True)
+    fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij")
+    fall = 1 / np.maximum(np.hypot(fy, fx), 1 / max(width, height)) ** FALL
+    for index in range(number):
+        shape = (3, *fall.shape)
+        waves = (generator.normal(size=shape) + 1j * generator.normal(size=shape)) * fall
+        light = np.fft.irfft2(waves, (height, width)).transpose(1, 2, 0)
+        light = light.mean(axis=2, keepdims=True) + 0.3 * light
+        pixels = np.clip(128 + 55 * light / light.std(), 0, 255).astype(np.uint8)
+        image = Image.fromarray(pixels)
+        draw = ImageDraw.Draw(image)
+        for _ in range(6):
+            x, y = generator.integers(0, width), generator.integers(0, height)
+            box = (x, y, x + generator.integers(4, width // 3), y + generator.integers(4, height // 3))
+            draw.ellipse(box, fill=tuple(int(v) for v in generator.integers(0, 256, 3)))
+        image.save(folder / f"class {index % CLASSES}" / f"{index:06d}.jpg", quality=90)
+
+
+# ------------------------------------------------------------------------------------------------------- side by side
+
+
+def child(words: list[str], python: str = sys.executable) -> dict[str, float]:
+    """This program in a process of its own; the figures it prints."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    done = subprocess.run([python, __file__, *words], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All contestants in turn, several times; a row for each and each set of images."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as place:
+        for images in (*SETS, "own") if arguments.images else SETS:
+            folder = Path(place) / images
+            names = [name for name, (_, sets) in CONTESTANTS.items() if images in sets]
+            names = [name for name in names if name != TORCH or arguments.torch]
+            if not any(arguments.only in name for name in names):
+                continue
+            if images == "own":
+                folder.symlink_to(arguments.images.resolve())
+            else:
+                make_images(folder, *SETS[images])
+            found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+            for _ in range(arguments.rounds):
+                for name in names:
+                    words = ["--one", name, "--folder", str(folder), "--threads", str(arguments.threads)]
+                    python = arguments.torch if name == TORCH else sys.executable
+                    found[name].append(child([*words, "--seconds", str(arguments.seconds)], python))
+            told = arguments.images.name if images == "own" else images
+            rows += [row_of(told, name, results) for name, results in found.items()]
+            tell(rows[-len(names) :])
+    return rows
+
+
+def row_of(images: str, name: str, results: list[dict[str, float]]) -> dict[str, Any]:
+    rates = [result["images_per_second"] for result in results]
+    return {
+        "images": images,
+        "name": name,
+        "images_per_second": statistics.median(rates),
+        "least": min(rates),
+        "most": max(rates),
+        "peak_bytes": statistics.median(result["peak_bytes"] for result in results),
+    }
+
+
+def tell(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        spread = f"{row['least']:,.0f} to {row['most']:,.0f}"
+        print(
+            f"{row['images']:>9}  {row['name']:<36} {row['images_per_second']:>9,.0f} images/s ({spread})  "
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            flush=True,
+        )
+    rates = {row["name"]: row["images_per_second"] for row in rows}
+    for name, other, target in TARGETS:
+        if rows[0]["images"] == TARGETED and {name, other} <= set(rates):
+            print(f"{'':>11}{name} / {other}: {rates[name] / rates[other]:.2f} (wanted: {target})", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def make_records(folder: Path, number: int) -> None:
+    """A prepared TFDS set of `number` small pictures, all different, in the folder that `digits` is looked for in."""
+    import tensorflow_datasets as tfds
+
+    from train.data.digits.digits_dataset_builder import Builder
+
+    builder = Builder(data_dir=str(folder), file_format="tfrecord")
+    generator = np.random.default_rng(0)
+
+    def examples() -> Iterable[tuple[int, dict[str, Any]]]:
+        for index in range(number):
+            pixels = generator.integers(0, 256, (8, 8, 1), np.uint8)
+            pixels[0, :4, 0] = np.frombuffer(np.uint32(index).tobytes(), np.uint8)
+            yield index, {"image": pixels, "label": index % 10}
+
+    builder._generate_examples = examples
+    builder._split_generators = lambda *_: {"train": examples()}
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats="skip"))
+
+
+def open_and_read(folder: Path) -> dict[str, float]:
+    """Opens the set and draws 200 batches; the second opening counts, since the first one looks at everything."""
+    from train import data
+    from train.data import pipeline, pixel_cache
+    from train.data.augmentation import policy
+
+    dataset = data.load("digits", str(folder), image_size=32, channels=1)
+    dataset, _ = pixel_cache.choose_cache(dataset, "none", 0.0, crops=False)
+    stream = pipeline.train_batches(
+        dataset.train, batch_size=BATCH, seed=0, epoch=0, augmentation=policy.build("flip_crop"), num_classes=10
+    )
+    for _ in stream.take(200 if len(dataset.train) > 200 * BATCH else 20):
+        pass
+    return {"peak_bytes": peak_bytes()}
+
+
+def memory(sizes: Iterable[int]) -> list[dict[str, Any]]:
+    """Peak memory by number of examples."""
+    rows = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory(prefix="bench-data-") as place:
+            child(["--make-records", str(size), "--folder", place])
+            first = child(["--read-records", "--folder", place])
+            again = [child(["--read-records", "--folder", place])["peak_bytes"] for _ in range(3)]
+        later = statistics.median(again)
+        rows.append({"examples": size, "peak_bytes": later, "first_peak_bytes": first["peak_bytes"]})
+        mib = [peak / 2**20 for peak in (later, first["peak_bytes"])]
+        print(f"{size:>9,} examples: {mib[0]:,.0f} MiB, the first time {mib[1]:,.0f} MiB", flush=True)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- odd files
+
+
+def odd(folder: Path) -> list[dict[str, Any]]:
+    """What becomes of every file that the folder's `index.json` lists, by what Pillow takes it for."""
+    from train.data.ingestion.validation import Limits, inspect
+
+    kinds: dict[str, Counter] = {}
+    for entry in json.loads((folder / "index.json").read_text()):
+        found = inspect((folder / entry["file"]).read_bytes(), 0, Limits())
+        kind = kinds.setdefault(entry.get("format", "no format"), Counter())
+        kind.update(["files", "named" if found.problem else "decoded"])
+        print(f"{entry['file']}: {found.problem or f'{found.format} {found.width}x{found.height}'}")
+    order = sorted(kinds, key=lambda kind: -kinds[kind]["files"])
+    return [{"kind": kind, **{name: kinds[kind][name] for name in ("files", "decoded", "named")}} for kind in order]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long each measurement takes")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", default="", help="sets of images that have a contestant of this name")
+    parser.add_argument("--images", type=Path, help="a folder of your own images, to be measured as well")
+    parser.add_argument("--torch", help="an interpreter that has PyTorch and Pillow")
+    parser.add_argument("--memory", action="store_true", help="measure memory by number of examples instead")
+    parser.add_argument("--odd", type=Path, help="look at the files of this folder, listed in its index.json, instead")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--report", type=Path, help="where the rows are written, as JSON")
+    for name in ("--one", "--folder", "--make-records"):  # what this program says to itself
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--read-records", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, Path(arguments.folder), arguments.threads, arguments.seconds)))
+    elif arguments.make_records:
+        make_records(Path(arguments.folder), int(arguments.make_records))
+        print("{}")
+    elif arguments.read_records:
+        print(json.dumps(open_and_read(Path(arguments.folder))))
+    else:
+        if arguments.odd:
+            rows = odd(arguments.odd)
+        else:
+            rows = memory(arguments.sizes) if arguments.memory else compare(arguments)
+        if arguments.report:
+            arguments.report.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,473 @@
+"""The README's tables and commands.
+
+`make docs` writes the tables from the code, `make docs-check` runs the commands in a fresh clone; with --quick
+all but those that take minutes, and those that are stages of .ci/run themselves. Tables stand
+between `<!-- table: NAME -->` and `<!-- end -->`. Commands are the lines of blocks fenced as `sh`; they run in order,
+in one clone in a temporary folder, where `my_images/` holds a few hundred digits. A command that
+serves until it is ended (`make ui`) has to answer within a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from train.config import schema as schema
+from train.config.composition import compose, format_value
+from train.config.serialization import flatten
+from train.config.validation import describe_limits
+from train.evaluation.html import format_compact
+from train.runtime import setup
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+FIGURES = ROOT / "scripts/results"  # measured, and kept as they came
+TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COMMANDS = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LONG = (
+    "make sweep model=vgg16,vgg16_inception seed=0,1,2 model.width=0.25 epochs=6 evaluate.test=true",
+    "make compare experiment=inception baseline=model=vgg16 epochs=6",  # of that sweep's runs
+    "make claims QUICK=1",
+    "make lint",
+    "make test",
+)
+SERVERS = {"make ui": "http://127.0.0.1:5000/"}
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def config_table() -> str:
+    """Every key of the schema with its default, range and meaning."""
+    defaults = _defaults([])
+    lines = ["| key | default | allowed | what |", "|---|---|---|---|"]
+    for item in dataclasses.fields(schema.Config):
+        if item.name in schema.GROUPS:
+            lines += _group_rows(item.name, defaults)
+        elif item.metadata:
+            lines.append(_row(item.name, item, f"`{format_value(defaults[item.name])}`"))
+        else:
+            node = type(getattr(schema.Config(), item.name))
+            lines += [
+                _row(f"{item.name}.{f.name}", f, f"`{format_value(defaults.get(f'{item.name}.{f.name}', {}))}`")
+                for f in dataclasses.fields(node)
+            ]
+    return "\n".join(lines)
+
+
+def _defaults(words: list[str]) -> dict[str, object]:
+    """Of every key, where these words are typed."""
+    found = flatten(dataclasses.asdict(compose(words)))
+    return found | {"data.image_size": None}  # null is what is shipped; the composed config has it filled in
+
+
+def _group_rows(group: str, defaults: dict) -> list[str]:
+    options = schema.GROUPS[group]
+    names = ", ".join(f"`{name}`" for name in options)
+    rows = [f"| **`{group}`** | `{defaults[f'{group}.name']}` | {names} | `conf/{group}/` |"]
+    of_options = {name: defaults | _defaults([f"{group}={name}"]) for name in options}
+    seen: dict[tuple[str, str], tuple[dataclasses.Field, list[str]]] = {}  # by name and meaning
+    for name, node in options.items():
+        for item in dataclasses.fields(node):
+            if item.name != "name":
+                seen.setdefault((item.name, item.metadata["text"]), (item, []))[1].append(name)
+    for (key, _), (item, owners) in seen.items():
+        only = "" if len(owners) == len(options) else f" ({', '.join(owners)})"
+        default = defaults.get(f"{group}.{key}", flatten({key: _default(item)})[key])
+        others: dict[str, list[str]] = {}
+        for name in owners:
+            if (other := of_options[name][f"{group}.{key}"]) != default:
+                others.setdefault(f"`{format_value(other)}`", []).append(name)
+        told = "".join(f"; {other} with {', '.join(found)}" for other, found in others.items())
+        rows.append(_row(f"{group}.{key}", item, f"`{format_value(default)}`{told}", only))
+    return rows
+
+
+def _default(item: dataclasses.Field) -> object:
+    return item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+
+
+def _row(name: str, item: dataclasses.Field, default: str, only: str = "") -> str:
+    choices, unit = item.metadata["choices"], item.metadata["unit"]
+    allowed = ", ".join(f"`{choice}`" for choice in choices) or describe_limits(item)
+    if "bool" in str(item.type):
+        allowed = "`true`, `false`"
+    return f"| `{name}` | {default} | {allowed}{f' {unit}' if unit else ''} | {item.metadata['text']}{only} |"
+
+
+def models_table() -> str:
+    """Published size of every network: parameters and multiply-accumulates at its native size, 1,000 classes."""
+    from train import models
+    from train.models import cost, weights
+
+    lines = [
+        "| `model=` | image | parameters | with auxiliary heads | multiply-accumulates |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, side in models.NATIVE_SIZE.items():
+        with weights.without_weights():
+            model = models.build(name, (side, side, 3), 1000)
+            inference, training = cost.total_cost(models.inference_model(model)), cost.total_cost(model)
+        figures = f"{inference.parameters:,} | {training.parameters:,} | {inference.macs:,}"
+        lines.append(f"| `{name}` | {side} x {side} x 3 | {figures} |")
+    return "\n".join(lines)
+
+
+def torture_table() -> str:
+    """What `make stress ARGS="--report scripts/results/stress.json"` found."""
+    found = json.loads((FIGURES / "stress.json").read_text())
+    lines = ["| runs of | runs | kills | identical | differing |", "|---|---:|---:|---:|---:|"]
+    rows = [*found["cases"].items(), ("**all**", found)]
+    lines += [f"| {name} | {r['runs']} | {r['kills']} | {r['identical']} | {r['differing']} |" for name, r in rows]
+    between = "{torn_journals} torn journals, {damaged_checkpoints} damaged checkpoints, {sigterms} SIGTERMs"
+    return "\n".join([*lines, "", f"Between the kills: {between.format(**found)}."])
+
+
+def safeguards_table() -> str:
+    """What `make bench-safeguards ARGS="--report scripts/results/safeguards.json"` found."""
+    lines = [
+        "| compared | images/s | ratio of medians | single pairs | equal runs | run times | waited for checkpoints |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "safeguards.json").read_text()):
+        one, two = row["median_images_per_second"]
+        pairs, equals = ("{:.3f} to {:.3f}".format(*row[name]) for name in ("ratios_of_pairs", "ratios_of_equals"))
+        figures = f"{one:.1f}, {two:.1f} | {row['ratio']:.3f} | {pairs} | {equals} | {row['ratio_of_run_times']:.3f}"
+        lines.append(f"| {row['name']} ({row['pairs']} pairs) | {figures} | {row['stall']:.2%} |")
+    return "\n".join(lines)
+
+
+def data_table() -> str:
+    """What `make bench-data ARGS="--report scripts/results/data.json"` found."""
+    rows = json.loads((FIGURES / "data.json").read_text())
+    bare = {row["images"]: row["images_per_second"] for row in rows if row["name"] == "bare decoding"}
+    lines = [
+        "| images | what is done to them | images/s | least to most | of bare decoding | peak memory |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        rate, base = row["images_per_second"], bare.get(row["images"])
+        share = f"{rate / base:.2f}" if base else ""
+        lines.append(
+            f"| {row['images']} | {row['name']} | {rate:,.0f} | {row['least']:,.0f} to {row['most']:,.0f} | {share} "
+            f"| {row['peak_bytes'] / 2**20:,.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    """What `make bench-data ARGS="--memory --report scripts/results/memory.json"` found."""
+    lines = ["| examples | peak memory | when everything is looked at, the first time |", "|---:|---:|---:|"]
+    for row in json.loads((FIGURES / "memory.json").read_text()):
+        peaks = (f"{row[name] / 2**20:,.0f} MiB" for name in ("peak_bytes", "first_peak_bytes"))
+        lines.append(f"| {row['examples']:,} | {' | '.join(peaks)} |")
+    return "\n".join(lines)
+
+
+def odd_table() -> str:
+    """What `make bench-data ARGS="--odd FOLDER --report scripts/results/odd.json"` found."""
+    rows = json.loads((FIGURES / "odd.json").read_text())
+    sums = {name: sum(row[name] for row in rows) for name in ("files", "decoded", "named")}
+    lines = ["| Pillow says | files | decoded | named with a reason |", "|---|---:|---:|---:|"]
+    lines += [f"| {row['kind']} | {row['files']} | {row['decoded']} | {row['named']} |" for row in rows]
+    return "\n".join([*lines, "| **all** | {files} | {decoded} | {named} |".format(**sums)])
+
+
+def sweep_table() -> str:
+    """What `scripts/stress/sweep.py --report scripts/results/stress_sweep.json` found."""
+    found = json.loads((FIGURES / "stress_sweep.json").read_text())
+    lines = ["| trials | kills of the launcher | identical trials | runs in MLflow, the sweep's own included |"]
+    lines += ["|---:|---:|---:|---:|", "| {trials} | {kills} | {identical} | {runs_in_mlflow} |".format(**found)]
+    return "\n".join([*lines, "", "Told of the three:", "", *(f"- `{line}`" for line in found["told"])])
+
+
+def search_table() -> str:
+    """What `scripts/stress/sweep.py --search --report scripts/results/search.json` found."""
+    lines = ["| search | epochs spent | best on validation | the same on the test |", "|---|---:|---:|---:|"]
+    for row in json.loads((FIGURES / "search.json").read_text()):
+        lines.append("| `{search}` | {epochs} | {validation:.4f} | {test:.4f} |".format(**row))
+    return "\n".join(lines)
+
+
+def overhead_table() -> str:
+    """What `scripts/benchmarks/sweep.py --report scripts/results/bench_sweep.json` found."""
+    found = json.loads((FIGURES / "bench_sweep.json").read_text())
+    ratio = found["sweep_seconds"] / found["by_hand_seconds"]
+    lines = ["| runs | by hand, one after the other | as a sweep | ratio |", "|---:|---:|---:|---:|"]
+    seconds = "{by_hand_seconds:.0f} s | {sweep_seconds:.0f} s".format(**found)
+    return "\n".join([*lines, f"| {found['trials']} | {seconds} | {ratio:.3f} |"])
+
+
+def speed_table() -> str:
+    """What `make bench ARGS="--report scripts/results/speed.json"` found."""
+    found = json.loads((FIGURES / "speed.json").read_text())
+    lines = [f"{found['machine']['processor']}, {found['machine']['cores']} cores:"]
+    for network in found["networks"]:
+        title = f"{network['model']} at {network['side']} px, batch {network['batch']}"
+        lines += ["", f"| {title} | images/s | a step | peak memory | of the matrix rate |"]
+        lines.append("|---|---:|---:|---:|---:|")
+        for row in network["rows"]:
+            speed = "{median:.0f} ({least:.0f} to {most:.0f})".format(**row["images_per_second"])
+            rest = f"{row['step_seconds'] * 1000:.0f} ms | {row['peak_memory_bytes'] / 2**20:,.0f} MiB"
+            share = f"{row['share_of_rate']:.0%}" if row["share_of_rate"] else ""
+            lines.append(f"| {row['name']} | {speed} | {rest} | {share} |")
+    ratios = [network["ratios"] | network["starts"] for network in found["networks"]]
+    names = dict.fromkeys(name for of_one in ratios for name in of_one)
+    lines += ["", f"| `make train` / | {' | '.join(network['model'] for network in found['networks'])} |"]
+    lines.append("|---|" + "---:|" * len(found["networks"]))
+    for name in names:
+        told = ("{median:.2f} ({least:.2f} to {most:.2f})".format(**of_one[name]) for of_one in ratios)
+        lines.append(f"| {name} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def claims_table() -> str:
+    """What scripts/results/claims.csv says of the claims under conf/experiment/claims/."""
+    import claims
+
+    rows, lines = claims.read(claims.TABLE), []
+    for name, claim in claims.claims([]).items():
+        trials = claims.trials_of(name, claim)
+        if missing := {trial.key for trial in trials} - rows.keys():
+            lines += ["", f"**{claim.hypothesis}** ({claim.source}): {len(missing)} of {len(trials)} runs are missing."]
+            continue
+        found = claims.answers(claim, trials, rows)
+        lines += ["", f"**{claim.hypothesis}** ({claim.source}): **{claims.verdict(found)}**.", ""]
+        lines += ["| data | compared | found | claimed | |", "|---|---|---|---|---|"]
+        lines += [f"| {one.setting} | {' | '.join(claims.told(one))} | {one.verdict} |" for one in found]
+    machines = {row["machine"] for row in rows.values()}
+    count = f"{len(rows)} runs{' on ' if machines else ''}{', '.join(sorted(machines))}, each on one core."
+    return "\n".join([count, *lines])
+
+
+def variants_table() -> str:
+    """The means over seeds of every variant of a claim that has all of its runs."""
+    import claims
+    from verdicts import means
+
+    rows = claims.read(claims.TABLE)
+    lines = [
+        "| claim | data | variant | seeds | test accuracy | mean validation accuracy | gradient norm, first layer "
+        "| parameters | MACs | of the 5x5 branch |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, claim in claims.claims([]).items():
+        for setting, variant, found in means(claim, claims.trials_of(name, claim), rows):
+            accuracy, validation, norm = (
+                f"{found[one].mean:.4f} ± {found[one].deviation:.4f}"
+                for one in ("test_accuracy", "mean_validation_accuracy", "gradient_norm")
+            )
+            costs = [format_compact(found[one].mean) for one in ("parameters", "macs", "branch_5x5_macs")]
+            cells = [name, setting, variant, str(found["test_accuracy"].n), accuracy, validation, norm, *costs]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def export_table() -> str:
+    """What `scripts/benchmarks/deployment.py --formats --report scripts/results/export.json` found."""
+    lines = [
+        "| network | format | accuracy | lost | largest difference | MiB | images/s |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "export.json").read_text()):
+        kind = row["format"] if row["quantize"] == "none" else f"{row['format']}, {row['quantize']}"
+        lines.append(
+            f"| {row['model']} | {kind} | {row['accuracy']:.4f} | {row['run_accuracy'] - row['accuracy']:.4f} "
+            f"| {row['largest_difference']:.1e} | {row['bytes'] / 2**20:.2f} | {row['images_per_second']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def predict_table() -> str:
+    """What `scripts/benchmarks/deployment.py --predict --report scripts/results/predict.json` found."""
+    found = json.loads((FIGURES / "predict.json").read_text())
+    first, many = found["first_answer_seconds"], found["images_per_second"]
+    return "\n".join(
+        [
+            "| | first answer | images/s |",
+            "|---|---:|---:|",
+            f"| a bare Keras script, arrays | {first['bare']:.2f} s | {found['bare_images_per_second']:.0f} |",
+            f"| `make predict`, files | {first['predict']:.2f} s | {many['keras']:.0f} |",
+            f"| `make predict runtime=onnx`, files | {first['onnx']:.2f} s | {many['onnx']:.0f} |",
+        ]
+    )
+
+
+def serve_table() -> str:
+    """What `scripts/benchmarks/deployment.py --serve --report scripts/results/serve.json` found."""
+    found = json.loads((FIGURES / "serve.json").read_text())
+    lines = ["| clients | seconds | requests | errors | p50 | p99 |", "|---:|---:|---:|---:|---:|---:|"]
+    row = "| {clients} | {seconds} | {requests} | {errors} | {p50_ms:.0f} ms | {p99_ms:.0f} ms |"
+    return "\n".join([*lines, row.format(**found)])
+
+
+def transfer_table() -> str:
+    """What `scripts/benchmarks/transfer.py --signs FOLDER --report scripts/results/transfer.json` found."""
+    lines = [
+        "| data | training examples of a class | from scratch | fine-tuned | difference, 95 % interval |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "transfer.json").read_text()):
+        examples = "all" if row["per_class"] == "null" else row["per_class"]
+        ways = (f"{row[way]['mean']:.4f} ± {row[way]['deviation']:.4f}" for way in ("scratch", "tuned"))
+        lines.append(f"| {row['data']} | {examples} | {' | '.join(ways)} | {_difference(row['difference'])} |")
+    return "\n".join(lines)
+
+
+def distill_table() -> str:
+    """What `scripts/benchmarks/transfer.py --distill --report scripts/results/distill.json` found."""
+    [row] = json.loads((FIGURES / "distill.json").read_text())
+    ways = (f"{row[way]['mean']:.4f} ± {row[way]['deviation']:.4f}" for way in ("alone", "taught"))
+    lines = ["| teacher | alone | taught | difference, 95 % interval |", "|---:|---:|---:|---:|"]
+    return "\n".join([*lines, f"| {row['teacher']:.4f} | {' | '.join(ways)} | {_difference(row['difference'])} |"])
+
+
+def growth_table() -> str:
+    """What `scripts/benchmarks/growth.py --report scripts/results/growth.json` found."""
+    lines = ["| grown | to | images/s | run | peak memory | preparing |", "|---|---:|---:|---:|---:|---:|"]
+    words = {"classes": "classes", "examples": "examples", "runs": "runs in MLflow, `make compare`"}
+    for row in json.loads((FIGURES / "growth.json").read_text()):
+        key = words.get(row["key"], f"`{row['key']}`")
+        rate = f"{row['train_images_per_second']:,.0f}" if "train_images_per_second" in row else ""
+        memory = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if "peak_memory_bytes" in row else ""
+        preparing = f"{max(row['prepared_seconds'], 0):,.0f} s" if "prepared_seconds" in row else ""
+        lines.append(f"| {key} | {row['value']:,} | {rate} | {row['seconds']:.0f} s | {memory} | {preparing} |")
+    return "\n".join(lines)
+
+
+def scaling_table() -> str:
+    """What `scripts/benchmarks/device_scaling.py --report scripts/results/scaling.json` found."""
+    lines = [
+        "| GPUs | images of each | how many | step | sums of statistics | sums of gradients | images/s | efficiency "
+        "| read by a host | cores for it | 90 epochs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in json.loads((FIGURES / "scaling.json").read_text())["rows"]:
+        times = " | ".join(f"{row[name]:.1f} ms" for name in ("step_ms", "statistics_ms", "gradients_ms"))
+        long = f"{row['hours']:.1f} h" if row["hours"] >= 1 else f"{60 * row['hours']:.0f} min"
+        input_ = f"{row['input_mb_per_second_of_a_host']:,.0f} MB/s | {row['cores_of_a_host']:.1f}"
+        lines.append(
+            f"| {row['kind']} | {row['batch_size'] // row['gpus']} | {row['gpus']} | {times} "
+            f"| {row['images_per_second']:,.0f} | {row['efficiency']:.0%} | {input_} "
+            f"| {long}{', batch too large' if row['too_large'] else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def _difference(found: dict) -> str:
+    return "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**found)
+
+
+TABLES = {
+    "config": config_table, "models": models_table, "torture": torture_table, "safeguards": safeguards_table,
+    "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
+    "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
+    "variants": variants_table, "export": export_table, "predict": predict_table, "serve": serve_table,
+    "transfer": transfer_table, "distill": distill_table, "growth": growth_table, "scaling": scaling_table,
+}  # fmt: skip
+
+
+def written() -> str:
+    """The README with its tables as the code has them now."""
+    with setup.redirect_fds(Path(os.devnull), 2):  # TensorFlow's libraries talk while they are loaded
+        return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", README.read_text())
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def commands() -> list[str]:
+    """The lines of the README's `sh` blocks, without comments."""
+    lines = [line for block in COMMANDS.findall(README.read_text()) for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def run_commands(lines: list[str]) -> int:
+    """Runs them in a fresh clone with an almost empty environment; the number that failed."""
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="readme-") as place:
+        clone = Path(place) / "clone"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        write_images(clone / "my_images")
+        for line in lines:
+            start = time.perf_counter()
+            code = serve(line, clone) if line in SERVERS else shell(line, clone)
+            print(f"{'ok    ' if code == 0 else 'FAILED'} {time.perf_counter() - start:6.1f} s  {line}", flush=True)
+            failed += code != 0
+    return failed
+
+
+def shell(line: str, folder: Path) -> int:
+    with (folder.parent / "log").open("w+") as log:
+        code = subprocess.run(["bash", "-c", line], cwd=folder, env=environment(), stdout=log, stderr=log).returncode
+        if code:
+            log.seek(0)
+            print(log.read())
+    return code
+
+
+def serve(line: str, folder: Path) -> int:
+    """Whether the server answers within a minute."""
+    server = subprocess.Popen(
+        ["bash", "-c", line], cwd=folder, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(120):
+            time.sleep(0.5)
+            try:
+                return 0 if urllib.request.urlopen(SERVERS[line], timeout=5).status == 200 else 1
+            except OSError:
+                continue
+        return 1
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+def environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("HOME", "PATH")}
+
+
+def write_images(root: Path) -> None:
+    """Class folders with 400 PNG files: scikit-learn's digits; and a table of them."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images[:400], digits.target[:400], strict=True)):
+        folder = root / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype("uint8")).resize((64, 64)).save(folder / f"{number}.png")
+    lines = [f"{path.relative_to(root.parent)},{path.parent.name}" for path in sorted(root.glob("*/*.png"))]
+    root.with_suffix(".csv").write_text("\n".join(["path,label", *lines]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare the tables, run the commands")
+    parser.add_argument("--quick", action="store_true", help="without the commands that take minutes")
+    arguments = parser.parse_args()
+    if not arguments.check:
+        README.write_text(written())
+        return
+    if written() != README.read_text():
+        sys.exit("README.md does not have the code's own tables; use make docs")
+    lines = commands()
+    if unknown := set(LONG) - set(lines):
+        sys.exit(f"scripts/docs/readme.py names a long command that README.md does not have: {min(unknown)}")
+    failed = run_commands([line for line in lines if not (arguments.quick and line in LONG)])
+    sys.exit(f"{failed} commands of the README failed" if failed else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,542 @@
+"""A terminal that goes away, a pipe without a reader, a full disk below the output: none of them ends a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.commands import ROOT, THREADS, Done, run_command
+from train.cli import terminal
+from train.config import composition
+from train.config.serialization import Redactor
+from train.run import train_and_evaluate
+from train.sweep.workers import SweepSignalHandler, classify_exit
+from train.tracking import run_metadata, uploader
+from train.tracking.run_dir import create_run_dir
+from train.training import checkpoint
+from train.training.loop import Interrupted, SignalHandler
+
+DEADLINE_SECONDS = 120.0  # of whatever has to happen; nothing is asserted about how long it takes
+
+# What a shell does before it starts a command: a terminal in standard input becomes the controlling one.
+# SIGHUP must not be inherited from whoever runs the tests, who may have used nohup.
+LAUNCH = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+if os.isatty(0):
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def wait_until(reached: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@dataclass
+class OnTerminal:
+    """A process on a pseudo-terminal of its own. screen: what the terminal has shown."""
+
+    process: subprocess.Popen
+    master: int
+    screen: bytes = b""
+
+    @classmethod
+    def start(cls, *words: str, hangup: str = "SIG_DFL", stdout: Any = None) -> OnTerminal:
+        """hangup: what SIGHUP does to it at first; SIG_IGN is what nohup asks for. stdout: where that is elsewhere."""
+        master, slave = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, hangup, *words], cwd=ROOT, start_new_session=True,
+            stdin=slave, stdout=stdout or slave, stderr=slave,
+        )  # fmt: skip
+        os.close(slave)
+        return cls(process, master)
+
+    def show_until(self, reached: Callable[[], Any]) -> None:
+        """Reads what is printed, as a terminal does, until something has happened."""
+
+        def read() -> Any:
+            with suppress(OSError):  # of a process that has ended
+                if select.select([self.master], [], [], 0)[0]:
+                    self.screen += os.read(self.master, 65536)
+            assert self.process.poll() is None, self.screen.decode(errors="replace")
+            return reached()
+
+        wait_until(read)
+
+    def close(self) -> None:
+        """The kernel sends SIGHUP, and from here on every write fails with EIO."""
+        os.close(self.master)
+
+    def code(self) -> int:
+        return self.process.wait(DEADLINE_SECONDS)
+
+
+# ------------------------------------------------------------------------------------------------------- the streams
+
+# Output as a run has it: a live bar, lines, errors, and something that is still in the buffer at the end.
+STORY = """
+import os, sys, time
+from pathlib import Path
+from train.cli import terminal
+from train.cli.progress import TerminalProgressDisplay, print_and_log
+protected, gone, finished = sys.argv[1] == "protected", Path(sys.argv[2]), Path(sys.argv[3])
+if protected:
+    terminal.protect_output()
+def wait():
+    while not gone.exists():
+        time.sleep(0.01)
+if sys.argv[4] == "before":
+    wait()
+with TerminalProgressDisplay(epochs=2, steps=3, batch_size=8) as watch:
+    for step in range(1, 4):
+        watch.step(0, step, {"train/main_accuracy": 0.5})
+        if sys.argv[4] == "between":
+            print("a line", flush=True)
+            wait()
+    watch.epoch(0, {"train/loss": 1.0, "images_per_second": 1.0, "data_wait_fraction": 0.0})
+print_and_log("the last line but one")
+print("an error", file=sys.stderr)
+sys.stdout.buffer.write(b"bytes")
+if sys.argv[4] == "end":
+    sys.stdout.flush()
+    wait()
+print("the last line", end="")
+finished.write_text("finished")
+"""
+
+
+def tell(tmp_path: Path, start: Callable[..., tuple[subprocess.Popen, Callable[[], None]]], *words: str) -> bool:
+    """Runs the story on an output that `start` gives and takes away; whether it came to its end, with exit code 0."""
+    gone, finished = tmp_path / f"gone-{words[0]}", tmp_path / f"finished-{words[0]}"
+    process, take_away = start("-c", STORY, words[0], str(gone), str(finished), *words[1:])
+    take_away()
+    gone.touch()
+    code = process.wait(DEADLINE_SECONDS)
+    assert code == 0 or words[0] == "unprotected"
+    return code == 0 and finished.exists()
+
+
+def on_terminal(*words: str) -> tuple[subprocess.Popen, Callable[[], None]]:
+    started = OnTerminal.start(*words, hangup="SIG_IGN")
+
+    def take_away() -> None:
+        if words[-1] != "before":
+            started.show_until(lambda: b"a line" in started.screen or b"bytes" in started.screen)
+        started.close()
+
+    return started.process, take_away
+
+
+def on_pipe(*words: str) -> tuple[subprocess.Popen, Callable[[], None]]:
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=writer, stderr=writer)
+    os.close(writer)
+
+    def take_away() -> None:
+        seen = b""
+        while words[-1] != "before" and b"bytes" not in seen:
+            seen += os.read(reader, 65536)
+        os.close(reader)
+
+    return process, take_away
+
+
+def on_full_disk(*words: str) -> tuple[subprocess.Popen, Callable[[], None]]:
+    with Path("/dev/full").open("w") as full:
+        return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=full, stderr=full), lambda: None
+
+
+@pytest.mark.parametrize(
+    ("start", "when"),
+    [
+        (on_terminal, "between"),
+        (on_terminal, "end"),
+        (on_pipe, "before"),
+        (on_pipe, "end"),  # where only Python's own flush at exit fails: code 120
+        (on_full_disk, "before"),
+    ],
+)
+def test_a_process_outlasts_whoever_reads_its_output(start: Any, when: str, tmp_path: Path):
+    """With the streams that Python makes it does not."""
+    assert tell(tmp_path, start, "protected", when)
+    assert not tell(tmp_path, start, "unprotected", when)
+
+
+# TensorFlow and others write to descriptor 1, past Python's stream.
+CLOSED = """
+import os, sys
+from train.cli import terminal
+if sys.argv[1] == "protected":
+    terminal.protect_output()
+    sys.stdout.flush()
+    os.write(2, b"noise")
+with open(sys.argv[2], "w") as journal:
+    print("a line")
+    os.write(1, b"noise")
+"""
+
+
+def test_streams_that_are_closed_from_the_start_do_not_write_into_files(tmp_path: Path):
+    """The next file that is opened gets the number of a closed stream, unless something else has it."""
+    written = {}
+    for name in ("protected", "unprotected"):
+        words = [sys.executable, "-c", CLOSED, name, str(tmp_path / name)]
+        assert run_command("sh", "-c", '"$@" >&- 2>&-', "sh", *words) == Done(0, "", "")
+        written[name] = (tmp_path / name).read_text()
+    assert written == {"protected": "", "unprotected": "noise"}
+
+
+PROPERTIES = """
+import os, sys
+from pathlib import Path
+from train.cli import terminal
+before = [(stream.isatty(), stream.encoding, stream.fileno(), stream.writable()) for stream in (sys.stdout, sys.stderr)]
+terminal.protect_output()
+protected = sys.stdout
+terminal.protect_output()
+assert sys.stdout is protected and protected is not sys.__stdout__
+after = [(stream.isatty(), stream.encoding, stream.fileno(), stream.writable()) for stream in (sys.stdout, sys.stderr)]
+assert before == after, (before, after)
+assert before[0][0] and before[0][2] == 1
+print("caf\\u00e9 \\udcff", "a" * 200_000)  # what a terminal can't show must not end a run either
+sys.stdout.buffer.write(b"bytes\\n")
+sys.stdout.flush()
+sys.stderr.write("at once\\n")
+os.read(0, 1)
+"""
+
+
+def test_a_protected_stream_is_a_usual_one_as_long_as_somebody_reads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    started = OnTerminal.start("-c", PROPERTIES)
+    started.show_until(lambda: started.screen.endswith(b"at once\r\n"))
+    assert started.screen == b"caf\\xe9 \\udcff " + b"a" * 200_000 + b"\r\nbytes\r\nat once\r\n"
+    os.write(started.master, b"\n")
+    assert started.code() == 0
+    started.close()
+
+
+@pytest.mark.usefixtures("capsys")
+def test_streams_that_a_program_has_put_in_place_stay():
+    before = sys.stdout, sys.stderr
+    terminal.protect_output()
+    assert (sys.stdout, sys.stderr) == before
+
+
+PRINTS = """
+import sys
+from pathlib import Path
+from train.cli import arguments
+def story(words):
+    for number in range(100_000):
+        print("line", number)
+    print("done", file=sys.stderr)
+arguments.main(story, only_prints=sys.argv.pop() == "prints")
+"""
+
+
+def test_a_command_that_only_prints_ends_without_a_reader_and_others_go_on():
+    """By the convention of the shell, the exit code is that of SIGPIPE."""
+    shell = '"$@" | head -1; echo "${PIPESTATUS[0]}"'
+    words = ["bash", "-c", shell, "bash", sys.executable, "-c", PRINTS]
+    assert run_command(*words, "prints") == Done(0, "line 0\n141\n", "")
+    assert run_command(*words, "writes") == Done(0, "line 0\n0\n", "done\n")
+
+
+def test_what_only_prints_says_that_its_output_could_not_be_kept():
+    done = run_command("sh", "-c", '"$@" > /dev/full', "sh", sys.executable, "-c", PRINTS, "prints")
+    assert (done.code, done.err) == (1, "error: standard output can't be written (No space left on device)\n")
+
+
+# ------------------------------------------------------------------------------------------------------- the signals
+
+
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as it is without nohup, whoever runs the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+HUP, TERM, INT = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize("numbers", [(HUP,), (HUP, HUP), (HUP, TERM), (HUP, HUP, TERM), (TERM, HUP), (INT, HUP)])
+def test_all_that_a_closing_terminal_sends_is_one_wish(numbers: tuple[int, ...]):
+    with SignalHandler().installed() as stops, stops.deferred():
+        send(*numbers)
+        with pytest.raises(Interrupted, match=f"^stopped by {signal.Signals(numbers[0]).name}$") as stop:
+            stops.raise_if_requested()
+    assert (stops.exit_code(), stop.value.immediate) == (128 + numbers[0], False)
+    wish = SweepSignalHandler()
+    with wish.installed():
+        send(*numbers)
+    assert (wish.exit_code(), wish.immediate) == (128 + numbers[0], False)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("hangup")
+def test_a_person_hurries_a_stop_and_a_terminal_does_not(monkeypatch: pytest.MonkeyPatch):
+    """However late they come."""
+    monkeypatch.setattr(SignalHandler, "REPEAT_SECONDS", 0.0)
+    wish = SweepSignalHandler()
+    with SignalHandler().installed() as stops, stops.deferred():
+        send(HUP, HUP)
+        with pytest.raises(Interrupted, match="SIGTERM") as stop:
+            send(TERM)
+    assert stop.value.immediate
+    with wish.installed():
+        send(HUP, HUP)
+        assert (wish.signal, wish.immediate) == (HUP, False)
+        send(TERM)
+        assert (wish.signal, wish.immediate) == (TERM, True)
+
+
+@pytest.mark.usefixtures("hangup")
+def test_where_it_was_ignored_at_the_start_it_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    wish = SweepSignalHandler()
+    with SignalHandler().installed() as stops, wish.installed():
+        send(HUP, HUP)
+    assert (stops.exit_code(), wish.exit_code()) == (0, 0)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+# A mutex that is locked already is waited for in one call: Python runs no handler until it ends.
+STUCK = """
+import ctypes
+from train.training.loop import SignalHandler
+SignalHandler.GRACE_SECONDS, SignalHandler.REPEAT_SECONDS = 0.1, 60.0
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+with SignalHandler().installed() as signals, signals.deferred():
+    lock(mutex)
+    print("ready", flush=True)
+    lock(mutex)
+"""
+
+
+@pytest.mark.parametrize(("numbers", "code"), [((HUP, TERM, HUP), None), ((INT, TERM), 143)])
+def test_a_closing_terminal_does_not_end_a_process_that_is_in_a_long_step(numbers: tuple[int, ...], code: int | None):
+    words = [sys.executable, "-c", LAUNCH, "SIG_DFL", "-c", STUCK]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.05)  # else the kernel may deliver a later one first
+        try:
+            if code is None:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(1)
+            else:
+                assert process.wait(DEADLINE_SECONDS) == code
+        finally:
+            process.kill()
+
+
+def test_a_trial_that_was_hung_up_may_be_begun_again(tmp_path: Path):
+    class Trial:
+        folder = tmp_path
+
+        def summary(self) -> dict[str, Any]:
+            return {}
+
+    ended = classify_exit(129, "", Trial(), 0.0)  # type: ignore[arg-type]
+    assert (ended.exit_code, ended.is_retryable, ended.is_out_of_memory) == (129, True, False)
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+TINY = [
+    "model=vgg16", "model.head=fc", "model.width=0.1", "batch_size=16", "steps_per_epoch=20", "epochs=3",
+    "tracking.every_steps=2", "tracking.log_model=false", "evaluate.report=false", "evaluate.test=false",
+    "checkpoint.every_epochs=9", "tracking.wait_seconds=0", f"threads={THREADS}",
+]  # fmt: skip
+
+
+STEPS = 60
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "train.log").read_text()
+
+
+def steps_done(folder: Path) -> int:
+    journal = folder / "metrics.jsonl"
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of a run whose output nobody takes away."""
+    folder = tmp_path_factory.mktemp("untouched") / "run"
+    config = composition.compose([*TINY, f"run_dir={folder}"])
+    made = create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
+    life = train_and_evaluate.RunSession(
+        made, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(made, config)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploader, "start", lambda *_: None)
+        train_and_evaluate.train_and_evaluate(life)
+    return life.summary
+
+
+def uploaders(folder: Path) -> list[int]:
+    """Processes that complete the MLflow record of a run."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if f"train.tracking.uploader\0{folder}\0".encode() in (place / "cmdline").read_bytes():
+                found.append(int(place.name))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A run's folder. What its record still lacks in the end is nobody's loss."""
+    yield tmp_path / "run"
+    for process in uploaders(tmp_path / "run"):
+        os.kill(process, signal.SIGKILL)
+
+
+def words_of(folder: Path) -> list[str]:
+    return [*TINY, f"run_dir={folder}", f"tracking.uri=sqlite:///{folder.parent / 'mlflow.db'}"]
+
+
+def tells_its_end(folder: Path, status: str) -> bool:
+    """Whether train.log has the run's last line at its end, and nothing of an exception."""
+    told = log_of(folder)
+    return "Traceback" not in told and f"status={status} model=vgg16 " in told.splitlines()[-1]
+
+
+def goes_on_to_its_end(started: OnTerminal, folder: Path, until: int) -> bool:
+    """Closes its terminal, with the live bar on it, in the middle of an epoch; whether it goes on from there."""
+    started.show_until(lambda: steps_done(folder) >= until)
+    assert b"epoch" in started.screen and b" left " in started.screen
+    at = steps_done(folder)
+    started.close()
+    assert started.code() == 0
+    return at < steps_done(folder) == STEPS
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_stops_a_run_in_order_and_with_nohup_not_at_all(folder: Path, untouched: dict[str, Any]):
+    """First `make train | head -1` on a terminal that is closed later, with SIGTERM at once after its SIGHUP; then
+    `make resume` on another terminal, with SIGHUP ignored.
+    """
+    with subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as head:
+        assert head.stdin and head.stdout
+        first = OnTerminal.start("-m", "train", *words_of(folder), stdout=head.stdin)
+        head.stdin.close()
+        assert head.stdout.read().count(b"\n") == 1
+        assert head.wait() == 0
+    first.show_until(lambda: steps_done(folder) >= 2)
+    first.close()
+    first.process.terminate()
+    assert first.code() == 129
+    assert uploaders(folder)
+    stopped = summary_of(folder)
+    assert (stopped["status"], stopped["failure"]) == ("interrupted", "stopped by SIGHUP")
+    [saved] = (folder / "checkpoints").iterdir()
+    assert saved.name.endswith("-stop")
+    assert (
+        checkpoint.read_checkpoint(saved).metadata["progress"]["steps"]
+        == stopped["steps"]
+        == stopped["steps_executed"]
+        < STEPS
+    )
+    assert f"to go on: make resume run={folder}\n" in log_of(folder)
+    assert tells_its_end(folder, "interrupted")
+    assert b"Traceback" not in first.screen
+
+    second = OnTerminal.start("-m", "train.resume", f"run={folder}", hangup="SIG_IGN")
+    assert goes_on_to_its_end(second, folder, stopped["steps"] + 2)
+    finished = summary_of(folder)
+    assert (finished["status"], finished["steps_executed"], finished["lives"]) == ("finished", STEPS, 2)
+    assert finished["weights_sha256"] == untouched["weights_sha256"]
+    assert "epoch 3/3  loss " in log_of(folder)
+    assert tells_its_end(folder, "finished")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shell", "printed"),
+    [
+        ('"$@" 2>&- | head -1; exit "${PIPESTATUS[0]}"', 1),
+        ('"$@" <&- >&- 2>&-', 0),
+        ('"$@" > /dev/full 2> /dev/full', 0),
+    ],
+    ids=["head", "closed", "full"],
+)
+def test_a_run_without_its_output_trains_to_the_same_bits(
+    shell: str, printed: int, folder: Path, untouched: dict[str, Any]
+):
+    done = run_command("bash", "-c", shell, "bash", sys.executable, "-m", "train", *words_of(folder))
+    assert (done.code, len(done.out.splitlines()), done.err) == (0, printed, "")
+    assert summary_of(folder)["weights_sha256"] == untouched["weights_sha256"]
+    assert "epoch 3/3  loss " in log_of(folder)
+    assert tells_its_end(folder, "finished")
+
+
+UNPROTECTED = """
+import sys
+from train import __main__
+from train.cli import terminal
+terminal.protect_output = lambda: None
+__main__.main()
+"""
+
+
+@pytest.mark.slow
+def test_with_the_usual_streams_a_closed_terminal_ends_a_run(folder: Path):
+    """The negative control: SIGHUP is ignored, and the run dies of its own output."""
+    started = OnTerminal.start("-c", UNPROTECTED, *words_of(folder), hangup="SIG_IGN")
+    started.show_until(lambda: steps_done(folder) >= 2)
+    started.close()
+    assert started.code() != 0
+    assert steps_done(folder) < STEPS
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_stops_a_sweep_in_order(tmp_path: Path):
+    """The trial has a session of its own: the launcher passes the stop on."""
+    folder = tmp_path / "sweep"
+    words = [word for word in words_of(folder) if not word.startswith(("epochs", "evaluate"))]
+    launcher = OnTerminal.start("-m", "train", "-m", *words, "epochs=500", "seed=0,1", "sweep.parallel=1")
+    launcher.show_until(lambda: steps_done(folder / "000") >= 2)
+    launcher.close()
+    assert launcher.code() == 129
+    trial = summary_of(folder / "000")
+    assert (trial["status"], trial["failure"]) == ("interrupted", "stopped by SIGTERM")
+    assert [path.name.endswith("-stop") for path in (folder / "000/checkpoints").iterdir()] == [True]
+    assert not (folder / "001").exists()
+    for process in uploaders(folder / "000"):
+        os.kill(process, signal.SIGKILL)

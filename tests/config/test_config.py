@@ -1,0 +1,419 @@
+"""The schema, the shipped YAML, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+
+from support.commands import ROOT, run_command, run_train
+from train.config import composition as composer
+from train.config import schema as schema
+from train.config.composition import compose
+from train.config.schema import Config, ConfigError, Sweep
+from train.config.serialization import Redactor, config_hash, flatten, strip_credentials, to_dict
+
+DEFAULT = {
+    "model.name": "vgg16_inception",
+    "model.width": 1.0,
+    "model.head": "avg",
+    "model.aux_weight": 0.3,
+    "model.weights": None,
+    "model.batch_norm_momentum": 0.9,
+    "model.blocks": ["conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3"],
+    "data.name": "digits",
+    "data.image_size": 32,
+    "data.channels": 1,
+    "data.validation_fraction": 0.1,
+    "data.test_fraction": 0.2,
+    "data.directory": "data",
+    "data.background": [255, 255, 255],
+    "data.crop_fraction": 1.0,
+    "data.fingerprint": None,
+    "data.max_bytes": 67_108_864,
+    "data.max_pixels": 50_000_000,
+    "data.on_error": "raise",
+    "data.max_skipped": 100,
+    "data.on_leak": "warn",
+    "data.train_per_class": None,
+    "data.cache": "auto",
+    "data.ram_budget": 1.0,
+    "data.balanced": False,
+    "data.class_weights": False,
+    "augment.name": "crop",
+    "augment.pad": 0.125,
+    "augment.erase": 0.0,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.01,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "schedule.name": "cosine",
+    "schedule.warmup_epochs": 1.0,
+    "schedule.final_fraction": 0.0,
+    "fine_tune.stages": [],
+    "fine_tune.layer_decay": 1.0,
+    "fine_tune.new_head": True,
+    "devices": "1",
+    "distributed.coordinator": None,
+    "distributed.processes": 1,
+    "distributed.index": 0,
+    "distributed.wait_seconds": 50.0,
+    "distill.teacher": None,
+    "distill.weight": 0.7,
+    "distill.temperature": 4.0,
+    "early_stopping.metric": None,
+    "early_stopping.patience_epochs": 10,
+    "early_stopping.min_delta": 0.0,
+    "checkpoint.every_epochs": None,
+    "checkpoint.every_steps": None,
+    "checkpoint.every_minutes": None,
+    "checkpoint.keep": 2,
+    "rollback.learning_rate_factor": 0.5,
+    "rollback.at_most": 3,
+    "on_divergence": "stop",
+    "evaluate.test": True,
+    "evaluate.views": "one",
+    "evaluate.report": True,
+    "tracking.uri": None,
+    "tracking.experiment": "inception",
+    "tracking.log_model": True,
+    "tracking.gradients": False,
+    "tracking.every_steps": 50,
+    "tracking.wait_seconds": 60.0,
+    "seed": 0,
+    "epochs": 12,
+    "steps_per_epoch": None,
+    "batch_size": 32,
+    "precision": "auto",
+    "backend": "tensorflow",
+    "device": "auto",
+    "gpu_memory": None,
+    "jit": "auto",
+    "threads": None,
+    "deterministic": True,
+    "label_smoothing": 0.1,
+    "ema": None,
+    "gradient_clip": None,
+    "gradient_accumulation": 1,
+    "run_dir": None,
+}
+
+# What is typed -> the whole answer.
+MISTAKES = {
+    "model=resnet": "model must be one of inception_resnet_v2, inception_v1, inception_v3, vgg16, vgg16_inception, "
+    "got resnet",
+    "model=vgg16_incpetion": "model must be one of inception_resnet_v2, inception_v1, inception_v3, vgg16, "
+    "vgg16_inception, got vgg16_incpetion; did you mean model=vgg16_inception?",
+    "modle=vgg16": "modle is no key; did you mean model?",
+    "model.widht=2": "model.widht is no key; did you mean model.width?",
+    "learning_rate=1": "learning_rate is no key; did you mean optimizer.learning_rate?",
+    "+model.q=2": "model.q is no key of model; use one of model.aux_weight, model.batch_norm_momentum, "
+    "model.blocks, model.head, model.name, model.weights, model.width",
+    "model.batch_norm=false": "model.batch_norm is no key of the chosen model; it belongs to model=inception_v1",
+    "data.root=/tmp": "data.root is no key of the chosen data; it belongs to data=folder or manifest",
+    "epochs=three": "epochs must be a whole number, got three; use e.g. epochs=12",
+    "epochs=1.5": "epochs must be a whole number, got 1.5; use e.g. epochs=12",
+    "epochs=": "epochs must be a whole number, got ; use e.g. epochs=12",
+    "epochs=0": "epochs must be at least 1, got 0; use e.g. epochs=12",
+    "seed=null": "seed must be a whole number, got null; use e.g. seed=0",
+    "batch_size=-1": "batch_size must be at least 1, got -1; use e.g. batch_size=32",
+    "deterministic=maybe": "deterministic must be true or false, got maybe; use e.g. deterministic=true",
+    "model.aux_weight=-0.1": "model.aux_weight must be at least 0 and at most 10, got -0.1; "
+    "use e.g. model.aux_weight=0.3",
+    "model.width=nan": "model.width must be a finite number, got nan; use e.g. model.width=1.0",
+    "optimizer.learning_rate=inf": "optimizer.learning_rate must be a finite number, got inf; "
+    "use e.g. optimizer.learning_rate=0.01",
+    "augment.name=none": "augment.name must not be typed, got none; use augment=none",
+    "model.width=0": "model.width must be above 0 and at most 4, got 0.0; use e.g. model.width=1.0",
+    "model.blocks=[conv,conv]": "model.blocks must name five blocks, got 2; "
+    "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]",
+    "model.blocks=conv": "model.blocks must be a list like [a,b], got conv; "
+    "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]",
+    "model.blocks=[conv,conv,conv,conv,wave]": "model.blocks must be one of conv, conv_bn, inception_naive, "
+    "inception_v1, inception_two_3x3, inception_v3, inception_expanded, inception_3x3_reduce, single_1x1, single_3x3, "
+    "single_5x5, got wave",
+    "data.channels=2": "data.channels must be one of 1, 3, got 2",
+    "data.image_size=31": "data.image_size must be at least 32 for vgg16_inception, got 31; use data.image_size=32",
+    "tracking.uri=nonsense": "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's "
+    "address), got 'nonsense'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
+    "tracking.uri=http://me:pw@there/x?token=y": "words must be key=value, got tracking.uri=...; "
+    "put quotes inside for special characters: key=\"'...'\"",
+    "tracking.uri='ftp://me:pw@there/x?token=y'": "tracking.uri must be http(s)://host:port or sqlite:///path (or "
+    "another database's address), got 'ftp://there/x'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for "
+    "mlflow.db",
+    "++tracking.uri=http://me:pw@there/x?token=y": "words must be key=value, got tracking.uri=...; "
+    "put quotes inside for special characters: key=\"'...'\"",
+    "tracking.uri='http://[::1'": "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's "
+    "address), got 'http://[::1'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
+    "tracking.experiment=a/b": "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
+    "got 'a/b'; use e.g. tracking.experiment=inception",
+    "checkpoint.every_steps=5 checkpoint.every_minutes=0.5": "checkpoint.every_epochs, every_steps and every_minutes "
+    "exclude each other, got checkpoint.every_steps=5 checkpoint.every_minutes=0.5; "
+    "use exactly one, or none for every epoch",
+    "on_divergence=ignore": "on_divergence must be one of stop, rollback, got ignore",
+    "schedule.warmup_epochs=20": "schedule.warmup_epochs must be at most epochs (12), got 20; "
+    "use e.g. schedule.warmup_epochs=1",
+    "data.test_fraction=0.95": "data.validation_fraction and data.test_fraction must leave examples for training "
+    "(sum below 1), got 0.1 + 0.95",
+    "data.background=[0,0]": "data.background must be red, green and blue, got [0, 0]; "
+    "use data.background=[255,255,255]",
+    "data.background=[0,0,256]": "data.background must be at least 0 and at most 255, got 256; "
+    "use e.g. data.background=[255,255,255]",
+    "jit=on": "jit=on must go with deterministic=false, got true; use both words, or jit=off",
+    "data.balanced=true data.class_weights=true": "data.balanced and data.class_weights exclude each other, got both; "
+    "use one of them",
+    "data.on_leak=ignore": "data.on_leak must be one of warn, drop, raise, got ignore",
+    "augment.mixup=-1": "augment.mixup must be at least 0, got -1.0; use e.g. augment.mixup=0.0",
+    "model=vgg16,inception_v1": "model must be one value, got vgg16,inception_v1; "
+    "to try each of them use make sweep model=vgg16,inception_v1",
+    "model={": "words must be key=value, got model={; put quotes inside for special characters: key=\"'...'\"",
+}
+
+
+def test_the_default_config_is_this():
+    content = dataclasses.asdict(compose([]))
+    assert content.pop("sweep") == dataclasses.asdict(Sweep())
+    assert content.pop("claim") == dataclasses.asdict(schema.Claim())
+    assert flatten(content) == DEFAULT
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_answered_in_one_line(typed: str):
+    with pytest.raises(ConfigError) as caught:
+        compose(typed.split(" "))
+    assert str(caught.value) == MISTAKES[typed]
+
+
+def test_the_smallest_image_depends_on_the_model():
+    with pytest.raises(ConfigError, match="at least 75 for inception_v3, got 74;"):
+        compose(["model=inception_v3", "data.image_size=74"])
+    assert compose(["model=inception_v3"]).data.image_size == 75
+    assert compose(["model=inception_v3", "data=imagenette"]).data.image_size == 160
+
+
+OPTIONS = [(group, path.stem) for group in schema.GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_shipped_option_composes(group: str, name: str):
+    config = compose([f"{group}={name}"])
+    chosen = getattr(config, group)
+    assert chosen.name == name
+    assert type(chosen) is schema.GROUPS[group][name]
+
+
+def test_every_option_of_the_schema_is_shipped():
+    assert {(group, name) for group, names in schema.GROUPS.items() for name in names} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "conf/experiment").glob("*.yaml"))])
+def test_every_shipped_experiment_composes_and_opens_with_its_command(name: str):
+    compose([f"experiment={name}", *(["model.weights=x.h5"] if name == "fine_tune" else [])])
+    first = (ROOT / "conf/experiment" / f"{name}.yaml").read_text().splitlines()[:3]
+    assert any(f"make train experiment={name}" in line for line in first)
+
+
+def test_every_key_says_what_it_is():
+    nodes = [
+        Config,
+        schema.EarlyStopping,
+        schema.Evaluate,
+        schema.Tracking,
+        schema.FineTuneStage,
+        schema.FineTune,
+        schema.Distill,
+    ]
+    nodes += [node for options in schema.GROUPS.values() for node in options.values()]
+    for node in nodes:
+        for item in dataclasses.fields(node):
+            assert dataclasses.is_dataclass(item.default_factory) or item.metadata["text"], f"{node}.{item.name}"
+
+
+def test_names_and_sizes_are_those_of_the_rooms_behind_them():
+    from train import data, models
+    from train.data.augmentation.policy import AUGMENTS
+    from train.training import optimizers
+
+    assert schema.MIN_IMAGE_SIZE == models.MIN_IMAGE_SIZE
+    assert set(schema.BLOCK_KINDS) == set(models.BLOCK_KINDS)
+    assert set(schema.DEFAULT_IMAGE_SIZE) == set(data.SOURCES)
+    assert set(schema.GROUPS["model"]) == set(models.BUILDERS)
+    assert set(schema.GROUPS["augment"]) == set(AUGMENTS)
+    assert set(schema.GROUPS["optimizer"]) == set(optimizers.OPTIMIZERS)
+    assert set(schema.GROUPS["schedule"]) == set(optimizers.SCHEDULES)
+
+
+def test_every_key_has_a_reader():
+    """A group's keys are exactly what its builder takes; any other key is read by name somewhere."""
+    from train import data, models
+    from train.data import pipeline, pixel_cache
+    from train.data.augmentation.policy import AUGMENTS, build
+    from train.training import optimizers
+
+    def keys(group: str, name: str) -> set[str]:
+        return {item.name for item in dataclasses.fields(schema.GROUPS[group][name])} - {"name"}
+
+    def takes(function) -> set[str]:
+        data_and_state = {"images", "draws", "peak", "span", "_"}
+        return {parameter.name for parameter in inspect.signature(function).parameters.values()} - data_and_state
+
+    for name in schema.GROUPS["model"]:
+        assert keys("model", name) == {*models.option_names(name), "weights"}, name
+    for name in schema.GROUPS["augment"]:
+        assert keys("augment", name) == takes(AUGMENTS[name]) | takes(build) - {"name", "options"}, name
+    for name in schema.GROUPS["schedule"]:
+        assert keys("schedule", name) == takes(optimizers.SCHEDULES[name]) | {"warmup_epochs"}, name
+    for name in schema.GROUPS["optimizer"]:
+        common = {"learning_rate", "weight_decay"}
+        assert keys("optimizer", name) == takes(optimizers.OPTIMIZERS[name]) - {"common"} | common, name
+    for name in schema.GROUPS["data"]:
+        used = takes(data.load) | takes(pixel_cache.choose_cache) | takes(pipeline.train_batches)
+        assert keys("data", name) - {"directory", "fingerprint"} <= used, name
+    readers = [path for path in (ROOT / "train").rglob("*.py") if path.name != "schema.py"]
+    sources = "".join(path.read_text() for path in [*readers, ROOT / "scripts/claims/claims.py"])
+    for item in dataclasses.fields(Config):
+        assert re.search(rf"\bconfig\.{item.name}\b", sources), item.name
+    for name in ("evaluate", "tracking", "fine_tune", "distill"):
+        for item in dataclasses.fields(type(getattr(Config(), name))):
+            assert re.search(rf"\b(config\.{name}|tracking|tuning)\.{item.name}\b", sources), item.name
+    for item in dataclasses.fields(schema.FineTuneStage):
+        assert re.search(rf"\bstage\.{item.name}\b", sources), item.name
+
+
+def test_the_hash_covers_what_decides_the_result_and_nothing_else():
+    base = config_hash(compose([]), Redactor())
+    same = compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])
+    assert config_hash(same, Redactor()) == base
+    for word in ("seed=1", "model.width=0.5", "augment=none", "precision=float32", "data.channels=3"):
+        assert config_hash(compose([word]), Redactor()) != base, word
+
+
+def test_secrets_are_left_out_of_what_is_stored():
+    config = compose(["tracking.uri='https://me:hunter2@host:5000/path?token=abc'"])
+    assert to_dict(config, Redactor())["tracking"]["uri"] == "https://host:5000/path"
+    for uri in ("sqlite:///mlflow.db", "sqlite:////abs/x.db", "http://127.0.0.1:5000"):
+        assert strip_credentials(uri) == uri
+
+
+def composed(*words: str) -> tuple[Redactor, dict]:
+    """What is private about the config that these words make, and what would be stored of it."""
+    composer.register_schema()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        node = hydra_compose("config", overrides=list(words))
+    private = composer.make_redactor(node)
+    return private, to_dict(composer.to_config(node), private)
+
+
+def test_environment_values_are_stored_as_references(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PLACE", "/hunter2/place")
+    monkeypatch.setenv("HOST", "host-hunter2")
+    for word, key, shown in (
+        ("run_dir=${oc.env:PLACE}", "run_dir", "${oc.env:PLACE}"),
+        ("run_dir='${ oc.env:PLACE}'", "run_dir", "${ oc.env:PLACE}"),
+        ("run_dir=${oc.env:PLACE}/x", "run_dir", "(from the environment)"),
+        ("tracking.uri='http://me:typed-hunter2@${oc.env:HOST}:1'", "tracking.uri", "(from the environment)"),
+        ("data.directory=${run_dir}", "data.directory", "${run_dir}"),
+    ):
+        text = "http://me:typed-hunter2@host-hunter2:1" if "HOST" in word else "at /hunter2/place/x"
+        private, stored = composed(word, *(["run_dir=${oc.env:PLACE}"] if "data" in word else []))
+        assert flatten(stored)[key] == shown, word
+        assert "hunter2" not in str(stored), word
+        assert "hunter2" not in private.redact(text), word
+
+
+def test_the_password_of_an_address_is_hidden_as_written_and_as_meant():
+    private, _ = composed("tracking.uri='http://me:p%40ss-word@host:1'")
+    assert private.redact("p%40ss-word or p@ss-word, me at home") == "*** or ***, me at home"
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_a_mistake_exits_with_2_in_one_line_without_tensorflow():
+    done = run_train("epochs=three", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    told = [line for line in done.err.splitlines() if not line.startswith("import time:")]
+    assert (done.code, done.out) == (2, "")
+    assert told == ["error: epochs must be a whole number, got three; use e.g. epochs=12"]
+    imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
+    assert "hydra" in imported
+    assert not imported & {"tensorflow", "keras", "mlflow", "numpy", "sklearn", "matplotlib", "optuna", "rich.console"}
+    assert len(imported) < 500  # a change that doubles the wait is seen; seconds would depend on the machine
+
+
+def test_check_says_yes_to_a_valid_config_and_trains_nothing(tmp_path: Path):
+    done = run_train("model=inception_v3", f"run_dir={tmp_path / 'run'}", "--check")
+    assert (done.code, done.out, done.err) == (0, "the config is valid\n", "")
+    assert not (tmp_path / "run").exists()
+    assert run_train("model=inception_v3", "data.image_size=32", "--check").code == 2
+
+
+def test_data_faults_are_found_before_tensorflow(tmp_path: Path):
+    done = run_train("data=folder", "--check")
+    assert done.code == 2
+    assert "data.root must be a folder with one sub-folder of images per class, got" in done.err
+    (tmp_path / "only").mkdir()
+    done = run_train("data=folder", f"data.root={tmp_path}", "--check")
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+
+
+def test_an_environment_reference_in_a_mistake_is_not_shown():
+    done = run_train("tracking.uri=${oc.env:PLACE}", "--check", env={"PLACE": "hunter2"})
+    assert done.code == 2
+    assert "hunter2" not in done.err + done.out
+    assert "${oc.env:PLACE}" in done.err
+
+
+def test_an_environment_value_of_the_wrong_type_is_not_shown():
+    done = run_train("epochs=${oc.env:PLACE}", "--check", env={"PLACE": "hunter2"})
+    assert done.code == 2
+    assert "hunter2" not in done.err + done.out
+
+
+def test_a_sweep_leaves_no_words_behind(tmp_path: Path):
+    done = run_train(
+        "-m", "seed=0,1", "tracking.uri='http://me:hunter2@host:1'", "--check", env={"TMPDIR": str(tmp_path)}
+    )
+    assert (done.code, done.out) == (0, "1: seed=0\n2: seed=1\nthe config is valid\n")
+    assert list(tmp_path.iterdir()) == []
+    assert not (ROOT / "multirun").exists()
+
+
+def test_weights_that_are_not_there_are_found_before_tensorflow():
+    done = run_train("model.weights='~/no/such.weights.h5'", "--check")
+    assert done.code == 2
+    assert done.err.startswith(
+        f"error: model.weights must be a file, got {Path.home()}/no/such.weights.h5, which is none"
+    )
+
+
+def test_completion_knows_groups_and_keys():
+    script = "source <(.venv/bin/inception-train -sc install=bash 2>/dev/null); complete -p inception-train"
+    assert "hydra_bash_completion" in run_command("bash", "-c", script).out
+    query = {"COMP_LINE": "inception-train model=", "COMP_POINT": "22"}
+    done = run_command(sys.executable, "-m", "train", "-sc", "query=bash", env=query)
+    assert {"model=vgg16", "model=inception_v3"} <= set(done.out.split())
+    query = {"COMP_LINE": "inception-train optimizer.", "COMP_POINT": "26"}
+    done = run_command(sys.executable, "-m", "train", "-sc", "query=bash", env=query)
+    assert "optimizer.learning_rate=" in done.out.split()
+
+
+def test_the_trainer_knows_no_mlflow():
+    """Nothing that the story of a run imports brings it in; the uploader's own modules import it when they need it."""
+    script = "import sys, train.run.train_and_evaluate, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
+    assert run_command(sys.executable, "-c", script).code == 0
+
+
+def test_the_explanations_do_not_hide_a_fault_they_do_not_know():
+    from hydra.errors import HydraException
+
+    assert composer.explain(HydraException("something\nnew")) == "something new"

@@ -1,0 +1,407 @@
+"""Own images by a table: CSV and JSON lines, their splits, what their lines may hold, and how faults are named."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train.data
+from support.commands import message
+from train.data.ingestion import validation
+
+TABLE = "data.file must be a table of path, label and split, got"
+
+
+def write_image(path, value=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Forty images in one folder."""
+    for number in range(40):
+        write_image(tmp_path / "root" / "images" / f"{number}.png", value=number)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Whatever is looked at from here on, by content."""
+    seen, look = [], validation.inspect
+    monkeypatch.setattr(validation, "inspect", lambda data, *others: seen.append(data) or look(data, *others))
+    return seen
+
+
+def lines_of(count=40, split=None):
+    """(path, label) of every image, or (path, label, split): cats and dogs by turns."""
+    pairs = [(f"images/{number}.png", ("cat", "dog")[number % 2]) for number in range(count)]
+    return pairs if split is None else [(*pair, split(number)) for number, pair in enumerate(pairs)]
+
+
+def thirds(number):
+    return ("train", "train", "validation", "test")[number // 2 % 4]
+
+
+def write_csv(place, lines, head="path,label,split"):
+    columns = len(lines[0])
+    text = [",".join(head.split(",")[:columns]), *(",".join(line) for line in lines)]
+    place.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return place
+
+
+def write_jsonl(place, lines):
+    names = ("path", "label", "split")
+    entries = [dict(zip(names, line, strict=False)) for line in lines]
+    place.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return place
+
+
+def write_table(place, lines):
+    return write_csv(place, lines) if place.suffix == ".csv" else write_jsonl(place, lines)
+
+
+def load(place, root=None, **options):
+    data_dir = (root or place.parent).parent / "data"
+    return train.data.load(
+        "manifest",
+        str(data_dir),
+        image_size=4,
+        channels=3,
+        file=str(place),
+        root=str(root) if root else None,
+        **options,
+    )
+
+
+def ids(split):
+    return [split.example_id(index) for index in range(len(split))]
+
+
+def where(loaded):
+    """id -> split."""
+    return {name: split.name for split in loaded.splits.values() for name in ids(split)}
+
+
+# ------------------------------------------------------------------------------------------------- checked beforehand
+
+
+def test_the_file_is_checked_before_anything_is_imported(tmp_path):
+    def check(file, **options):
+        return message(train.data.check, "manifest", file=file, **options)
+
+    needed = "data.file must be a CSV or JSON lines file of path and label, got"
+    assert check(None) == f"{needed} none; use data.file=PATH"
+    for nowhere in (str(tmp_path), f"{tmp_path}/none.csv"):
+        assert check(nowhere) == f"{needed} {nowhere}, which is no file; use data.file=PATH"
+    (tmp_path / "table.xlsx").touch()
+    assert check(f"{tmp_path}/table.xlsx") == (
+        f"data.file must end in .csv, .jsonl, .ndjson, got {tmp_path}/table.xlsx; use a table of one of these kinds"
+    )
+    for name in ("table.csv", "table.jsonl", "table.ndjson", "TABLE.CSV"):
+        (tmp_path / name).touch()
+        train.data.check("manifest", file=f"{tmp_path}/{name}", root=str(tmp_path))
+    assert check(f"{tmp_path}/table.csv", root=f"{tmp_path}/none") == (
+        f"data.root must be the folder that paths are relative to, got {tmp_path}/none; use data.root=PATH"
+    )
+    assert check(f"{tmp_path}/table.csv", manual_dir=str(tmp_path)) == (
+        f"data.manual_dir must be left out for data=manifest, got {tmp_path}; use data.manual_dir=null"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ what is there
+
+
+@pytest.mark.parametrize("name", ["table.csv", "TABLE.CSV", "table.jsonl", "table.ndjson"])
+def test_a_table_without_splits_is_cut_by_content(root, name):
+    loaded = load(write_table(root / name, lines_of()) if name != "TABLE.CSV" else write_csv(root / name, lines_of()))
+    assert loaded.name == "manifest"
+    assert loaded.classes == ("cat", "dog")
+    assert set(where(loaded)) == {path for path, _ in lines_of()}
+    labels = dict(lines_of())
+    for split in loaded.splits.values():
+        assert [loaded.classes[label] for label in split.labels] == [labels[path] for path in ids(split)]
+        data = (root / split.example_id(0)).read_bytes()
+        assert split.sha256[0] == hashlib.sha256(data).hexdigest().encode()
+        assert split.read([0]) == [data]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
+def test_the_splits_of_a_table_are_as_it_says(root, name):
+    lines = lines_of(split=thirds)
+    loaded = load(write_table(root / name, lines))
+    assert where(loaded) == {path: split for path, _, split in lines}
+    assert loaded.split_sizes == {"train": 20, "validation": 10, "test": 10}
+    assert ids(loaded.validation) == [path for path, _, split in lines if split == "validation"]  # in the table's order
+
+
+def test_val_is_another_word_for_validation(root):
+    lines = lines_of(split=thirds)
+    short = [(path, label, "val" if split == "validation" else split) for path, label, split in lines]
+    assert where(load(write_csv(root / "table.csv", short))) == {path: split for path, _, split in lines}
+
+
+def test_lines_without_a_split_are_for_training(root):
+    lines = lines_of(split=lambda number: "test" if number < 6 else "")
+    said = message(load, write_csv(root / "table.csv", lines))
+    assert said == f"data.file must have lines of split train, got none in {root}/table.csv; use split=train"
+    lines[6:7] = [(*lines[6][:2], "train")]
+    for name in ("table.csv", "table.jsonl"):
+        loaded = load(write_table(root / name, lines))
+        assert ids(loaded.test) == [f"images/{number}.png" for number in range(6)]
+        assert (
+            loaded.split_sizes["train"] + loaded.split_sizes["validation"] == 34
+        )  # this part is missing: cut from train
+
+
+def test_every_writing_of_a_table_is_the_same_data_set(root):
+    lines = lines_of(split=thirds)
+    first = load(write_csv(root / "table.csv", lines)).fingerprint
+    assert load(write_jsonl(root / "table.jsonl", lines)).fingerprint == first
+    backwards = [line[::-1] for line in lines[::-1]]
+    assert load(write_csv(root / "other.csv", backwards, head="split,label,path")).fingerprint == first
+    elsewhere = shutil.copytree(root, root.parent / "elsewhere")
+    assert load(elsewhere / "table.csv").fingerprint == first
+
+
+def test_fingerprint_tells_label_split_name_and_content(root):
+    lines = lines_of(split=thirds)
+    found = [load(write_csv(root / "table.csv", lines)).fingerprint]
+    for changed in (("images/2.png", "dog", "train"), ("images/2.png", "cat", "test")):
+        found.append(load(write_csv(root / "table.csv", [lines[0], lines[1], changed, *lines[3:]])).fingerprint)
+    shutil.copy(root / "images" / "2.png", root / "images" / "again.png")
+    renamed = [(path.replace("/2.png", "/again.png"), *others) for path, *others in lines]
+    found.append(load(write_csv(root / "table.csv", renamed)).fingerprint)
+    write_image(root / "images" / "2.png", value=500)
+    found.append(load(write_csv(root / "table.csv", lines)).fingerprint)
+    assert len(set(found)) == 5
+
+
+# ------------------------------------------------------------------------------------------------ what lines may hold
+
+
+ODD_NAMES = ["a b.png", "a,b.png", 'a"b.png', "ä ö/ü.png", "日本.png", " lead.png", "#1.png", "a\\b.png", "%20.png"]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
+def test_names_may_hold_quotes_commas_spaces_and_other_scripts(root, name):
+    lines = lines_of(split=thirds)
+    for number, odd in enumerate(ODD_NAMES):
+        write_image(root / odd, value=900 + number)
+        lines.append((odd, ("a, cat", 'the "dog"')[number % 2], "train"))
+    if name == "table.csv":
+        quoted = [tuple('"' + field.replace('"', '""') + '"' for field in line) for line in lines]
+        place = write_csv(root / name, quoted)
+    else:
+        place = write_jsonl(root / name, lines)
+    loaded = load(place)
+    assert loaded.classes == ("a, cat", "cat", "dog", 'the "dog"')
+    assert where(loaded) == {path: split for path, _, split in lines}
+    split = loaded.train
+    assert split.read([ids(split).index('a"b.png')]) == [(root / 'a"b.png').read_bytes()]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
+def test_what_editors_add_is_no_part_of_the_table(root, name):
+    place = write_table(root / name, lines_of(split=thirds))
+    plain = load(place).fingerprint
+    text = place.read_text().replace("\n", "\r\n").replace("\r\n", "\r\n\r\n", 1)  # and an empty line
+    place.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+    assert load(place).fingerprint == plain
+
+
+def test_labels_may_be_numbers(root):
+    entries = [{"path": path, "label": number % 3} for number, (path, _) in enumerate(lines_of())]
+    place = root / "table.jsonl"
+    place.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert load(place).classes == ("0", "1", "2")
+
+
+def test_paths_are_relative_to_the_root(root, tmp_path):
+    place = write_csv(tmp_path / "table.csv", lines_of(split=thirds))
+    assert load(place, root).fingerprint == load(write_csv(root / "table.csv", lines_of(split=thirds))).fingerprint
+    said = message(load, place)
+    first = f"{tmp_path}/images/0.png (No such file or directory)"
+    assert said.startswith(f"the data must be readable images, got 40 of 40 that are not: {first}; ")
+
+
+def test_another_root_is_other_data(tmp_path):
+    """Same names, sizes and times, other pictures."""
+    lines = [(path.replace(".png", ".bmp"), *others) for path, *others in lines_of(split=thirds)]
+    place = write_csv(tmp_path / "table.csv", lines)
+    for number, (path, *_) in enumerate(lines):
+        for folder in ("one", "other"):
+            write_image(tmp_path / folder / path, value=number + 100 * len(folder))
+            os.utime(tmp_path / folder / path, ns=(1, 1))
+    one, other = (load(place, tmp_path / folder) for folder in ("one", "other"))
+    assert one.fingerprint != other.fingerprint
+    for folder, loaded in (("one", one), ("other", other)):
+        assert loaded.train.read([0]) == [(tmp_path / folder / loaded.train.example_id(0)).read_bytes()]
+
+
+# --------------------------------------------------------------------------------------------------- what is no table
+
+
+USE_LABEL, USE_PATH = "a label in every line", "a path in every line"
+USE_COLUMNS, USE_SPLIT = "the columns path, label, split", "one of train, validation, val, test"
+USE_CSV, USE_JSON = "CSV with a head line path,label", 'lines like {"path": "a.jpg", "label": "cat"}'
+
+FAULTS = {  # name of the file: what is in it, the line that is named, what it says
+    "empty label.csv": ("path,label\na.png,cat\na.png,\n", 3, "no label", USE_LABEL),
+    "empty path.csv": ("path,label\n,cat\n", 2, "no path", USE_PATH),
+    "short line.csv": ("path,label\n\na.png\n", 3, "no label", USE_LABEL),
+    "no column label.csv": ("path\na.png\n", 2, "no label", USE_LABEL),
+    "another column.csv": ("path,label,size\na.png,cat,7\n", 1, "size", USE_COLUMNS),
+    "unknown split.csv": ("path,label,split\na.png,cat,dev\n", 2, "split dev", USE_SPLIT),
+    "twice.csv": ("path,label\na,cat\nb,dog\na,dog\n", 4, "a once more, as in line 2", "each path once"),
+    "over two lines.csv": ('path,label\n"a\nb",cat\nc,\n', 4, "no label", USE_LABEL),
+    "text after a quote.csv": ('path,label\na,cat\n"b"c,cat\n', 3, "',' expected after '\"'", USE_CSV),
+    "open quote.csv": ('path,label\na.png,cat\n"b.png,cat\n', 3, "unexpected end of data", USE_CSV),
+    "no label.jsonl": ('{"path": "a", "label": "cat"}\n\n{"path": "a.png"}\n', 3, "no label", USE_LABEL),
+    "empty path.jsonl": ('{"path": "", "label": "cat"}\n', 1, "no path", USE_PATH),
+    "null.jsonl": ('{"path": "a.png", "label": null}\n', 1, "no label", USE_LABEL),
+    "another key.jsonl": ('{"path": "a", "label": "b", "size": 7}\n', 1, "size", USE_COLUMNS),
+    "unknown split.jsonl": ('{"path": "a", "label": "b", "split": "x"}\n', 1, "split x", USE_SPLIT),
+    "twice.jsonl": (2 * '{"path": "a", "label": "b"}\n', 2, "a once more, as in line 1", "each path once"),
+    "csv.jsonl": ("path,label\n", 1, "path,label", USE_JSON),
+    "list.jsonl": ("\n[1, 2]\n", 2, "[1, 2]", USE_JSON),
+    "long.jsonl": ("{" + 60 * "a", 1, "{" + 39 * "a", USE_JSON),
+    "deep.jsonl": (100_000 * "[", 1, 40 * "[", USE_JSON),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_line_is_named(tmp_path, name):
+    text, line, got, use = FAULTS[name]
+    (tmp_path / name).write_text(text)
+    assert message(load, tmp_path / name) == f"{TABLE} {got} in {tmp_path}/{name}:{line}; use {use}"
+
+
+def test_a_line_with_too_many_fields_is_named(tmp_path):
+    (tmp_path / "table.csv").write_text("path,label,split\na.png,cat,train\nb, c.png,dog,train\n")
+    said = message(load, tmp_path / "table.csv")
+    assert said.startswith(f"{TABLE} ")
+    assert f" in {tmp_path}/table.csv:3; use " in said
+    assert "None" not in said
+
+
+def test_a_missing_head_line_is_named(tmp_path):
+    (tmp_path / "table.csv").write_text("a.png,cat\nb.png,dog\n")
+    said = message(load, tmp_path / "table.csv")
+    assert said == f"{TABLE} a.png in {tmp_path}/table.csv:1; use the columns path, label, split"
+
+
+def test_a_table_that_is_no_utf8_is_refused(tmp_path):
+    for name in ("table.csv", "table.jsonl"):
+        (tmp_path / name).write_bytes('{"path": "ä.png", "label": "cat"}\n'.encode("latin-1"))
+        assert message(load, tmp_path / name) == (
+            f"data.file must be readable, got {tmp_path}/{name} (no UTF-8); use data.file=PATH"
+        )
+
+
+@pytest.mark.parametrize(("text", "labels"), [("", 0), ("path,label\n", 0), ("path,label\na.png,cat\nb.png,cat\n", 1)])
+def test_one_label_is_too_few(tmp_path, text, labels):
+    (tmp_path / "table.csv").write_text(text)
+    assert message(load, tmp_path / "table.csv") == (
+        f"data.file must have at least two labels, got {labels} in {tmp_path}/table.csv; use a full table"
+    )
+
+
+# --------------------------------------------------------------------------------------------------- the files it names
+
+
+def broken(count, total, named):
+    return (
+        f"the data must be readable images, got {count} of {total} that are not: {named}; mend or remove them, or "
+        f"use data.on_error=skip data.max_skipped={count} to leave them out"
+    )
+
+
+def test_missing_files_are_named_with_the_reason(root):
+    more = [("images/none.png", "cat"), ("images", "dog"), ("no\0name.png", "cat")]
+    (root / "images" / "notes.txt").write_text("no image")
+    place = write_jsonl(root / "table.jsonl", [*lines_of(), *more, ("images/notes.txt", "dog")])
+    said = message(load, place)
+    assert said.startswith(
+        f"the data must be readable images, got 4 of 44 that are not: {root}/images/none.png (No such file or "
+        f"directory); {root}/images (a folder); "
+    )
+    assert f"{root}/images/notes.txt (no image of a known format (JPEG, PNG, GIF, BMP, WEBP))" in said
+    loaded = load(place, on_error="skip")
+    assert sum(loaded.split_sizes.values()) == 40
+    assert [name for name, _ in loaded.skipped] == ["images/none.png", "images", "no\0name.png", "images/notes.txt"]
+    assert loaded.fingerprint == load(write_jsonl(root / "sound.jsonl", lines_of())).fingerprint
+
+
+def test_paths_that_leave_the_root_are_refused(root, tmp_path):
+    write_image(tmp_path / "out.png", value=500)
+    reason = f"leads out of {root}"
+    for leaving in ("../out.png", "images/../../out.png", str(tmp_path / "out.png")):
+        place = write_csv(root / "table.csv", [*lines_of(), (leaving, "cat")])
+        assert message(load, place) == broken(1, 41, f"{root}/{leaving} ({reason})")
+    (root / "link.png").symlink_to("../out.png")
+    place = write_csv(root / "table.csv", [*lines_of(), ("link.png", "cat")])
+    assert message(load, place) == broken(1, 41, f"{root}/link.png ({reason})")
+    lines = [(f"root/{path}", label) for path, label in lines_of()]
+    loaded = load(write_csv(tmp_path / "table.csv", [*lines, ("out.png", "cat")]))
+    assert sum(loaded.split_sizes.values()) == 41  # nothing is wrong with the file itself
+
+
+def test_paths_that_come_back_to_the_root_are_fine(root):
+    lines = lines_of()
+    for staying in ("images/../images/3.png", "../root/images/3.png", f"{root}/images/3.png"):
+        found = where(load(write_csv(root / "table.csv", [*lines[:3], *lines[4:], (staying, "dog")])))
+        assert len(found) == 40
+        assert found[staying] == where(load(write_csv(root / "table.csv", lines)))["images/3.png"]
+
+
+def test_a_file_changed_after_opening_is_named(root):
+    split = load(write_csv(root / "table.csv", lines_of(split=thirds))).train
+    path = root / split.example_id(2)
+    write_image(path, value=4321)
+    assert message(split.load_example, 2) == (
+        f"every example must be readable, got {path} (changed since the data set was opened); use the data as it was"
+    )
+
+
+def test_only_changed_files_are_looked_at(root, looked):
+    place = write_csv(root / "table.csv", lines_of(split=thirds))
+    first = load(place)
+    assert len(looked) == 40
+    looked.clear()
+    load(place)
+    assert looked == []
+    write_image(root / "images" / "3.png", value=500)
+    load(place)
+    assert looked == [(root / "images" / "3.png").read_bytes()]
+    looked.clear()
+    lines = lines_of(split=thirds)
+    write_image(root / "images" / "new.png", value=501)
+    load(write_csv(place, [*lines[1:], ("images/new.png", "cat", "test")]))
+    assert looked == [(root / "images" / "new.png").read_bytes()]
+    looked.clear()
+    write_image(root / "images" / "3.png", value=3)
+    again = load(write_csv(place, lines))
+    assert len(looked) == 2  # the one that is back in the table, and the one that is as it was
+    assert again.fingerprint == first.fingerprint
+
+
+def test_another_label_or_split_needs_no_other_look(root, looked):
+    lines = lines_of(split=thirds)
+    load(write_csv(root / "table.csv", lines))
+    looked.clear()
+    other = [(path, "dog" if label == "cat" else "bird", "train" if split == "test" else split)
+             for path, label, split in lines]  # fmt: skip
+    other[-1] = (*other[-1][:2], "test")
+    loaded = load(write_csv(root / "table.csv", other))
+    assert looked == []
+    assert loaded.classes == ("bird", "dog")
+    assert where(loaded) == {path: split for path, _, split in other}
+    labels = {path: label for path, label, _ in other}
+    for split in loaded.splits.values():
+        assert [loaded.classes[label] for label in split.labels] == [labels[path] for path in ids(split)]
