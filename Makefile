@@ -91,7 +91,7 @@ override INSTALL_INTO_VENV = $(ISOLATED) $(BIN)/uv pip install --python $(BIN)/p
 setup: $(STAMP) ## make .venv from the lock files (every other target does it by itself when it is missing or stale)
 	@echo "environment: $(VENV), $$($(BIN)/python --version)"
 
-$(STAMP): $(LOCKS) requirements/uv.lock requirements/gpu.lock
+$(STAMP): $(LOCKS) requirements/uv.lock requirements/gpu.lock pyproject.toml
 	@$(ISOLATED) $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "PYTHON must be Python 3.11 to 3.13, got %d.%d; use e.g. make setup PYTHON=python3.12" % v)'
 	@echo "making $(VENV) from the lock files (once)"
 	@$(ISOLATED) $(PYTHON) -m venv --clear $(VENV)

@@ -78,7 +78,7 @@ def count() -> None:
 
     words = ["model=inception_v3", "backend=jax", "device=cpu", "devices=2", "precision=float32", "jit=on"]
     config = compose([*words, "threads=2", "data.image_size=75", "model.width=0.03", "batch_size=2"])
-    backends.get_backend("jax").join(config)
+    backends.get_backend("jax").initialize(config)
     backends.get_backend("jax").set_up(config)
     import jax
     import numpy as np

@@ -308,7 +308,7 @@ def test_a_share_reads_nothing_of_the_others(train_split):
     store = Counting(train_split.store)
     split = replace(train_split, store=store, pixels="none")
     assert len(epoch_of(split, share=(1, 2))) == 10
-    own = split.rows[sampling.permutation(1, 0, 160)].reshape(10, 2, 8)[:, 1]
+    own = split.indices[sampling.permutation(1, 0, 160)].reshape(10, 2, 8)[:, 1]
     assert sorted(store.rows) == sorted(own.reshape(-1).tolist())
 
 
@@ -347,7 +347,7 @@ def test_resuming_decodes_nothing_of_what_is_done(train_split, monkeypatch):
     split = replace(train_split, store=store, pixels="none")
     assert len(epoch_of(split, first_batch=8)) == 2
     assert len(decoded) == 32
-    assert sorted(store.rows) == sorted(split.rows[sampling.permutation(1, 0, 160)[128:]].tolist())
+    assert sorted(store.rows) == sorted(split.indices[sampling.permutation(1, 0, 160)[128:]].tolist())
     decoded.clear()
     assert len(epoch_of(split)) == 10
     assert len(decoded) == 160
@@ -368,7 +368,7 @@ def test_deterministic_mode_leaves_the_bits_alone(train_split, photos):
         " for place in ('memory', 'none')];"
         "say(replace(photos, cache_mode='files'), policy.inception())"
     )
-    places = [part for split in (train_split, photos) for part in (split.error_prefix, split.folder.parent)]
+    places = [part for split in (train_split, photos) for part in (split.error_prefix, split.cache_dir.parent)]
     command = [sys.executable, "-c", code, *map(str, places)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd()).stdout.split()
     mixed = digest(epoch_of(train_split, augmentation=policy.build("randaugment", cutmix=1.0)))
@@ -390,7 +390,7 @@ def test_batches_are_on_the_device_that_wants_them_and_the_same(train_split):
         " {t.device[-5:] for pair in pairs for t in pair[1]},"
         " all((a.numpy() == b.numpy()).all() for one, two in pairs for a, b in zip(one, two)))"
     )
-    command = [sys.executable, "-c", code, str(train_split.error_prefix), str(train_split.folder.parent)]
+    command = [sys.executable, "-c", code, str(train_split.error_prefix), str(train_split.cache_dir.parent)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd()).stdout
     assert said == "2 {'CPU:1'} {'CPU:0'} True\n"
 
@@ -409,7 +409,7 @@ def test_an_epoch_begins_without_a_copy_of_the_pixels(train_split):
         "stream = pipeline.train_batches(many, augmentation=policy.none(), batch_size=4, seed=1, epoch=0,"
         " num_classes=3); mine = own(); next(iter(stream)); print(held, own() - mine)"
     )
-    command = [sys.executable, "-c", code, str(train_split.error_prefix), str(train_split.folder.parent)]
+    command = [sys.executable, "-c", code, str(train_split.error_prefix), str(train_split.cache_dir.parent)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd()).stdout
     held, more = map(int, said.split())
     assert 140 < held < 200

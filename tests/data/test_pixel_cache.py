@@ -422,7 +422,7 @@ def test_where_nothing_can_be_written_memory_serves(no_folder, decoded):
         )
         assert [images.shape for images, _ in stream] == [(10, 64, 64, 3)] * 2
     assert len(decoded) == 40  # each start anew
-    assert no_folder.train.folder.read_text() == "in the way"
+    assert no_folder.train.cache_dir.read_text() == "in the way"
 
 
 def test_where_nothing_can_be_written_auto_does_not_choose_the_disk(no_folder):

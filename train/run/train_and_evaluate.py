@@ -133,7 +133,7 @@ def train_as_worker(
     config, _ = setup.prepare(config, Path(os.devnull))
     print_and_log(f"process {process_group.index} of {process_group.size}: process 0 tells the story")
     augmentation = factory.make_augmentation(config)
-    dataset, _ = factory.load_data(config, crops=augmentation.crop is not None)
+    dataset, _ = factory.load_data(config, crops=augmentation.random_resized_crop is not None)
     signals.raise_if_requested()
     steps = factory.steps_per_epoch(config, dataset)
     model, inference = factory.make_models(config, dataset)
@@ -164,7 +164,7 @@ def train_and_evaluate(session: RunSession) -> None:
     stops.raise_if_requested()  # here and below: libraries may swallow what a signal raises while they are loaded
 
     augmentation = factory.make_augmentation(config)
-    dataset, where = factory.load_data(config, crops=augmentation.crop is not None)
+    dataset, where = factory.load_data(config, crops=augmentation.random_resized_crop is not None)
     stops.raise_if_requested()
     if fresh:
         factory.check_fingerprint(config, dataset)

@@ -53,7 +53,7 @@ def prepare(config: Config, library_log: Path) -> tuple[Config, list[str]]:
 
     machine = backends.get_backend(config.backend)
     with redirect_fds(library_log, 1, 2):
-        machine.join(config)
+        machine.initialize(config)
     device, notes = _choose_device(machine, config.device)
     devices = _count_devices(machine, config.devices, device)
     config, why = resolve_auto(dataclasses.replace(config, device=device, devices=devices))
@@ -180,7 +180,7 @@ def _choose_device(backend: Any, device: str) -> tuple[str, list[str]]:
 
 
 def _count_devices(backend: Any, requested: str, device: str) -> str:
-    there = backend.count(device)
+    there = backend.count_devices(device)
     if requested != "all" and int(requested) > there:
         raise ConfigError(
             f"devices must be at most those that this process has, {there}, got {requested}; use devices=all"

@@ -73,12 +73,12 @@ class TrialSweeper(sweeper.Sweeper):
 
 @dataclass
 class _TrialSweeperConfig:
-    _target_: str = f"{__name__}.Trials"
+    _target_: str = f"{__name__}.TrialSweeper"
 
 
 @dataclass
 class _ProcessLauncherConfig:
-    _target_: str = f"{__name__}.Processes"
+    _target_: str = f"{__name__}.ProcessLauncher"
 
 
 def register() -> None:
