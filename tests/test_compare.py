@@ -196,7 +196,7 @@ def test_words_mean_what_was_typed_for_the_run():
         (["experiment=nothing"], "experiment must be one of costs, empty, lab, mixed, got nothing"),
         (["experiment=empty"], "experiment must have runs, got empty without any"),
         (["experiment=lab", "metric=train/loss"], "metric must be auto, test or validation, got train/loss"),
-        (["experiment=lab", "metric=validation"], "have best/validation_main_accuracy, got none"),
+        (["experiment=lab", "metric=validation"], "have best/validation_accuracy, got none"),
         (["experiment=lab", "epochs=99"], "words must choose some of the 15 runs, got epochs=99, which none has"),
         (
             ["experiment=lab", "baseline=model=vgg16"],

@@ -304,9 +304,8 @@ def test_a_run_of_a_newer_version_is_refused(finished: Finished, tmp_path: Path)
     run = tmp_path / "run"
     shutil.copytree(finished.path, run, symlinks=True)
     identity = json.loads((run / "run.json").read_text())
-    assert identity["layout"] == RUN_FORMAT_VERSION
-    (run / "run.json").write_text(json.dumps(identity | {"layout": RUN_FORMAT_VERSION + 1}))
-    said = f"run must be of layout {RUN_FORMAT_VERSION} at most, got {run}, which a newer "
-    said += f"version wrote as {RUN_FORMAT_VERSION + 1}"
+    assert identity["format_version"] == RUN_FORMAT_VERSION
+    (run / "run.json").write_text(json.dumps(identity | {"format_version": RUN_FORMAT_VERSION + 1}))
+    said = f"run {run} was written by a newer version of this project (run format {RUN_FORMAT_VERSION + 1}, "
     assert said in message(predict, [f"run={run}", f"images={run / 'augmented.png'}"])
     assert said in message(open_run_dir, run)

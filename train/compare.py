@@ -28,7 +28,7 @@ from train.storage.atomic import write_atomically
 from train.tracking.mlflow_query import RunRecord, list_runs
 from train.tracking.uploader import default_uri
 
-TEST_METRIC, VALIDATION_METRIC = "test/accuracy", "best/validation_main_accuracy"
+TEST_METRIC, VALIDATION_METRIC = "test/accuracy", "best/validation_accuracy"
 # Figures of a row, by the word that sorts by them: names in MLflow.
 COST_METRICS: dict[str, str] = {
     "parameters": "cost/parameters",

@@ -69,7 +69,7 @@ def evaluate(argv: list[str]) -> None:
         found = results.write_results(place, split, outcome)
         results.write_plots(place, split, outcome, found, model)
     print_metrics(found)
-    report.write_report(folder, folder.read_json("summary.json", {}))
+    report.write_report(folder, folder.summary())
     uploader.upload_and_wait(folder, uri, config.tracking.wait_seconds)
     print(place)
 

@@ -262,7 +262,7 @@ def render_model_card(folder: RunDir, summary: dict[str, Any], crop_fraction: fl
     return html.render_template(
         "card.md",
         export=summary,
-        run=folder.read_json("summary.json", {}),
+        run=folder.summary(),
         data=folder.read_json("dataset.json", {}),
         best=best,
         side=side,

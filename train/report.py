@@ -23,7 +23,7 @@ class Report:
 def report(argv: list[str]) -> None:
     """Prints where the page is. Raises: ValueError if there is no such run, or nothing has been trained in it."""
     folder = open_run_dir(Path(arguments.parse(Report, argv).run))
-    print(write_report(folder, folder.read_json("summary.json", {})))
+    print(write_report(folder, folder.summary()))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from train.cli import arguments
 from train.config import composition
 from train.config.compatibility import IGNORED_KEYS, differing_keys, unaccepted_changes
 from train.config.schema import ROOT, Config, ConfigError, Sweep
-from train.config.serialization import Redactor, flatten, to_dict
+from train.config.serialization import RUN_FORMAT_VERSION, Redactor, flatten, to_dict
 from train.tracking import address
 from train.tracking.run_dir import RunDir, latest_unfinished, open_run_dir
 
@@ -59,6 +59,11 @@ def resume_run(
         again = f"make resume run={shlex.quote(str(folder.path))} epochs=NUMBER"
         print(f"the run is finished: {folder.path}; to train longer: {again}")
         return 0
+    if folder.format_version() < RUN_FORMAT_VERSION:
+        raise ConfigError(
+            f"cannot resume {folder.path}: an older version of this project wrote it (run format "
+            f"{folder.format_version()}, this one resumes format {RUN_FORMAT_VERSION}); use that version, or start anew"
+        )
     if leads and "tracking.uri" not in {split_override(word)[0] for word in overrides}:
         address.use_stored_uri(folder, config.tracking.uri)
     from train.run import factory

@@ -162,7 +162,7 @@ def talking_to(path: Path) -> Iterator[None]:
 def measured(folder: Path) -> dict[str, Any]:
     """The figures of a finished run, from what it has left."""
     summary = json.loads((folder / "summary.json").read_text())
-    ground, cost = (json.loads((folder / name).read_text()) for name in ("ground.json", "cost.json"))
+    ground, cost = (json.loads((folder / name).read_text()) for name in ("provenance.json", "cost.json"))
     lines = [json.loads(line)["values"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     norms = [
         values["train/gradient_norm/first_layer"] for values in lines if "train/gradient_norm/first_layer" in values
@@ -171,7 +171,7 @@ def measured(folder: Path) -> dict[str, Any]:
         "test_accuracy": summary["test"]["accuracy"],
         "test_loss": summary["test"]["loss"],
         "mean_validation_accuracy": statistics.fmean(
-            values["validation/main_accuracy"] for values in lines if "validation/main_accuracy" in values
+            values["validation/accuracy"] for values in lines if "validation/accuracy" in values
         ),
         "gradient_norm": statistics.fmean(norms),
         "parameters": summary["parameters"],

@@ -91,8 +91,8 @@ SLOW = ("inception_v3", "inception_resnet_v2", "two processes")  # once each; th
 
 OWN = ("run_dir", "tracking.uri", "distributed.coordinator")  # a run's own, which no other has
 SUMMARY = (
-    "status", "config_hash", "data_fingerprint", "epochs", "steps", "best", "rollbacks", "changes", "stopped_early",
-    "parameters", "macs",
+    "status", "config_hash", "data_fingerprint", "epochs", "steps", "best_epoch", "validation", "rollbacks", "changes",
+    "stopped_early",     "parameters", "macs",
 )  # fmt: skip
 SAVING = ("begun", "written", "arrays", "manifest", "renamed", "pruned", "done")
 BEST = ("model", "card", "turned")

@@ -161,7 +161,14 @@ def result(run: Path) -> Any:
     """All of a trial's that has to be the same."""
     summary = json.loads((run / "summary.json").read_text())
     lines = [comparable(line) for line, _ in read_journal(run / "metrics.jsonl")]
-    return summary["status"], summary["weights_sha256"], summary["best"], summary["steps"], lines
+    return (
+        summary["status"],
+        summary["weights_sha256"],
+        summary["best_epoch"],
+        summary["validation"],
+        summary["steps"],
+        lines,
+    )
 
 
 def recorded(store: Path) -> tuple[int, int]:

@@ -106,7 +106,7 @@ if sys.argv[4] == "before":
     wait()
 with TerminalProgressDisplay(epochs=2, steps=3, batch_size=8) as watch:
     for step in range(1, 4):
-        watch.step(0, step, {"train/main_accuracy": 0.5})
+        watch.step(0, step, {"train/accuracy": 0.5})
         if sys.argv[4] == "between":
             print("a line", flush=True)
             wait()
@@ -480,7 +480,7 @@ def test_a_closed_terminal_stops_a_run_in_order_and_with_nohup_not_at_all(folder
     second = OnTerminal.start("-m", "train.resume", f"run={folder}", hangup="SIG_IGN")
     assert goes_on_to_its_end(second, folder, stopped["steps"] + 2)
     finished = summary_of(folder)
-    assert (finished["status"], finished["steps_executed"], finished["lives"]) == ("finished", STEPS, 2)
+    assert (finished["status"], finished["steps_executed"], finished["attempts"]) == ("finished", STEPS, 2)
     assert finished["weights_sha256"] == untouched["weights_sha256"]
     assert "epoch 3/3  loss " in log_of(folder)
     assert tells_its_end(folder, "finished")

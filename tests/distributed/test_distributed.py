@@ -350,7 +350,7 @@ def test_a_finished_run_is_finished_for_all(two: Path):
     done = train(two, 2)
     assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
     assert f"the run is finished: {two}" in done[0].out
-    assert summary_of(two)["lives"] == 1
+    assert summary_of(two)["attempts"] == 1
 
 
 EARLY = "epoch-00000-batch-0000004"  # the first checkpoint, after four steps

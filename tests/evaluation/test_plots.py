@@ -68,10 +68,10 @@ def line(epoch: int, step: int, **values: float) -> dict[str, Any]:
 def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epochs():
     lines = [
         line(0, 5, train__loss=3.0, learning_rate=0.1),
-        line(0, 10, train__loss=2.9, train__main_loss=2.0, train__aux_loss=3.0, validation__loss=1.5,
-             validation__main_accuracy=0.5, train__main_accuracy=0.4, learning_rate=0.2),
-        line(1, 20, train__loss=1.9, train__main_loss=1.0, train__aux_loss=2.0, validation__loss=0.5,
-             validation__main_accuracy=0.7, train__main_accuracy=0.8, learning_rate=0.0),
+        line(0, 10, train__total_loss=2.9, train__loss=2.0, train__aux_loss=3.0, validation__loss=1.5,
+             validation__accuracy=0.5, train__accuracy=0.4, learning_rate=0.2),
+        line(1, 20, train__total_loss=1.9, train__loss=1.0, train__aux_loss=2.0, validation__loss=0.5,
+             validation__accuracy=0.7, train__accuracy=0.8, learning_rate=0.0),
     ]  # fmt: skip
     loss, accuracy, rate = (made.axes[0] for made in learning_curves.plot_learning_curves(lines, 1).values())
     drawn = {one.get_label(): one.get_xydata().tolist() for one in loss.lines}

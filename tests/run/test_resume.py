@@ -169,7 +169,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
     assert second["weights_sha256"] == summary["weights_sha256"]
     assert second["test"] == summary["test"]
     assert the_same(folder, path)
-    assert (second["lives"], second["steps"], second["steps_executed"]) == (2, 12, executed)
+    assert (second["attempts"], second["steps"], second["steps_executed"]) == (2, 12, executed)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_what_does_not_fit_the_run_is_refused_in_one_line(words: list[str], answ
 def test_another_ground_is_refused_and_named(name: str, value: str, halted: Path):
     """A real checkpoint's ground has all these names in it."""
     [path] = (halted / "checkpoints").iterdir()
-    ground = checkpoint.read_checkpoint(path).metadata["ground"]
+    ground = checkpoint.read_checkpoint(path).metadata["provenance"]
     now = ground[name]
     with pytest.raises(ConfigError) as caught:
         check_compatible(ground | {name: value}, ground, frozenset())
@@ -346,7 +346,9 @@ def test_a_ground_that_was_accepted_is_recorded_and_begins_a_branch(halted: Path
     run_command("cp", "-r", str(halted), str(folder))
     [path] = (folder / "checkpoints").iterdir()
     saved = checkpoint.read_checkpoint(path)
-    (folder / "ground.json").write_text(json.dumps(saved.metadata["ground"] | {"code": "0123", "version.keras": "3.0"}))
+    (folder / "provenance.json").write_text(
+        json.dumps(saved.metadata["provenance"] | {"code": "0123", "version.keras": "3.0"})
+    )
     before = contents(folder)
     with pytest.raises(ConfigError, match=r"code was 0123, is \w+; version.keras was 3.0, is .* accept=code,version.k"):
         go_on(folder)
@@ -381,7 +383,7 @@ def test_a_branch_that_has_lost_its_checkpoints_is_begun_anew(halted: Path, tmp_
     branches = [tuple(line.get("branch", (0, 0))) for line in journal(folder)]
     assert sorted(set(branches)) == [(0, 0), (1, 0), (2, 0)]
     assert branches == sorted(branches)
-    assert (summary["steps"], summary["lives"]) == (12, 3)
+    assert (summary["steps"], summary["attempts"]) == (12, 3)
 
 
 def test_more_epochs_are_fine_and_recorded(tmp_path: Path):
@@ -590,7 +592,7 @@ def test_sigterm_saves_and_resume_comes_to_the_same_bits(tmp_path: Path, untouch
     assert second["weights_sha256"] == untouched[1]["weights_sha256"]
     assert second["steps_executed"] == 12  # nothing is done again after a signal
     assert the_same(folder, untouched[0])
-    assert (recorded().info.status, recorded().data.tags["lives"]) == ("FINISHED", "2")
+    assert (recorded().info.status, recorded().data.tags["attempts"]) == ("FINISHED", "2")
     assert "failure" not in recorded().data.tags
     points = client.get_metric_history(recorded().info.run_id, "train/loss")
     assert [point.step for point in points] == [2, 4, 6, 8, 10, 12]

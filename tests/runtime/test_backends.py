@@ -156,7 +156,7 @@ def test_a_run_on_jax_is_one_like_all_others(tmp_path: Path):
     assert done.code == 0, done.err
     one, other = summary_of(whole), summary_of(killed)
     assert (one["weights_sha256"], one["test"]) == (other["weights_sha256"], other["test"])
-    assert other["lives"] == 2
+    assert other["attempts"] == 2
     done = run_command(sys.executable, "-m", "train.evaluate", f"run={whole}", "backend=tensorflow", "jit=off")
     assert done.code == 0, done.err
     scores = json.loads(next((whole / "evaluation").rglob("scores.json")).read_text())

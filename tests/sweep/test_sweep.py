@@ -257,12 +257,12 @@ def trained(trial: Trial, epochs: int, accuracy: float, status: str | None = Non
     trial.folder.mkdir(exist_ok=True)
     (trial.folder / "run.json").write_text(json.dumps({"run_id": str(trial.number), "log_model": False}))
     lines = [
-        {"epoch": epoch, "step": epoch + 1, "time": 0.0, "values": {"validation/main_accuracy": accuracy}}
+        {"epoch": epoch, "step": epoch + 1, "time": 0.0, "values": {"validation/accuracy": accuracy}}
         for epoch in range(epochs)
     ]
     (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status = status or ("finished" if epochs == trial.total_epochs() else "interrupted")
-    summary = {"status": status, "best": {"validation_main_accuracy": accuracy}}
+    summary = {"status": status, "validation": {"accuracy": accuracy}}
     (trial.folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -702,8 +702,8 @@ def tells_what_came_of_it(swept: Swept, told: str) -> None:
 
 
 def test_of_the_checkpoints_those_of_the_best_are_kept(swept: Swept):
-    values = [json.loads((swept.path / name / "summary.json").read_text())["best"] for name in ("000", "001")]
-    accuracies = [value["validation_main_accuracy"] for value in values]
+    values = [json.loads((swept.path / name / "summary.json").read_text())["validation"] for name in ("000", "001")]
+    accuracies = [value["accuracy"] for value in values]
     kept = [bool(list((swept.path / name).glob("checkpoints/*"))) for name in ("000", "001")]
     assert kept == [accuracies[0] >= accuracies[1], accuracies[1] > accuracies[0]]
 
@@ -712,7 +712,7 @@ def test_of_the_checkpoints_those_of_the_best_are_kept(swept: Swept):
 def test_trials_are_the_runs_that_one_starts_by_hand(swept_twice: Swept, tmp_path: Path):
     path = swept_twice.path
     summaries = {name: json.loads((path / name / "summary.json").read_text()) for name in ("000", "001")}
-    assert max(summary["lives"] for summary in summaries.values()) >= 2  # the kill came in the middle
+    assert max(summary["attempts"] for summary in summaries.values()) >= 2  # the kill came in the middle
     share = json.loads((path / "trials/000.json").read_text())["config"]["threads"]
     words = [word for word in WORDS if not word.startswith(("gradient", "sweep"))]
     done = run_train(
@@ -744,15 +744,15 @@ def has_every_run_once(swept: Swept) -> None:
     assert (parent.info.status, parent.info.run_name) == ("FAILED", "sweep of gradient_accumulation")
     assert parent.data.metrics["sweep/finished"] == 2
     assert parent.data.metrics["sweep/failed"] == 1
-    best = parent.data.metrics["sweep/best_validation_accuracy"]
+    best = parent.data.metrics["best/validation_accuracy"]
     tested = [run for run in children if "test/accuracy" in run.data.metrics]
     assert len(tested) == 1  # what chooses does not see the test
     assert tested[0].data.tags["run_dir"] in parent.data.tags["best_trial"]
     [output] = client.get_run(tested[0].info.run_id).outputs.model_outputs
     [version] = client.search_model_versions("name = 'inception-digits'")
     assert version.source == f"models:/{output.model_id}"
-    values = [json.loads((swept.path / name / "summary.json").read_text())["best"] for name in ("000", "001")]
-    assert best == max(value["validation_main_accuracy"] for value in values)
+    values = [json.loads((swept.path / name / "summary.json").read_text())["validation"] for name in ("000", "001")]
+    assert best == max(value["accuracy"] for value in values)
 
 
 @pytest.fixture
@@ -830,7 +830,7 @@ def test_an_interrupted_sweep_says_what_is_left_and_goes_on(tmp_path: Path):
     done = run_train("-m", *words)
     assert done.code == 0, done.err
     assert "sweep: 2 finished, 0 failed, " in done.out
-    assert json.loads((path / "000/summary.json").read_text())["lives"] == 2
+    assert json.loads((path / "000/summary.json").read_text())["attempts"] == 2
 
 
 @pytest.mark.slow

@@ -92,13 +92,13 @@ def test_metrics_have_their_true_steps(recorded: Recorded):
     for line in recorded.finished.journal:
         for name, value in line["values"].items():
             expected.setdefault(name, []).append((line["step"], value))
-    assert {"train/main_accuracy", "train/aux_loss", "validation/main_accuracy", "learning_rate"} <= set(expected)
+    assert {"train/accuracy", "train/aux_loss", "validation/accuracy", "learning_rate"} <= set(expected)
     assert {"images_per_second", "data_wait_fraction", "test/accuracy"} <= set(expected)
-    best = max(value for _, value in expected["validation/main_accuracy"])
+    best = max(value for _, value in expected["validation/accuracy"])
     scores = json.loads((recorded.finished.path / "evaluation/test/scores.json").read_text())
     more = {f"test/{name}": scores[name] for name in ("macro_f1", "macro_precision", "macro_recall", "roc_auc", "ece")}
     more |= dict(zip(("test/accuracy_low", "test/accuracy_high"), scores["accuracy_interval"], strict=True))
-    more |= {"best/validation_main_accuracy": best, "best/epoch": recorded.finished.summary["best"]["epoch"]}
+    more |= {"best/validation_accuracy": best, "best/epoch": recorded.finished.summary["best_epoch"]}
     assert set(run.data.metrics) == {*expected, *more}
     assert {name: run.data.metrics[name] for name in more} == more
     for name, points in expected.items():
@@ -154,7 +154,7 @@ def test_the_best_on_validation_is_the_champion_of_its_data(empty_store: str):
         place = mlflow_store.Store(empty_store, identity)
         model_id = place._get_or_create_logged_model(run_id).model_id
         for _ in range(2):  # the second time adds nothing
-            place.register_model(model_id, {"validation_main_accuracy": accuracy, "data_fingerprint": data})
+            place.register_model(model_id, {"validation": {"accuracy": accuracy}, "data_fingerprint": data})
         is_champion.append(client.get_model_version_by_alias(name, mlflow_store.CHAMPION).run_id == place.mlflow_id)
     assert is_champion == [True, False, True, True, False]
     assert len(client.search_model_versions(f'name = "{name}"')) == 5
@@ -266,11 +266,11 @@ def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
         wait_for(lambda: "failure" not in the_run(uri)[1].data.tags)
         assert float(the_run(uri)[1].data.tags["heartbeat"]) > begun_at
         journal.append(0, 2, {"train/loss": 2.0})
-        folder.write_json("summary.json", {"status": "finished", "time": time.time(), "lives": 2})
+        folder.write_json("summary.json", {"status": "finished", "time": time.time(), "attempts": 2})
         assert recorder.wait(300) == 0
     client, again = the_run(uri)
     assert again.info.run_id == run.info.run_id
-    assert (again.info.status, again.data.tags["lives"]) == ("FINISHED", "2")
+    assert (again.info.status, again.data.tags["attempts"]) == ("FINISHED", "2")
     assert history(client, again, "train/loss") == [(1, 3.0), (2, 2.0)]
 
 

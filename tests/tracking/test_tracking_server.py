@@ -81,7 +81,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, tracking_server: TrackingS
 
 def test_a_resumed_run_is_one_run_on_the_server(resumed: Path, tracking_server: TrackingServer):
     found = recorded(tracking_server, "resumed")
-    assert (found.run.info.status, found.run.data.tags["lives"]) == ("FINISHED", "2")
+    assert (found.run.info.status, found.run.data.tags["attempts"]) == ("FINISHED", "2")
     assert found.run.data.params["batch_size"] == "8"
     points: dict[str, list[tuple[int, float]]] = {}
     for line in map(json.loads, (resumed / "metrics.jsonl").read_text().splitlines()):
@@ -103,7 +103,7 @@ def test_its_model_is_registered_once(resumed: Path, tracking_server: TrackingSe
     assert found.client.get_model_version_by_alias("resumed-digits", mlflow_store.CHAMPION).version == version.version
     card = json.loads((resumed / "best/model.json").read_text())
     assert version.tags == {
-        "validation_main_accuracy": str(card["validation_main_accuracy"]), "data": card["data_fingerprint"],
+        "validation_accuracy": str(card["validation"]["accuracy"]), "data": card["data_fingerprint"],
     }  # fmt: skip
 
 

@@ -59,9 +59,16 @@ STATE: dict[str, np.ndarray] = {
 }
 CONTENT = {
     "run_id": "f00d",
-    "progress": {"epoch": 1, "steps": 40, "best_accuracy": 0.1 + 0.2, "best_metric": None, "stopped_early": False},
+    "progress": {
+        "epoch": 1,
+        "steps": 40,
+        "best_accuracy": 0.1 + 0.2,
+        "best_loss": 0.5,
+        "best_metric": None,
+        "stopped_early": False,
+    },
     "journal_lines": 7,
-    "ground": {"model.blocks": ["conv_bn", "inception_v1"], "tracking.experiment": "grün ☃"},
+    "provenance": {"model.blocks": ["conv_bn", "inception_v1"], "tracking.experiment": "grün ☃"},
 }
 
 

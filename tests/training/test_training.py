@@ -171,7 +171,7 @@ def test_without_auxiliary_heads_the_loss_is_the_main_one():
     step = step_of(model, examples=4)
     images = tf.zeros((4, 32, 32, 1), tf.uint8)
     step(images, tf.one_hot([0, 1, 2, 3], 10))
-    assert sorted(step.metrics()) == ["loss", "main_accuracy", "main_loss"]
+    assert sorted(step.metrics()) == ["accuracy", "loss", "total_loss"]
 
 
 @pytest.mark.parametrize(("name", "heads"), [("vgg16_inception", ["aux"]), ("inception_v1", ["aux_1", "aux_2"])])
@@ -321,10 +321,10 @@ def test_the_step_measures_what_keras_would():
     images, labels = batch()
     step(images, labels)
     first = step.metrics()
-    assert sorted(first) == ["aux_accuracy", "aux_loss", "loss", "main_accuracy", "main_loss"]
-    assert first["loss"] == pytest.approx(first["main_loss"] + 0.3 * first["aux_loss"], rel=1e-6)
+    assert sorted(first) == ["accuracy", "aux_accuracy", "aux_loss", "loss", "total_loss"]
+    assert first["total_loss"] == pytest.approx(first["loss"] + 0.3 * first["aux_loss"], rel=1e-6)
     step.reset_metrics()
-    assert step.metrics()["loss"] == 0.0
+    assert step.metrics()["total_loss"] == 0.0
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
@@ -368,9 +368,9 @@ def test_a_weight_of_an_example_multiplies_its_losses_and_leaves_the_accuracy():
     step(images, labels, tf.constant(weights))
     found = step.metrics()
     mean = {name: float(np.mean(loss * weights)) for name, loss in each.items()}
-    assert found["main_loss"] == pytest.approx(mean["main"], rel=1e-5)
-    assert found["loss"] == pytest.approx(mean["main"] + 0.3 * mean["aux"], rel=1e-5)
-    assert found["main_accuracy"] == pytest.approx(right.mean())
+    assert found["loss"] == pytest.approx(mean["main"], rel=1e-5)
+    assert found["total_loss"] == pytest.approx(mean["main"] + 0.3 * mean["aux"], rel=1e-5)
+    assert found["accuracy"] == pytest.approx(right.mean())
     assert mean["main"] != pytest.approx(float(np.mean(each["main"])), rel=1e-3)  # the weights make a difference
 
 
@@ -384,7 +384,7 @@ def test_mixed_images_are_not_rounded():
         begin_anew()
         step = step_of(compiled(dense_model(), sgd(0.0)), float_images=mixed)
         step(given, labels)
-        found.append(step.metrics()["loss"])
+        found.append(step.metrics()["total_loss"])
     assert found[0] == found[1] != found[2]
 
 
@@ -612,7 +612,7 @@ def test_a_fault_names_the_first_bad_step_though_it_is_read_later(what: str, pol
     for number in range(1, 6):
         step(*batch(seed=number, flawed=number == 2))
         if number == 2:  # it is this one thing that is bad, and nothing else yet
-            assert math.isfinite(step.metrics()["loss"]) == (what != "loss")
+            assert math.isfinite(step.metrics()["total_loss"]) == (what != "loss")
             bad = [v.path for v in step.model.trainable_variables if not np.isfinite(v.numpy()).all()]
             assert sorted(bad) == ([] if what == "loss" else ["bn/beta", "bn/gamma"])
             assert np.isfinite(step.model.get_layer("bn").moving_mean.numpy()).all()
@@ -630,7 +630,7 @@ def test_a_fault_of_the_statistics_shows_before_validation_does(policy: str, nam
             statistics = getattr(step.model.get_layer("bn"), name)
             statistics.assign([0.0, 0.0, math.nan, 0.0])
         step(*batch(seed=number))
-    assert math.isfinite(step.metrics()["loss"])
+    assert math.isfinite(step.metrics()["total_loss"])
     assert step.non_finite() == ("the statistics of batch normalisation", 2)
 
 
@@ -710,7 +710,7 @@ def test_weights_that_an_update_breaks_are_a_fault_of_that_step():
     model = keras.Model(images, {"main": keras.layers.Dense(CLASSES, name="dense")(x)})
     step = step_of(compiled(model, sgd(gradient_clip=1.0)))
     step(*batch())
-    assert math.isfinite(step.metrics()["loss"])
+    assert math.isfinite(step.metrics()["total_loss"])
     assert step.non_finite() == ("the weights", 1)
 
 
@@ -806,7 +806,7 @@ def loop_of(
 
     def validated() -> dict[str, float]:
         recorder.events.append(("validated",))
-        return validate() if validate else {"main_accuracy": next(found), "loss": 1.0}
+        return validate() if validate else {"accuracy": next(found), "loss": 1.0}
 
     loop = Loop(
         step=step,
@@ -856,7 +856,8 @@ def test_steps_count_over_the_whole_run_and_epochs_end_with_a_line():
     ]  # fmt: skip
     assert {
         "train/loss",
-        "validation/main_accuracy",
+        "train/total_loss",
+        "validation/accuracy",
         "learning_rate",
         "images_per_second",
         "data_wait_fraction",
@@ -871,7 +872,7 @@ def test_the_best_epoch_is_the_highest_and_of_equals_the_earlier():
     assert (progress.best_epoch, progress.best_accuracy) == (4, 0.6)
 
 
-PATIENT = {"metric": "validation/main_accuracy", "patience_epochs": 3, "min_delta": 0.01}
+PATIENT = {"metric": "validation/accuracy", "patience_epochs": 3, "min_delta": 0.01}
 
 
 def test_early_stopping_waits_for_its_patience():
@@ -1021,7 +1022,7 @@ def validation_of(step: Step) -> Callable[[], dict[str, float]]:
     def validate() -> dict[str, float]:
         with step.using_ema_weights():
             found = evaluate(step.predict, [tuple(part.numpy() for part in batch(seed=99))], EXAMPLES)
-        return {"main_accuracy": found["accuracy"], "loss": found["loss"]}
+        return {"accuracy": found["accuracy"], "loss": found["loss"]}
 
     return validate
 
@@ -1169,10 +1170,10 @@ def test_the_bar_shows_training_and_validation_together(monkeypatch: pytest.Monk
     """On a terminal of its own: after the first epoch both accuracies stay in sight."""
     screen = io.StringIO()
     monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
-    epoch = {"train/loss": 1.0, "train/main_accuracy": 0.25, "validation/main_accuracy": 0.75}
+    epoch = {"train/loss": 1.0, "train/accuracy": 0.25, "validation/accuracy": 0.75}
     with progress.TerminalProgressDisplay(epochs=2, steps=3, batch_size=8) as bar:
         bar.epoch(0, epoch | {"images_per_second": 5.0, "data_wait_fraction": 0.01})
-        bar.step(1, 4, {"train/main_accuracy": 0.5})
+        bar.step(1, 4, {"train/accuracy": 0.5})
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     assert "epoch 2/2" in shown
     assert "4/6" in shown

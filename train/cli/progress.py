@@ -108,7 +108,7 @@ class TerminalProgressDisplay:
 def _format_accuracies(values: dict[str, float]) -> str:
     shown = [
         f"{name} {values[key]:.4f}"
-        for name, key in (("train", "train/main_accuracy"), ("validation", "validation/main_accuracy"))
+        for name, key in (("train", "train/accuracy"), ("validation", "validation/accuracy"))
         if key in values
     ]
     return "accuracy " + "  ".join(shown) if shown else ""

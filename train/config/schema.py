@@ -60,7 +60,8 @@ BLOCK_KINDS = (
     "single_5x5",
 )
 
-METRICS = ("validation/main_accuracy", "validation/loss", "train/main_accuracy", "train/loss")
+RENAMED_METRICS = {"validation/main_accuracy": "validation/accuracy", "train/main_accuracy": "train/accuracy"}
+METRICS = ("validation/accuracy", "validation/loss", "train/accuracy", "train/loss")
 
 
 class ConfigError(ValueError):

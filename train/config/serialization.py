@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from train.config.schema import Config
 
-RUN_FORMAT_VERSION = 1  # of a run's folder; it goes up when an older version could not make sense of it any more
+RUN_FORMAT_VERSION = 2  # of a run folder; raised when older versions could no longer read it
 
 
 class FormatVersionError(ValueError):
@@ -20,12 +20,18 @@ class FormatVersionError(ValueError):
 
 
 def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
-    """identity: of run.json. Raises: NewerError."""
-    if run_json.get("layout", 1) > RUN_FORMAT_VERSION:
+    """Raises: FormatVersionError for a folder that this version can't read."""
+    version = format_version(run_json)
+    if version > RUN_FORMAT_VERSION:
         raise FormatVersionError(
-            f"run must be of layout {RUN_FORMAT_VERSION} at most, got {run_dir}, which a newer version wrote as "
-            f"{run_json['layout']}; use that version"
+            f"run {run_dir} was written by a newer version of this project (run format {version}, this version reads "
+            f"up to {RUN_FORMAT_VERSION}); upgrade, or use that version"
         )
+
+
+def format_version(run_json: dict[str, Any]) -> int:
+    """The format of a run folder, from its run.json."""
+    return run_json.get("format_version", 1)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from train.config.schema import (  # fmt: skip
     HEAD_LAYER_GROUP,
     LAYER_GROUPS,
     MIN_IMAGE_SIZE,
+    RENAMED_METRICS,
     UPPER_LAYER_GROUPS,
     Checkpoint,
     Config,
@@ -52,7 +53,8 @@ def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number, got {value}; use e.g. {name}={_example(item)}")
     if choices and value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}")
+        hint = f"; it is called {RENAMED_METRICS[value]} now" if value in RENAMED_METRICS else ""
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}{hint}")
     too_low = _violates(value, limits["ge"], lambda v, x: v < x) or _violates(value, limits["gt"], lambda v, x: v <= x)
     too_high = _violates(value, limits["le"], lambda v, x: v > x) or _violates(value, limits["lt"], lambda v, x: v >= x)
     if too_low or too_high:

@@ -9,7 +9,6 @@ from typing import Any
 from train.config.serialization import flatten
 from train.evaluation.html import render_template, to_data_uri
 from train.storage.atomic import write_atomically
-from train.tracking.journal import read_journal
 from train.tracking.run_dir import RunDir
 
 REPORT_FILE = "report.html"
@@ -49,11 +48,10 @@ def write_report(folder: RunDir, summary: dict[str, Any]) -> Path:
     from train.evaluation.plots.learning_curves import plot_learning_curves
     from train.evaluation.plots.style import to_png
 
-    lines = [line for line, _ in read_journal(folder.journal)]
+    lines = [line for line, _ in folder.read_journal()]
     if not any("validation/loss" in line["values"] for line in lines):
         raise ValueError(f"run must have trained for an epoch, got {folder.path}; go on with it: make resume run=...")
-    best = summary.get("best") or {}
-    for name, curve in plot_learning_curves(lines, best.get("epoch")).items():
+    for name, curve in plot_learning_curves(lines, summary.get("best_epoch")).items():
         write_atomically(folder.path / f"{name}.png", to_png(curve))
     write_atomically(
         folder.path / REPORT_FILE, render_template("report.html", **report_context(folder, summary, lines))

@@ -42,7 +42,7 @@ class RunState:
         Raises: ConfigError naming what differs and was not accepted.
         """
         before = self.folder.read_json(
-            "ground.json", self.checkpoint.metadata["ground"] if self.checkpoint else provenance
+            "provenance.json", self.checkpoint.metadata["provenance"] if self.checkpoint else provenance
         )
         check_compatible(before, provenance, accepted_changes)
         line, recorded = self._start_position()["journal_lines"], self.folder.identity()["changes"]
@@ -70,7 +70,7 @@ class RunState:
         """A life begins to train."""
         self._provenance, self._heartbeat = provenance, heartbeat
         heartbeat.ensure(self._start_position()["steps_executed"])
-        self.folder.write_json("ground.json", provenance)
+        self.folder.write_json("provenance.json", provenance)
         fault_injection.fail_point("life/ground")
 
     def _start_position(self) -> dict[str, Any]:
@@ -84,7 +84,9 @@ class RunState:
             self.progress.rollbacks = rollbacks
         card = self.folder.model_info()
         if card:  # also where the best was found behind this place, or on a branch that was left
-            self.progress.best_epoch, self.progress.best_accuracy = card["epoch"], card["validation_main_accuracy"]
+            self.progress.best_epoch = card["epoch"] - 1
+            self.progress.best_accuracy = card["validation"]["accuracy"]
+            self.progress.best_loss = card["validation"]["loss"]
         branch = (self._change_count, self.progress.rollbacks)
         self.journal.seek(position["journal_lines"], branch, compare=self.config.deterministic)
 
@@ -126,7 +128,7 @@ class RunState:
                 "progress": dataclasses.asdict(progress),
                 "journal_lines": self.journal.position,
                 "steps_executed": self._heartbeat.steps,
-                "ground": self._provenance,
+                "provenance": self._provenance,
                 "time": time.time(),
             }
             self.checkpoints.save(name, self.step.state(), content)

@@ -264,7 +264,7 @@ def fit(
     def validate() -> dict[str, float]:
         with step.using_ema_weights():
             found = factory.evaluate_split(config, dataset, dataset.validation, step.predict, signals)
-        return {"loss": found["loss"], "main_accuracy": found["accuracy"], "main_top5_accuracy": found["top5_accuracy"]}
+        return {name: found[name] for name in ("loss", "accuracy", "top5_accuracy")}
 
     while True:
         with make_display() as watching, signals.synchronized(step):

@@ -69,7 +69,7 @@ class ParentRun:
         found = [value for trial in trials if (value := trial.objective()) is not None]
         values = {"sweep/finished": float(len(found)), "sweep/failed": float(failed)}
         if found:
-            values["sweep/best_validation_accuracy"] = max(found)
+            values["best/validation_accuracy"] = max(found)
         self._journal.append(0, len(found) + failed, values)
 
     def write_summary(self, status: str, best_trials: list[Trial]) -> None:

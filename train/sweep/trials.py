@@ -29,8 +29,7 @@ from train.storage.atomic import write_atomically
 from train.tracking.journal import read_journal
 from train.tracking.run_dir import RunDir, open_run_dir
 
-OBJECTIVE = "validation_main_accuracy"
-METRIC = "validation/main_accuracy"
+METRIC = "validation/accuracy"
 
 # Words that say how a sweep is run and not what it is: another one's may differ and it is the same sweep.
 EXECUTION_KEYS = (
@@ -87,12 +86,13 @@ class Trial:
     def summary(self) -> dict[str, Any]:
         """Its run's; empty as long as there is none."""
         run = self.run()
-        return run.read_json("summary.json", {}) if run else {}
+        return run.summary() if run else {}
 
     def objective(self) -> float | None:
         """The highest validation accuracy; None where it is not finished."""
         summary = self.summary()
-        return summary["best"][OBJECTIVE] if summary.get("status") == "finished" and "best" in summary else None
+        is_done = summary.get("status") == "finished" and "validation" in summary
+        return summary["validation"]["accuracy"] if is_done else None
 
     def total_epochs(self) -> int:
         """How many there are to be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from train.tracking import format_1
 from train.tracking.mlflow_store import RUN_ID_TAG, connect, database_path, paginate, redact_passwords
 
 
@@ -47,4 +48,6 @@ def _search_runs(uri: str, experiment: str) -> tuple[list[RunRecord] | None, str
 
 def _to_run_record(run: Any) -> RunRecord:
     data, info = run.data, run.info
-    return RunRecord(info.run_name, info.status, info.start_time / 1000, data.params, data.metrics, data.tags)
+    is_old = format_1.METRICS.keys() & data.metrics.keys() - {"train/loss"}
+    metrics = format_1.current_metrics(data.metrics) if is_old else data.metrics
+    return RunRecord(info.run_name, info.status, info.start_time / 1000, data.params, metrics, data.tags)

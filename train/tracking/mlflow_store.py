@@ -48,7 +48,8 @@ def _avoid_percent_in_the_path_of_mlflow() -> str | None:
 SITE_PACKAGES = _avoid_percent_in_the_path_of_mlflow()
 
 CHAMPION = "champion"  # alias of a registered model
-ACCURACY_TAG = "validation_main_accuracy"  # tag of a version: what the champion is chosen by
+ACCURACY_TAG = "validation_accuracy"  # tag of a model version: what the champion is chosen by
+OLD_ACCURACY_TAG = "validation_main_accuracy"  # its name in versions that were registered for runs of format 1
 WEIGHTS_TAG = "weights_sha256"  # tag of a logged model
 ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
 RETRYABLE_STATUS_CODES = (408, 409, 429)  # of the statuses from 400 to 499: too slow, in conflict, too many
@@ -64,7 +65,7 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the U
 HEARTBEAT_TAG = "heartbeat"
 PARENT_TAG = "mlflow.parentRunId"  # the UI shows a run with it below the other
 SUMMARY_TAGS = (
-    "config_hash", "data_fingerprint", "weights_sha256", "status", "lives", "rollbacks", "changes", "pruned",
+    "config_hash", "data_fingerprint", "weights_sha256", "status", "attempts", "rollbacks", "changes", "pruned",
     "best_trial",
 )  # fmt: skip
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -225,7 +226,7 @@ class Store:
             self._create_registered_model(name, f"inference models of {experiment}")
             source = f"models:/{model_id}"
             if source not in {version.source for version in self._versions(name)}:
-                tags = {ACCURACY_TAG: str(model_info[ACCURACY_TAG]), "data": model_info["data_fingerprint"]}
+                tags = {ACCURACY_TAG: str(model_info["validation"]["accuracy"]), "data": model_info["data_fingerprint"]}
                 self.client.create_model_version(name, source, self.mlflow_id, tags=tags, model_id=model_id)
             # Of two runs that end at once on a server each may have read before the other one wrote: so until it holds.
             while (best := self._best_version(name, model_info["data_fingerprint"])) != self._champion_version(name):
@@ -246,7 +247,12 @@ class Store:
     def _best_version(self, name: str, data_fingerprint: str) -> str:
         """The number of the version with the highest validation accuracy on that data, of equal ones the first."""
         versions = [version for version in self._versions(name) if version.tags.get("data") == data_fingerprint]
-        return min(versions, key=lambda version: (-float(version.tags[ACCURACY_TAG]), int(version.version))).version
+
+        def rank(version: Any) -> tuple[float, int]:
+            accuracy = version.tags.get(ACCURACY_TAG) or version.tags[OLD_ACCURACY_TAG]
+            return -float(accuracy), int(version.version)
+
+        return min(versions, key=rank).version
 
     def _champion_version(self, name: str) -> str | None:
         return self.client.get_registered_model(name).aliases.get(CHAMPION)

@@ -19,9 +19,11 @@ from typing import Any
 
 import yaml
 
-from train.config.serialization import FormatVersionError, check_format_version
+from train.config.serialization import FormatVersionError, check_format_version, format_version
 from train.storage import fault_injection
 from train.storage.atomic import UnsafePathError, read_inside, replace_symlink, resolve_inside, write_atomically
+from train.tracking import format_1
+from train.tracking.journal import read_journal
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +96,8 @@ class RunDir:
             content = {
                 "classes": list(classes),
                 "input": {"shape": list(inference.input_shape[1:]), "dtype": "uint8", "range": [0, 255]},
-                "epoch": epoch,
-                "validation_main_accuracy": values["validation/main_accuracy"],
+                "epoch": epoch + 1,
+                "validation": {name: values[f"validation/{name}"] for name in ("accuracy", "loss")},
                 "data_fingerprint": fingerprint,
             }
             write_atomically(fresh / "model.json", json.dumps(content, indent=2) + "\n")
@@ -123,7 +125,7 @@ class RunDir:
             content = None
         if not isinstance(content, dict):
             raise ValueError(f"{self.path / 'config.yaml'} does not hold a config; put back the file of the run")
-        return content
+        return format_1.current_config(content) if self.format_version() == 1 else content
 
     def sweep_id(self) -> str | None:
         """The id of the sweep in whose folder it lies."""
@@ -144,8 +146,22 @@ class RunDir:
         return read_heartbeat(self.path / "heartbeat")[1]
 
     def model_info(self) -> dict[str, Any]:
-        """best/model.json; empty as long as there is none."""
-        return self.read_json("best/model.json", {})
+        """best/model.json in today's form; empty as long as there is none."""
+        return format_1.current_model_info(self.read_json("best/model.json", {}))
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json in today's form; empty as long as there is none."""
+        summary = self.read_json("summary.json", {})
+        return format_1.current_summary(summary) if summary and self.format_version() == 1 else summary
+
+    def read_journal(self, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+        """The journal's lines as `journal.read_journal` gives them, with today's names of metrics."""
+        is_old = self.journal.exists() and self.format_version() == 1
+        for line, end in read_journal(self.journal, offset):
+            yield (line | {"values": format_1.current_metrics(line["values"])} if is_old else line), end
+
+    def format_version(self) -> int:
+        return format_version(self.identity())
 
     def best_sha256(self) -> str:
         """Says which network is in best/: of model.json, which names its epoch, accuracy and data."""
@@ -153,7 +169,7 @@ class RunDir:
 
     def status(self) -> str | None:
         """How the run's last life ended: finished, failed or interrupted; None if it lives, or died without a word."""
-        return self.read_json("summary.json", {}).get("status")
+        return self.summary().get("status")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -92,7 +92,7 @@ def write_run_json(folder: RunDir, config: Config, redactor: Redactor, config_ch
     typed = flatten(stored)
     again = composition.minimal_command(typed)
     identity = {
-        "layout": RUN_FORMAT_VERSION,
+        "format_version": RUN_FORMAT_VERSION,
         "run_id": folder.run_id,
         "experiment": config.tracking.experiment,
         "name": run_name(folder, config),
@@ -232,7 +232,7 @@ def update_summary(
         "epochs": reached.epoch,
         "steps": reached.steps,
         "steps_executed": heartbeat.steps,
-        "lives": heartbeat.attempts,
+        "attempts": heartbeat.attempts,
         "rollbacks": reached.rollbacks,
         "changes": [f"{c['name']} was {c['was']}, is {c['is']}" for c in run_state.folder.identity()["changes"]],
         "stopped_early": reached.stopped_early,
@@ -242,7 +242,8 @@ def update_summary(
         "peak_memory_bytes": peak_memory_bytes,
     }
     if reached.best_epoch >= 0:
-        summary["best"] = {"epoch": reached.best_epoch, "validation_main_accuracy": reached.best_accuracy}
+        summary["best_epoch"] = reached.best_epoch + 1
+        summary["validation"] = {"accuracy": reached.best_accuracy, "loss": reached.best_loss}
     summary["weights_sha256"] = step.weights_sha256()  # can't be read where a process of several is gone
 
 
@@ -293,13 +294,13 @@ def format_summary(summary: dict[str, Any], folder: RunDir) -> str:
     words = {name: summary[name] for name in ("status", "model", "data", "seed", "epochs", "steps")}
     if summary.get("test"):
         words |= {"test_accuracy": f"{summary['test']['accuracy']:.4f}", "test_examples": summary["test"]["examples"]}
-    if summary.get("best"):
-        words["validation_accuracy"] = f"{summary['best']['validation_main_accuracy']:.4f}"
+    if summary.get("validation"):
+        words["validation_accuracy"] = f"{summary['validation']['accuracy']:.4f}"
     for name in ("parameters", "macs"):
         if name in summary:
             words[name] = summary[name]
-    if summary.get("lives", 1) > 1:
-        words |= {"lives": summary["lives"], "steps_executed": summary["steps_executed"]}
+    if summary.get("attempts", 1) > 1:
+        words |= {"attempts": summary["attempts"], "steps_executed": summary["steps_executed"]}
     if summary.get("train_images_per_second"):
         words["images_per_second"] = f"{summary['train_images_per_second']:.0f}"
     return " ".join(f"{name}={value}" for name, value in words.items()) + f" run={relative_path(folder.path)}"

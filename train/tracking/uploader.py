@@ -24,7 +24,6 @@ from typing import Any
 from train.config.serialization import Redactor, extract_credentials
 from train.storage.atomic import open_inside, write_atomically
 from train.tracking import mlflow_store
-from train.tracking.journal import read_journal
 from train.tracking.mlflow_store import default_uri
 from train.tracking.run_dir import RunDir, open_run_dir
 
@@ -57,8 +56,8 @@ UPLOADED_FILES = (
     "importances.png",
     "accuracy_and_cost.png",
 )
-SELECTION_METRIC = "validation/main_accuracy"
-BEST_METRICS = {"accuracy": "best/validation_main_accuracy", "epoch": "best/epoch"}  # the runs' table shows last values
+SELECTION_METRIC = "validation/accuracy"
+BEST_METRICS = {"accuracy": "best/validation_accuracy", "epoch": "best/epoch"}  # the runs' table shows last values
 EVALUATION_METRICS = (
     "accuracy",
     "top5_accuracy",
@@ -179,7 +178,7 @@ class Uploader:
 
     def _send_metrics(self) -> None:
         assert self.store
-        lines = list(read_journal(self.folder.journal, self.journal_offset))
+        lines = list(self.folder.read_journal(self.journal_offset))
         if lines:
             self.store.log_journal_lines([self._with_best(line) for line, _ in lines])
             self.journal_offset = lines[-1][1]
@@ -227,7 +226,7 @@ class Uploader:
         self.best_accuracy = now
         return {
             **line,
-            "values": {**line["values"], BEST_METRICS["accuracy"]: now, BEST_METRICS["epoch"]: line["epoch"]},
+            "values": {**line["values"], BEST_METRICS["accuracy"]: now, BEST_METRICS["epoch"]: line["epoch"] + 1},
         }
 
     def finish(self) -> None:
@@ -252,7 +251,7 @@ class Uploader:
                 )
         finally:  # the run's end is told even where its files can't be kept
             if status is not None:
-                self._send("end", lambda: place.finish(self._read_json("summary.json")))
+                self._send("end", lambda: place.finish(self.folder.summary()))
             elif not self.folder.is_running():
                 self._send("end", lambda: mlflow_store.mark_stale(place.client, place.mlflow_id))
         if self.refused:
@@ -305,7 +304,7 @@ class Uploader:
     def _log_metrics(self, run_store: mlflow_store.Store, name: str, values: dict[str, Any], source: str) -> None:
         """Metrics of something that a file tells of, with the time of that file."""
         known = {f"{name}/{key}": value for key, value in values.items() if value is not None}
-        step = self._read_json("summary.json")["steps"] if self.folder.status() else 0
+        step = self.folder.summary()["steps"] if self.folder.status() else 0
         run_store.log_changed_metrics(known, time=(self.folder.path / source).stat().st_mtime, step=step)
 
     def _read_json(self, name: str) -> dict[str, Any]:

@@ -109,6 +109,7 @@ class Progress:
     steps: int = 0  # steps behind us, over the whole run
     best_epoch: int = -1
     best_accuracy: float = -1.0
+    best_loss: float = math.inf  # of the best accuracy's epoch
     best_metric: float | None = None  # the best value that early stopping knows
     epochs_without_improvement: int = 0
     stopped_early: bool = False
@@ -359,9 +360,10 @@ class Loop:
         }
         values = self.callbacks.broadcast_metrics(values)
         self.callbacks.log_metrics(epoch, progress.steps, values)
-        if values["validation/main_accuracy"] > progress.best_accuracy:
+        if values["validation/accuracy"] > progress.best_accuracy:
             self.callbacks.save_best(epoch, values)
-            progress.best_epoch, progress.best_accuracy = epoch, values["validation/main_accuracy"]
+            progress.best_epoch = epoch
+            progress.best_accuracy, progress.best_loss = values["validation/accuracy"], values["validation/loss"]
         self.early_stopping.update(values, progress)
         progress.epoch, progress.batch = epoch + 1, 0
         progress.timer.add(clock)

@@ -8,9 +8,7 @@ from matplotlib.figure import Figure
 
 from train.evaluation.plots.style import BLUE, GREY, ORANGE, PALETTE, make_figure
 
-# The main output's own loss stands beside the validation loss; the training's total has the auxiliary losses in it.
 LOSS_CURVES = {
-    "train/main_loss": ("train, main", BLUE),
     "train/loss": ("train", BLUE),
     "validation/loss": ("validation", ORANGE),
 }
@@ -20,21 +18,19 @@ TITLES = {
     "learning_rate": "learning rate",
 }
 ACCURACY_CURVES = {
-    "train/main_accuracy": ("train", BLUE),
-    "validation/main_accuracy": ("validation", ORANGE),
-    "validation/main_top5_accuracy": ("validation, top 5", GREY),
+    "train/accuracy": ("train", BLUE),
+    "validation/accuracy": ("validation", ORANGE),
+    "validation/top5_accuracy": ("validation, top 5", GREY),
 }
 
 
 def plot_learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> dict[str, Figure]:
-    """`loss`, `accuracy`, `learning_rate`; epochs count from 1 there, and the best one is marked.
+    """Draws `loss`, `accuracy` and `learning_rate` over the epochs, which count from 1, and marks the best one.
 
-    lines: the journal's, in order; epochs count from 0.
+    lines: the journal's, in order; their epochs count from 0. best_epoch: counts from 1.
     """
     epochs = [line for line in lines if "validation/loss" in line["values"]]
     seen = {name for line in epochs for name in line["values"]}
-    losses = dict(LOSS_CURVES)
-    losses.pop("train/loss" if "train/main_loss" in seen else "train/main_loss")
     auxiliary = sorted(name for name in seen if name.startswith("train/aux"))
     found = {}
     for name, title in TITLES.items():
@@ -45,16 +41,16 @@ def plot_learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) ->
         if name == "learning_rate":
             _plot_learning_rate(axes, lines)
         else:
-            _plot_metrics(axes, epochs, losses if name == "loss" else ACCURACY_CURVES)
+            _plot_metrics(axes, epochs, LOSS_CURVES if name == "loss" else ACCURACY_CURVES)
             for number, own in enumerate(one for one in auxiliary if one.endswith(f"_{name}")):
                 _plot_metric(axes, epochs, own, own.removesuffix(f"_{name}"), PALETTE[2 + number % 6], "--")
             axes.legend(fontsize=7)
         if name != "accuracy":
             axes.set_ylim(bottom=0)
         if best_epoch is not None:
-            axes.axvline(best_epoch + 1, color=GREY, linewidth=1, linestyle=":")
+            axes.axvline(best_epoch, color=GREY, linewidth=1, linestyle=":")
             axes.annotate(
-                f"best: {best_epoch + 1}", (best_epoch + 1, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
+                f"best: {best_epoch}", (best_epoch, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
                 xytext=(-3, 0), textcoords="offset points", color="#555555", ha="right",
             )  # fmt: skip
     return found

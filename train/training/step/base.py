@@ -189,13 +189,16 @@ class Step(ABC):
         return found | {"count": self._step_count, "learning_rate_factor": self.schedule.scale}
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last `reset_metrics`: `loss`, `main_loss`, `main_accuracy`, `aux_loss`, ...
+        """Means since the last `reset_metrics`: `total_loss`, which is minimised; `loss` and `accuracy` of the main
+        head; `aux_loss` and `aux_accuracy` of the auxiliary head, or `aux_1_loss`, ... of several.
 
         Where gradients are measured also their norms in the last step, `gradient_norm/...`.
         """
         found = {name: float(value) for name, value in self.model.get_metrics_result().items()}
-        if len(self._output_names) == 1:  # Keras leaves the output's name away where there is only one
-            found = {"main_accuracy": found["accuracy"], "main_loss": found["loss"], "loss": found["loss"]}
+        total_loss = found.pop("loss")
+        # Keras leaves the output's name away where there is only one.
+        own = {name: found.pop(f"main_{name}", found.get(name, total_loss)) for name in ("loss", "accuracy")}
+        found = {**own, "total_loss": total_loss, **found}
         if self._uses_loss_scaling:
             found["loss_scale"] = float(self.model.optimizer.dynamic_scale)
             # The public counter is divided by the steps that are accumulated.

@@ -1,0 +1,86 @@
+"""Run folders of format 1, as earlier versions left them: they can be read, and are not resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.commands import Done, run_command
+from train.tracking import format_1
+from train.tracking.run_dir import open_run_dir
+
+ARCHIVE = Path(__file__).with_name("format_1.zip")  # of `make train model=vgg16 model.width=0.02`, two epochs
+TEST_ACCURACY = 0.12058823529411765
+VALIDATION_ACCURACY = 0.08522727272727272
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    shutil.unpack_archive(ARCHIVE, tmp_path)
+    return tmp_path / "run"
+
+
+def command(name: str, run: Path, *words: str) -> Done:
+    return run_command(sys.executable, "-m", f"train.{name}", f"run={run}", *words)
+
+
+def test_its_files_are_read_in_todays_form(run: Path):
+    folder = open_run_dir(run)
+    summary = folder.summary()
+    assert (summary["best_epoch"], summary["validation"], summary["attempts"]) == (
+        1,
+        {"accuracy": VALIDATION_ACCURACY},
+        1,
+    )
+    assert (folder.model_info()["epoch"], folder.model_info()["validation"]) == (1, {"accuracy": VALIDATION_ACCURACY})
+    values = [line["values"] for line, _ in folder.read_journal()][1]
+    assert (values["train/total_loss"], values["train/loss"]) == (3.0861358642578125, 2.301760196685791)
+    assert (values["train/accuracy"], values["validation/accuracy"]) == (0.0, VALIDATION_ACCURACY)
+    assert not [name for name in values if "main" in name]
+    assert folder.config()["early_stopping"]["metric"] == "validation/accuracy"
+
+
+def test_evaluate_finds_what_was_measured_then_and_the_report_is_written(run: Path):
+    done = command("evaluate", run, "tracking.wait_seconds=0", f"tracking.uri=sqlite:///{run.parent}/mlflow.db")
+    assert done.code == 0, done.err
+    assert json.loads((run / "evaluation/test/scores.json").read_text())["accuracy"] == pytest.approx(TEST_ACCURACY)
+    (run / "report.html").unlink()
+    assert command("report", run).code == 0
+    page = (run / "report.html").read_text()
+    assert "validation accuracy, epoch 1" in page
+    assert "validation/accuracy" in page
+
+
+def test_its_network_is_exported_and_classifies(run: Path):
+    uri = f"tracking.uri=sqlite:///{run.parent}/mlflow.db"
+    done = command("export", run, "format=keras", "tracking.wait_seconds=0", uri)
+    assert done.code == 0, done.err
+    assert "(0.0852, epoch 1)" in (run / "export/keras/README.md").read_text()
+    shown = command(
+        "predict", run, f"images={Path(__file__).parents[2] / 'scripts/results/claims.png'}", "output=jsonl"
+    )
+    assert shown.code == 0, shown.err
+    assert len(json.loads(shown.out)["predictions"]) == 5
+
+
+def test_it_is_not_resumed(run: Path):
+    done = command("resume", run)
+    assert (done.code, done.out.startswith("the run is finished")) == (0, True), done.err
+    (run / "summary.json").unlink()
+    done = command("resume", run)
+    assert (done.code, done.err) == (
+        2,
+        f"error: cannot resume {run}: an older version of this project wrote it (run format 1, this one resumes "
+        "format 2); use that version, or start anew\n",
+    )
+
+
+def test_metrics_of_old_runs_in_mlflow_have_todays_names():
+    old = {"train/loss": 3.0, "train/main_loss": 2.0, "best/validation_main_accuracy": 0.5, "test/accuracy": 0.4}
+    assert format_1.current_metrics(old) == {
+        "train/total_loss": 3.0, "train/loss": 2.0, "best/validation_accuracy": 0.5, "test/accuracy": 0.4,
+    }  # fmt: skip
