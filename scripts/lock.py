@@ -1,8 +1,8 @@
 """Writes the lock files from pyproject.toml: `make lock`.
 
-`requirements/base.lock` holds the base; `requirements-<extra>.lock` holds what an extra adds, resolved under the base's
-versions, so that the two install together; `jax-gpu` also under those of `gpu`. All entries carry hashes, none an
-address.
+`requirements/base.lock` has the base requirements; `requirements/<extra>.lock` has those of an extra, constrained to
+the base's versions so that both install together; `jax-gpu` also to those of `gpu`. All entries have hashes; none has
+an index URL.
 """
 
 import subprocess
@@ -32,8 +32,8 @@ def main() -> None:
     compile_lock(project["dependencies"], python, base)
     for extra, requirements in project["optional-dependencies"].items():
         others = [ROOT / "requirements/gpu.lock"] if extra.endswith("-gpu") else []
-        known = [word for lock in (base, *others) for word in ("--constraint", str(lock))]
-        compile_lock(requirements, python, ROOT / f"requirements/{extra}.lock", *known)
+        constraints = [option for lock in (base, *others) for option in ("--constraint", str(lock))]
+        compile_lock(requirements, python, ROOT / f"requirements/{extra}.lock", *constraints)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import THREADS, run_command
+from support.commands import THREADS, Done, run_command
+from support.exports import ship
 from support.shared import SERVER_PROCESS, Finished, TrackingServer, finish, once, start_server
 
 
@@ -23,6 +24,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         "test_make",
         "test_setup",
         "test_checkpoint",
+        "test_journal",
+        "test_run_dir",
+        "test_atomic",
+        "test_full_disk",
     }:
         import tensorflow as tf
 
@@ -33,6 +38,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """`make train` with a narrow network for two epochs; the store's address comes from the environment."""
     return once(tmp_path_factory, "finished", finish)
+
+
+@pytest.fixture(scope="session")
+def shipped(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+    """The finished run in all formats."""
+    return once(tmp_path_factory, "shipped", lambda place: ship(place, finished.path, "format=all"))
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +64,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Tests that may be skipped where they are counted: of data sets that are not in the repository, where there are none.
 EXPECTED_SKIPS = {
-    "tests/data/test_data.py::test_fashion_mnist_from_files",
-    "tests/data/test_data.py::test_sign_digits",
-    "tests/data/test_ingestion.py::test_the_odd_images",
-    "tests/run/test_run.py::test_a_folder_of_photographs_is_learned",
+    "tests/data/test_real_data.py::test_fashion_mnist_loads_from_files",
+    "tests/data/test_real_data.py::test_sign_digits_load_with_orientation",
+    "tests/data/test_ingestion.py::test_odd_images_are_accepted_or_rejected",
+    "tests/run/test_run.py::test_image_folder_of_photographs_is_learned",
 }
 skipped: set[str] = set()
 

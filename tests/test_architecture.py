@@ -14,7 +14,7 @@ from support.commands import ROOT
 
 PAGE = (ROOT / "docs/architecture.md").read_text()
 COMMANDS = "commands"
-CROSSING = {("__main__", "resume"), ("__main__", "sweep")}  # it starts whatever was typed
+CROSSING = {("__main__", "resume"), ("__main__", "sweep")}  # it starts every command
 WITHOUT_CONFIG = ("data", "models", "training", "formats")
 Sources = dict[str, str]  # of every module, by its dotted name
 
@@ -34,25 +34,25 @@ def library_walls() -> dict[str, list[str]]:
 
 
 def read_sources(root: Path) -> Sources:
-    found = {}
+    sources = {}
     for path in sorted((root / "train").rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
-    return found
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return sources
 
 
 @cache
 def names_of(source: str) -> list[tuple[str, str]]:
     """What a source imports, at any depth: (module, name out of it or ""); a relative import as module `.`."""
-    found = []
+    names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [(alias.name, "") for alias in node.names]
+            names += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found += [("." if node.level else str(node.module), alias.name) for alias in node.names]
+            names += [("." if node.level else str(node.module), alias.name) for alias in node.names]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            found += [(name, "") for name in re.findall(r"train\.[\w.]*\w", ast.unparse(node.args[0]))]
-    return found
+            names += [(name, "") for name in re.findall(r"train\.[\w.]*\w", ast.unparse(node.args[0]))]
+    return names
 
 
 def imports_of(source: str, modules: Iterable[str]) -> set[str]:
@@ -80,12 +80,12 @@ def layer_of(package: str, sources: Sources) -> int:
 
 def violations(sources: Sources) -> list[str]:
     """Imports that the page does not allow, as `importer -> imported`."""
-    found = []
+    forbidden = []
     for module, source in sources.items():
         for imported in imports_of(source, sources):
             if not is_allowed(module, imported, sources):
-                found.append(f"{module} -> {imported}")
-    return found
+                forbidden.append(f"{module} -> {imported}")
+    return forbidden
 
 
 def is_allowed(module: str, imported: str, sources: Sources) -> bool:
@@ -126,7 +126,7 @@ def test_every_package_is_listed_once(sources: Sources):
     assert sorted(table) == sorted(expected - {COMMANDS, "__main__"})
 
 
-def test_imports_go_down(sources: Sources):
+def test_imports_follow_the_layers(sources: Sources):
     assert violations(sources) == []
 
 

@@ -1,4 +1,4 @@
-"""`make compare`: rows over seeds out of a real MLflow store."""
+"""`make compare`: rows over seeds from a real MLflow store."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def costs(macs: float) -> dict[str, float]:
 
 
 def fill(place: Path) -> str:
-    """vgg16 at two widths and vgg16_inception, four seeds each; and what must not be among them."""
+    """Record vgg16 at two widths and vgg16_inception, four seeds each, and runs that must be left out."""
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{place / 'mlflow.db'}"
@@ -95,7 +95,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def compared(store: str, out: Path, *words: str) -> str:
-    """What it prints."""
+    """The output of the command."""
     text = io.StringIO()
     with redirect_stdout(text):
         compare([f"uri={store}", f"out={out}", *words])
@@ -109,7 +109,7 @@ def lines_of(out: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def lab(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What was printed, and where the files are."""
+    """The output, and the folder of the files."""
 
     def make(place: Path) -> tuple[str, Path]:
         return compared(store, place, "experiment=lab", "baseline=model=vgg16,model.width=1.0"), place
@@ -117,7 +117,7 @@ def lab(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path
     return once(tmp_path_factory, "lab", make)
 
 
-def test_runs_that_differ_in_their_seed_are_a_row(lab: tuple[str, Path]):
+def test_runs_that_differ_only_in_seed_form_a_row(lab: tuple[str, Path]):
     rows = lines_of(lab[1])
     assert [(row["row"], row["n"], float(row["mean"])) for row in rows] == [
         ("vgg16_inception model.width=1.0", "4", 0.975),
@@ -137,20 +137,20 @@ def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[str, Path])
     assert float(narrow["difference"]) == pytest.approx(-0.02)
 
 
-def test_the_front_is_what_nothing_beats_at_its_cost(lab: tuple[str, Path]):
+def test_pareto_front_is_what_nothing_beats_at_its_cost(lab: tuple[str, Path]):
     assert [row["best_buy"] for row in lines_of(lab[1])] == ["1", "0", "1"]
     assert pareto_front([(1, 0.5), (1, 0.5), (2, 0.5), (3, 0.9), (3, 0.8)]) == [True, True, False, True, False]
     assert pareto_front([(float("nan"), 0.9), (1, 0.5)]) == [False, True]
 
 
-def test_what_is_left_out_is_told(lab: tuple[str, Path]):
-    assert "left out: 1 runs not finished (failed): broke" in lab[0]
-    assert f"left out: 1 runs without test/accuracy: {NASTY}" in lab[0]
-    assert "left out: 1 runs whose test/accuracy is no number: nan" in lab[0]
+def test_runs_left_out_are_reported(lab: tuple[str, Path]):
+    assert "left out 1 run not finished (failed): broke" in lab[0]
+    assert f"left out 1 run without test/accuracy: {NASTY}" in lab[0]
+    assert "left out 1 run with non-finite test/accuracy: nan" in lab[0]
     assert "a sweep" not in lab[0]
 
 
-def test_nothing_from_outside_is_html(lab: tuple[str, Path], store: str, tmp_path: Path):
+def test_values_from_runs_are_escaped_in_html(lab: tuple[str, Path], store: str, tmp_path: Path):
     compared(store, tmp_path, "experiment=mixed")
     for page in (lab[1] / "compare.html", tmp_path / "compare.html"):
         text = page.read_text()
@@ -159,15 +159,15 @@ def test_nothing_from_outside_is_html(lab: tuple[str, Path], store: str, tmp_pat
         assert not re.search(r'(src|href)="(?!data:)', text)  # one file, no network
 
 
-def test_other_data_is_compared_apart(store: str, tmp_path: Path):
-    said = compared(store, tmp_path, "experiment=mixed")
-    assert "there are 2 data sets: their runs are compared apart" in said
+def test_other_data_sets_are_compared_separately(store: str, tmp_path: Path):
+    output = compared(store, tmp_path, "experiment=mixed")
+    assert "the runs use 2 different data sets; each is compared separately" in output
     assert [(row["data_fingerprint"][0], row["mean"], row["n"]) for row in lines_of(tmp_path)] == [
         ("a", "0.5", "1"), ("b", "0.9", "1"),
     ]  # fmt: skip
 
 
-def test_words_choose_and_sort(store: str, tmp_path: Path):
+def test_filters_and_sorting(store: str, tmp_path: Path):
     compared(store, tmp_path, "experiment=lab", "model=vgg16", "sort=macs")
     assert [row["row"] for row in lines_of(tmp_path)] == ["model.width=0.5", "model.width=1.0"]
 
@@ -177,7 +177,7 @@ def test_a_row_without_a_known_cost_sorts_last(store: str, tmp_path: Path):
     assert [row["row"] for row in lines_of(tmp_path)] == ["vgg16", "inception_v1", "inception_v3"]
 
 
-def test_words_mean_what_was_typed_for_the_run():
+def test_filter_values_are_parsed_as_for_a_run():
     params = {"model.blocks": "['conv', 'conv_bn']", "evaluate.test": "True", "threads": "None", "model.width": "0.50"}
     assert matches(params, {"model.blocks": "[conv,conv_bn]", "evaluate.test": "true", "threads": "null"})
     assert matches(params, {"model.width": ".5"})
@@ -191,44 +191,44 @@ def test_words_mean_what_was_typed_for_the_run():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("filters", "expected"),
     [
         (["experiment=nothing"], "experiment must be one of costs, empty, lab, mixed, got nothing"),
-        (["experiment=empty"], "experiment must have runs, got empty without any"),
+        (["experiment=empty"], "experiment empty has no runs; train one with make train"),
         (["experiment=lab", "metric=train/loss"], "metric must be auto, test or validation, got train/loss"),
-        (["experiment=lab", "metric=validation"], "have best/validation_accuracy, got none"),
-        (["experiment=lab", "epochs=99"], "words must choose some of the 15 runs, got epochs=99, which none has"),
+        (["experiment=lab", "metric=validation"], "no finished run has best/validation_accuracy: "),
+        (["experiment=lab", "epochs=99"], "no run matches epochs=99 (of 15 runs in experiment lab)"),
         (
             ["experiment=lab", "baseline=model=vgg16"],
-            "baseline must be words that one row has, got model=vgg16, which 2 have: vgg16 model.width=",
+            "baseline=model=vgg16 matches 2 rows: vgg16 model.width=",
         ),
         (
             ["experiment=lab", "baseline=model=resnet"],
-            "got model=resnet, which none has: vgg16_inception model.width=1.0",
+            "no row matches baseline=model=resnet; the rows are: vgg16_inception model.width=1.0",
         ),
         (["experiment=lab", "sort=beauty"], "sort must be one of accuracy, name, parameters"),
-        (["lab"], "words must be key=value, got lab"),
+        (["lab"], "arguments must be key=value, got lab"),
     ],
 )
-def test_what_can_not_be_compared(words: list[str], said: str, store: str, tmp_path: Path):
-    assert said in message(compare, [f"uri={store}", f"out={tmp_path / 'out'}", *words])
+def test_invalid_comparison_is_rejected(filters: list[str], expected: str, store: str, tmp_path: Path):
+    assert expected in message(compare, [f"uri={store}", f"out={tmp_path / 'out'}", *filters])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_store_that_is_not_there(tmp_path: Path):
+def test_missing_store_is_reported(tmp_path: Path):
     absent = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    assert "uri must be a store, got sqlite:///" in message(compare, [f"uri={absent}"])
-    assert not list(tmp_path.iterdir())  # asking makes none
+    assert "no MLflow store at sqlite:///" in message(compare, [f"uri={absent}"])
+    assert not list(tmp_path.iterdir())  # a query does not create the store
 
 
-def test_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch):
+def test_unreachable_store_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    said = message(compare, ["uri=http://user:secret@127.0.0.1:9"])
-    assert said.startswith("the store must answer, got")
-    assert "secret" not in said
+    error = message(compare, ["uri=http://user:secret@127.0.0.1:9"])
+    assert error.startswith("the MLflow store failed: ")
+    assert "secret" not in error
 
 
-def test_a_narrow_terminal_keeps_the_labels_and_the_accuracy():
+def test_narrow_terminal_keeps_labels_and_accuracy():
     row = dict.fromkeys(HEADINGS, "0.1234 to 0.5678") | {"to baseline": "", "p": ""}
     assert columns_that_fit([row], 200) == [
         "seeds",
@@ -242,7 +242,7 @@ def test_a_narrow_terminal_keeps_the_labels_and_the_accuracy():
     assert columns_that_fit([row], 80) == ["seeds", "accuracy", "MACs"]
 
 
-def test_labels_tell_what_differs_and_nothing_else():
+def test_labels_show_only_what_differs():
     one = {"model.name": "vgg16", "epochs": "12", "optimizer.name": "sgd", "optimizer.momentum": "0.9"}
     other = one | {"model.name": "vgg16_inception", "model.blocks": "['conv']"}
     third = {**one, "optimizer.name": "adamw", "optimizer.beta_1": "0.9"}
@@ -257,8 +257,8 @@ def test_labels_tell_what_differs_and_nothing_else():
     assert make_labels(blocks) == ["model.blocks=[conv,a]", "model.blocks=[conv,b]"]
 
 
-def test_the_store_is_asked_as_often_for_many_runs_as_for_few(store: str, tmp_path: Path):
-    """What is asked for each run by itself takes minutes where there are thousands, or a server is far away."""
+def test_number_of_queries_does_not_depend_on_the_number_of_runs(store: str, tmp_path: Path):
+    """One query per run would take minutes for thousands of runs or a distant server."""
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 

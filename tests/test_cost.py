@@ -1,4 +1,4 @@
-"""Multiply-accumulates, parameters and activations, and what the blocks would cost without their ideas."""
+"""Multiply-accumulates, parameters and activations, and block ablations."""
 
 import keras
 import pytest
@@ -6,10 +6,9 @@ from keras import layers
 
 from train import models
 from train.models import blocks
+from train.models.ablations import BlockAblation, block_ablations
 from train.models.cost import (
-    BlockAblation,
     BlockCost,
-    block_ablations,
     block_costs,
     conv_macs,
     conv_parameters,
@@ -25,7 +24,7 @@ NOTEBOOK_BLOCK = blocks.BranchWidths(256, 64, 96, 128, 16, 32)
 
 @pytest.fixture(scope="module")
 def published():
-    """The networks at the papers' size and width, made of shapes only."""
+    """The networks at the size and width of the papers, built without weights."""
     built = {}
 
     def get(name, **options):
@@ -60,7 +59,7 @@ def test_parameters_of_a_reduction(n):
     assert conv_parameters(192, n, (3, 3), bias=False) == 9 * 192 * n
 
 
-def test_layers():
+def test_costs_of_single_layers():
     with without_weights():
         x = inputs = keras.Input((28, 28, 192))
         convolution = layers.Conv2D(32, 5, padding="same")
@@ -76,18 +75,19 @@ def test_layers():
     assert total_cost(model).macs == sum(map(layer_macs, (convolution, strided, dense)))
 
 
-def test_a_layer_that_is_not_known_is_refused():
+def test_unknown_layer_is_rejected():
     with without_weights():
         inputs = keras.Input((8, 8, 3))
         model = keras.Model(inputs, layers.Conv2DTranspose(3, 3, name="wider")(inputs))
     with pytest.raises(ValueError) as raised:
         block_costs(model)
     assert str(raised.value) == (
-        "layer must be Conv2D, Dense or BatchNormalization, got Conv2DTranspose wider; use these"
+        "cannot count the multiply-accumulates of wider, a Conv2DTranspose; layers with weights must "
+        "be Conv2D, Dense or BatchNormalization"
     )
 
 
-def test_shapes_without_values_leave_nothing_behind():
+def test_building_without_weights_leaves_no_state():
     with without_weights():
         dense = layers.Dense(3)
         dense(keras.Input((2,)))
@@ -112,7 +112,7 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(("name", "main", "everything", "first", "branching"), NETWORKS)
-def test_networks(name, main, everything, first, branching, published):
+def test_costs_of_the_networks(name, main, everything, first, branching, published):
     model = published(name)
     network = models.inference_model(model)
     rows, all_rows = block_costs(network), block_costs(model)
@@ -141,16 +141,16 @@ def test_vgg16_with_its_top():
     )
 
 
-def test_rows_add_up_to_alternatives_as_they_are(published):
+def test_block_costs_match_between_rows_and_ablations(published):
     for name in ("vgg16_inception", "inception_v1", "inception_v3"):
         rows = {row.block: row for row in block_costs(published(name))}
         for item in block_ablations(published(name)):
             assert (item.macs, item.parameters) == (rows[item.block].macs, rows[item.block].parameters), item.block
 
 
-# --- alternatives ----------------------------------------------------------------------------------------------------
+# --- ablations -------------------------------------------------------------------------------------------------------
 
-# For each position of the map, by hand. 192 channels; 64, 96-128, 16-32, 32; normalisation has three per filter.
+# Per position of the feature map, by hand: 192 channels; 64, 96-128, 16-32, 32; batch norm has three per filter.
 ENDS = 192 * (64 + 32)
 REDUCTIONS = 192 * (96 + 16)
 NORMS = 3 * (64 + 128 + 32 + 32)
@@ -163,7 +163,7 @@ ROWS_WIDE = ENDS + 3 * (192 * 128 + 128 * 128) + 5 * (192 * 32 + 32 * 32)
 SIDES = ENDS + REDUCTIONS + 3 * 96 * 128 + 5 * 16 * 32
 SIDES_WIDE = ENDS + 3 * 192 * 128 + 5 * 192 * 32
 
-# kind: as it is, without reduction, without factorisation, without both; normalised filters of each
+# kind: unchanged, without reduction, without factorisation, without both; filters with batch norm of each
 BY_HAND = {
     "inception_naive": ((V1_WIDE,) * 4, (256,) * 4),
     "inception_v1": ((V1, V1_WIDE, V1, V1_WIDE), (368, 256, 368, 256)),
@@ -174,15 +174,15 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("kind", BY_HAND)
-def test_alternatives_by_hand(kind):
+def test_ablations_match_calculations_by_hand(kind):
     macs, filters = BY_HAND[kind]
     parameters = [weights + 3 * normalised for weights, normalised in zip(macs, filters, strict=True)]
     figures = [figure for pair in zip((28 * 28 * m for m in macs), parameters, strict=True) for figure in pair]
     assert block_ablations(block(kind)) == [BlockAblation("Block_1", *figures)]
 
 
-def test_the_notes_bottleneck_is_found():
-    """The 5x5 branch of the block is the notes' example: 12 million through 16 maps instead of 120 million."""
+def test_bottleneck_of_the_notes_is_found():
+    """The 5x5 branch is the example of the notes: 12 million through 16 maps instead of 120 million."""
     (item,) = block_ablations(block("inception_v1"))
     five = conv_macs(28, 28, 192, 32, (5, 5)) - (2_408_448 + 10_035_200)
     three = (
@@ -191,17 +191,17 @@ def test_the_notes_bottleneck_is_found():
     assert item.macs_without_reduction - item.macs == five + three
 
 
-def test_3x3_reductions_are_no_bottlenecks():
+def test_3x3_reductions_are_not_bottlenecks():
     (item,) = block_ablations(block("inception_3x3_reduce"))
     assert item.macs == item.macs_without_reduction
 
 
-def test_kinds_without_branches_have_no_alternatives():
+def test_models_without_branches_have_no_ablations():
     for kind in ("conv", "conv_bn", "single_3x3"):
         assert block_ablations(block(kind)) == []
 
 
-def test_alternatives_of_inception_v3(published):
+def test_ablations_of_inception_v3(published):
     """mixed4: 7x7 in two factors and in four; mixed9: sides; the first block: two 3x3 for a 5x5."""
     items = {item.block: item for item in block_ablations(published("inception_v3"))}
     sides = 17 * 17
@@ -221,7 +221,7 @@ def test_alternatives_of_inception_v3(published):
 
 
 @SLOW
-def test_alternatives_of_inception_resnet_v2(published):
+def test_ablations_of_inception_resnet_v2(published):
     items = {item.block: item for item in block_ablations(published("inception_resnet_v2"))}
     kept = 1088 * 192 + 384 * 1088
     assert items["block17_7"].macs == 17 * 17 * (kept + 1088 * 128 + 7 * 128 * 160 + 7 * 160 * 192)

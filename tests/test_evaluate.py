@@ -1,4 +1,4 @@
-"""`make evaluate` and `make report` on a real run: numbers, files, messages."""
+"""`make evaluate` and `make report` on a real run: metrics, files, messages."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ def evaluated(path: Path, *words: str) -> Done:
     return run_command(sys.executable, "-m", "train.evaluate", f"run={path}", "tracking.wait_seconds=0", *words)
 
 
-def rows_of(place: Path) -> list[dict[str, str]]:
-    with (place / "predictions.csv").open(newline="") as file:
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predictions.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def copied(finished: Finished, place: Path) -> Path:
-    """A run of one's own: its record goes nowhere."""
-    shutil.copytree(finished.path, place / "run", symlinks=True)
-    config = place / "run" / "config.yaml"
-    config.write_text(re.sub(r"uri: .*", f"uri: sqlite:///{place / 'mlflow.db'}", config.read_text()))
-    return place / "run"
+def copied(finished: Finished, folder: Path) -> Path:
+    """A copy of the run that is not uploaded."""
+    shutil.copytree(finished.path, folder / "run", symlinks=True)
+    config = folder / "run" / "config.yaml"
+    config.write_text(re.sub(r"uri: .*", f"uri: sqlite:///{folder / 'mlflow.db'}", config.read_text()))
+    return folder / "run"
 
 
-def test_a_run_leaves_numbers_answers_and_pictures(finished: Finished):
-    place = finished.path / "evaluation/test"
-    found, summary = json.loads((place / "scores.json").read_text()), finished.summary["test"]
-    assert {name: found[name] for name in summary} == summary
+def test_run_writes_metrics_predictions_and_plots(finished: Finished):
+    folder = finished.path / "evaluation/test"
+    metrics, summary = json.loads((folder / "scores.json").read_text()), finished.summary["test"]
+    assert {name: metrics[name] for name in summary} == summary
     low, high = summary["accuracy_interval"]
     assert low < summary["accuracy"] < high
-    rows = rows_of(place)
-    assert len(rows) == summary["examples"] == sum(map(sum, found["confusion"]))
+    rows = rows_of(folder)
+    assert len(rows) == summary["examples"] == sum(map(sum, metrics["confusion"]))
     right = [row["class"] == row["predicted"] for row in rows]
     assert np.mean(right) == pytest.approx(summary["accuracy"])
     assert -np.log([float(row["probability_of_class"]) for row in rows]).mean() == pytest.approx(
         summary["loss"], abs=1e-3
     )
-    assert {path.name for path in place.glob("*.png")} == PICTURES
+    assert {path.name for path in folder.glob("*.png")} == PICTURES
     for name in ("loss", "accuracy", "learning_rate", "filters"):
         assert (finished.path / f"{name}.png").exists()
 
 
-def test_the_page_is_one_file_with_everything(finished: Finished):
+def test_report_is_one_self_contained_file(finished: Finished):
     text, summary = (finished.path / "report.html").read_text(), finished.summary
     assert text.count("data:image/png;base64,") == len(PICTURES) + 5
     assert not re.search(r'(src|href)="(?!data:)', text)
@@ -68,13 +68,13 @@ def test_the_page_is_one_file_with_everything(finished: Finished):
     assert "hunter2" not in text
 
 
-def test_the_command_of_the_page_makes_the_same_run_again(finished: Finished):
+def test_command_in_the_report_reproduces_the_run(finished: Finished):
     command = json.loads((finished.path / "run.json").read_text())["command"]
     assert command == "make train model=vgg16_inception data=digits model.width=0.125 tracking.every_steps=7 epochs=2"
 
 
 @pytest.mark.slow
-def test_the_same_weights_give_the_same_numbers_again(finished: Finished, tmp_path: Path):
+def test_evaluation_of_the_same_weights_gives_the_same_metrics(finished: Finished, tmp_path: Path):
     path = copied(finished, tmp_path)
     before = (path / "evaluation/test/scores.json").read_text()
     shutil.rmtree(path / "evaluation")
@@ -87,7 +87,7 @@ def test_the_same_weights_give_the_same_numbers_again(finished: Finished, tmp_pa
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of three of the ten digits, in folders."""
+    """Images of three of the ten digits, one folder per class."""
 
     def draw(place: Path) -> Path:
         noise = np.random.default_rng(0)
@@ -102,40 +102,40 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_other_data_with_some_of_the_classes(finished: Finished, photos: Path, tmp_path: Path):
+def test_evaluation_on_other_data_with_some_of_the_classes(finished: Finished, photos: Path, tmp_path: Path):
     path = copied(finished, tmp_path)
     done = evaluated(path, "data=folder", f"data.root={photos}", "split=all", "evaluate.views=mirror")
     assert done.code == 0, done.err
-    place = path / "evaluation/photos-all-mirror"
-    found = json.loads((place / "scores.json").read_text())
-    assert found["examples"] == 24
-    assert [row["examples"] for row in found["classes"]] == [8, 0, 0, 8, 0, 0, 0, 8, 0, 0]
-    assert {row["class"] for row in rows_of(place)} == {"0", "3", "7"}
-    assert "classes without an example, left out of the means: 1, 2, 4, 5, 6, 8, 9" in done.out
+    folder = path / "evaluation/photos-all-mirror"
+    metrics = json.loads((folder / "scores.json").read_text())
+    assert metrics["examples"] == 24
+    assert [row["examples"] for row in metrics["classes"]] == [8, 0, 0, 8, 0, 0, 0, 8, 0, 0]
+    assert {row["class"] for row in rows_of(folder)} == {"0", "3", "7"}
+    assert "classes without examples are excluded from the means: 1, 2, 4, 5, 6, 8, 9" in done.out
     assert "photos-all-mirror: 24 examples" in (path / "report.html").read_text()
 
 
-def test_what_can_not_be_evaluated(finished: Finished, photos: Path, tmp_path: Path):
+def test_invalid_evaluation_is_rejected(finished: Finished, photos: Path, tmp_path: Path):
     path = copied(finished, tmp_path)
     strange = tmp_path / "strange"
     shutil.copytree(photos, strange)
     (strange / "0").rename(strange / "zebra")
     done = evaluated(path, "data=folder", f"data.root={strange}")
     assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert "must have classes of the run, 0, 1, 2" in done.err
-    assert "got zebra" in done.err
-    for words, told in (
+    assert "; its classes are 0, 1, 2" in done.err
+    assert "the run was not trained on zebra" in done.err
+    for overrides, expected in (
         (("split=half",), "split must be one of train, validation, test, all, got half"),
-        (("optimizer.beauty=1",), "optimizer.beauty is no key of this run"),
+        (("optimizer.beauty=1",), 'unknown key "optimizer.beauty"; valid keys: run, '),
         (("evaluate.views=five",), "evaluate.views must be one of one, mirror, ten_crop, got five"),
     ):
-        assert told in message(evaluate, [f"run={path}", *words])
+        assert expected in message(evaluate, [f"run={path}", *overrides])
     (path / "best").unlink()
-    assert "run must have kept weights" in message(evaluate, [f"run={path}"])
-    assert "run must be the folder of a run" in message(evaluate, [f"run={tmp_path / 'nowhere'}"])
+    assert f"run {path} has no saved weights yet" in message(evaluate, [f"run={path}"])
+    assert "run must be a run folder, got" in message(evaluate, [f"run={tmp_path / 'nowhere'}"])
 
 
-def test_a_page_can_be_written_anew_also_of_a_run_without_test(finished: Finished, tmp_path: Path):
+def test_report_is_written_again_even_without_test_results(finished: Finished, tmp_path: Path):
     path = copied(finished, tmp_path)
     shutil.rmtree(path / "evaluation")
     (path / "report.html").unlink()
@@ -145,12 +145,12 @@ def test_a_page_can_be_written_anew_also_of_a_run_without_test(finished: Finishe
     done = run_command(sys.executable, "-m", "train.report", f"run={path}")
     assert (done.code, done.last_line) == (0, str(path / "report.html"))
     text = (path / "report.html").read_text()
-    assert "Not measured on a test split" in text
+    assert "The run was not evaluated on the test split" in text
     assert "failed: &lt;b&gt;boom&lt;/b&gt;" in text
     (path / "metrics.jsonl").write_text("")
     done = run_command(sys.executable, "-m", "train.report", f"run={path}")
     assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert "run must have trained for an epoch" in done.err
+    assert "has no finished epoch" in done.err
 
 
 def test_sizes_are_readable():

@@ -1,4 +1,4 @@
-"""`make export`: what is given away is what was measured, in every format, and says so."""
+"""`make export`: in every format the exported model gives the measured predictions, and its card says so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from support.commands import ROOT, Done, message, run_command
-from support.shared import Finished, once
+from support.exports import ship
+from support.shared import Finished
 from train import formats, models
 from train.cli.arguments import parse
 from train.data.decode import decode, resize
@@ -28,37 +29,22 @@ TEST_EXAMPLES = 340
 QUICK = ("onnx", "tflite")  # need no TensorFlow
 
 
-def ship(place: Path, run: Path, *words: str) -> tuple[Done, Path]:
-    """`make export` in a copy of the run, which has a store of its own."""
-    copy = place / "run"
-    if not copy.exists():
-        shutil.copytree(run, copy, symlinks=True)
-    uri = f"tracking.uri=sqlite:///{place / 'mlflow.db'}"
-    return run_command(sys.executable, "-m", "train.export", f"run={copy}", uri, *words), copy
-
-
-@pytest.fixture(scope="session")
-def shipped(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    """The finished run in all formats."""
-    return once(tmp_path_factory, "shipped", lambda place: ship(place, finished.path, "format=all"))
-
-
 def summary_of(run: Path, name: str) -> dict[str, Any]:
     return json.loads((run / "export" / name / "summary.json").read_text())
 
 
 @pytest.mark.parametrize(("side", "channels", "fraction"), [(32, 1, 1.0), (64, 3, 0.875), (75, 3, 1.0)])
-def test_the_graph_resizes_as_the_pipeline_does(side: int, channels: int, fraction: float):
+def test_exported_graph_resizes_like_the_pipeline(side: int, channels: int, fraction: float):
     graph, random = preprocessing_model(side, channels, fraction), np.random.default_rng(0)
     for height, width in ((side, side), (100, 61), (37, 200), (1, 1), (side + 1, side)):
         image = random.integers(0, 256, (height, width, channels), dtype=np.uint8)
-        found, wanted = np.asarray(graph(image[None]))[0], resize(image, side, fraction).astype(float)
-        assert found.shape == wanted.shape
-        assert np.abs(found - wanted).max() <= 1  # where a half is rounded up here, and down there
-        assert (found != wanted).mean() < 0.003
+        actual, expected = np.asarray(graph(image[None]))[0], resize(image, side, fraction).astype(float)
+        assert actual.shape == expected.shape
+        assert np.abs(actual - expected).max() <= 1  # a half may be rounded up here and down there
+        assert (actual != expected).mean() < 0.003
 
 
-def test_a_network_of_any_precision_is_given_away_in_float32():
+def test_network_of_any_precision_is_exported_in_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         network = models.inference_model(models.build("vgg16_inception", (32, 32, 3), 10, width=0.05))
@@ -73,11 +59,11 @@ def test_a_network_of_any_precision_is_given_away_in_float32():
     assert probabilities.dtype == np.float32
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     assert np.allclose(probabilities, np.asarray(keras.ops.softmax(network(images))), atol=0.02)
-    assert not np.array_equal(probabilities, np.asarray(keras.ops.softmax(network(images))))  # the control
+    assert not np.array_equal(probabilities, np.asarray(keras.ops.softmax(network(images))))  # negative control
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)
-def test_every_format_says_what_the_run_says(name: str, shipped: tuple[Done, Path]):
+def test_every_format_gives_the_predictions_of_the_run(name: str, shipped: tuple[Done, Path]):
     done, run = shipped
     assert done.code == 0, done.err
     summary, scores = summary_of(run, name), json.loads((run / "evaluation/test/scores.json").read_text())
@@ -98,7 +84,7 @@ def fenced(card: str, language: str) -> str:
 
 
 def by_the_card(python: Path | str, folder: Path, place: Path) -> None:
-    """The card's five lines, in the export's folder, say what the run's network says."""
+    """The usage snippet of the model card, run in the folder of the export, gives the predictions of the run."""
     lines = fenced((folder / "README.md").read_text(), "python")
     assert len(lines.splitlines()) == 5
     image = np.random.default_rng(3).integers(0, 256, (61, 40), dtype=np.uint8)
@@ -106,53 +92,53 @@ def by_the_card(python: Path | str, folder: Path, place: Path) -> None:
     program = f"path = {str(place / 'three.png')!r}\n{lines}"
     done = subprocess.run([python, "-I", "-c", program], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said, share = done.stdout.split()
+    predicted, share = done.stdout.split()
     wanted = formats.load_predictor("keras", folder.parent / "keras/model.keras")(image[None, :, :, None])[0]
-    assert said == str(wanted.argmax())
+    assert predicted == str(wanted.argmax())
     assert float(share) == pytest.approx(wanted.max(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in formats.FORMATS]
 )
-def test_the_five_lines_of_the_card_work(name: str, shipped: tuple[Done, Path], tmp_path: Path):
+def test_usage_snippet_of_the_model_card_works(name: str, shipped: tuple[Done, Path], tmp_path: Path):
     by_the_card(sys.executable, shipped[1] / "export" / name, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", formats.FORMATS)
-def test_they_need_no_more_than_the_card_installs(name: str, shipped: tuple[Done, Path], tmp_path: Path):
-    """Where uv is, it installs them: of what set-up has installed it still has the files, and takes seconds."""
+def test_usage_snippet_needs_only_the_packages_of_the_model_card(name: str, shipped: tuple[Done, Path], tmp_path: Path):
+    """uv installs them in seconds if it exists, since setup has filled its cache."""
     folder, place = shipped[1] / "export" / name, tmp_path / "fresh"
     install = fenced((folder / "README.md").read_text(), "sh").split()
     assert install[:2] == ["pip", "install"]
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     python, uv = str(place / "bin/python"), Path(sys.executable).with_name("uv")
     quickly = [str(uv), *install, "--python", python, "--system-certs", "--quiet"]
-    made = run_command(*(quickly if uv.exists() else [python, "-m", *install]), timeout=900)
-    assert made.code == 0, made.err
+    installed = run_command(*(quickly if uv.exists() else [python, "-m", *install]), timeout=900)
+    assert installed.code == 0, installed.err
     by_the_card(place / "bin/python", folder, tmp_path)
 
 
-def test_the_card_tells_where_it_is_from(shipped: tuple[Done, Path]):
+def test_model_card_names_its_origin(shipped: tuple[Done, Path]):
     run = shipped[1]
     card, summary = (run / "export/onnx/README.md").read_text(), summary_of(run, "onnx")
-    told = json.loads((run / "summary.json").read_text())
-    for fact in (told["data_fingerprint"], told["run_id"], told["config_hash"], summary["sha256"]):
+    run_summary = json.loads((run / "summary.json").read_text())
+    for fact in (run_summary["data_fingerprint"], run_summary["run_id"], run_summary["config_hash"], summary["sha256"]):
         assert fact in card
     low, high = summary["accuracy_interval"]
     assert f"{summary['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, 340 examples)" in card
 
 
-def test_mlflow_hears_of_it(shipped: tuple[Done, Path]):
+def test_export_is_recorded_in_mlflow(shipped: tuple[Done, Path]):
     from mlflow import MlflowClient
 
     run = shipped[1]
     client = MlflowClient(f"sqlite:///{run.parent / 'mlflow.db'}")
-    [found] = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    [mlflow_run] = client.search_runs([one.experiment_id for one in client.search_experiments()])
     for name in formats.FORMATS:
-        assert found.data.metrics[f"export/{name}/accuracy"] == summary_of(run, name)["accuracy"]
-    files = {artifact.path for artifact in client.list_artifacts(found.info.run_id, "export/tflite")}
+        assert mlflow_run.data.metrics[f"export/{name}/accuracy"] == summary_of(run, name)["accuracy"]
+    files = {artifact.path for artifact in client.list_artifacts(mlflow_run.info.run_id, "export/tflite")}
     assert files == {"export/tflite/README.md", "export/tflite/summary.json"}
 
 
@@ -163,7 +149,7 @@ def encoded(image: np.ndarray, kind: str, mode: str) -> bytes:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_encoded_pictures_are_decoded_as_in_the_pipeline(channels: int):
+def test_encoded_images_are_decoded_like_in_the_pipeline(channels: int):
     random, background = np.random.default_rng(0), (10, 200, 90)
     for kind, mode, depth in (
         ("PNG", "RGBA", 4),
@@ -175,8 +161,8 @@ def test_encoded_pictures_are_decoded_as_in_the_pipeline(channels: int):
         smooth = np.add.outer(np.arange(40), np.arange(30))[..., None] * np.arange(1, depth + 1)
         image = (smooth + random.integers(0, 30, smooth.shape)).astype(np.uint8).squeeze()
         data = encoded(image, kind, mode)
-        found = formats.converters._decode_image(data, channels, background).numpy().astype(int)
-        assert np.abs(found - decode(data, channels, background)).max() <= 1, (kind, mode)
+        decoded = formats.converters._decode_image(data, channels, background).numpy().astype(int)
+        assert np.abs(decoded - decode(data, channels, background)).max() <= 1, (kind, mode)
 
 
 @pytest.mark.parametrize(
@@ -188,11 +174,11 @@ def test_encoded_pictures_are_decoded_as_in_the_pipeline(channels: int):
         pytest.param("onnx", "float16", marks=pytest.mark.slow),
     ],
 )
-def test_fewer_bits_are_smaller_and_the_loss_is_told(
+def test_quantized_export_is_smaller_and_reports_its_loss(
     name: str, quantize: str, finished: Finished, shipped: tuple[Done, Path], tmp_path: Path
 ):
-    words = (f"format={name}", f"quantize={quantize}", "export.max_accuracy_drop=0.05")
-    done, run = ship(tmp_path, finished.path, *words)
+    overrides = (f"format={name}", f"quantize={quantize}", "export.max_accuracy_drop=0.05")
+    done, run = ship(tmp_path, finished.path, *overrides)
     assert done.code == 0, done.err
     summary, whole = summary_of(run, f"{name}-{quantize}"), summary_of(shipped[1], name)
     assert summary["bytes"] < 0.8 * whole["bytes"]
@@ -201,11 +187,11 @@ def test_fewer_bits_are_smaller_and_the_loss_is_told(
     if quantize == "int8":
         coarse, precise = kinds_of(name, run / "export" / f"{name}-int8" / formats.FILE_NAMES[name])
         assert coarse > 10
-        assert precise <= 1  # what it hands to the network
+        assert precise <= 1  # the input of the network
 
 
 def kinds_of(name: str, file: Path) -> tuple[int, int]:
-    """How many tensors are of 8 bits: in all, and of the resizing."""
+    """The number of 8-bit tensors: in total, and of the resizing."""
     if name == "tflite":
         from ai_edge_litert.interpreter import Interpreter
 
@@ -238,73 +224,76 @@ sys.exit(export.export(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_what_a_converter_breaks_is_not_kept_and_stops_no_other(finished: Finished, tmp_path: Path):
+def test_broken_conversion_is_discarded_and_stops_no_other(finished: Finished, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run, symlinks=True)
-    (run / "export/keras").mkdir(parents=True)  # an earlier one
-    own = [f"run={run}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
-    done = run_command(sys.executable, "-c", BROKEN, *own, "format=all")
+    (run / "export/keras").mkdir(parents=True)  # an earlier export
+    paths = [f"run={run}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+    done = run_command(sys.executable, "-c", BROKEN, *paths, "format=all")
     assert done.code == 1
-    assert "not kept: it loses 0." in done.out
-    assert "not kept: it could not be written" in done.out
+    assert "not kept: accuracy drops by 0." in done.out
+    assert "not kept: the export failed" in done.out
     assert "error: saved_model: RuntimeError: no such operation" in done.err
     assert list((run / "export").iterdir()) == []
 
 
-def test_the_gate():
+def test_rejection_reasons_of_an_export():
     good = {"accuracy": 0.9, "run_accuracy": 0.91, "largest_difference": 0.1}
     assert rejection_reason(good, 0.02) == ""
-    assert rejection_reason(good | {"accuracy": 0.5}, 0.02) == "it loses 0.4100 of the accuracy, more than 0.02"
-    assert rejection_reason(good | {"largest_difference": float("nan")}, 1) == "some of its answers are no numbers"
+    assert rejection_reason(good | {"accuracy": 0.5}, 0.02) == "accuracy drops by 0.4100, more than 0.02"
+    assert rejection_reason(good | {"largest_difference": float("nan")}, 1) == "output contains NaN or infinity"
 
 
-def test_a_run_that_has_not_finished_is_not_given_away(finished: Finished, tmp_path: Path):
+def test_unfinished_run_is_not_exported(finished: Finished, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run, symlinks=True)
     for status in ("interrupted", "failed"):
         (run / "summary.json").write_text(json.dumps(finished.summary | {"status": status}))
-        assert f"run must be finished, got {run}, which is {status}" in message(export, [f"run={run}"])
+        assert f"run {run} is not finished (status: {status}); finish it with make resume" in message(
+            export, [f"run={run}"]
+        )
     assert not (run / "export").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "expected"),
     [
         (["format=caffe"], "format must be one of keras, saved_model, onnx, tflite, all, got caffe"),
         (["quantize=int4"], "quantize must be one of none, float16, int8, got int4"),
-        (["format=keras", "quantize=int8"], "quantize=int8 must go with format=onnx or tflite, got format=keras"),
+        (["format=keras", "quantize=int8"], "quantize=int8 needs format=onnx or tflite, got format=keras"),
         (["export.max_accuracy_drop=nan"], "export.max_accuracy_drop must be from 0 to 1, got nan"),
         (["export.max_accuracy_drop=little"], "export.max_accuracy_drop must be a number, got little"),
-        (["run=nowhere"], "run must be the folder of a run, got nowhere"),
+        (["run=nowhere"], "run must be a run folder, got nowhere"),
     ],
 )
-def test_what_can_not_be_exported(words: list[str], said: str):
-    assert said in message(export, words)
+def test_invalid_export_is_rejected(overrides: list[str], expected: str):
+    assert expected in message(export, overrides)
 
 
-def test_other_data_is_no_word_of_an_export(finished: Finished):
+def test_data_is_not_a_key_of_export(finished: Finished):
     for word in ("data=folder", "data.crop_fraction=0.5", "evaluate.views=ten_crop", "model.width=1"):
-        assert "words must be key=value with a key of run, format, quantize, export.max_accuracy_drop, data.root, " in (
+        key = word.partition("=")[0]
+        assert f'unknown key "{key}"; valid keys: run, format, quantize, export.max_accuracy_drop, data.root, ' in (
             message(export, [f"run={finished.path}", word])
         )
 
 
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tf2onnx" else True)
-    said = message(export, ["format=onnx"])
-    assert "format=onnx must have onnx, tf2onnx, onnxruntime, got no tf2onnx; install the extra export" in said
+    error = message(export, ["format=onnx"])
+    assert "format=onnx needs onnx, tf2onnx, onnxruntime; not installed: tf2onnx; install the extra export" in error
     assert parse(Export, ["export.max_accuracy_drop=0.5"]).max_accuracy_drop == 0.5
 
 
-def test_the_extra_is_what_the_formats_need():
+def test_extra_lists_the_packages_of_the_formats():
     locked = (ROOT / "requirements/export.lock").read_text()
     for one in formats.FORMATS.values():
         for package in one.packages:
             assert f"\n{package.replace('_', '-')}==" in f"\n{locked}"
 
 
-def test_the_view_of_the_network_is_its_own(shipped: tuple[Done, Path]):
-    """A larger picture is brought to the network's size by the file as the pipeline would have done it."""
+def test_exported_model_resizes_larger_images_like_the_pipeline(shipped: tuple[Done, Path]):
+    """The exported file resizes a larger image like the pipeline."""
     run = shipped[1]
     image = np.add.outer(2 * np.arange(90), np.arange(50)).astype(np.uint8)[..., None]
     read = formats.load_predictor("onnx", run / "export/onnx/model.onnx")

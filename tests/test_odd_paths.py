@@ -1,4 +1,4 @@
-"""The project and its data in folders whose names mean something in addresses, in SQL, in a shell and to make."""
+"""The project and its data in folders whose names are special in URIs, SQL, the shell and make."""
 
 from __future__ import annotations
 
@@ -25,34 +25,36 @@ TINY = ("model=vgg16", "model.width=0.1", "epochs=1", "steps_per_epoch=4", "batc
 
 
 @pytest.mark.parametrize("path", ["/x/mlflow.db", f"/{NAME}/mlflow.db", "/50%/a%3Fb?c/m.db"])
-def test_an_address_leads_back_to_its_file(path: str):
+def test_file_uri_leads_back_to_its_file(path: str):
     from sqlalchemy.engine import make_url
 
     assert database_path(sqlite_uri(Path(path))) == Path(path)
     assert make_url(sqlite_uri(Path(path))).database == path
 
 
-def test_images_store_and_run_in_an_odd_folder(tmp_path: Path):
-    place, random = tmp_path / NAME, np.random.default_rng(0)
+def test_images_store_and_run_in_a_folder_with_an_odd_name(tmp_path: Path):
+    folder, random = tmp_path / NAME, np.random.default_rng(0)
     for split, count in (("train", 16), ("validation", 4), ("test", 4)):
         for label in ("cat", NAME):
-            (place / "images" / split / label).mkdir(parents=True)
+            (folder / "images" / split / label).mkdir(parents=True)
             for number in range(count):
                 pixels = random.integers(0, 256, (32, 32, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(place / "images" / split / label / f"{number}?{label}.png")
-    uri = sqlite_uri(place / "store/mlflow.db")
-    words = {"data.root": place / "images", "run_dir": place / "run", "tracking.uri": uri}
-    typed = [f"{key}={hydra_quoted(str(value))}" for key, value in words.items()]
+                Image.fromarray(pixels).save(folder / "images" / split / label / f"{number}?{label}.png")
+    uri = sqlite_uri(folder / "store/mlflow.db")
+    overrides = {"data.root": folder / "images", "run_dir": folder / "run", "tracking.uri": uri}
+    typed = [f"{key}={hydra_quoted(str(value))}" for key, value in overrides.items()]
     done = run_train(*TINY, "data=folder", "data.image_size=32", *typed)
     assert (done.code, "not recorded" in done.err) == (0, False), done.err
     client = connect(uri)
     [run] = client.search_runs([client.get_experiment_by_name("inception").experiment_id])
     assert run.info.status == "FINISHED"
     assert "summary.json" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert sorted(path.name for path in place.iterdir()) == ["images", "run", "store"]
-    assert sorted(path.name for path in (place / "store").iterdir()) == ["mlartifacts", "mlflow.db", "mlflow.db.lock"]
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]  # MLflow makes folders of what it has not unquoted
-    scored = run_command("make", "compare", f"uri={uri}", "experiment=inception", f"out={place / 'compared'}")
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "run", "store"]
+    assert sorted(path.name for path in (folder / "store").iterdir()) == ["mlartifacts", "mlflow.db", "mlflow.db.lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [
+        NAME
+    ]  # MLflow creates folders with names that are still quoted
+    scored = run_command("make", "compare", f"uri={uri}", "experiment=inception", f"out={folder / 'compared'}")
     assert scored.code == 0, scored.err
 
 
@@ -65,17 +67,17 @@ def hydra_quoted(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project, set up as on a machine where UV_SYSTEM_PYTHON is set, as in many container images."""
-    place = tmp_path_factory.mktemp("project") / NAME
-    place.mkdir()
+    """A copy of the project, set up with UV_SYSTEM_PYTHON, as in many container images."""
+    folder = tmp_path_factory.mktemp("project") / NAME
+    folder.mkdir()
     files = run_command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").out.split("\0")
     for name in filter(None, files):
-        if (ROOT / name).exists():  # not of those that were removed
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            (place / name).write_bytes((ROOT / name).read_bytes())
-    done = make(place, "setup")
+        if (ROOT / name).exists():  # removed files are left out
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    done = make(folder, "setup")
     assert done.code == 0, done.err
-    return place
+    return folder
 
 
 def make(project: Path, *words: str) -> Done:
@@ -92,7 +94,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def running(project: Path, *words: str) -> Iterator[Callable[[str], bool]]:
-    """Gives a function that says whether an address answers, and fails once the command has ended."""
+    """Run a command; yield a function that says whether a URL answers and fails once the command has ended."""
     with (project / "server.log").open("w+") as log:
         process = subprocess.Popen(
             ["make", *words], cwd=project, env=environment(), stdout=log, stderr=log, start_new_session=True
@@ -111,8 +113,8 @@ def running(project: Path, *words: str) -> Iterator[Callable[[str], bool]]:
 
 
 @pytest.mark.slow
-def test_the_project_works_in_an_odd_folder(project: Path):
-    """Trains, records, sweeps, compares, serves, and shows it in the MLflow UI."""
+def test_project_works_in_a_folder_with_an_odd_name(project: Path):
+    """It trains, uploads, sweeps, compares, serves, and shows the runs in the MLflow UI."""
     done = make(project, "train", *TINY, "evaluate.report=false")
     assert (done.code, "record is" in done.err) == (0, False), done.err
     done = make(project, "sweep", *TINY, "seed=1,2", "sweep.search=random", "sweep.trials=2", "evaluate.report=false")

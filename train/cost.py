@@ -1,4 +1,4 @@
-"""`make cost model=NAME`: what a network costs block by block, and what its blocks would cost without their ideas.
+"""`make cost model=NAME`: the cost of a network block by block, and of its blocks without reductions or factorisation.
 
 Nothing is trained and no weight gets a value. All figures are for one image and one forward pass.
 """
@@ -14,27 +14,27 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cli import arguments
-from train.config import composition
-from train.config.schema import options, resolve_image_size
+from train.config import composition, schema
+from train.config.schema import resolve_image_size
 from train.runtime import setup
 
 CLASSES = "classes"
 
 
 def parse_arguments(argv: list[str]) -> tuple[Any, tuple[int, int, int], int]:
-    """The model's keys, the input shape and the number of classes that the words mean.
+    """Returns the model's config, the input shape and the number of classes.
 
-    `classes=` is this command's own word (1000); every other one is a key of `make train`. Without `data.image_size`
-    and `data.channels` the network gets the colour images of the size that it was published for.
+    `classes=` belongs to this command; every other argument is a key of `make train`. Without `data.image_size` and
+    `data.channels` the input is a colour image of the size that the network was published for.
 
-    Raises: ValueError for a word that nobody knows.
+    Raises: ValueError for an unknown key.
     """
-    own = [word for word in argv if word.startswith(f"{CLASSES}=")]
-    others = [word for word in argv if word not in own]
-    config = composition.compose(others)
-    names = {word.partition("=")[0] for word in others}
-    classes = arguments.parse(Cost, own).classes
-    setup.import_backend("tensorflow", Path(os.devnull))  # only now: a mistake is answered at once
+    options = [argument for argument in argv if argument.startswith(f"{CLASSES}=")]
+    overrides = [argument for argument in argv if argument not in options]
+    config = composition.compose(overrides)
+    names = {override.partition("=")[0] for override in overrides}
+    classes = arguments.parse(Cost, options).classes
+    setup.import_backend("tensorflow", Path(os.devnull))  # takes seconds: after the arguments have been checked
     from train.models import NATIVE_SIZE
 
     side = resolve_image_size(config) if "data.image_size" in names else NATIVE_SIZE[config.model.name]
@@ -44,35 +44,35 @@ def parse_arguments(argv: list[str]) -> tuple[Any, tuple[int, int, int], int]:
 
 @dataclass
 class Cost:
-    """`classes`: how many the classifier tells apart."""
+    """`classes`: the number of classes."""
 
     classes: int = 1000
 
 
 def print_cost(argv: list[str]) -> None:
-    """Prints the tables."""
-    model_keys, shape, classes = parse_arguments(argv)
+    """Prints the cost of every block, and the block ablations if the network has multi-branch blocks."""
+    model_config, shape, classes = parse_arguments(argv)
     from train import models
-    from train.models import cost, weights
+    from train.models import ablations, cost, weights
 
-    how = options(model_keys)
-    how.pop("weights")  # which cost nothing
+    model_options = schema.options(model_config)
+    model_options.pop("weights")  # their values do not change the cost
     with weights.without_weights():
-        model = models.build(model_keys.name, shape, classes, **how)
+        model = models.build(model_config.name, shape, classes, **model_options)
         inference = models.inference_model(model)
     console = Console(highlight=False)
-    title = f"{model_keys.name}, {shape[0]} x {shape[1]} x {shape[2]}, {classes} classes"
+    title = f"{model_config.name}, {shape[0]} x {shape[1]} x {shape[2]}, {classes} classes"
     rows = cost.block_costs(inference)
     console.print(blocks_table(title, rows, cost.sum_costs(rows)))
     training = cost.total_cost(model)
     if training != cost.sum_costs(rows):
-        console.print(f"in training, with auxiliary heads: {training.parameters:,} parameters, {training.macs:,} MACs")
-    if found := cost.block_ablations(inference):
-        console.print(ablations_table(found))
+        console.print(f"with auxiliary heads: {training.parameters:,} parameters, {training.macs:,} MACs")
+    if rows_of_ablations := ablations.block_ablations(inference):
+        console.print(ablations_table(rows_of_ablations))
 
 
 def blocks_table(title: str, rows: list[Any], total: Any) -> Table:
-    """One row per block, and their sum."""
+    """Makes a table with a row per block and their sum."""
     table = Table("block", "output", title=title, title_justify="left")
     for name in ("parameters", "multiply-accumulates", "activations"):
         table.add_column(name, justify="right")
@@ -88,14 +88,14 @@ def _row_cells(row: Any) -> list[str]:
 
 
 def ablations_table(ablations: list[Any]) -> Table:
-    """What each Inception block costs, and what it would cost without its 1x1 reductions and its factorisation."""
-    title = "what a block would cost without its ideas: millions of multiply-accumulates, times its own"
+    """Makes a table of each Inception block's cost, as built and without 1x1 reductions or factorisation."""
+    title = "block ablations: millions of multiply-accumulates, ratio to the block as built"
     table = Table("block", title=title, title_justify="left")
-    for name in ("as it is", "no 1x1 reductions", "no factorisation", "neither"):
+    for name in ("as built", "no 1x1 reductions", "no factorisation", "neither"):
         table.add_column(name, justify="right")
     for row in ablations:
-        others = (row.macs_without_reduction, row.macs_without_factorisation, row.macs_without_both)
-        table.add_row(row.block, f"{row.macs / 1e6:,.1f}", *(_format_ratio(other, row.macs) for other in others))
+        variants = (row.macs_without_reduction, row.macs_without_factorisation, row.macs_without_both)
+        table.add_row(row.block, f"{row.macs / 1e6:,.1f}", *(_format_ratio(macs, row.macs) for macs in variants))
     return table
 
 

@@ -1,10 +1,10 @@
-"""`make evaluate run=<run folder>`: the best weights of a run on a whole split, or on other data.
+"""`make evaluate run=<run folder>`: evaluates a run's best checkpoint on a whole split, or on other data.
 
     make evaluate run=runs/latest                                        (the test split of its own data)
     make evaluate run=runs/latest split=validation evaluate.views=mirror
     make evaluate run=runs/latest data=folder data.root=photos split=all
 
-What comes of it stands in the run's folder under evaluation/, on its page, and in MLflow.
+The results are written to the run's folder under evaluation/, to its report and to MLflow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from train.run import factory, stored_runs
 from train.runtime import setup
 from train.tracking import address, uploader
 from train.tracking.run_dir import open_run_dir
-from train.training import loop
+from train.training.signals import SignalHandler
 
 SPLITS = ("train", "validation", "test", "all")
 
@@ -40,50 +40,50 @@ class Evaluate:
 
 
 def evaluate(argv: list[str]) -> None:
-    """All other words are keys of the run's config: its data, `evaluate.views`, `device`, ...
+    """Evaluates a run; all other arguments override its config: its data, `evaluate.views`, `device`, ...
 
-    Raises: ValueError where the run has no weights yet, or the data has classes that it does not know.
+    Raises: ValueError if the run has no weights yet, or the data has classes that the network does not know.
     """
-    keys, others = arguments.parse_known(Evaluate, argv)
+    keys, overrides = arguments.parse_known(Evaluate, argv)
     if keys.split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {keys.split}")
-    folder = open_run_dir(Path(keys.run))
-    card = folder.model_info()
-    if not card:
-        raise ValueError(f"run must have kept weights, got {keys.run}, which has none yet; go on with it: make resume")
-    config, elsewhere = stored_runs.evaluation_config(folder, card, others)
-    uri = address.run_uri(folder, others)
+    run_dir = open_run_dir(Path(keys.run))
+    model_info = run_dir.model_info()
+    if not model_info:
+        raise ValueError(f"run {keys.run} has no saved weights yet; continue it with make resume")
+    config, is_other_data = stored_runs.evaluation_config(run_dir, model_info, overrides)
+    uri = address.run_uri(run_dir, overrides)
     factory.check_files(config)
-    config, notes = setup.prepare(config, folder.inside("train.log"))
+    config, notes = setup.prepare(config, run_dir.inside("train.log"))
     print_and_log(*notes)
     dataset, _ = factory.load_data(config, crops=False)
     factory.check_fingerprint(config, dataset)
     split = merge_splits(dataset) if keys.split == "all" else dataset.splits[keys.split]
-    place = folder.inside(f"evaluation/{evaluation_name(config, keys.split, elsewhere)}")
-    print_and_log(*dataset.notes, f"{place.name}: {len(split):,} examples of {dataset.name}")
-    model, predict = factory.load_best(folder, config)
-    numbers = class_indices(dataset.classes, card["classes"])
+    output_dir = run_dir.inside(f"evaluation/{evaluation_name(config, keys.split, is_other_data)}")
+    print_and_log(*dataset.notes, f"{output_dir.name}: {len(split):,} examples of {dataset.name}")
+    model, predict = factory.load_best(run_dir, config)
+    indices = class_indices(dataset.classes, model_info["classes"])
     with factory.surface_example_errors():
-        logits, truth = factory.predict_split(config, split, len(dataset.classes), predict, loop.SignalHandler())
-        outcome = ClassificationResult(logits, numbers[truth], card["classes"])
-        found = results.write_results(place, split, outcome)
-        results.write_plots(place, split, outcome, found, model)
-    print_metrics(found)
-    report.write_report(folder, folder.summary())
-    uploader.upload_and_wait(folder, uri, config.tracking.wait_seconds)
-    print(place)
+        logits, labels = factory.predict_split(config, split, len(dataset.classes), predict, SignalHandler())
+        result = ClassificationResult(logits, indices[labels], model_info["classes"])
+        metrics = results.write_results(output_dir, split, result)
+        results.write_plots(output_dir, split, result, metrics, model)
+    print_metrics(metrics)
+    report.write_report(run_dir, run_dir.summary())
+    uploader.upload_and_wait(run_dir, uri, config.tracking.wait_seconds)
+    print(output_dir)
 
 
 def evaluation_name(config: Config, split: str, is_other_data: bool) -> str:
-    """Of an evaluation: the split, which data if not the run's own, how many views if not one."""
-    place = getattr(config.data, "root", None) or getattr(config.data, "file", None)
-    other = Path(place).resolve().name if place else config.data.name
+    """Names an evaluation: the data if not the run's own, the split, the views if not one."""
+    path = getattr(config.data, "root", None) or getattr(config.data, "file", None)
+    data_name = Path(path).resolve().name if path else config.data.name
     views = config.evaluate.views
-    return "-".join([*([other] if is_other_data else []), split, *([views] if views != "one" else [])])
+    return "-".join([*([data_name] if is_other_data else []), split, *([views] if views != "one" else [])])
 
 
 def merge_splits(dataset: Any) -> Any:
-    """All splits as one."""
+    """Joins all splits into one, called `all`."""
     indices, labels = (
         np.concatenate([getattr(split, name) for split in dataset.splits.values()]) for name in ("indices", "labels")
     )
@@ -91,21 +91,21 @@ def merge_splits(dataset: Any) -> Any:
 
 
 def class_indices(classes: tuple[str, ...], known_classes: list[str]) -> np.ndarray:
-    """For each class of the data its number in the network's answers.
+    """Maps each class of the data to its index in the network's output.
 
     Raises: ValueError for a class that the network was not trained on.
     """
     unknown = [name for name in classes if name not in known_classes]
     if unknown:
         raise ValueError(
-            f"the data must have classes of the run, {', '.join(known_classes[:20])}, got {', '.join(unknown[:5])}; "
-            "name the folders like these"
+            f"the run was not trained on {', '.join(unknown[:5])}; its classes are {', '.join(known_classes[:20])}; "
+            "rename the data's classes to match"
         )
     return np.array([known_classes.index(name) for name in classes])
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """The numbers in the terminal."""
+    """Prints the headline metrics."""
     table = Table(box=None, header_style="dim", pad_edge=False, show_header=False)
     low, high = metrics["accuracy_interval"]
     table.add_row("accuracy", f"{metrics['accuracy']:.4f}", f"95 % interval {low:.4f} to {high:.4f}")
@@ -115,7 +115,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     missing = [row["name"] for row in metrics["classes"] if not row["examples"]]
     Console(highlight=False).print(table)
     if missing:
-        print_and_log(f"classes without an example, left out of the means: {', '.join(missing[:10])}")
+        print_and_log(f"classes without examples are excluded from the means: {', '.join(missing[:10])}")
 
 
 if __name__ == "__main__":

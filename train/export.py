@@ -1,10 +1,10 @@
-"""`make export run=<run folder> format=keras|saved_model|onnx|tflite|all`: a run's best network as a file for others.
+"""`make export run=<run folder> format=keras|saved_model|onnx|tflite|all`: exports a run's best network.
 
     make export run=runs/latest format=all
     make export run=runs/latest format=tflite quantize=int8
 
-One input, images of any size; out come probabilities. What is written is read back by its own runtime, and measured on
-the whole test split before it is kept: export/FORMAT/ in the run's folder, with a model card.
+The exported model maps images of any size to probabilities. Each file is read back by its own runtime and measured on
+the whole test split; if it passes, it is kept in export/FORMAT/ in the run's folder, with a model card.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ from train.runtime import setup
 from train.storage.atomic import write_atomically
 from train.tracking import address, run_metadata, uploader
 from train.tracking.run_dir import RunDir, open_run_dir
-from train.training import loop
+from train.training.signals import SignalHandler
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_IMAGES = 256  # training images that int8 is calibrated with
-BATCH_SIZE = 64  # examples of one size that are answered together
+CALIBRATION_IMAGES = 256  # training images for the int8 calibration
+BATCH_SIZE = 64  # images of equal size in a batch, at most
 MAX_BATCH_PIXELS = 16_000_000
-TIMING_BATCH_SIZE, TIMING_CALLS = 32, 7
-NON_TERMINAL_WIDTH = 200  # characters, of what is no terminal
-MAX_LISTED_CLASSES = 50  # named on the card
+TIMING_BATCH_SIZE = 32
+TIMING_CALLS = 7
+NON_TERMINAL_WIDTH = 200  # characters, where the output is not a terminal
+MAX_LISTED_CLASSES = 50  # on the model card
 
 
 ALLOWED_OVERRIDES = (
@@ -56,10 +57,10 @@ ALLOWED_OVERRIDES = (
 
 @dataclass
 class Export:
-    """`run`: the folder of a finished run. `format`: one of formats.FORMATS, or all. `quantize`: none, float16, int8.
+    """`run`: the folder of a finished run. `format`: a key of formats.FORMATS, or all. `quantize`: none, float16, int8.
 
-    `export.max_accuracy_drop`: what a file may lose of the run's accuracy, from 0 to 1, or it is not kept. Other words
-    say where the run's data lies now, where its record goes, and how many threads may work: WORDS.
+    `export.max_accuracy_drop`: how much accuracy an exported file may lose, from 0 to 1; one that loses more is not
+    kept. Other arguments, of ALLOWED_OVERRIDES, set the data's present location, the MLflow store and the threads.
     """
 
     run: str = "runs/latest"
@@ -70,10 +71,10 @@ class Export:
 
 @dataclass(frozen=True)
 class ReferenceResult:
-    """What the run's own network says of the test split, and the examples themselves.
+    """What the run's own network predicts on the test split, for comparison with the exported files.
 
-    network: the complete one, in float32. accuracy: as the run computes. probabilities: of the network in float32, of
-    images that the pipeline has resized, [N, classes]. truth: int [N].
+    network: the deployment model, in float32. labels: int [N]. accuracy: in the run's own precision. probabilities:
+    [N, classes], of the network in float32 on images that the pipeline has resized.
     """
 
     network: Any
@@ -85,117 +86,122 @@ class ReferenceResult:
 
 
 def export(argv: list[str]) -> int:
-    """1 where a file could not be written or was not kept. All of it is computed on the CPU, as in all four runtimes.
+    """Exports the chosen formats; returns 1 if one could not be written or was not kept. Everything runs on the CPU.
 
-    Raises: ValueError for a run that has not finished, an unknown format, one that lacks its packages.
+    Raises: ValueError for a run that has not finished, an unknown format, or one whose packages are missing.
     """
-    keys, others = arguments.parse_known(Export, argv)
-    chosen = formats.resolve_formats(keys.format, keys.quantize)
+    keys, overrides = arguments.parse_known(Export, argv)
+    format_names = formats.resolve_formats(keys.format, keys.quantize)
     if not 0 <= keys.max_accuracy_drop <= 1:
         raise ValueError(f"export.max_accuracy_drop must be from 0 to 1, got {keys.max_accuracy_drop}; use e.g. 0.01")
-    folder = open_run_dir(Path(keys.run))
-    if folder.status() != "finished" or not folder.model_info():
-        status = folder.status() or "not"
-        raise ValueError(f"run must be finished, got {keys.run}, which is {status}; go on with it: make resume")
-    config = load_config(folder, others)
-    uri = address.run_uri(folder, others)
+    run_dir = open_run_dir(Path(keys.run))
+    if run_dir.status() != "finished" or not run_dir.model_info():
+        raise ValueError(
+            f"run {keys.run} is not finished (status: {run_dir.status() or 'none'}); finish it with make resume"
+        )
+    config = load_config(run_dir, overrides)
+    uri = address.run_uri(run_dir, overrides)
     factory.check_files(config)
-    config, notes = setup.prepare(config, folder.inside("train.log"))
+    config, notes = setup.prepare(config, run_dir.inside("train.log"))
     print_and_log(*notes)
-    with run_metadata.log_to_file(folder):
-        measured = measure_reference(folder, config)
-        rows = [export_format(folder, config, name, keys, measured) for name in chosen]
+    with run_metadata.log_to_file(run_dir):
+        reference = measure_reference(run_dir, config)
+        rows = [export_format(run_dir, config, name, keys, reference) for name in format_names]
     print_results(rows)
-    uploader.upload_and_wait(folder, uri, config.tracking.wait_seconds)
+    uploader.upload_and_wait(run_dir, uri, config.tracking.wait_seconds)
     return int(any(row["refused"] for row in rows))
 
 
-def load_config(folder: RunDir, overrides: list[str]) -> Config:
-    """The run's config, with its own data. Raises: ValueError for a word that would make it another run's."""
-    for word in overrides:
-        if word.partition("=")[0] not in ALLOWED_OVERRIDES:
-            own = [item.metadata.get("word", item.name) for item in fields(Export)]
+def load_config(run_dir: RunDir, overrides: list[str]) -> Config:
+    """Loads the run's config, with its own data.
+
+    Raises: ValueError for an override that an export must not change.
+    """
+    for override in overrides:
+        if override.partition("=")[0] not in ALLOWED_OVERRIDES:
+            keys = [item.metadata.get("word", item.name) for item in fields(Export)]
             raise ValueError(
-                f"words must be key=value with a key of {', '.join((*own, *ALLOWED_OVERRIDES))}; got {word}"
+                f'unknown key "{override.partition("=")[0]}"; valid keys: {", ".join((*keys, *ALLOWED_OVERRIDES))}'
             )
     config, _ = stored_runs.evaluation_config(
-        folder, folder.model_info(), ["evaluate.views=one", "device=cpu", "backend=tensorflow", "jit=off", *overrides]
+        run_dir, run_dir.model_info(), ["evaluate.views=one", "device=cpu", "backend=tensorflow", "jit=off", *overrides]
     )
-    config.data = replace(config.data, fingerprint=folder.model_info()["data_fingerprint"])
+    config.data = replace(config.data, fingerprint=run_dir.model_info()["data_fingerprint"])
     return config
 
 
-def measure_reference(folder: RunDir, config: Config) -> ReferenceResult:
-    """The run's network on its test split, as `make evaluate` does it, and once more in float32."""
+def measure_reference(run_dir: RunDir, config: Config) -> ReferenceResult:
+    """Evaluates the run's network on its test split, as `make evaluate` does, and once more in float32."""
     from train.models.deployment import deployment_model, to_float32
     from train.training.step.tensorflow import Step
 
     dataset, _ = factory.load_data(config, crops=False)
     factory.check_fingerprint(config, dataset)
-    classes = tuple(folder.model_info()["classes"])
-    print_and_log(*dataset.notes, f"test: {len(dataset.test):,} examples of {dataset.name}, the run's own network")
-    network, predict = factory.load_best(folder, config)
+    classes = tuple(run_dir.model_info()["classes"])
+    print_and_log(*dataset.notes, f"reference: {len(dataset.test):,} test examples of {dataset.name}, unexported")
+    network, predict = factory.load_best(run_dir, config)
     with factory.surface_example_errors():
-        logits, truth = factory.predict_split(config, dataset.test, len(classes), predict, loop.SignalHandler())
-        exact = Step.make_predictor(to_float32(network), jit=False)
-        reference, _ = factory.predict_split(config, dataset.test, len(classes), exact, loop.SignalHandler())
-    accuracy = float((logits.argmax(axis=1) == truth).mean())
-    shippable = deployment_model(network, config.data.crop_fraction)
-    return ReferenceResult(shippable, dataset, classes, truth, accuracy, np.exp(log_softmax(reference)))
+        logits, labels = factory.predict_split(config, dataset.test, len(classes), predict, SignalHandler())
+        predict_float32 = Step.make_predictor(to_float32(network), jit=False)
+        float32_logits, _ = factory.predict_split(config, dataset.test, len(classes), predict_float32, SignalHandler())
+    accuracy = float((logits.argmax(axis=1) == labels).mean())
+    deployed = deployment_model(network, config.data.crop_fraction)
+    return ReferenceResult(deployed, dataset, classes, labels, accuracy, np.exp(log_softmax(float32_logits)))
 
 
 def full_size_batches(split: Any) -> Iterator[np.ndarray]:
-    """All examples in their own sizes, as uint8 [n, H, W, C]: those that follow each other and are equal in size."""
-    waiting: list[np.ndarray] = []
+    """Yields all examples at full size, uint8 [n, H, W, C]; consecutive ones of equal size share a batch."""
+    batch: list[np.ndarray] = []
     for start in range(0, len(split), BATCH_SIZE):
         indices = range(start, min(start + BATCH_SIZE, len(split)))
         for index, data in zip(indices, split.read(indices), strict=True):
             image = split.decode_full(index, data)
-            full = len(waiting) == max(1, min(BATCH_SIZE, MAX_BATCH_PIXELS // image[..., 0].size))
-            if waiting and (full or waiting[0].shape != image.shape):
-                yield np.stack(waiting)
-                waiting = []
-            waiting.append(image)
-    yield np.stack(waiting)
+            full = len(batch) == max(1, min(BATCH_SIZE, MAX_BATCH_PIXELS // image[..., 0].size))
+            if batch and (full or batch[0].shape != image.shape):
+                yield np.stack(batch)
+                batch = []
+            batch.append(image)
+    yield np.stack(batch)
 
 
 def export_format(
-    folder: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult
+    run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult
 ) -> dict[str, Any]:
-    """The summary of a format; what a converter breaks on is its own line, and the other formats are written."""
+    """Exports one format and returns its summary; a converter's error is printed and stops no other format."""
     label = name if keys.quantize == "none" else f"{name}-{keys.quantize}"
-    print_and_log(f"{label}: writing, then reading it back")
-    place = folder.inside(f"export/{label}")
-    fresh = place.with_name(f".{label}")
+    print_and_log(f"{label}: writing the file and measuring it")
+    final_dir = run_dir.inside(f"export/{label}")
+    temporary_dir = final_dir.with_name(f".{label}")
     try:
-        summary = write_and_measure(folder, config, name, keys, reference, fresh)
-    except Exception as fault:  # converters have many kinds
-        log.exception("%s could not be exported", label)
-        arguments.print_error(f"{label}: {type(fault).__name__}: {fault}")
-        summary = {"refused": "it could not be written"}
-    for old in (place, fresh) if summary["refused"] else (place,):
-        shutil.rmtree(old, ignore_errors=True)
+        summary = write_and_measure(run_dir, config, name, keys, reference, temporary_dir)
+    except Exception as error:  # converters raise many kinds
+        log.exception("exporting %s failed", label)
+        arguments.print_error(f"{label}: {type(error).__name__}: {error}")
+        summary = {"refused": "the export failed"}
+    for outdated in (final_dir, temporary_dir) if summary["refused"] else (final_dir,):
+        shutil.rmtree(outdated, ignore_errors=True)
     if not summary["refused"]:
-        fresh.rename(place)
+        temporary_dir.rename(final_dir)
     return {"label": label, **summary}
 
 
 def write_and_measure(
-    folder: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult, directory: Path
+    run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult, directory: Path
 ) -> dict[str, Any]:
-    """Writes a format into `place` and measures it; its summary, where `refused` says why it must not be kept."""
+    """Writes a format into `directory` and measures it; `refused` in its summary says why it must not be kept."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    file, crop = directory / formats.FILE_NAMES[name], config.data.crop_fraction
+    file = directory / formats.FILE_NAMES[name]
+    crop = config.data.crop_fraction
     images = sample_calibration_images(reference.dataset.train, crop)
-    content = formats.ExportBundle(reference.network, reference.classes, config.data.background, keys.quantize, images)
-    formats.FORMATS[name].write(content, file)
+    bundle = formats.ExportBundle(reference.network, reference.classes, config.data.background, keys.quantize, images)
+    formats.FORMATS[name].write(bundle, file)
     summary = {
         "format": name,
         "quantize": keys.quantize,
         "file": file.name,
-        "run_id": folder.run_id,
-        "network": folder.best_sha256(),
+        "run_id": run_dir.run_id,
+        "network": run_dir.best_sha256(),
         "time": time.time(),
         "bytes": size_of(file),
         "sha256": sha256_of(file),
@@ -206,95 +212,98 @@ def write_and_measure(
     summary["refused"] = rejection_reason(summary, keys.max_accuracy_drop)
     write_atomically(directory / "classes.txt", "\n".join(reference.classes) + "\n")
     write_atomically(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_atomically(directory / "README.md", render_model_card(folder, summary, crop) + "\n")
+    write_atomically(directory / "README.md", render_model_card(run_dir, summary, crop) + "\n")
     return summary
 
 
 def rejection_reason(summary: dict[str, Any], max_accuracy_drop: float) -> str:
-    """Why a file must not be kept; empty for a good one. most: what it may lose of the accuracy."""
+    """Says why a file must not be kept; empty for a good one."""
     if not math.isfinite(summary["largest_difference"]):
-        return "some of its answers are no numbers"
-    lost = summary["run_accuracy"] - summary["accuracy"]
-    return f"it loses {lost:.4f} of the accuracy, more than {max_accuracy_drop:g}" if lost > max_accuracy_drop else ""
+        return "output contains NaN or infinity"
+    drop = summary["run_accuracy"] - summary["accuracy"]
+    return f"accuracy drops by {drop:.4f}, more than {max_accuracy_drop:g}" if drop > max_accuracy_drop else ""
 
 
 def measure_export(predict: Any, reference: ReferenceResult, calibration_images: np.ndarray) -> dict[str, Any]:
-    """What its own runtime makes of it. largest_difference: of a probability, to the run's network in float32."""
-    found = np.concatenate([predict(batch) for batch in full_size_batches(reference.dataset.test)])
-    if found.shape != reference.probabilities.shape:
-        raise ValueError(f"answers must be of shape {reference.probabilities.shape}, got {found.shape}")
-    right = found.argmax(axis=1) == reference.labels
+    """Measures an exported file in its own runtime.
+
+    `largest_difference` is that of a probability to the run's network in float32.
+    """
+    probabilities = np.concatenate([predict(batch) for batch in full_size_batches(reference.dataset.test)])
+    if probabilities.shape != reference.probabilities.shape:
+        raise ValueError(f"output must be of shape {reference.probabilities.shape}, got {probabilities.shape}")
+    correct = probabilities.argmax(axis=1) == reference.labels
     batch = calibration_images[:TIMING_BATCH_SIZE]
     return {
-        "accuracy": float(right.mean()),
-        "accuracy_interval": bootstrap_interval(int(right.sum()), len(right)),
+        "accuracy": float(correct.mean()),
+        "accuracy_interval": bootstrap_interval(int(correct.sum()), len(correct)),
         "run_accuracy": reference.accuracy,
-        "largest_difference": float(np.abs(found - reference.probabilities).max()),  # nan where one is
-        "examples": len(right),
+        "largest_difference": float(np.abs(probabilities - reference.probabilities).max()),  # nan if any is
+        "examples": len(correct),
         "images_per_second": measure_throughput(predict, batch),
         "batch": len(batch),
     }
 
 
 def measure_throughput(predict: Any, images: np.ndarray) -> float:
-    """Images per second, the median of some calls after a first one."""
+    """Returns images per second: the median of TIMING_CALLS calls after a warm-up."""
     predict(images)
     seconds = []
     for _ in range(TIMING_CALLS):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         predict(images)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return len(images) / statistics.median(seconds)
 
 
 def sample_calibration_images(split: Any, crop_fraction: float) -> np.ndarray:
-    """Training images, evenly over the split: uint8 [N, L, L, C], of which the graph's crop has the network's size."""
-    chosen = np.linspace(0, len(split) - 1, min(CALIBRATION_IMAGES, len(split))).astype(int).tolist()
+    """Takes training images evenly over the split: uint8 [N, L, L, C]; their crop has the network's input size."""
+    indices = np.linspace(0, len(split) - 1, min(CALIBRATION_IMAGES, len(split))).astype(int).tolist()
     side = round(split.image_spec.image_size / crop_fraction)
-    whole = (split.decode_full(index, data) for index, data in zip(chosen, split.read(chosen), strict=True))
-    return np.stack([resize(image, side) for image in whole])
+    full_size = (split.decode_full(index, data) for index, data in zip(indices, split.read(indices), strict=True))
+    return np.stack([resize(image, side) for image in full_size])
 
 
-def render_model_card(folder: RunDir, summary: dict[str, Any], crop_fraction: float) -> str:
-    """What it is, how good it is, how to load it. Source: Mitchell et al. 2019 (Model Cards for Model Reporting)."""
-    best = folder.model_info()
+def render_model_card(run_dir: RunDir, summary: dict[str, Any], crop_fraction: float) -> str:
+    """Writes the model card: use, input and output, results. Source: Mitchell et al. 2019 (Model Cards)."""
+    best = run_dir.model_info()
     side, _, channels = best["input"]["shape"]
     return html.render_template(
         "card.md",
         export=summary,
-        run=folder.summary(),
-        data=folder.read_json("dataset.json", {}),
+        run=run_dir.summary(),
+        data=run_dir.read_json("dataset.json", {}),
         best=best,
         side=side,
         channels=channels,
         crop_fraction=crop_fraction,
         packages=formats.RUNTIME_PACKAGES[summary["format"]],
-        lines=formats.usage_snippet(summary["format"], channels),
-        most_classes=MAX_LISTED_CLASSES,
+        usage=formats.usage_snippet(summary["format"], channels),
+        max_classes=MAX_LISTED_CLASSES,
     )
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file or of all in a folder."""
-    return sum(one.stat().st_size for one in list_files(path))
+    """Returns the bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in list_files(path))
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, or of all in a folder, in the order of their names."""
-    found = hashlib.sha256()
-    for one in list_files(path):
-        found.update(one.read_bytes())
-    return found.hexdigest()
+    """Hashes a file, or all files in a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for file in list_files(path):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def list_files(path: Path) -> list[Path]:
-    return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def print_results(rows: list[dict[str, Any]]) -> None:
-    """In the terminal."""
+    """Prints a table with a row per format."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("format", "accuracy", "to the run", "largest difference", "size", "images/s", ""):
+    for name in ("format", "accuracy", "change", "largest difference", "size", "images/s", ""):
         table.add_column(name, justify="left" if name in ("format", "") else "right")
     for row in rows:
         verdict = f"not kept: {row['refused']}" if row["refused"] else ""

@@ -1,11 +1,11 @@
-"""`make predict run=<run folder> images=PATH...`: what a run's best network says of pictures.
+"""`make predict run=<run folder> images=PATH...`: classifies images with a run's best network.
 
     make predict run=runs/latest images=photo.jpg
     make predict run=runs/latest images='photos/*.png,more' top=3 output=jsonl
     make predict run=runs/latest images=photos attention=runs/attention.png
 
-Every picture goes the way that test examples went. One that can't be read is a line on standard error; the others are
-answered all the same, and the exit code is 1. With runtime=onnx the exported file answers, without TensorFlow.
+Images are preprocessed as the test examples were. One that cannot be read becomes a line on standard error and exit
+code 1; the others are still classified. With runtime=onnx the exported file is used, without TensorFlow.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from train.cli import arguments
 from train.run.predictor import BATCH_SIZE, RUNTIMES, Network, load_network, predict_files, top_classes
 
 OUTPUTS = ("table", "jsonl")
-MAX_ATTENTION_IMAGES = 24  # pictures that attention is drawn for
+MAX_ATTENTION_IMAGES = 24  # in the Grad-CAM plot
 
 
 @dataclass
 class Predict:
-    """`run`: the folder of a run. `images`: files, folders and patterns, separated by commas; nothing is fetched.
+    """`run`: the folder of a run. `images`: local files, folders and glob patterns, separated by commas.
 
-    `top`: how many classes are told. `output`: table or jsonl. `runtime`: keras, or onnx for the exported file.
-    `attention`: a PNG to draw where the evidence lies (Grad-CAM), for the first pictures.
+    `top`: the number of classes listed per image. `output`: table or jsonl. `runtime`: keras, or onnx for the exported
+    file. `attention`: a PNG for a Grad-CAM plot of the first images.
     """
 
     run: str = "runs/latest"
@@ -44,22 +44,26 @@ class Predict:
 
 
 def predict(argv: list[str]) -> int:
-    """1 where a picture could not be read. Raises: ValueError for what can't be run at all."""
+    """Classifies the images; returns 1 if one could not be read.
+
+    Raises: ValueError for wrong arguments, or a run without weights.
+    """
     keys = validate_arguments(arguments.parse(Predict, argv))
     paths = list(expand_paths(keys.images))
     network = load_network(Path(keys.run), keys.runtime, compiled=len(paths) > BATCH_SIZE)
-    tell = OUTPUT_WRITERS[keys.output](paths, network.classes, min(keys.top, len(network.classes)))
-    failed, kept = 0, list[tuple[np.ndarray, np.ndarray]]()
+    write = OUTPUT_WRITERS[keys.output](paths, network.classes, min(keys.top, len(network.classes)))
+    failed = 0
+    explained: list[tuple[np.ndarray, np.ndarray]] = []  # pixels and probabilities of the images in the Grad-CAM plot
     for path, pixels, probabilities in predict_files(network, paths):
         if isinstance(pixels, Exception):
             failed += 1
             print(f"error: {printable_name(path)}: {pixels}", file=sys.stderr, flush=True)
             continue
-        tell(path, probabilities)
-        if keys.attention and len(kept) < MAX_ATTENTION_IMAGES:
-            kept.append((pixels, probabilities))
-    if kept:
-        draw_attention(Path(keys.attention), network, kept)
+        write(path, probabilities)
+        if keys.attention and len(explained) < MAX_ATTENTION_IMAGES:
+            explained.append((pixels, probabilities))
+    if explained:
+        draw_attention(Path(keys.attention), network, explained)
     return int(failed > 0)
 
 
@@ -70,30 +74,29 @@ def validate_arguments(keys: Predict) -> Predict:
     if keys.top < 1:
         raise ValueError(f"top must be at least 1, got {keys.top}")
     if keys.attention and keys.runtime != "keras":
-        raise ValueError(f"attention must go with runtime=keras, got runtime={keys.runtime}")
+        raise ValueError(f"attention needs runtime=keras, got runtime={keys.runtime}")
     if keys.attention and not keys.attention.endswith(".png"):
-        raise ValueError(f"attention must be a file to draw, got {keys.attention}; use e.g. attention=attention.png")
+        raise ValueError(f"attention must end in .png, got {keys.attention}; use e.g. attention=attention.png")
     return keys
 
 
-# ------------------------------------------------------------------------------------------------------ what is there
+# -------------------------------------------------------------------------------------------------------------- input
 
 
 def expand_paths(images: str) -> Iterator[Path]:
-    """The files that are meant, those of a folder in the order of their names.
+    """Yields the files that `images` names, those of a folder in the order of their names.
 
-    Raises: ValueError for a word that is no file, no folder and no pattern of any.
+    Raises: ValueError for a name that matches no file and no folder.
     """
     if not images:
-        raise ValueError("images must be files, folders or patterns, got none; use images=PATH")
-    for word in [images] if exists(images) else images.split(","):
-        if "://" in word:
-            raise ValueError(f"images must be on this machine, got {word}; fetch it first")
-        named = [word] if exists(word) else sorted(glob.glob(word, recursive=True))  # noqa: PTH207 (absolute ones, too)
-        matching = [Path(path) for path in named]
-        files = [file for path in matching for file in (list_files(path) if path.is_dir() else [path])]
+        raise ValueError("images is missing; use images=PATH with files, folders or patterns")
+    for name in [images] if exists(images) else images.split(","):
+        if "://" in name:
+            raise ValueError(f"images must be local files, got {name}; download it first")
+        names = [name] if exists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (absolute ones, too)
+        files = [file for path in map(Path, names) for file in (list_files(path) if path.is_dir() else [path])]
         if not files:
-            raise ValueError(f"images must be files, folders or patterns, got {word}, where nothing is")
+            raise ValueError(f"no such file or folder: {name}; images takes files, folders and patterns")
         yield from files
 
 
@@ -102,41 +105,44 @@ def exists(name: str) -> bool:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All below a folder, hidden ones left out."""
+    """Lists all files below a folder, without hidden ones."""
     below = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(folder / path for path in below if not any(part.startswith(".") for part in path.parts))
 
 
-# ----------------------------------------------------------------------------------------------------------- answers
-
-
-# ------------------------------------------------------------------------------------------------------------- shown
+# ------------------------------------------------------------------------------------------------------------- output
 
 
 def table_writer(paths: list[Path], classes: list[str], top: int) -> Callable[[Path, np.ndarray], None]:
-    """A line for each picture, as soon as it is answered."""
-    name, kind = max(len(printable_name(path)) for path in paths), max(map(len, classes))
-    print(f"{'image':{name}}  " + "  ".join(f"{f'{place + 1}.':{kind + 7}}" for place in range(top)).rstrip())
+    """Prints a line for each image as soon as it is classified."""
+    name_width = max(len(printable_name(path)) for path in paths)
+    class_width = max(map(len, classes))
+    ranks = "  ".join(f"{f'{rank}.':{class_width + 7}}" for rank in range(1, top + 1))
+    print(f"{'image':{name_width}}  {ranks}".rstrip())
 
-    def tell(path: Path, probabilities: np.ndarray) -> None:
-        found = "  ".join(f"{label:{kind}} {share:.4f}" for label, share in top_classes(probabilities, classes, top))
-        print(f"{printable_name(path):{name}}  {found}", flush=True)
+    def write(path: Path, probabilities: np.ndarray) -> None:
+        predictions = top_classes(probabilities, classes, top)
+        cells = "  ".join(f"{label:{class_width}} {probability:.4f}" for label, probability in predictions)
+        print(f"{printable_name(path):{name_width}}  {cells}", flush=True)
 
-    return tell
+    return write
 
 
 def jsonl_writer(_: list[Path], classes: list[str], top: int) -> Callable[[Path, np.ndarray], None]:
-    """An object for each picture: `image`, and `predictions` with `class` and `probability`."""
+    """Prints a JSON object for each image: `image`, and `predictions` with `class` and `probability`."""
 
-    def tell(path: Path, probabilities: np.ndarray) -> None:
-        found = [{"class": name, "probability": share} for name, share in top_classes(probabilities, classes, top)]
-        print(json.dumps({"image": str(path), "predictions": found}), flush=True)
+    def write(path: Path, probabilities: np.ndarray) -> None:
+        predictions = [
+            {"class": label, "probability": probability}
+            for label, probability in top_classes(probabilities, classes, top)
+        ]
+        print(json.dumps({"image": str(path), "predictions": predictions}), flush=True)
 
-    return tell
+    return write
 
 
 def printable_name(path: Path) -> str:
-    """A name in one line, whatever bytes it is made of."""
+    """Formats a path in one line, whatever bytes its name contains."""
     name = str(path)
     return name if name.isprintable() else ascii(name)
 
@@ -150,10 +156,10 @@ def draw_attention(path: Path, network: Network, examples: list[tuple[np.ndarray
     from train.models.grad_cam import grad_cam
     from train.storage.atomic import write_atomically
 
-    images, said = (np.stack(part) for part in zip(*examples, strict=True))
-    numbers = said.argmax(axis=1)
-    maps, layer = grad_cam(network.model, images, numbers)
-    titles = [network.classes[number] for number in numbers]
+    images, probabilities = (np.stack(arrays) for arrays in zip(*examples, strict=True))
+    predicted = probabilities.argmax(axis=1)
+    maps, layer = grad_cam(network.model, images, predicted)
+    titles = [network.classes[index] for index in predicted]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_png(image_grids.plot_grad_cam(images, maps, titles, layer)))
     print(f"attention: {path}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`make reap`: marks the runs in MLflow whose process is gone, so that nobody takes them for running."""
+"""`make reap`: marks runs as failed that MLflow shows as running although their process is gone."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from train.tracking.run_dir import open_run_dir
 
 @dataclass
 class Reap:
-    """`uri`: the store, by default mlflow.db beside the Makefile; `minutes`: silence that is taken for death."""
+    """`uri`: the MLflow store, by default mlflow.db beside the Makefile; `minutes`: heartbeat timeout."""
 
     uri: str = ""
     minutes: int = 10
 
 
 def reap(argv: list[str]) -> int:
-    """Raises: ValueError if the store is away."""
+    """Marks stale runs as failed. Raises: ValueError if the store does not exist or fails."""
     keys = arguments.parse(Reap, argv)
     uri = keys.uri or mlflow_store.default_uri(ROOT)
     if (database := mlflow_store.database_path(uri)) is not None and not database.exists():
-        raise ValueError(f"uri must be a store, got {uri}, where none is; use uri=ADDRESS")
+        raise ValueError(f"no MLflow store at {uri}; use uri=ADDRESS")
     marked = 0
     try:
         for client, run in list(mlflow_store.list_running(uri)):
-            why = stale_reason(run.data.tags, run.info.start_time / 1000, 60 * keys.minutes)
-            if why:
+            reason = stale_reason(run.data.tags, run.info.start_time / 1000, 60 * keys.minutes)
+            if reason:
                 mlflow_store.mark_stale(client, run.info.run_id)
-                print(f"marked {run.info.run_name} ({run.data.tags['run_dir']}): {why}")
+                print(f"marked {run.info.run_name} ({run.data.tags.get('run_dir', run.info.run_id)}): {reason}")
                 marked += 1
-    except Exception as fault:  # MLflow has many
-        raise ValueError(f"the store must answer, got {mlflow_store.redact_passwords(str(fault), uri)}") from None
-    print(f"{marked} runs marked as gone")
+    except Exception as error:  # MLflow raises many types
+        raise ValueError(f"the MLflow store failed: {mlflow_store.redact_passwords(str(error), uri)}") from None
+    print(f"{marked} runs marked as failed")
     return 0
 
 
 def stale_reason(tags: dict[str, str], started_at: float, silence_seconds: float) -> str | None:
-    """Why a run that is said to be running is not; None if it may be.
+    """Why a run that MLflow shows as running is not; None if it may be running.
 
-    A folder on this machine has a lock that only a living process holds; one with a summary has ended in order, and
-    `make sync` completes its record. Elsewhere there is only the heartbeat, which the run's uploader leaves in MLflow.
+    On this machine only a live process holds the run's lock; a run with a summary ended in order, and `make sync`
+    completes it. For other machines there is only the heartbeat, which the run's uploader writes to MLflow.
     """
     if tags.get("host") == socket.gethostname():
         try:
-            folder = open_run_dir(Path(tags["run_dir"]))
+            run_dir = open_run_dir(Path(tags["run_dir"]))
         except ValueError:
             pass
         else:
-            if folder.run_id == tags[mlflow_store.RUN_ID_TAG]:
-                return None if folder.is_running() or folder.status() is not None else "its process is gone"
-    silent = time.time() - float(tags.get(mlflow_store.HEARTBEAT_TAG, started_at))
-    return f"no sign of life for {silent / 60:.0f} minutes" if silent > silence_seconds else None
+            if run_dir.run_id == tags[mlflow_store.RUN_ID_TAG]:
+                return None if run_dir.is_running() or run_dir.status() is not None else "its process is gone"
+    age = time.time() - float(tags.get(mlflow_store.HEARTBEAT_TAG, started_at))
+    return f"no heartbeat for {age / 60:.0f} minutes" if age > silence_seconds else None
 
 
 if __name__ == "__main__":

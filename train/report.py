@@ -1,6 +1,6 @@
-"""`make report run=<run folder>`: everything about a run on one page, a file that needs nothing else.
+"""`make report run=<run folder>`: writes a run's report, one self-contained HTML page.
 
-A run writes its own at its end; this writes it anew from the folder.
+A run writes its report when it ends; this command rewrites it from the run's folder.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Report:
 
 
 def report(argv: list[str]) -> None:
-    """Prints where the page is. Raises: ValueError if there is no such run, or nothing has been trained in it."""
-    folder = open_run_dir(Path(arguments.parse(Report, argv).run))
-    print(write_report(folder, folder.summary()))
+    """Writes the report and prints its path. Raises: ValueError if there is no such run, or it has no epoch yet."""
+    run_dir = open_run_dir(Path(arguments.parse(Report, argv).run))
+    print(write_report(run_dir, run_dir.summary()))
 
 
 if __name__ == "__main__":

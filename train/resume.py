@@ -1,6 +1,6 @@
-"""`make resume [run=<run folder>] [epochs=...]`: goes on with an unfinished run, in its folder and its MLflow run.
+"""`make resume [run=<run folder>] [epochs=...]`: resumes an unfinished run, in its folder and its MLflow run.
 
-The stored config is read, never conf/. Bits, journal and record become those of a run that was never stopped.
+The run's stored config is used, never conf/. The result has the bits, journal and record of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -19,88 +19,90 @@ from train.tracking import address
 from train.tracking.run_dir import RunDir, latest_unfinished, open_run_dir
 
 COMMAND_KEYS = ("run", "accept")
-POST_TRAINING_KEYS = (
-    "evaluate.test",
-    "evaluate.report",
-    "tracking.log_model",
-)  # what a finished run may still be asked for
+POST_TRAINING_KEYS = ("evaluate.test", "evaluate.report", "tracking.log_model")  # a finished run can still do these
 
 
 def resume(argv: list[str]) -> int:
-    """`run`: the folder (default: the newest unfinished run below runs/). `accept`: names, separated by commas, of what
-    may differ from the life before. Every other word is a key of the run's config.
+    """Resumes a run; returns the exit code. `run`: its folder (default: the newest unfinished run below runs/).
+    `accept`: comma-separated names of what may differ from the previous attempt. All other keys are config overrides.
 
-    Raises: ValueError for whatever does not fit the run.
+    Raises: ValueError for what does not fit the run.
     """
-    typed = dict(split_override(word) for word in argv)
+    typed = dict(split_override(argument) for argument in argv)
     if "run" not in typed and typed.get("distributed.index", "0") != "0":
-        raise ConfigError("run must be named where there are several processes, got none; use run=FOLDER for each")
-    folder = open_run_dir(Path(typed["run"])) if "run" in typed else latest_unfinished(ROOT / "runs")
-    accepted = frozenset(filter(None, typed.get("accept", "").split(",")))
-    return resume_run(folder, [word for word in argv if split_override(word)[0] not in COMMAND_KEYS], accepted)
+        raise ConfigError("run is missing, and each of several processes needs it; use run=FOLDER")
+    run_dir = open_run_dir(Path(typed["run"])) if "run" in typed else latest_unfinished(ROOT / "runs")
+    accepted_changes = frozenset(filter(None, typed.get("accept", "").split(",")))
+    overrides = [argument for argument in argv if split_override(argument)[0] not in COMMAND_KEYS]
+    return resume_run(run_dir, overrides, accepted_changes)
 
 
 def resume_run(
-    folder: RunDir, overrides: list[str], accepted_changes: frozenset[str], sweep: Sweep | None = None
+    run_dir: RunDir, overrides: list[str], accepted_changes: frozenset[str], sweep: Sweep | None = None
 ) -> int:
-    """One more life; the exit code. sweep: what a sweep wants of it."""
-    stored = folder.config()
+    """Starts another attempt at a run; returns the exit code. sweep: replaces the sweep settings of the config."""
+    stored = run_dir.config()
     node = composition.from_stored(stored, overrides)
-    private = composition.make_redactor(node)
-    with composition.redacting_errors(private):
+    redactor = composition.make_redactor(node)
+    with composition.redacting_errors(redactor):
         config = composition.to_config(node, is_stored=True)
         config.sweep = sweep or config.sweep
-        before, now = flatten(stored), flatten(to_dict(config, private))
-        check_overrides(before, now, accepted_changes)
-    leads = config.distributed.index == 0
-    if leads and folder.is_running():
-        raise ConfigError(f"run must not be alive, got {folder.path}, where a process is at work; wait, or end it")
-    if is_complete(folder, before, now):
-        again = f"make resume run={shlex.quote(str(folder.path))} epochs=NUMBER"
-        print(f"the run is finished: {folder.path}; to train longer: {again}")
+        previous = flatten(stored)
+        current = flatten(to_dict(config, redactor))
+        check_overrides(previous, current, accepted_changes)
+    is_leader = config.distributed.index == 0
+    if is_leader and run_dir.is_running():
+        raise ConfigError(f"run {run_dir.path} is still running; wait for it or stop it first")
+    if is_complete(run_dir, previous, current):
+        command = f"make resume run={shlex.quote(str(run_dir.path))} epochs=NUMBER"
+        print(f"the run is finished: {run_dir.path}; to train longer: {command}")
         return 0
-    if folder.format_version() < RUN_FORMAT_VERSION:
+    if run_dir.format_version() < RUN_FORMAT_VERSION:
         raise ConfigError(
-            f"cannot resume {folder.path}: an older version of this project wrote it (run format "
-            f"{folder.format_version()}, this one resumes format {RUN_FORMAT_VERSION}); use that version, or start anew"
+            f"cannot resume {run_dir.path}: it was written by an older version (run format {run_dir.format_version()}, "
+            f"this version resumes format {RUN_FORMAT_VERSION}); use that version, or start a new run"
         )
-    if leads and "tracking.uri" not in {split_override(word)[0] for word in overrides}:
-        address.use_stored_uri(folder, config.tracking.uri)
-    from train.run import factory
-    from train.run import train_and_evaluate as story
+    if is_leader and "tracking.uri" not in {split_override(override)[0] for override in overrides}:
+        address.use_stored_uri(run_dir, config.tracking.uri)
+    from train.run import factory, train_and_evaluate
 
     factory.check_files(config)
     factory.check_sources(config)
-    return story.run_session(folder, config, private, accepted_changes) if leads else story.run_worker(config, private)
+    if is_leader:
+        return train_and_evaluate.run_session(run_dir, config, redactor, accepted_changes)
+    return train_and_evaluate.run_worker(config, redactor)
 
 
-def is_complete(folder: RunDir, previous: dict[str, Any], current: dict[str, Any]) -> bool:
-    """Whether the run has nothing to do any more. before, now: its config, flat, as stored and as it is wanted."""
-    wanting = any(current[name] and not previous.get(name) for name in POST_TRAINING_KEYS)
-    return folder.status() == "finished" and current["epochs"] <= previous["epochs"] and not wanting
+def is_complete(run_dir: RunDir, previous: dict[str, Any], current: dict[str, Any]) -> bool:
+    """Whether nothing is left to do. previous, current: the flattened config, as stored and with overrides."""
+    has_new_task = any(current[name] and not previous.get(name) for name in POST_TRAINING_KEYS)
+    return run_dir.status() == "finished" and current["epochs"] <= previous["epochs"] and not has_new_task
 
 
-def resume_if_same_config(folder: RunDir, config: Config, redactor: Redactor) -> int:
-    """`make train` with the folder of a run that is there: goes on if it is the same config.
+def resume_if_same_config(run_dir: RunDir, config: Config, redactor: Redactor) -> int:
+    """Resumes the run in the folder that `make train` was given, if it has the same config.
 
-    Raises: ConfigError naming what is another.
+    Raises: ConfigError naming the differences.
     """
-    if found := config_differences(folder, config, redactor):
+    if differences := config_differences(run_dir, config, redactor):
         raise ConfigError(
-            f"run_dir must be a folder without a run, or with one of the same config, got {folder.path}, where "
-            f"{'; '.join(found)}; use another run_dir, or make resume run={shlex.quote(str(folder.path))}"
+            f"run_dir {run_dir.path} contains a run with another config ({'; '.join(differences)}); "
+            f"use another run_dir, or make resume run={shlex.quote(str(run_dir.path))}"
         )
-    return resume_run(folder, ignored_overrides(config, redactor), frozenset(), config.sweep)
+    return resume_run(run_dir, ignored_overrides(config, redactor), frozenset(), config.sweep)
 
 
-def config_differences(folder: RunDir, config: Config, redactor: Redactor) -> list[str]:
-    """What is not as it was typed for the run, in words."""
-    before, now = folder.identity()["typed"], flatten(to_dict(config, redactor))
-    return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in differing_keys(before, now)]
+def config_differences(run_dir: RunDir, config: Config, redactor: Redactor) -> list[str]:
+    """Describes every key whose value is not the one the run was started with."""
+    previous = run_dir.identity()["typed"]
+    current = flatten(to_dict(config, redactor))
+    return [
+        f"{name} changed from {previous.get(name)} to {current.get(name)}" for name in differing_keys(previous, current)
+    ]
 
 
 def ignored_overrides(config: Config, redactor: Redactor) -> list[str]:
-    """What may differ in the folder of a run that is there, and what refers to the environment, as words.
+    """Overrides for the keys that may differ on resume, and for those that refer to environment variables.
 
     An address keeps its password.
     """
@@ -111,19 +113,19 @@ def ignored_overrides(config: Config, redactor: Redactor) -> list[str]:
 
 
 def check_overrides(previous: dict[str, Any], current: dict[str, Any], accepted_changes: frozenset[str]) -> None:
-    """More epochs are fine; whatever else changes a bit has to be accepted by name."""
+    """Rejects changes that affect the bits and were not accepted by name; more epochs are always allowed."""
     for name in unaccepted_changes(previous, current, accepted_changes):
         raise ConfigError(
-            f"{name} must stay as it was in the run, {previous.get(name)}, got {current[name]}; "
-            f"leave it away, or add accept={name} to go on with another run than was begun"
+            f"{name} is {previous.get(name)} in this run, got {current[name]}; "
+            f"omit it, or pass accept={name} to continue with a different setting"
         )
 
 
 def split_override(override: str) -> tuple[str, str]:
-    """Raises: ConfigError if it is no key=value."""
+    """The key and the value. Raises: ConfigError for anything but key=value."""
     name, equals, value = override.partition("=")
     if not equals:
-        raise ConfigError(f"words must be key=value, got {override}; use e.g. run=runs/latest")
+        raise ConfigError(f"expected key=value, got {override}; use e.g. run=runs/latest")
     return name, value
 
 

@@ -1,4 +1,4 @@
-"""`make sync run=<run folder>`: completes the MLflow record of a run from its journal."""
+"""`make sync run=<run folder>`: completes a run in MLflow from its journal."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from train.tracking.run_dir import open_run_dir
 
 @dataclass
 class Sync:
-    """`run`: the folder; `uri`: the store, where it is not the one the run was started with or needs a password."""
+    """`run`: the run folder; `uri`: the MLflow store, if the stored address is another one or lacks its password."""
 
     run: str = "runs/latest"
     uri: str = ""
 
 
 def sync(argv: list[str]) -> int:
-    """Raises: ValueError if the run is alive, its store unknown or away."""
+    """Uploads what MLflow lacks. Raises: ValueError if the run is still running, or its store is unknown or fails."""
     keys = arguments.parse(Sync, argv)
-    folder = open_run_dir(Path(keys.run))
-    if folder.is_running():
-        raise ValueError(f"run must have ended, got {keys.run}, which is alive and is recorded as it goes")
-    uri = keys.uri or address.stored_uri(folder)
+    run_dir = open_run_dir(Path(keys.run))
+    if run_dir.is_running():
+        raise ValueError(f"run {keys.run} is still running and uploads by itself; wait for it or stop it first")
+    uri = keys.uri or address.stored_uri(run_dir)
     try:
-        with folder.upload_lock(wait=False):
-            uploader.Uploader(folder, uri).finish()
+        with run_dir.upload_lock(wait=False):
+            uploader.Uploader(run_dir, uri).finish()
     except ValueError:
         raise
-    except Exception as fault:  # MLflow has many
-        raise ValueError(
-            f"the store must answer, got {mlflow_store.redact_passwords(str(fault), uri)}; use uri=ADDRESS"
-        ) from None
-    print(f"the MLflow record of {keys.run} is complete")
+    except Exception as error:  # MLflow raises many types
+        message = mlflow_store.redact_passwords(str(error), uri)
+        raise ValueError(f"the MLflow store failed: {message}; use uri=ADDRESS") from None
+    print(f"the upload of {keys.run} to MLflow is complete")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`make ui`: the MLflow UI over this project's store, on 127.0.0.1."""
+"""`make ui`: serves the MLflow UI for this project's store on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from train.tracking.mlflow_server import check_port_free
 
 @dataclass
 class Ui:
-    """`port`: where it listens on 127.0.0.1; `uri`: the store, by default mlflow.db beside the Makefile."""
+    """`port`: the port on 127.0.0.1; `uri`: the MLflow store, by default mlflow.db beside the Makefile."""
 
     port: int = 5000
     uri: str = ""
 
 
 def ui(argv: list[str]) -> int:
-    """Becomes MLflow's own server.
+    """Replaces this process with MLflow's own server.
 
     Raises: ValueError if the port is taken.
     """
     keys = arguments.parse(Ui, argv)
     check_port_free(keys.port)
     uri = keys.uri or mlflow_store.default_uri(ROOT)
-    print(f"MLflow UI: http://127.0.0.1:{keys.port}   (Ctrl-C ends it)", flush=True)
+    print(f"MLflow UI: http://127.0.0.1:{keys.port}   (Ctrl-C to stop)", flush=True)
     argv = ["server", "--host", "127.0.0.1", "--port", str(keys.port), "--workers", "1"]
     if (database := mlflow_store.database_path(uri)) is not None:
         argv += ["--default-artifact-root", (database.parent / "mlartifacts").as_uri()]
-        # From its own folder by a relative address: MLflow would make the folder that a quoted path names.
+        # A relative address from the store's own folder: MLflow would create a folder named like the quoted path.
         database.parent.mkdir(parents=True, exist_ok=True)
         os.chdir(database.parent)
         uri = f"sqlite:///{mlflow_store.quote_sqlite_path(database.name)}"

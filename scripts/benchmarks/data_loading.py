@@ -1,13 +1,13 @@
-"""How fast images come, beside bare decoding and beside what people use elsewhere; and how much memory that takes.
+"""Throughput and memory of the input pipeline, compared with bare decoding, Keras layers and PyTorch's DataLoader.
 
     python scripts/benchmarks/data_loading.py --report data.json   (about 25 minutes)
-    python scripts/benchmarks/data_loading.py --torch PYTHON   (an interpreter that has PyTorch and Pillow)
-    python scripts/benchmarks/data_loading.py --images FOLDER   (images of your own, too: FOLDER/class/*)
+    python scripts/benchmarks/data_loading.py --torch PYTHON   (an interpreter with PyTorch and Pillow)
+    python scripts/benchmarks/data_loading.py --images FOLDER   (also your own images: FOLDER/class/*)
     python scripts/benchmarks/data_loading.py --memory --report memory.json   (peak memory, 1,000 to 1,000,000 examples)
-    python scripts/benchmarks/data_loading.py --odd FOLDER --report odd.json   (what becomes of a folder of odd files)
+    python scripts/benchmarks/data_loading.py --odd FOLDER --report odd.json   (how malformed images are handled)
 
-The images are made here: photo-like JPEGs of 320x240 and 1024x768. Every measurement is a process of its own with the
-same number of threads; all contestants take turns, and the table has the medians.
+The images are generated: photo-like JPEGs of 320x240 and 1024x768. Every measurement runs in its own process with the
+same number of threads; all contestants alternate, and the table has the medians.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-FALL = 1.6  # how fast the amplitude of light falls with its frequency
+FALL = 1.6  # exponent by which the amplitude falls with the spatial frequency
 SIDE, BATCH, CLASSES = 224, 32, 4
 SETS = {"320x240": (320, 240, 4096), "1024x768": (1024, 768, 384), "32x32": (32, 32, 20_000)}
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -41,7 +41,7 @@ CACHED_BATCH = 256
 
 
 def bare(folder: Path, threads: int) -> Callable[[], Iterable]:
-    """Reading and decoding, and nothing else."""
+    """Only reads and decodes the files."""
     import tensorflow as tf
 
     paths = sorted(str(path) for path in folder.glob("*/*"))
@@ -49,13 +49,13 @@ def bare(folder: Path, threads: int) -> Callable[[], Iterable]:
     def epoch() -> Any:
         stream = tf.data.Dataset.from_tensor_slices(paths)
         stream = stream.map(lambda path: tf.io.decode_jpeg(tf.io.read_file(path), channels=3), threads)
-        return only(stream, threads).prefetch(2 * BATCH)
+        return limit_threads(stream, threads).prefetch(2 * BATCH)
 
     return epoch
 
 
 def ours(folder: Path, threads: int, name: str, **chosen: Any) -> Callable[[], Iterable]:
-    """This project's stream of training batches."""
+    """This project's training batches. chosen: parameters of the augmentation, besides `side` and `batch`."""
     from train import data
     from train.data import pipeline, pixel_cache
     from train.data.augmentation import policy
@@ -81,7 +81,7 @@ def ours(folder: Path, threads: int, name: str, **chosen: Any) -> Callable[[], I
 
 
 def keras_layers(folder: Path, threads: int) -> Callable[[], Iterable]:
-    """Keras's tutorial: image_dataset_from_directory and random layers."""
+    """The pipeline of Keras's tutorial: image_dataset_from_directory and random layers."""
     import keras
     import tensorflow as tf
 
@@ -91,7 +91,7 @@ def keras_layers(folder: Path, threads: int) -> Callable[[], Iterable]:
         keras.layers.RandomZoom(0.2),
     ]
 
-    def change(images: Any, labels: Any) -> Any:
+    def augment(images: Any, labels: Any) -> Any:
         for layer in layers:
             images = layer(images, training=True)
         return images, labels
@@ -99,11 +99,11 @@ def keras_layers(folder: Path, threads: int) -> Callable[[], Iterable]:
     stream = keras.utils.image_dataset_from_directory(
         folder, image_size=(SIDE, SIDE), batch_size=BATCH, seed=0, verbose=False
     )
-    return lambda: only(stream.map(change, tf.data.AUTOTUNE), threads).prefetch(2)
+    return lambda: limit_threads(stream.map(augment, tf.data.AUTOTUNE), threads).prefetch(2)
 
 
 def torch_loader(folder: Path, threads: int) -> Callable[[], Iterable]:
-    """PyTorch's DataLoader with Pillow doing the random resized crop and the flip, a process per thread."""
+    """PyTorch's DataLoader with random resized crop and flip by Pillow, one process per thread."""
     import torch  # type: ignore[import-not-found]
     from PIL import Image
 
@@ -133,8 +133,8 @@ def torch_loader(folder: Path, threads: int) -> Callable[[], Iterable]:
     return lambda: loader
 
 
-def only(stream: Any, threads: int) -> Any:
-    """The same bounds on threads as our own stream has."""
+def limit_threads(stream: Any, threads: int) -> Any:
+    """Applies the same thread limits as in our own pipeline."""
     import tensorflow as tf
 
     options = tf.data.Options()
@@ -168,17 +168,18 @@ TARGETS = (
 
 
 def measure(name: str, folder: Path, threads: int, seconds: float) -> dict[str, float]:
-    """One contestant in this process: images per second after a first epoch, and peak memory in bytes."""
+    """Measures one contestant in this process: images per second after a first epoch, and peak memory in bytes."""
     epoch = CONTESTANTS[name][0](folder, threads)
     count(epoch())
-    images, start = 0, time.perf_counter()
+    images = 0
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         images += count(epoch())
     return {"images_per_second": images / (time.perf_counter() - start), "peak_bytes": peak_bytes()}
 
 
 def count(epoch: Iterable) -> int:
-    """Images of an epoch; a single image has three dimensions."""
+    """Returns the number of images in an epoch; an element with three dimensions is a single image."""
     images = 0
     for element in epoch:
         first = element[0] if isinstance(element, tuple | list) else element
@@ -187,27 +188,27 @@ def count(epoch: Iterable) -> int:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process and of its workers, which are its children."""
+    """Returns the peak resident memory of this process and its child processes."""
     return sum(map(_peak_of, [os.getpid(), *_children()]))
 
 
 def _children() -> list[int]:
-    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(number) for number in found]
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in pids]
 
 
-def _peak_of(process: int) -> int:
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+def _peak_of(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def make_images(folder: Path, width: int, height: int, number: int) -> None:
-    """Photo-like JPEGs: light that varies as in photographs, some flat shapes, quality 90.
+    """Writes photo-like JPEGs of quality 90: noise with the spectrum of photographs, and some flat shapes.
 
-    They take 2.4 bits per pixel at 320x240 and 1.4 at 1024x768. Real photographs brought to these sizes took 1.3 to 2.7
+    They take 2.4 bits per pixel at 320x240 and 1.4 at 1024x768. Real photographs resized to these sizes took 1.3 to 2.7
     and 0.7 to 2.0, most of them near the upper end.
     """
     from PIL import Image, ImageDraw
@@ -232,24 +233,24 @@ def make_images(folder: Path, width: int, height: int, number: int) -> None:
         image.save(folder / f"class {index % CLASSES}" / f"{index:06d}.jpg", quality=90)
 
 
-# ------------------------------------------------------------------------------------------------------- side by side
+# ---------------------------------------------------------------------------------------------------------- comparison
 
 
-def child(words: list[str], python: str = sys.executable) -> dict[str, float]:
-    """This program in a process of its own; the figures it prints."""
+def run_child(arguments: list[str], python: str = sys.executable) -> dict[str, float]:
+    """Runs this script in its own process and returns the figures it prints."""
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    done = subprocess.run([python, __file__, *words], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([python, __file__, *arguments], capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All contestants in turn, several times; a row for each and each set of images."""
+    """Measures all contestants alternately, several times; returns a row for each one and each set of images."""
     rows = []
-    with tempfile.TemporaryDirectory(prefix="bench-data-") as place:
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as root:
         for images in (*SETS, "own") if arguments.images else SETS:
-            folder = Path(place) / images
+            folder = Path(root) / images
             names = [name for name, (_, sets) in CONTESTANTS.items() if images in sets]
             names = [name for name in names if name != TORCH or arguments.torch]
             if not any(arguments.only in name for name in names):
@@ -258,15 +259,15 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 folder.symlink_to(arguments.images.resolve())
             else:
                 make_images(folder, *SETS[images])
-            found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+            by_name: dict[str, list[dict[str, float]]] = {name: [] for name in names}
             for _ in range(arguments.rounds):
                 for name in names:
-                    words = ["--one", name, "--folder", str(folder), "--threads", str(arguments.threads)]
+                    options = ["--one", name, "--folder", str(folder), "--threads", str(arguments.threads)]
                     python = arguments.torch if name == TORCH else sys.executable
-                    found[name].append(child([*words, "--seconds", str(arguments.seconds)], python))
-            told = arguments.images.name if images == "own" else images
-            rows += [row_of(told, name, results) for name, results in found.items()]
-            tell(rows[-len(names) :])
+                    by_name[name].append(run_child([*options, "--seconds", str(arguments.seconds)], python))
+            label = arguments.images.name if images == "own" else images
+            rows += [row_of(label, name, results) for name, results in by_name.items()]
+            print_rows(rows[-len(names) :])
     return rows
 
 
@@ -282,7 +283,7 @@ def row_of(images: str, name: str, results: list[dict[str, float]]) -> dict[str,
     }
 
 
-def tell(rows: list[dict[str, Any]]) -> None:
+def print_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         spread = f"{row['least']:,.0f} to {row['most']:,.0f}"
         print(
@@ -293,14 +294,14 @@ def tell(rows: list[dict[str, Any]]) -> None:
     rates = {row["name"]: row["images_per_second"] for row in rows}
     for name, other, target in TARGETS:
         if rows[0]["images"] == TARGETED and {name, other} <= set(rates):
-            print(f"{'':>11}{name} / {other}: {rates[name] / rates[other]:.2f} (wanted: {target})", flush=True)
+            print(f"{'':>11}{name} / {other}: {rates[name] / rates[other]:.2f} (target: {target})", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
 def make_records(folder: Path, number: int) -> None:
-    """A prepared TFDS set of `number` small pictures, all different, in the folder that `digits` is looked for in."""
+    """Prepares a TFDS data set of `number` small, distinct images, in the folder where `digits` is looked up."""
     import tensorflow_datasets as tfds
 
     from train.data.digits.digits_dataset_builder import Builder
@@ -320,7 +321,7 @@ def make_records(folder: Path, number: int) -> None:
 
 
 def open_and_read(folder: Path) -> dict[str, float]:
-    """Opens the set and draws 200 batches; the second opening counts, since the first one looks at everything."""
+    """Opens the data set and reads 200 batches. The second call counts, since the first one indexes all images."""
     from train import data
     from train.data import pipeline, pixel_cache
     from train.data.augmentation import policy
@@ -336,33 +337,32 @@ def open_and_read(folder: Path) -> dict[str, float]:
 
 
 def memory(sizes: Iterable[int]) -> list[dict[str, Any]]:
-    """Peak memory by number of examples."""
+    """Measures peak memory by number of examples."""
     rows = []
     for size in sizes:
-        with tempfile.TemporaryDirectory(prefix="bench-data-") as place:
-            child(["--make-records", str(size), "--folder", place])
-            first = child(["--read-records", "--folder", place])
-            again = [child(["--read-records", "--folder", place])["peak_bytes"] for _ in range(3)]
-        later = statistics.median(again)
-        rows.append({"examples": size, "peak_bytes": later, "first_peak_bytes": first["peak_bytes"]})
-        mib = [peak / 2**20 for peak in (later, first["peak_bytes"])]
-        print(f"{size:>9,} examples: {mib[0]:,.0f} MiB, the first time {mib[1]:,.0f} MiB", flush=True)
+        with tempfile.TemporaryDirectory(prefix="bench-data-") as root:
+            run_child(["--make-records", str(size), "--folder", root])
+            first_peak = run_child(["--read-records", "--folder", root])["peak_bytes"]
+            later_peaks = [run_child(["--read-records", "--folder", root])["peak_bytes"] for _ in range(3)]
+        peak = statistics.median(later_peaks)
+        rows.append({"examples": size, "peak_bytes": peak, "first_peak_bytes": first_peak})
+        print(f"{size:>9,} examples: {peak / 2**20:,.0f} MiB, first run {first_peak / 2**20:,.0f} MiB", flush=True)
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------- odd files
+# ------------------------------------------------------------------------------------------------------ malformed files
 
 
 def odd(folder: Path) -> list[dict[str, Any]]:
-    """What becomes of every file that the folder's `index.json` lists, by what Pillow takes it for."""
+    """Inspects every file that the folder's `index.json` lists; counts results by the format that Pillow detects."""
     from train.data.ingestion.validation import Limits, inspect
 
     kinds: dict[str, Counter] = {}
     for entry in json.loads((folder / "index.json").read_text()):
-        found = inspect((folder / entry["file"]).read_bytes(), 0, Limits())
+        info = inspect((folder / entry["file"]).read_bytes(), 0, Limits())
         kind = kinds.setdefault(entry.get("format", "no format"), Counter())
-        kind.update(["files", "named" if found.problem else "decoded"])
-        print(f"{entry['file']}: {found.problem or f'{found.format} {found.width}x{found.height}'}")
+        kind.update(["files", "named" if info.problem else "decoded"])
+        print(f"{entry['file']}: {info.problem or f'{info.format} {info.width}x{info.height}'}")
     order = sorted(kinds, key=lambda kind: -kinds[kind]["files"])
     return [{"kind": kind, **{name: kinds[kind][name] for name in ("files", "decoded", "named")}} for kind in order]
 
@@ -370,16 +370,16 @@ def odd(folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long each measurement takes")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of each measurement")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", default="", help="sets of images that have a contestant of this name")
-    parser.add_argument("--images", type=Path, help="a folder of your own images, to be measured as well")
-    parser.add_argument("--torch", help="an interpreter that has PyTorch and Pillow")
+    parser.add_argument("--only", default="", help="measure only the image sets with a contestant of this name")
+    parser.add_argument("--images", type=Path, help="a folder of your own images, measured as well")
+    parser.add_argument("--torch", help="an interpreter with PyTorch and Pillow")
     parser.add_argument("--memory", action="store_true", help="measure memory by number of examples instead")
-    parser.add_argument("--odd", type=Path, help="look at the files of this folder, listed in its index.json, instead")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--report", type=Path, help="where the rows are written, as JSON")
-    for name in ("--one", "--folder", "--make-records"):  # what this program says to itself
+    parser.add_argument("--odd", type=Path, help="inspect the files listed in this folder's index.json instead")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of examples for --memory")
+    parser.add_argument("--report", type=Path, help="write the results to this JSON file")
+    for name in ("--one", "--folder", "--make-records"):  # only for the child processes
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--read-records", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,12 +1,11 @@
-"""What the safeguards cost: whole runs with and without, one after the other in turn, compared by medians.
+"""Overhead of the safeguards: complete runs with and without each one, alternating, compared by their medians.
 
     python scripts/benchmarks/safeguards.py --pairs 5 --report safeguards.json
 
-Every run is the default network on the default data for a few epochs, through the command line. `images/s` is the
-median over the second half of the epochs: during the first the process that records loads MLflow, which takes a few
-seconds of a core once; `stall` is the share of the run's time in which training waited for a checkpoint. Machines are
-noisy: beside the ratio of the medians stands the range of the ratios of single pairs, and what two runs of the very
-same settings, one after the other, differ by.
+Every run trains the default network on the default data for a few epochs, on the command line. `images/s` is the
+median over the second half of the epochs: during the first half the uploader loads MLflow, which takes a few seconds of
+a core once; `stall` is the share of the run's time in which training waited for a checkpoint. Since machines are noisy,
+the report also has the range of the ratios of single pairs, and of consecutive runs with identical settings.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# Metrics of every step: fifty times what is usual, so that the tracker has something to do.
+# Metrics of every step: fifty times the default, to put load on the tracker.
 COMMON = [
     "evaluate.test=false", "evaluate.report=false", "tracking.log_model=false", "tracking.wait_seconds=0",
     "tracking.every_steps=1",
 ]  # fmt: skip
-USUAL = "tracking.every_steps=50"  # as people run it
+USUAL = "tracking.every_steps=50"  # the default
 
 
 @dataclass
 class Comparison:
-    """Two settings of the same run; the second is the one without the safeguard or the luck.
+    """Two settings of the same run; the second lacks the safeguard, or the working tracker.
 
-    terminal: whether the first draws its progress in one; the second has none.
+    terminal: whether the first run draws its progress in a terminal; the second never does.
     """
 
     name: str
@@ -67,11 +66,11 @@ COMPARISONS = [
 
 
 @contextmanager
-def server(place: Path) -> Iterator[str]:
-    """A real MLflow server over SQLite on 127.0.0.1; its address."""
+def server(root: Path) -> Iterator[str]:
+    """Runs a real MLflow server over SQLite on 127.0.0.1; yields its address."""
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "train.ui", f"port={port}", f"uri=sqlite:///{place / 'server/mlflow.db'}"],
+        [sys.executable, "-m", "train.ui", f"port={port}", f"uri=sqlite:///{root / 'server/mlflow.db'}"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
@@ -101,18 +100,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def measure(words: list[str], folder: Path, *, terminal: bool = False) -> dict[str, float]:
-    """One run: images per second of its steps, and the share of its time that went into waiting for checkpoints."""
-    begun = time.perf_counter()
-    command = [sys.executable, "-m", "train", *COMMON, *words, f"run_dir={folder}"]
-    with drawn() if terminal else nullcontext(subprocess.DEVNULL) as output:
+def measure(overrides: list[str], folder: Path, *, terminal: bool = False) -> dict[str, float]:
+    """Measures one run: images per second, and the share of its time spent waiting for checkpoints."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "train", *COMMON, *overrides, f"run_dir={folder}"]
+    with pseudo_terminal() if terminal else nullcontext(subprocess.DEVNULL) as output:
         subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, check=True)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     summary = json.loads((folder / "summary.json").read_text())
     with (folder / "metrics.jsonl").open() as journal:
         values = [json.loads(line)["values"] for line in journal]
     epochs = [line["images_per_second"] for line in values if "images_per_second" in line]
-    subprocess.run(["pkill", "-f", f"train.tracking.uploader {folder}"], check=False)  # ours, of this run
+    subprocess.run(["pkill", "-f", f"train.tracking.uploader {folder}"], check=False)  # the uploader of this run
     return {
         "images_per_second": statistics.median(epochs[len(epochs) // 2 :]),
         "first_half": statistics.median(epochs[: len(epochs) // 2]),
@@ -122,57 +121,59 @@ def measure(words: list[str], folder: Path, *, terminal: bool = False) -> dict[s
 
 
 @contextmanager
-def drawn() -> Iterator[int]:
-    """A terminal that somebody looks at."""
+def pseudo_terminal() -> Iterator[int]:
+    """Opens a pseudo-terminal whose output is read; yields its file descriptor."""
     reader, writer = pty.openpty()
 
-    def look() -> None:
-        with suppress(OSError):  # the last who writes has gone
+    def read_all() -> None:
+        with suppress(OSError):  # the last writer has closed it
             while os.read(reader, 65536):
                 pass
 
-    eyes = threading.Thread(target=look)
-    eyes.start()
+    thread = threading.Thread(target=read_all)
+    thread.start()
     try:
         yield writer
     finally:
         os.close(writer)
-        eyes.join()
+        thread.join()
         os.close(reader)
 
 
-def compare(comparison: Comparison, pairs: int, words: list[str], places: dict[str, str], root: Path) -> dict[str, Any]:
-    """Pairs in turn, which of the two goes first changing from pair to pair."""
-    found: dict[str, list[dict[str, float]]] = {"first": [], "second": []}
+def compare(
+    comparison: Comparison, pairs: int, common: list[str], stores: dict[str, str], root: Path
+) -> dict[str, Any]:
+    """Runs the pairs; the order within a pair alternates."""
+    results: dict[str, list[dict[str, float]]] = {"first": [], "second": []}
     for pair in range(pairs):
         for side in ("first", "second") if pair % 2 == 0 else ("second", "first"):
             folder = root / f"{comparison.name.partition(':')[0]}-{pair}-{side}"
-            typed = [word.format(**places) for word in getattr(comparison, side)]
-            if not any(word.startswith("tracking.uri=") for word in typed):
-                typed.append(f"tracking.uri={places['file']}")
+            overrides = [override.format(**stores) for override in getattr(comparison, side)]
+            if not any(override.startswith("tracking.uri=") for override in overrides):
+                overrides.append(f"tracking.uri={stores['file']}")
             terminal = comparison.terminal and side == "first"
-            found[side].append(measure([*words, *typed], folder, terminal=terminal))
-    speeds = {side: [run["images_per_second"] for run in runs] for side, runs in found.items()}
-    single = [one / two for one, two in zip(speeds["first"], speeds["second"], strict=True)]
-    seconds = {side: statistics.median(run["seconds"] for run in runs) for side, runs in found.items()}
-    same = [two / one for runs in speeds.values() for one, two in itertools.pairwise(runs)]
+            results[side].append(measure([*common, *overrides], folder, terminal=terminal))
+    speeds = {side: [run["images_per_second"] for run in runs] for side, runs in results.items()}
+    pair_ratios = [first / second for first, second in zip(speeds["first"], speeds["second"], strict=True)]
+    seconds = {side: statistics.median(run["seconds"] for run in runs) for side, runs in results.items()}
+    equal_ratios = [later / earlier for runs in speeds.values() for earlier, later in itertools.pairwise(runs)]
     return {
         "name": comparison.name,
         "pairs": pairs,
         "median_images_per_second": [statistics.median(speeds["first"]), statistics.median(speeds["second"])],
         "ratio": statistics.median(speeds["first"]) / statistics.median(speeds["second"]),
-        "ratios_of_pairs": [min(single), max(single)],
-        "ratios_of_equals": [min(same), max(same)],
+        "ratios_of_pairs": [min(pair_ratios), max(pair_ratios)],
+        "ratios_of_equals": [min(equal_ratios), max(equal_ratios)],
         "ratio_of_run_times": seconds["first"] / seconds["second"],
-        "stall": statistics.median(run["stall"] for run in found["first"]),
-        "runs": found,
+        "stall": statistics.median(run["stall"] for run in results["first"]),
+        "runs": results,
     }
 
 
-def tell(row: dict[str, Any]) -> None:
-    one, two = row["median_images_per_second"]
+def print_row(row: dict[str, Any]) -> None:
+    first, second = row["median_images_per_second"]
     print(
-        f"{row['name']:38} {one:6.1f} / {two:6.1f} images/s = {row['ratio']:.3f}   "
+        f"{row['name']:38} {first:6.1f} / {second:6.1f} images/s = {row['ratio']:.3f}   "
         f"pairs {row['ratios_of_pairs'][0]:.3f} to {row['ratios_of_pairs'][1]:.3f}   "
         f"equals {row['ratios_of_equals'][0]:.3f} to {row['ratios_of_equals'][1]:.3f}   "
         f"run time {row['ratio_of_run_times']:.3f}   stall {row['stall']:.2%}",
@@ -184,8 +185,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--only", default="", help="start of the comparison's name")
-    parser.add_argument("--report", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--only", default="", help="prefix of the comparisons to run")
+    parser.add_argument("--report", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if options.pairs < 2:
         parser.error(f"--pairs must be at least 2, got {options.pairs}")
@@ -193,15 +194,15 @@ def main() -> int:
         parser.error(f"--epochs must be at least 2, got {options.epochs}")
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-") as root, server(Path(root)) as alive:
-        places = {
+        stores = {
             "alive": alive,
             "dead": f"http://127.0.0.1:{free_port()}",
             "file": f"sqlite:///{Path(root) / 'mlflow.db'}",
         }
         for comparison in COMPARISONS:
             if comparison.name.startswith(options.only):
-                rows.append(compare(comparison, options.pairs, [f"epochs={options.epochs}"], places, Path(root)))
-                tell(rows[-1])
+                rows.append(compare(comparison, options.pairs, [f"epochs={options.epochs}"], stores, Path(root)))
+                print_row(rows[-1])
                 if options.report:
                     options.report.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

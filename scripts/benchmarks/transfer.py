@@ -1,10 +1,10 @@
-"""What fine-tuning buys: Fashion-MNIST's weights on digits and on sign language, with few examples and with all.
+"""Benefit of fine-tuning: weights from Fashion-MNIST on digits and on sign language, with few and with all examples.
 
     python scripts/benchmarks/transfer.py --signs FOLDER --report scripts/results/transfer.json        (about an hour)
     python scripts/benchmarks/transfer.py --distill --report scripts/results/distill.json               (half an hour)
 
-Every run is started by the command that a person types, one on each core; from scratch and fine-tuned runs of a seed
-see the same examples in the same order. What there is already is not run again: --place keeps the runs.
+Every run is started by its command, one per core; the runs of a seed, from scratch and fine-tuned, see the same
+examples in the same order. With --place the runs are kept, and existing ones are not repeated.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ COMMON = [
     "tracking.log_model=false", "tracking.wait_seconds=0",
 ]  # fmt: skip
 STAGES = {"head": (1, 1.0), "upper": (3, 1.0), "all": (8, 1.0)}  # as in conf/experiment/fine_tune.yaml
-# Examples of every class, and how many times those epochs: few are seen more often, so that all runs have 600 steps
-# and more, from scratch and fine-tuned alike.
+# Examples per class, and the factor on the epochs: with few examples there are more epochs, so that all runs, from
+# scratch and fine-tuned alike, have at least 600 steps.
 EXAMPLES = {"10": 8, "50": 2, "null": 1}
 SEEDS = 5
 PRETRAINING = ["data=fashion_mnist", "augment=flip_crop", "batch_size=64", "epochs=6"]
@@ -37,104 +37,111 @@ STUDENT, TEACHER = "model.width=0.1", "model.width=0.5"
 DISTILLED = ["data=fashion_mnist", "augment=flip_crop", "batch_size=64", "epochs=6", "steps_per_epoch=300"]
 
 
-def run(place: Path, *words: str) -> dict[str, Any]:
-    """The summary of a run with these words, which is made if it is not there."""
-    own = [f"run_dir={place}", f"tracking.uri=sqlite:///{place.parent / 'mlflow.db'}"]
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / "output.txt").open("w") as output:  # a run that is finished says so, one of other words is refused
-        command = [sys.executable, "-m", "train", *COMMON, *words, *own]
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Runs the training in `folder` unless it has finished, and returns its summary."""
+    paths = [f"run_dir={folder}", f"tracking.uri=sqlite:///{folder.parent / 'mlflow.db'}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.txt").open("w") as output:  # a finished run is accepted, one of other overrides rejected
+        command = [sys.executable, "-m", "train", *COMMON, *overrides, *paths]
         subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, check=True)
-    found = json.loads((place / "summary.json").read_text())
-    print(place.name, found["test"]["accuracy"], flush=True)
-    return found
+    summary = json.loads((folder / "summary.json").read_text())
+    print(folder.name, summary["test"]["accuracy"], flush=True)
+    return summary
 
 
-def side_by_side(jobs: dict[tuple, tuple]) -> dict[tuple, float]:
-    """The test accuracy of each, one on each core."""
+def run_parallel(jobs: dict[tuple, tuple]) -> dict[tuple, float]:
+    """Runs the jobs, one per core, and returns their test accuracies."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = {name: pool.submit(run, *job) for name, job in jobs.items()}
-        return {name: future.result()["test"]["accuracy"] for name, future in found.items()}
+        futures = {name: pool.submit(run, *job) for name, job in jobs.items()}
+        return {name: future.result()["test"]["accuracy"] for name, future in futures.items()}
 
 
-def transfer(place: Path, signs: Path) -> list[dict[str, Any]]:
-    """A row for each data set and number of examples: fine-tuned minus from scratch, paired over seeds."""
-    run(place / "pretrained", *PRETRAINING)
-    weights = place / "pretrained/best/model.keras"
+def transfer(root: Path, signs: Path) -> list[dict[str, Any]]:
+    """Returns a row per data set and number of examples: fine-tuned minus from scratch, paired over seeds."""
+    run(root / "pretrained", *PRETRAINING)
+    weights = root / "pretrained/best/model.keras"
     data = {"digits": ["data=digits"], "sign_digits": ["data=folder", f"data.root={signs}"]}
     jobs = {
         (name, examples, way, seed): (
-            place / f"{name}-{examples}-{way}-{seed}",
-            *words,
+            root / f"{name}-{examples}-{way}-{seed}",
+            *overrides,
             f"data.train_per_class={examples}",
             f"seed={seed}",
             "batch_size=16",
-            f"epochs={times * sum(epochs for epochs, _ in STAGES.values())}",
-            *(tuned(weights, times) if way == "tuned" else ()),
+            f"epochs={factor * sum(epochs for epochs, _ in STAGES.values())}",
+            *(fine_tuning(weights, factor) if way == "tuned" else ()),
         )
         for seed in range(SEEDS)
-        for name, words in data.items()
-        for examples, times in EXAMPLES.items()
+        for name, overrides in data.items()
+        for examples, factor in EXAMPLES.items()
         for way in ("scratch", "tuned")
     }
-    found = side_by_side(jobs)
+    accuracies = run_parallel(jobs)
     return [
-        {"data": name, "per_class": examples, **compared(found, (name, examples, "tuned"), (name, examples, "scratch"))}
+        {
+            "data": name,
+            "per_class": examples,
+            **compare(accuracies, (name, examples, "tuned"), (name, examples, "scratch")),
+        }
         for name in data
         for examples in EXAMPLES
     ]
 
 
-def tuned(weights: Path, times: int) -> list[str]:
-    """The words of `experiment=fine_tune` with stages this many times as long."""
+def fine_tuning(weights: Path, factor: int) -> list[str]:
+    """Returns the overrides of `experiment=fine_tune`, with the epochs of every stage multiplied by `factor`."""
     stages = ",".join(
-        f"{{epochs:{times * epochs},from_part:{part},learning_rate_factor:{factor}}}"
-        for part, (epochs, factor) in STAGES.items()
+        f"{{epochs:{factor * epochs},from_part:{part},learning_rate_factor:{rate_factor}}}"
+        for part, (epochs, rate_factor) in STAGES.items()
     )
     return ["experiment=fine_tune", f"model.weights={weights}", f"fine_tune.stages=[{stages}]"]
 
 
-def distill(place: Path, _: Path) -> list[dict[str, Any]]:
-    """A narrow network by itself, and taught by a wider one."""
-    teacher = run(place / "teacher", TEACHER, *DISTILLED)
-    ways = {"alone": [], "taught": [f"distill.teacher={place / 'teacher'}"]}
+def distill(root: Path, _: Path) -> list[dict[str, Any]]:
+    """Compares a narrow network trained alone with the same network distilled from a wider one."""
+    teacher = run(root / "teacher", TEACHER, *DISTILLED)
+    ways = {"alone": [], "taught": [f"distill.teacher={root / 'teacher'}"]}
     jobs = {
-        ("student", way, seed): (place / f"student-{way}-{seed}", STUDENT, *DISTILLED, *words, f"seed={seed}")
+        ("student", way, seed): (root / f"student-{way}-{seed}", STUDENT, *DISTILLED, *overrides, f"seed={seed}")
         for seed in range(SEEDS)
-        for way, words in ways.items()
+        for way, overrides in ways.items()
     }
-    found = side_by_side(jobs)
-    own = {"teacher": teacher["test"]["accuracy"], "teacher_parameters": teacher["parameters"]}
-    return [{**own, **compared(found, ("student", "taught"), ("student", "alone"))}]
+    accuracies = run_parallel(jobs)
+    teacher_row = {"teacher": teacher["test"]["accuracy"], "teacher_parameters": teacher["parameters"]}
+    return [{**teacher_row, **compare(accuracies, ("student", "taught"), ("student", "alone"))}]
 
 
-def compared(found: dict[tuple, float], one: tuple, other: tuple) -> dict[str, Any]:
-    """Means over seeds by the last word, and the difference."""
-    values = {which: {name[-1]: value for name, value in found.items() if name[:-1] == which} for which in (one, other)}
-    difference = paired_difference(values[one], values[other])
+def compare(accuracies: dict[tuple, float], one: tuple, other: tuple) -> dict[str, Any]:
+    """Returns the means over seeds of two groups, keyed by the last part of their names, and the difference."""
+    by_seed = {
+        group: {name[-1]: value for name, value in accuracies.items() if name[:-1] == group} for group in (one, other)
+    }
+    difference = paired_difference(by_seed[one], by_seed[other])
     assert difference
-    means = {which[-1]: vars(mean_interval(list(values[which].values()))) for which in (one, other)}
+    means = {group[-1]: vars(mean_interval(list(by_seed[group].values()))) for group in (one, other)}
     return {**means, "difference": vars(difference)}
 
 
-def places(given: Path | None) -> Iterator[Path]:
-    if given:
-        yield given
+def run_folders(path: Path | None) -> Iterator[Path]:
+    """Yields `path`, or else a temporary folder."""
+    if path:
+        yield path
     else:
-        with tempfile.TemporaryDirectory(prefix="transfer-") as place:
-            yield Path(place)
+        with tempfile.TemporaryDirectory(prefix="transfer-") as root:
+            yield Path(root)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--signs", type=Path, help="a folder with a folder of pictures for every sign")
-    parser.add_argument("--distill", action="store_true", help="a narrow network, taught by a wider one")
-    parser.add_argument("--place", type=Path, help="where the runs lie, so that they need not be made again")
-    parser.add_argument("--report", type=Path, help="where the figures are written, as JSON")
+    parser.add_argument("--signs", type=Path, help="a folder with one folder of images per sign")
+    parser.add_argument("--distill", action="store_true", help="measure distillation instead")
+    parser.add_argument("--place", type=Path, help="keep the runs in this folder and reuse existing ones")
+    parser.add_argument("--report", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if not options.distill and not options.signs:
-        parser.error("--signs must be a folder of pictures, got none; or use --distill")
-    for place in places(options.place and options.place.resolve()):
-        rows = (distill if options.distill else transfer)(place, options.signs)
+        parser.error("--signs must be a folder of images, got none; or use --distill")
+    for root in run_folders(options.place and options.place.resolve()):
+        rows = (distill if options.distill else transfer)(root, options.signs)
     print(json.dumps(rows, indent=1))
     if options.report:
         options.report.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,14 +1,14 @@
-"""Ten claims of the Inception papers, each answered by an experiment that was written down before it was run.
+"""Tests ten claims of the Inception papers, each with an experiment that was specified before it was run.
 
-    python scripts/claims/claims.py                          (all; what the table has already is not run again)
-    python scripts/claims/claims.py bottleneck auxiliary     (those)
-    python scripts/claims/claims.py --report                 (runs nothing: what the table says so far, and its picture)
-    python scripts/claims/claims.py --quick                  (two seeds and epochs: tries everything, answers nothing)
+    python scripts/claims/claims.py                          (all; runs that are in the table are not repeated)
+    python scripts/claims/claims.py bottleneck auxiliary     (only these)
+    python scripts/claims/claims.py --report                 (runs nothing: verdicts and plot from the table so far)
+    python scripts/claims/claims.py --quick                  (two seeds and epochs: a smoke test without verdicts)
 
-A claim is an experiment under conf/experiment/claims/, with its variants, settings, seeds and what is expected. Every
-run is a line of scripts/results/claims.csv, under the hash of its command: claims share what they have in common, and a
-key that comes later makes no run anew. Several runs follow each other in a process, which changes none of their bits
-(tests/scripts/test_claims.py).
+A claim is an experiment under conf/experiment/claims/, with its variants, settings, seeds and expectations. Every run
+is a row of scripts/results/claims.csv, keyed by the hash of its command: claims share common runs, and a config key
+that is added later does not invalidate them. Several runs follow each other in one process, which does not change
+their bits (tests/scripts/test_claims.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from plot import picture
-from verdicts import MEASURES, Answer, Rows, Trial, answers, told, verdict
+from plot import plot_claims
+from verdicts import MEASURES, Answer, Rows, Trial, answers, describe, verdict
 
 from train.config.composition import compose, minimal_command
 from train.config.schema import Claim, Config
@@ -43,109 +43,109 @@ from train.sweep.workers import die_with_parent
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "conf/experiment/claims"
 TABLE = ROOT / "scripts/results/claims.csv"
-PICTURE = ROOT / "scripts/results/claims.png"
+PLOT = ROOT / "scripts/results/claims.png"
 RUNS = ROOT / "runs/claims"
 QUICK = ["epochs=2", "steps_per_epoch=5", "model.width=0.05"]
-PER_PROCESS = 16  # runs, so that what TensorFlow keeps of each does not add up
+PER_PROCESS = 16  # runs, a bound on the memory that TensorFlow keeps of each
 COLUMNS = ("key", "command", "seed", *MEASURES, "weights_sha256", "machine", "code")
 FIRST_LAYER = "train/gradient_norm/first_layer"
 BRANCH_5X5 = "_Branch_2"
 
 
-# ----------------------------------------------------------------------------------------------------- what there is
+# ------------------------------------------------------------------------------------------------------------- claims
 
 
 def claims(names: list[str], *, quick: bool = False) -> dict[str, Claim]:
-    """By name, in the order of the names; all where none is given. quick: cut down to two tiny runs on embedded data.
+    """Returns the named claims in order, or all of them. quick: reduced to two tiny runs on the embedded data.
 
-    Raises: SystemExit for a name that nobody knows.
+    Raises: SystemExit for an unknown name.
     """
     known = sorted(path.stem for path in EXPERIMENTS.glob("[!_]*.yaml"))
     unknown = [name for name in names if name not in known]
     if unknown:
-        sys.exit(f"error: claims must be some of {', '.join(known)}, got {unknown[0]}")
+        sys.exit(f"error: unknown claim {unknown[0]}; valid names: {', '.join(known)}")
     configs = {name: compose([f"experiment=claims/{name}"]) for name in names or known}
-    found = {name: config.claim for name, config in configs.items()}
+    by_name = {name: config.claim for name, config in configs.items()}
     if not quick:
-        return found
+        return by_name
     small = {"digits": ["data=digits", *QUICK]}
-    return {name: replace(claim, seeds=2, settings=small) for name, claim in found.items()}
+    return {name: replace(claim, seeds=2, settings=small) for name, claim in by_name.items()}
 
 
 def trials_of(name: str, claim: Claim) -> list[Trial]:
-    """Seed by seed, so that whatever stops the work leaves whole comparisons behind."""
-    places = [(setting, variant) for setting in claim.settings for variant in claim.variants]
-    words = {
+    """Returns the trials of a claim seed by seed, so that an interruption leaves complete comparisons behind."""
+    cells = [(setting, variant) for setting in claim.settings for variant in claim.variants]
+    overrides = {
         (setting, variant): [f"experiment=claims/{name}", *claim.settings[setting], *claim.variants[variant]]
-        for setting, variant in places
+        for setting, variant in cells
     }
-    configs = {place: compose(words[place]) for place in places}
+    configs = {cell: compose(overrides[cell]) for cell in cells}
     return [
-        trial_of(name, *place, words[place], replace(configs[place], seed=configs[place].seed + number))
+        trial_of(name, *cell, overrides[cell], replace(configs[cell], seed=configs[cell].seed + number))
         for number in range(claim.seeds)
-        for place in places
+        for cell in cells
     ]
 
 
-def trial_of(name: str, setting: str, variant: str, words: list[str], config: Config) -> Trial:
+def trial_of(name: str, setting: str, variant: str, overrides: list[str], config: Config) -> Trial:
     command = minimal_command(flatten(to_dict(config, Redactor())))
     key = hashlib.sha256(command.encode()).hexdigest()[:16]
-    return Trial(name, setting, variant, config.seed, (*words, f"seed={config.seed}"), key, command)
+    return Trial(name, setting, variant, config.seed, (*overrides, f"seed={config.seed}"), key, command)
 
 
 def read(table: Path) -> Rows:
-    """Lines by key."""
+    """Returns the rows of the table by key."""
     if not table.exists():
         return {}
     with table.open(newline="") as file:
         return {row["key"]: row for row in csv.DictReader(file)}
 
 
-# ------------------------------------------------------------------------------------------------------ running them
+# --------------------------------------------------------------------------------------------------------------- runs
 
 
 def run(trial: Trial) -> dict[str, Any]:
-    """In a process of the pool: one run after another. Raises: RuntimeError naming where to read why it failed.
+    """Runs one trial in a process of the pool and returns its row. Raises: RuntimeError naming the log of a failed one.
 
-    A run that a signal stopped ends its process too, as the signal asked.
+    If a signal stopped the run, the process exits with the run's exit code.
     """
-    from train.run import train_and_evaluate as story
-
     folder = RUNS / trial.key
     folder.mkdir(parents=True, exist_ok=True)
-    with talking_to(folder / "output.txt"):
-        if not finished(folder):
-            code = story_of(story, [*trial.words, f"run_dir={folder}"])
-            if code > 128:
-                os._exit(code)
-            if code:
-                raise RuntimeError(f"{trial.claim}/{trial.variant} seed {trial.seed} ended with {code}: see {folder}")
-    return {"key": trial.key, "command": trial.command, "seed": trial.seed, **measured(folder)}
+    with redirected_output(folder / "output.txt"):
+        if not is_finished(folder):
+            exit_code = train_or_resume([*trial.words, f"run_dir={folder}"])
+            if exit_code > 128:
+                os._exit(exit_code)
+            if exit_code:
+                name = f"{trial.claim}/{trial.variant} seed {trial.seed}"
+                raise RuntimeError(f"{name} failed with exit code {exit_code}; see {folder}")
+    return {"key": trial.key, "command": trial.command, "seed": trial.seed, **read_measures(folder)}
 
 
-def story_of(story: Any, words: list[str]) -> int:
-    """What `make train` does with these words; a run that was interrupted goes on."""
+def train_or_resume(overrides: list[str]) -> int:
+    """Does what `make train` does with these overrides, and resumes an interrupted run. Returns the exit code."""
     from train import resume
+    from train.run import train_and_evaluate
     from train.tracking.run_dir import open_run_dir
 
-    config: Config = compose(words)
+    config: Config = compose(overrides)
     folder = Path(str(config.run_dir))
     if (folder / "run.json").exists():
         return resume.resume_if_same_config(open_run_dir(folder), config, Redactor())
-    return story.train(config, Redactor(), latest=False)
+    return train_and_evaluate.train(config, Redactor(), latest=False)
 
 
-def finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     path = folder / "summary.json"
     return path.exists() and json.loads(path.read_text())["status"] == "finished"
 
 
 @contextmanager
-def talking_to(path: Path) -> Iterator[None]:
-    """What this process and its libraries print goes into a file."""
+def redirected_output(path: Path) -> Iterator[None]:
+    """Redirects the output of this process and its libraries to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
+    original = os.dup(1), os.dup(2)
     with path.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -154,19 +154,18 @@ def talking_to(path: Path) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, descriptor in enumerate(kept, start=1):
+        for number, descriptor in enumerate(original, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)
 
 
-def measured(folder: Path) -> dict[str, Any]:
-    """The figures of a finished run, from what it has left."""
+def read_measures(folder: Path) -> dict[str, Any]:
+    """Reads the measures of a finished run from its folder."""
     summary = json.loads((folder / "summary.json").read_text())
-    ground, cost = (json.loads((folder / name).read_text()) for name in ("provenance.json", "cost.json"))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    cost = json.loads((folder / "cost.json").read_text())
     lines = [json.loads(line)["values"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    norms = [
-        values["train/gradient_norm/first_layer"] for values in lines if "train/gradient_norm/first_layer" in values
-    ]
+    norms = [values[FIRST_LAYER] for values in lines if FIRST_LAYER in values]
     return {
         "test_accuracy": summary["test"]["accuracy"],
         "test_loss": summary["test"]["loss"],
@@ -179,34 +178,35 @@ def measured(folder: Path) -> dict[str, Any]:
         "branch_5x5_macs": sum(macs for name, macs in cost["layers"].items() if BRANCH_5X5 in name),
         "images_per_second": round(summary["train_images_per_second"], 1),
         "weights_sha256": summary["weights_sha256"][:16],
-        "machine": ground["processor"],
-        "code": ground["code"],
+        "machine": provenance["processor"],
+        "code": provenance["code"],
     }
 
 
 def run_all(pending: list[Trial], table: Path, parallel: int) -> int:
-    """Runs them, and writes a line for each as soon as it is over; how many failed."""
-    failed, begun = 0, time.time()
+    """Runs the trials and appends each row as soon as it is complete. Returns the number of failed trials."""
+    failed = 0
+    start = time.time()
     table.parent.mkdir(parents=True, exist_ok=True)
-    for done, (trial, future) in enumerate(ended(pending, parallel), start=1):
+    for done, (trial, future) in enumerate(completed_trials(pending, parallel), start=1):
         try:
             row = future.result()
-        except RuntimeError as fault:
+        except RuntimeError as error:
             failed += 1
-            print(f"error: {fault}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             continue
         append(table, row)
-        left = (time.time() - begun) / done * (len(pending) - done) / 60
+        minutes_left = (time.time() - start) / done * (len(pending) - done) / 60
         print(
             f"{done}/{len(pending)}  {trial.claim} {trial.setting} {trial.variant} seed {trial.seed}  "
-            f"{row['test_accuracy']:.4f}  {left:.0f} minutes left",
+            f"{row['test_accuracy']:.4f}  {minutes_left:.0f} minutes left",
             flush=True,
         )
     return failed
 
 
-def ended(pending: list[Trial], parallel: int) -> Iterator[tuple[Trial, Future]]:
-    """Each as soon as it has ended. Processes are made anew after some runs: pools that do so themselves may hang."""
+def completed_trials(pending: list[Trial], parallel: int) -> Iterator[tuple[Trial, Future]]:
+    """Yields each trial once it has ended. The pool is replaced regularly: its own max_tasks_per_child may hang."""
     size = PER_PROCESS * parallel
     for start in range(0, len(pending), size):
         pool = ProcessPoolExecutor(parallel, get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),))
@@ -218,54 +218,56 @@ def ended(pending: list[Trial], parallel: int) -> Iterator[tuple[Trial, Future]]
 
 
 def append(table: Path, row: dict[str, Any]) -> None:
-    """One line, on disk before anything else is begun."""
-    fresh = not table.exists()
+    """Appends a row to the table and syncs it to disk."""
+    is_new = not table.exists()
     with table.open("a", newline="") as file:
-        lines = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            lines.writeheader()
-        lines.writerow(row)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
         file.flush()
         os.fsync(file.fileno())
 
 
-# ------------------------------------------------------------------------------------------------------ what came of it
+# ----------------------------------------------------------------------------------------------------------- verdicts
 
 
-def tell(name: str, claim: Claim, rows: Rows) -> list[Answer]:
-    trials = trials_of(name, claim)
-    found = answers(claim, trials, rows)
-    print(f"\n{name}: {claim.hypothesis}\n  {verdict(found)}")
-    for one in found:
-        what, came, claimed = told(one)
-        print(f"    {one.setting:8} {what}: {came}, claimed: {claimed}: {one.verdict}")
-    return found
+def print_verdict(name: str, claim: Claim, rows: Rows) -> list[Answer]:
+    results = answers(claim, trials_of(name, claim), rows)
+    print(f"\n{name}: {claim.hypothesis}\n  {verdict(results)}")
+    for answer in results:
+        comparison, result, claimed = describe(answer)
+        print(f"    {answer.setting:8} {comparison}: {result}, claimed: {claimed}: {answer.verdict}")
+    return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="claims; all where none is named")
-    parser.add_argument("--quick", action="store_true", help="tiny runs into a table of their own")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one core")
+    parser.add_argument("names", nargs="*", help="claims (default: all)")
+    parser.add_argument("--quick", action="store_true", help="tiny runs, written to a separate table")
+    parser.add_argument("--report", action="store_true", help="print verdicts and draw the plot, run nothing")
+    parser.add_argument(
+        "--parallel", type=int, default=os.cpu_count() or 1, help="number of runs at a time, one per core"
+    )
     options = parser.parse_args()
     table = RUNS / "quick.csv" if options.quick else TABLE
-    chosen = claims(options.names, quick=options.quick)
+    selected = claims(options.names, quick=options.quick)
     failed = 0
     if not options.report:
-        wanted = {trial.key: trial for name, claim in chosen.items() for trial in trials_of(name, claim)}
-        pending = sorted((t for key, t in wanted.items() if key not in read(table)), key=lambda trial: trial.seed)
-        print(f"{len(wanted)} runs, {len(wanted) - len(pending)} of them in {table.relative_to(ROOT)} already")
+        needed = {trial.key: trial for name, claim in selected.items() for trial in trials_of(name, claim)}
+        pending = sorted((t for key, t in needed.items() if key not in read(table)), key=lambda trial: trial.seed)
+        print(f"{len(needed)} runs, {len(needed) - len(pending)} of them already in {table.relative_to(ROOT)}")
         try:
             failed = run_all(pending, table, options.parallel)
         except (KeyboardInterrupt, BrokenProcessPool):
-            print("stopped; the same command goes on, with the run that was interrupted too", file=sys.stderr)
+            print("stopped; run the same command to continue, including the interrupted run", file=sys.stderr)
             return 130
     rows = read(table)
-    found = {name: tell(name, claim, rows) for name, claim in chosen.items()}
-    if len(found) == len(claims([])) and not options.quick:
-        write_atomically(PICTURE, to_png(picture([(name, verdict(each), each) for name, each in found.items()])))
-        print(f"\npicture: {PICTURE.relative_to(ROOT)}")
+    results = {name: print_verdict(name, claim, rows) for name, claim in selected.items()}
+    if len(results) == len(claims([])) and not options.quick:
+        figure = plot_claims([(name, verdict(found), found) for name, found in results.items()])
+        write_atomically(PLOT, to_png(figure))
+        print(f"\nplot: {PLOT.relative_to(ROOT)}")
     return int(failed > 0)
 
 

@@ -1,4 +1,4 @@
-"""What the table of runs says of a claim, by the rule that was written down with it."""
+"""Decides a claim from the table of runs, by the rule that was specified with the claim."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MEASURES = (
     "test_accuracy", "test_loss", "mean_validation_accuracy", "gradient_norm", "parameters", "macs",
     "branch_5x5_macs", "images_per_second",
 )  # fmt: skip
-Rows = dict[str, dict[str, str]]  # of the table, by key
+Rows = dict[str, dict[str, str]]  # the rows of the table by key
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run that a claim needs. key: the hash of its command."""
+    """A run that a claim needs. words: its overrides. key: the hash of its command."""
 
     claim: str
     setting: str
@@ -34,9 +34,9 @@ SUPPORTED, REFUTED, OPEN = "supported", "not supported", "undecided at this size
 
 @dataclass(frozen=True)
 class Answer:
-    """What the table says of one expectation in one setting; without difference and ratio where runs are missing.
+    """The verdict on one expectation in one setting; difference and ratio are None if runs are missing.
 
-    pairs: the differences, seed by seed.
+    pairs: the differences by seed.
     """
 
     setting: str
@@ -48,11 +48,11 @@ class Answer:
 
 
 def answer(expectation: Expectation, setting: str, one: dict[int, float], other: dict[int, float]) -> Answer:
-    """one, other: the metric by seed.
+    """Compares a metric of two variants. one, other: the metric by seed.
 
-    A difference is held against 0, or against the margin that does not matter: `higher` is supported where the whole
-    95 % interval lies above 0 and not supported where all of it lies below the margin; `not lower` where it lies above
-    or below minus the margin. What the interval leaves open is undecided.
+    The 95 % interval of the difference is compared with 0 and with the margin of irrelevance: `higher` is supported if
+    the interval is above 0, and not supported if it is below the margin; `not lower` is supported if it is above minus
+    the margin, and not supported if it is below. Otherwise the claim is undecided.
     """
     if expectation.expect == "ratio":
         if not one or not other:
@@ -60,20 +60,22 @@ def answer(expectation: Expectation, setting: str, one: dict[int, float], other:
         ratio = statistics.fmean(one.values()) / statistics.fmean(other.values())
         inside = expectation.least <= ratio <= expectation.most
         return Answer(setting, expectation, SUPPORTED if inside else REFUTED, ratio=ratio)
-    found = paired_difference(one, other)
-    if found is None or found.n == 1:
-        return Answer(setting, expectation, OPEN, found)
-    low, high = (-found.high, -found.low) if expectation.expect == "lower" else (found.low, found.high)
+    difference = paired_difference(one, other)
+    if difference is None or difference.n == 1:
+        return Answer(setting, expectation, OPEN, difference)
+    low, high = difference.low, difference.high
+    if expectation.expect == "lower":
+        low, high = -high, -low
     if expectation.expect == "not lower":
         verdict = SUPPORTED if low > -expectation.margin else REFUTED if high < -expectation.margin else OPEN
     else:
         verdict = SUPPORTED if low > 0 else REFUTED if high < expectation.margin or high < 0 else OPEN
     pairs = tuple(one[seed] - other[seed] for seed in sorted(one.keys() & other.keys()))
-    return Answer(setting, expectation, verdict, found, pairs=pairs)
+    return Answer(setting, expectation, verdict, difference, pairs=pairs)
 
 
 def answers(claim: Claim, trials: Sequence[Trial], rows: Rows) -> list[Answer]:
-    """Of every expectation in every setting."""
+    """Returns the answer for every expectation in every setting."""
     return [
         answer(
             expected,
@@ -87,7 +89,7 @@ def answers(claim: Claim, trials: Sequence[Trial], rows: Rows) -> list[Answer]:
 
 
 def values(trials: Sequence[Trial], rows: Rows, setting: str, variant: str, metric: str) -> dict[int, float]:
-    """A measure of a variant by seed, of the runs that are in the table."""
+    """Returns a measure of a variant by seed, for the runs that are in the table."""
     return {
         trial.seed: float(rows[trial.key][metric])
         for trial in trials
@@ -96,27 +98,28 @@ def values(trials: Sequence[Trial], rows: Rows, setting: str, variant: str, metr
 
 
 def means(claim: Claim, trials: Sequence[Trial], rows: Rows) -> Iterator[tuple[str, str, dict[str, Mean]]]:
-    """For every setting and variant that was run the means of all measures over its seeds."""
+    """Yields the means of all measures over seeds, for every setting and variant that was run."""
     for setting in claim.settings:
         for variant in claim.variants:
-            found = {metric: values(trials, rows, setting, variant, metric) for metric in MEASURES}
-            if found["test_accuracy"]:
-                yield setting, variant, {name: mean_interval(list(one.values())) for name, one in found.items()}
+            measures = {metric: values(trials, rows, setting, variant, metric) for metric in MEASURES}
+            if measures["test_accuracy"]:
+                yield setting, variant, {name: mean_interval(list(seeds.values())) for name, seeds in measures.items()}
 
 
-def verdict(found: list[Answer]) -> str:
-    """Of a claim: supported where every expectation is, in every setting; not where one is not."""
-    verdicts = {one.verdict for one in found}
+def verdict(answers: list[Answer]) -> str:
+    """Returns the verdict on a claim: supported if every answer is, not supported if one is not."""
+    verdicts = {answer.verdict for answer in answers}
     return REFUTED if REFUTED in verdicts else OPEN if OPEN in verdicts else SUPPORTED
 
 
-def told(one: Answer) -> tuple[str, str, str]:
-    """What was compared, what came of it, what was claimed."""
-    expected, d = one.expectation, one.difference
+def describe(answer: Answer) -> tuple[str, str, str]:
+    """Describes the comparison, its result and the claimed result."""
+    expected = answer.expectation
+    d = answer.difference
     metric = expected.metric.replace("_", " ")
     if expected.expect == "ratio":
-        found = "not run" if one.ratio is None else f"{one.ratio:.3g}"
-        return f"{metric}, {expected.variant} / {expected.against}", found, f"{expected.least:g} to {expected.most:g}"
+        result = "not run" if answer.ratio is None else f"{answer.ratio:.3g}"
+        return f"{metric}, {expected.variant} / {expected.against}", result, f"{expected.least:g} to {expected.most:g}"
     margin = f", margin {expected.margin:g}" if expected.margin else ""
-    found = "not run" if d is None else f"{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}), {d.n} seeds"
-    return f"{metric}, {expected.variant} - {expected.against}", found, f"{expected.expect}{margin}"
+    result = "not run" if d is None else f"{d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}), {d.n} seeds"
+    return f"{metric}, {expected.variant} - {expected.against}", result, f"{expected.expect}{margin}"

@@ -1,13 +1,13 @@
-"""An indexed Job of Kubernetes that trains with several processes, as YAML.
+"""Prints the YAML of an indexed Kubernetes Job that trains with several processes.
 
     python scripts/cluster/kubernetes.py --image REGISTRY/inception --processes 4 --claim shared -- \\
         model=inception_v3 data=imagenet2012 augment=inception batch_size=256 run_dir=runs/first | kubectl apply -f -
 
-The image holds a checkout in its working directory where `make train backend=jax ARGS=--check` was typed once, on a
-machine with a GPU, which installs all that is needed. `--claim` names a PersistentVolumeClaim that many pods may write
-(ReadWriteMany): its folders `runs` and `data` are mounted as those of the checkout, so that data prepared there once is
-there for all. A pod that dies ends the others, too; all are begun again, meet again and go on. A pod that is evicted
-gets SIGTERM: all stop after the same step, and save.
+The image must have a checkout in its working directory in which `make train backend=jax ARGS=--check` was run once, on
+a machine with a GPU, to install all requirements. `--claim` names a PersistentVolumeClaim with access mode
+ReadWriteMany: its folders `runs` and `data` are mounted into the checkout, so that data is prepared once for all pods.
+If a pod dies, the others exit too; all are restarted and resume the run. A pod that is evicted gets SIGTERM: all
+processes stop after the same step and save a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,27 +18,29 @@ from typing import Any
 import yaml
 
 PORT = 4711
-GRACE_SECONDS = 180  # for a step, and for writing what is to be saved
+GRACE_SECONDS = 180  # for a step and a checkpoint
 SHARED = ("runs", "data")
-WAIT_SECONDS = 600  # images are fetched, and pods that failed are begun again later and later
+WAIT_SECONDS = 600  # covers pulling the image, and the back-off before failed pods are restarted
 
 
 def manifest(
-    words: list[str], name: str, image: str, processes: int, claim: str, gpus: int, workdir: str
+    overrides: list[str], name: str, image: str, processes: int, claim: str, gpus: int, workdir: str
 ) -> list[dict[str, Any]]:
-    """A Job and the headless Service by which its pods find the first one."""
+    """Returns a Job and the headless Service by which its pods find the first pod."""
     device = [] if gpus else ["device=cpu"]
     container = {
         "name": "train",
         "image": image,
         "workingDir": workdir,
-        "command": ["scripts/cluster/process.sh", f"distributed.wait_seconds={WAIT_SECONDS}", *device, *words],
+        "command": ["scripts/cluster/process.sh", f"distributed.wait_seconds={WAIT_SECONDS}", *device, *overrides],
         "env": [
             {"name": "PROCESSES", "value": str(processes)},
             {"name": "COORDINATOR", "value": f"{name}-0.{name}:{PORT}"},
         ],
         "resources": {"limits": {"nvidia.com/gpu": gpus}} if gpus else {},
-        "volumeMounts": [{"name": "shared", "mountPath": f"{workdir}/{one}", "subPath": one} for one in SHARED],
+        "volumeMounts": [
+            {"name": "shared", "mountPath": f"{workdir}/{folder}", "subPath": folder} for folder in SHARED
+        ],
     }
     pod = {
         "metadata": {"labels": {"app": name}},
@@ -68,9 +70,9 @@ def manifest(
         "metadata": {"name": name},
         "spec": {
             "clusterIP": "None",
-            "publishNotReadyAddresses": True,  # they meet before any of them is ready
+            "publishNotReadyAddresses": True,  # the rendezvous comes before any pod is ready
             "selector": {"app": name},
-            "ports": [{"name": "meeting", "port": PORT}],
+            "ports": [{"name": "rendezvous", "port": PORT}],
         },
     }
     return [service, job]
@@ -78,16 +80,16 @@ def manifest(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="inception", help="of the Job and the Service")
+    parser.add_argument("--name", default="inception", help="name of the Job and the Service")
     parser.add_argument("--image", required=True)
-    parser.add_argument("--processes", type=int, required=True, help="pods")
+    parser.add_argument("--processes", type=int, required=True, help="number of pods")
     parser.add_argument("--claim", required=True, help="PersistentVolumeClaim for runs/ and data/")
-    parser.add_argument("--gpus", type=int, default=1, help="of each pod; 0: none, device=cpu")
-    parser.add_argument("--workdir", default="/inception", help="where the image has the checkout")
-    parser.add_argument("words", nargs="+", help="of make train; run_dir among them")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs per pod; 0: device=cpu")
+    parser.add_argument("--workdir", default="/inception", help="path of the checkout in the image")
+    parser.add_argument("overrides", nargs="+", help="overrides for make train, including run_dir")
     options = parser.parse_args()
-    if not any(word.startswith("run_dir=") for word in options.words):
-        parser.error("the words must have a run_dir, by which pods that are begun again find the run; got none")
+    if not any(override.startswith("run_dir=") for override in options.overrides):
+        parser.error("run_dir is missing; add run_dir=PATH, by which restarted pods find the run")
     print(yaml.safe_dump_all(manifest(**vars(options)), sort_keys=False), end="")
 
 

@@ -1,10 +1,9 @@
-"""The README's tables and commands.
+"""Writes the README's tables, and runs its commands.
 
-`make docs` writes the tables from the code, `make docs-check` runs the commands in a fresh clone; with --quick
-all but those that take minutes, and those that are stages of .ci/run themselves. Tables stand
-between `<!-- table: NAME -->` and `<!-- end -->`. Commands are the lines of blocks fenced as `sh`; they run in order,
-in one clone in a temporary folder, where `my_images/` holds a few hundred digits. A command that
-serves until it is ended (`make ui`) has to answer within a minute.
+`make docs` writes the tables from the code. `make docs-check` compares them and runs the commands in a fresh clone;
+with --quick without those that take minutes or are stages of .ci/run. A table is between `<!-- table: NAME -->` and
+`<!-- end -->`. The commands are the lines of the blocks fenced as `sh`; they run in order, in one clone in a temporary
+folder, where `my_images/` has a few hundred digits. A server (`make ui`) must respond within a minute.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ import urllib.request
 from pathlib import Path
 
 from train.config import schema as schema
-from train.config.composition import compose, format_value
-from train.config.serialization import flatten
+from train.config.composition import compose
+from train.config.serialization import flatten, format_value
 from train.config.validation import describe_limits
 from train.evaluation.html import format_compact
 from train.runtime import setup
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-FIGURES = ROOT / "scripts/results"  # measured, and kept as they came
+FIGURES = ROOT / "scripts/results"  # stored measurements
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COMMANDS = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LONG = (
@@ -48,9 +47,9 @@ SERVERS = {"make ui": "http://127.0.0.1:5000/"}
 
 
 def config_table() -> str:
-    """Every key of the schema with its default, range and meaning."""
+    """Returns every config key with its default, allowed values and meaning."""
     defaults = _defaults([])
-    lines = ["| key | default | allowed | what |", "|---|---|---|---|"]
+    lines = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
     for item in dataclasses.fields(schema.Config):
         if item.name in schema.GROUPS:
             lines += _group_rows(item.name, defaults)
@@ -65,17 +64,17 @@ def config_table() -> str:
     return "\n".join(lines)
 
 
-def _defaults(words: list[str]) -> dict[str, object]:
-    """Of every key, where these words are typed."""
-    found = flatten(dataclasses.asdict(compose(words)))
-    return found | {"data.image_size": None}  # null is what is shipped; the composed config has it filled in
+def _defaults(overrides: list[str]) -> dict[str, object]:
+    """Returns the value of every key with these overrides."""
+    config = flatten(dataclasses.asdict(compose(overrides)))
+    return config | {"data.image_size": None}  # null in conf/; the composed config has the resolved value
 
 
 def _group_rows(group: str, defaults: dict) -> list[str]:
     options = schema.GROUPS[group]
     names = ", ".join(f"`{name}`" for name in options)
     rows = [f"| **`{group}`** | `{defaults[f'{group}.name']}` | {names} | `conf/{group}/` |"]
-    of_options = {name: defaults | _defaults([f"{group}={name}"]) for name in options}
+    values_by_option = {name: defaults | _defaults([f"{group}={name}"]) for name in options}
     seen: dict[tuple[str, str], tuple[dataclasses.Field, list[str]]] = {}  # by name and meaning
     for name, node in options.items():
         for item in dataclasses.fields(node):
@@ -86,10 +85,10 @@ def _group_rows(group: str, defaults: dict) -> list[str]:
         default = defaults.get(f"{group}.{key}", flatten({key: _default(item)})[key])
         others: dict[str, list[str]] = {}
         for name in owners:
-            if (other := of_options[name][f"{group}.{key}"]) != default:
+            if (other := values_by_option[name][f"{group}.{key}"]) != default:
                 others.setdefault(f"`{format_value(other)}`", []).append(name)
-        told = "".join(f"; {other} with {', '.join(found)}" for other, found in others.items())
-        rows.append(_row(f"{group}.{key}", item, f"`{format_value(default)}`{told}", only))
+        exceptions = "".join(f"; {other} with {', '.join(names)}" for other, names in others.items())
+        rows.append(_row(f"{group}.{key}", item, f"`{format_value(default)}`{exceptions}", only))
     return rows
 
 
@@ -106,7 +105,7 @@ def _row(name: str, item: dataclasses.Field, default: str, only: str = "") -> st
 
 
 def models_table() -> str:
-    """Published size of every network: parameters and multiply-accumulates at its native size, 1,000 classes."""
+    """Returns parameters and multiply-accumulates of every network at its native image size, with 1,000 classes."""
     from train import models
     from train.models import cost, weights
 
@@ -123,36 +122,39 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
-def torture_table() -> str:
-    """What `make stress ARGS="--report scripts/results/stress.json"` found."""
-    found = json.loads((FIGURES / "stress.json").read_text())
-    lines = ["| runs of | runs | kills | identical | differing |", "|---|---:|---:|---:|---:|"]
-    rows = [*found["cases"].items(), ("**all**", found)]
+def stress_table() -> str:
+    """Results of `make stress ARGS="--report scripts/results/stress.json"`."""
+    results = json.loads((FIGURES / "stress.json").read_text())
+    lines = ["| case | runs | kills | identical | differing |", "|---|---:|---:|---:|---:|"]
+    rows = [*results["cases"].items(), ("**all**", results)]
     lines += [f"| {name} | {r['runs']} | {r['kills']} | {r['identical']} | {r['differing']} |" for name, r in rows]
     between = "{torn_journals} torn journals, {damaged_checkpoints} damaged checkpoints, {sigterms} SIGTERMs"
-    return "\n".join([*lines, "", f"Between the kills: {between.format(**found)}."])
+    return "\n".join([*lines, "", f"Between the kills: {between.format(**results)}."])
 
 
 def safeguards_table() -> str:
-    """What `make bench-safeguards ARGS="--report scripts/results/safeguards.json"` found."""
+    """Results of `make bench-safeguards ARGS="--report scripts/results/safeguards.json"`."""
     lines = [
-        "| compared | images/s | ratio of medians | single pairs | equal runs | run times | waited for checkpoints |",
+        "| compared | images/s | ratio of medians | range of single pairs | range of equal runs | ratio of run times "
+        "| time waiting for checkpoints |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in json.loads((FIGURES / "safeguards.json").read_text()):
-        one, two = row["median_images_per_second"]
+        first, second = row["median_images_per_second"]
         pairs, equals = ("{:.3f} to {:.3f}".format(*row[name]) for name in ("ratios_of_pairs", "ratios_of_equals"))
-        figures = f"{one:.1f}, {two:.1f} | {row['ratio']:.3f} | {pairs} | {equals} | {row['ratio_of_run_times']:.3f}"
+        figures = (
+            f"{first:.1f}, {second:.1f} | {row['ratio']:.3f} | {pairs} | {equals} | {row['ratio_of_run_times']:.3f}"
+        )
         lines.append(f"| {row['name']} ({row['pairs']} pairs) | {figures} | {row['stall']:.2%} |")
     return "\n".join(lines)
 
 
 def data_table() -> str:
-    """What `make bench-data ARGS="--report scripts/results/data.json"` found."""
+    """Results of `make bench-data ARGS="--report scripts/results/data.json"`."""
     rows = json.loads((FIGURES / "data.json").read_text())
     bare = {row["images"]: row["images_per_second"] for row in rows if row["name"] == "bare decoding"}
     lines = [
-        "| images | what is done to them | images/s | least to most | of bare decoding | peak memory |",
+        "| images | operations | images/s | range | relative to bare decoding | peak memory |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -166,8 +168,8 @@ def data_table() -> str:
 
 
 def memory_table() -> str:
-    """What `make bench-data ARGS="--memory --report scripts/results/memory.json"` found."""
-    lines = ["| examples | peak memory | when everything is looked at, the first time |", "|---:|---:|---:|"]
+    """Results of `make bench-data ARGS="--memory --report scripts/results/memory.json"`."""
+    lines = ["| examples | peak memory | peak memory of the first run, which indexes the images |", "|---:|---:|---:|"]
     for row in json.loads((FIGURES / "memory.json").read_text()):
         peaks = (f"{row[name] / 2**20:,.0f} MiB" for name in ("peak_bytes", "first_peak_bytes"))
         lines.append(f"| {row['examples']:,} | {' | '.join(peaks)} |")
@@ -175,64 +177,66 @@ def memory_table() -> str:
 
 
 def odd_table() -> str:
-    """What `make bench-data ARGS="--odd FOLDER --report scripts/results/odd.json"` found."""
+    """Results of `make bench-data ARGS="--odd FOLDER --report scripts/results/odd.json"`."""
     rows = json.loads((FIGURES / "odd.json").read_text())
     sums = {name: sum(row[name] for row in rows) for name in ("files", "decoded", "named")}
-    lines = ["| Pillow says | files | decoded | named with a reason |", "|---|---:|---:|---:|"]
+    lines = ["| detected format | files | decoded | rejected with a reason |", "|---|---:|---:|---:|"]
     lines += [f"| {row['kind']} | {row['files']} | {row['decoded']} | {row['named']} |" for row in rows]
     return "\n".join([*lines, "| **all** | {files} | {decoded} | {named} |".format(**sums)])
 
 
 def sweep_table() -> str:
-    """What `scripts/stress/sweep.py --report scripts/results/stress_sweep.json` found."""
-    found = json.loads((FIGURES / "stress_sweep.json").read_text())
+    """Results of `scripts/stress/sweep.py --report scripts/results/stress_sweep.json`."""
+    results = json.loads((FIGURES / "stress_sweep.json").read_text())
     lines = ["| trials | kills of the launcher | identical trials | runs in MLflow, the sweep's own included |"]
-    lines += ["|---:|---:|---:|---:|", "| {trials} | {kills} | {identical} | {runs_in_mlflow} |".format(**found)]
-    return "\n".join([*lines, "", "Told of the three:", "", *(f"- `{line}`" for line in found["told"])])
+    lines += ["|---:|---:|---:|---:|", "| {trials} | {kills} | {identical} | {runs_in_mlflow} |".format(**results)]
+    return "\n".join(
+        [*lines, "", "Reported failures of these three:", "", *(f"- `{line}`" for line in results["told"])]
+    )
 
 
 def search_table() -> str:
-    """What `scripts/stress/sweep.py --search --report scripts/results/search.json` found."""
-    lines = ["| search | epochs spent | best on validation | the same on the test |", "|---|---:|---:|---:|"]
+    """Results of `scripts/stress/sweep.py --search --report scripts/results/search.json`."""
+    lines = ["| search | epochs trained | best validation accuracy | its test accuracy |", "|---|---:|---:|---:|"]
     for row in json.loads((FIGURES / "search.json").read_text()):
         lines.append("| `{search}` | {epochs} | {validation:.4f} | {test:.4f} |".format(**row))
     return "\n".join(lines)
 
 
 def overhead_table() -> str:
-    """What `scripts/benchmarks/sweep.py --report scripts/results/bench_sweep.json` found."""
-    found = json.loads((FIGURES / "bench_sweep.json").read_text())
-    ratio = found["sweep_seconds"] / found["by_hand_seconds"]
-    lines = ["| runs | by hand, one after the other | as a sweep | ratio |", "|---:|---:|---:|---:|"]
-    seconds = "{by_hand_seconds:.0f} s | {sweep_seconds:.0f} s".format(**found)
-    return "\n".join([*lines, f"| {found['trials']} | {seconds} | {ratio:.3f} |"])
+    """Results of `scripts/benchmarks/sweep.py --report scripts/results/bench_sweep.json`."""
+    results = json.loads((FIGURES / "bench_sweep.json").read_text())
+    ratio = results["sweep_seconds"] / results["by_hand_seconds"]
+    lines = ["| runs | by hand, in sequence | as a sweep | ratio |", "|---:|---:|---:|---:|"]
+    seconds = "{by_hand_seconds:.0f} s | {sweep_seconds:.0f} s".format(**results)
+    return "\n".join([*lines, f"| {results['trials']} | {seconds} | {ratio:.3f} |"])
 
 
 def speed_table() -> str:
-    """What `make bench ARGS="--report scripts/results/speed.json"` found."""
-    found = json.loads((FIGURES / "speed.json").read_text())
-    lines = [f"{found['machine']['processor']}, {found['machine']['cores']} cores:"]
-    for network in found["networks"]:
+    """Results of `make bench ARGS="--report scripts/results/speed.json"`."""
+    results = json.loads((FIGURES / "speed.json").read_text())
+    lines = [f"{results['machine']['processor']}, {results['machine']['cores']} cores:"]
+    for network in results["networks"]:
         title = f"{network['model']} at {network['side']} px, batch {network['batch']}"
-        lines += ["", f"| {title} | images/s | a step | peak memory | of the matrix rate |"]
+        lines += ["", f"| {title} | images/s | step | peak memory | share of the peak matrix rate |"]
         lines.append("|---|---:|---:|---:|---:|")
         for row in network["rows"]:
             speed = "{median:.0f} ({least:.0f} to {most:.0f})".format(**row["images_per_second"])
             rest = f"{row['step_seconds'] * 1000:.0f} ms | {row['peak_memory_bytes'] / 2**20:,.0f} MiB"
             share = f"{row['share_of_rate']:.0%}" if row["share_of_rate"] else ""
             lines.append(f"| {row['name']} | {speed} | {rest} | {share} |")
-    ratios = [network["ratios"] | network["starts"] for network in found["networks"]]
-    names = dict.fromkeys(name for of_one in ratios for name in of_one)
-    lines += ["", f"| `make train` / | {' | '.join(network['model'] for network in found['networks'])} |"]
-    lines.append("|---|" + "---:|" * len(found["networks"]))
+    ratios = [network["ratios"] | network["starts"] for network in results["networks"]]
+    names = dict.fromkeys(name for by_name in ratios for name in by_name)
+    lines += ["", f"| `make train` / | {' | '.join(network['model'] for network in results['networks'])} |"]
+    lines.append("|---|" + "---:|" * len(results["networks"]))
     for name in names:
-        told = ("{median:.2f} ({least:.2f} to {most:.2f})".format(**of_one[name]) for of_one in ratios)
-        lines.append(f"| {name} | {' | '.join(told)} |")
+        cells = ("{median:.2f} ({least:.2f} to {most:.2f})".format(**by_name[name]) for by_name in ratios)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def claims_table() -> str:
-    """What scripts/results/claims.csv says of the claims under conf/experiment/claims/."""
+    """Verdicts on the claims under conf/experiment/claims/, from scripts/results/claims.csv."""
     import claims
 
     rows, lines = claims.read(claims.TABLE), []
@@ -241,42 +245,44 @@ def claims_table() -> str:
         if missing := {trial.key for trial in trials} - rows.keys():
             lines += ["", f"**{claim.hypothesis}** ({claim.source}): {len(missing)} of {len(trials)} runs are missing."]
             continue
-        found = claims.answers(claim, trials, rows)
-        lines += ["", f"**{claim.hypothesis}** ({claim.source}): **{claims.verdict(found)}**.", ""]
-        lines += ["| data | compared | found | claimed | |", "|---|---|---|---|---|"]
-        lines += [f"| {one.setting} | {' | '.join(claims.told(one))} | {one.verdict} |" for one in found]
+        answers = claims.answers(claim, trials, rows)
+        lines += ["", f"**{claim.hypothesis}** ({claim.source}): **{claims.verdict(answers)}**.", ""]
+        lines += ["| data | comparison | result | claimed | |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {answer.setting} | {' | '.join(claims.describe(answer))} | {answer.verdict} |" for answer in answers
+        ]
     machines = {row["machine"] for row in rows.values()}
     count = f"{len(rows)} runs{' on ' if machines else ''}{', '.join(sorted(machines))}, each on one core."
     return "\n".join([count, *lines])
 
 
 def variants_table() -> str:
-    """The means over seeds of every variant of a claim that has all of its runs."""
+    """Means over seeds of every variant of the claims."""
     import claims
     from verdicts import means
 
     rows = claims.read(claims.TABLE)
     lines = [
         "| claim | data | variant | seeds | test accuracy | mean validation accuracy | gradient norm, first layer "
-        "| parameters | MACs | of the 5x5 branch |",
+        "| parameters | MACs | MACs of the 5x5 branch |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, claim in claims.claims([]).items():
-        for setting, variant, found in means(claim, claims.trials_of(name, claim), rows):
+        for setting, variant, results in means(claim, claims.trials_of(name, claim), rows):
             accuracy, validation, norm = (
-                f"{found[one].mean:.4f} ± {found[one].deviation:.4f}"
-                for one in ("test_accuracy", "mean_validation_accuracy", "gradient_norm")
+                f"{results[measure].mean:.4f} ± {results[measure].deviation:.4f}"
+                for measure in ("test_accuracy", "mean_validation_accuracy", "gradient_norm")
             )
-            costs = [format_compact(found[one].mean) for one in ("parameters", "macs", "branch_5x5_macs")]
-            cells = [name, setting, variant, str(found["test_accuracy"].n), accuracy, validation, norm, *costs]
+            costs = [format_compact(results[measure].mean) for measure in ("parameters", "macs", "branch_5x5_macs")]
+            cells = [name, setting, variant, str(results["test_accuracy"].n), accuracy, validation, norm, *costs]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def export_table() -> str:
-    """What `scripts/benchmarks/deployment.py --formats --report scripts/results/export.json` found."""
+    """Results of `scripts/benchmarks/deployment.py --formats --report scripts/results/export.json`."""
     lines = [
-        "| network | format | accuracy | lost | largest difference | MiB | images/s |",
+        "| network | format | accuracy | accuracy drop | largest difference | MiB | images/s |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in json.loads((FIGURES / "export.json").read_text()):
@@ -289,14 +295,14 @@ def export_table() -> str:
 
 
 def predict_table() -> str:
-    """What `scripts/benchmarks/deployment.py --predict --report scripts/results/predict.json` found."""
-    found = json.loads((FIGURES / "predict.json").read_text())
-    first, many = found["first_answer_seconds"], found["images_per_second"]
+    """Results of `scripts/benchmarks/deployment.py --predict --report scripts/results/predict.json`."""
+    results = json.loads((FIGURES / "predict.json").read_text())
+    first, many = results["first_answer_seconds"], results["images_per_second"]
     return "\n".join(
         [
             "| | first answer | images/s |",
             "|---|---:|---:|",
-            f"| a bare Keras script, arrays | {first['bare']:.2f} s | {found['bare_images_per_second']:.0f} |",
+            f"| a bare Keras script, arrays | {first['bare']:.2f} s | {results['bare_images_per_second']:.0f} |",
             f"| `make predict`, files | {first['predict']:.2f} s | {many['keras']:.0f} |",
             f"| `make predict runtime=onnx`, files | {first['onnx']:.2f} s | {many['onnx']:.0f} |",
         ]
@@ -304,17 +310,17 @@ def predict_table() -> str:
 
 
 def serve_table() -> str:
-    """What `scripts/benchmarks/deployment.py --serve --report scripts/results/serve.json` found."""
-    found = json.loads((FIGURES / "serve.json").read_text())
+    """Results of `scripts/benchmarks/deployment.py --serve --report scripts/results/serve.json`."""
+    results = json.loads((FIGURES / "serve.json").read_text())
     lines = ["| clients | seconds | requests | errors | p50 | p99 |", "|---:|---:|---:|---:|---:|---:|"]
     row = "| {clients} | {seconds} | {requests} | {errors} | {p50_ms:.0f} ms | {p99_ms:.0f} ms |"
-    return "\n".join([*lines, row.format(**found)])
+    return "\n".join([*lines, row.format(**results)])
 
 
 def transfer_table() -> str:
-    """What `scripts/benchmarks/transfer.py --signs FOLDER --report scripts/results/transfer.json` found."""
+    """Results of `scripts/benchmarks/transfer.py --signs FOLDER --report scripts/results/transfer.json`."""
     lines = [
-        "| data | training examples of a class | from scratch | fine-tuned | difference, 95 % interval |",
+        "| data | training examples per class | from scratch | fine-tuned | difference, 95 % interval |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in json.loads((FIGURES / "transfer.json").read_text()):
@@ -325,7 +331,7 @@ def transfer_table() -> str:
 
 
 def distill_table() -> str:
-    """What `scripts/benchmarks/transfer.py --distill --report scripts/results/distill.json` found."""
+    """Results of `scripts/benchmarks/transfer.py --distill --report scripts/results/distill.json`."""
     [row] = json.loads((FIGURES / "distill.json").read_text())
     ways = (f"{row[way]['mean']:.4f} ± {row[way]['deviation']:.4f}" for way in ("alone", "taught"))
     lines = ["| teacher | alone | taught | difference, 95 % interval |", "|---:|---:|---:|---:|"]
@@ -333,11 +339,11 @@ def distill_table() -> str:
 
 
 def growth_table() -> str:
-    """What `scripts/benchmarks/growth.py --report scripts/results/growth.json` found."""
-    lines = ["| grown | to | images/s | run | peak memory | preparing |", "|---|---:|---:|---:|---:|---:|"]
-    words = {"classes": "classes", "examples": "examples", "runs": "runs in MLflow, `make compare`"}
+    """Results of `scripts/benchmarks/growth.py --report scripts/results/growth.json`."""
+    lines = ["| varied | value | images/s | run time | peak memory | preparation |", "|---|---:|---:|---:|---:|---:|"]
+    names = {"classes": "classes", "examples": "examples", "runs": "runs in MLflow, `make compare`"}
     for row in json.loads((FIGURES / "growth.json").read_text()):
-        key = words.get(row["key"], f"`{row['key']}`")
+        key = names.get(row["key"], f"`{row['key']}`")
         rate = f"{row['train_images_per_second']:,.0f}" if "train_images_per_second" in row else ""
         memory = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if "peak_memory_bytes" in row else ""
         preparing = f"{max(row['prepared_seconds'], 0):,.0f} s" if "prepared_seconds" in row else ""
@@ -346,30 +352,30 @@ def growth_table() -> str:
 
 
 def scaling_table() -> str:
-    """What `scripts/benchmarks/device_scaling.py --report scripts/results/scaling.json` found."""
+    """Results of `scripts/benchmarks/device_scaling.py --report scripts/results/scaling.json`."""
     lines = [
-        "| GPUs | images of each | how many | step | sums of statistics | sums of gradients | images/s | efficiency "
-        "| read by a host | cores for it | 90 epochs |",
+        "| GPU | batch per GPU | GPUs | step | all-reduce of statistics | all-reduce of gradients | images/s "
+        "| efficiency | input per host | cores per host | 90 epochs |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in json.loads((FIGURES / "scaling.json").read_text())["rows"]:
         times = " | ".join(f"{row[name]:.1f} ms" for name in ("step_ms", "statistics_ms", "gradients_ms"))
-        long = f"{row['hours']:.1f} h" if row["hours"] >= 1 else f"{60 * row['hours']:.0f} min"
+        duration = f"{row['hours']:.1f} h" if row["hours"] >= 1 else f"{60 * row['hours']:.0f} min"
         input_ = f"{row['input_mb_per_second_of_a_host']:,.0f} MB/s | {row['cores_of_a_host']:.1f}"
         lines.append(
             f"| {row['kind']} | {row['batch_size'] // row['gpus']} | {row['gpus']} | {times} "
             f"| {row['images_per_second']:,.0f} | {row['efficiency']:.0%} | {input_} "
-            f"| {long}{', batch too large' if row['too_large'] else ''} |"
+            f"| {duration}{', batch too large' if row['too_large'] else ''} |"
         )
     return "\n".join(lines)
 
 
-def _difference(found: dict) -> str:
-    return "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**found)
+def _difference(results: dict) -> str:
+    return "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**results)
 
 
 TABLES = {
-    "config": config_table, "models": models_table, "torture": torture_table, "safeguards": safeguards_table,
+    "config": config_table, "models": models_table, "torture": stress_table, "safeguards": safeguards_table,
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
     "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
     "variants": variants_table, "export": export_table, "predict": predict_table, "serve": serve_table,
@@ -377,26 +383,26 @@ TABLES = {
 }  # fmt: skip
 
 
-def written() -> str:
-    """The README with its tables as the code has them now."""
-    with setup.redirect_fds(Path(os.devnull), 2):  # TensorFlow's libraries talk while they are loaded
-        return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", README.read_text())
+def updated_readme() -> str:
+    """Returns the README with its tables written anew."""
+    with setup.redirect_fds(Path(os.devnull), 2):  # TensorFlow's libraries log while they are loaded
+        return TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", README.read_text())
 
 
 # -------------------------------------------------------------------------------------------------------- commands
 
 
 def commands() -> list[str]:
-    """The lines of the README's `sh` blocks, without comments."""
+    """Returns the lines of the README's `sh` blocks, without comments."""
     lines = [line for block in COMMANDS.findall(README.read_text()) for line in block.splitlines()]
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def run_commands(lines: list[str]) -> int:
-    """Runs them in a fresh clone with an almost empty environment; the number that failed."""
+    """Runs the commands in a fresh clone with an almost empty environment. Returns the number that failed."""
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="readme-") as place:
-        clone = Path(place) / "clone"
+    with tempfile.TemporaryDirectory(prefix="readme-") as root:
+        clone = Path(root) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         write_images(clone / "my_images")
         for line in lines:
@@ -417,7 +423,7 @@ def shell(line: str, folder: Path) -> int:
 
 
 def serve(line: str, folder: Path) -> int:
-    """Whether the server answers within a minute."""
+    """Starts a server. Returns 0 if it responds within a minute, else 1."""
     server = subprocess.Popen(
         ["bash", "-c", line], cwd=folder, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL
     )
@@ -439,7 +445,7 @@ def environment() -> dict[str, str]:
 
 
 def write_images(root: Path) -> None:
-    """Class folders with 400 PNG files: scikit-learn's digits; and a table of them."""
+    """Writes 400 of scikit-learn's digits as PNG files in class folders, and a CSV table of them."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -454,17 +460,17 @@ def write_images(root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare the tables, run the commands")
-    parser.add_argument("--quick", action="store_true", help="without the commands that take minutes")
+    parser.add_argument("--check", action="store_true", help="compare the tables and run the commands")
+    parser.add_argument("--quick", action="store_true", help="skip the commands that take minutes")
     arguments = parser.parse_args()
     if not arguments.check:
-        README.write_text(written())
+        README.write_text(updated_readme())
         return
-    if written() != README.read_text():
-        sys.exit("README.md does not have the code's own tables; use make docs")
+    if updated_readme() != README.read_text():
+        sys.exit("the tables in README.md are out of date; run make docs")
     lines = commands()
     if unknown := set(LONG) - set(lines):
-        sys.exit(f"scripts/docs/readme.py names a long command that README.md does not have: {min(unknown)}")
+        sys.exit(f"LONG in scripts/docs/readme.py has a command that is not in README.md: {min(unknown)}")
     failed = run_commands([line for line in lines if not (arguments.quick and line in LONG)])
     sys.exit(f"{failed} commands of the README failed" if failed else None)
 

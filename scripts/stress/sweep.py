@@ -1,17 +1,17 @@
-"""Kills a real sweep's launcher at drawn instants, starts it again, and compares its trials with an untouched sweep's.
+"""Kills a real sweep's launcher at random times, restarts it, and compares the trials with an undisturbed sweep's.
 
-    python scripts/stress/sweep.py --report torture_sweep.json        (20 trials, 10 kills: about 20 minutes)
+    python scripts/stress/sweep.py --report stress_sweep.json         (20 trials, 10 kills: about 20 minutes)
     python scripts/stress/sweep.py --trials 4 --kills 2 --quick
-    python scripts/stress/sweep.py --search                           (ASHA beside a grid of the same budget)
+    python scripts/stress/sweep.py --search                           (ASHA against a grid of the same budget)
 
-The launcher is killed by SIGKILL and the same words are typed again. Of the trials one can't write its journal and
-fails, one is killed by SIGKILL whenever it is seen, as by a kernel that lacks memory, and one is stopped by SIGSTOP
-and hangs. The last start is let alone: it has to tell three failures and leave everything else finished. Then the
-three are let alone, too, and the words are typed once more. What is compared: every trial's weights, journal, best
-epoch; and that MLflow has each run once, below one parent.
+The launcher is killed by SIGKILL and the same command is run again. One of the trials cannot write its journal and
+fails, one is killed by SIGKILL whenever it runs, as by an out-of-memory killer, and one is stopped by SIGSTOP and
+hangs. The last launcher is not killed: it must report these three failures and finish all other trials. Then the three
+trials are left undisturbed too, and the command is run once more. Compared are the weights, journal and best epoch of
+every trial; and MLflow must have each run once, under one parent.
 
---quick is for the tests: a network that is soon built, and a launcher that gives a trial that hangs less time. How long
-that is follows from the untouched sweep, so that a slow or busy machine takes nobody else for hanging.
+--quick is for the tests: a network that is built quickly, and a shorter grace period for a trial that hangs. The time
+limit follows from the duration of the undisturbed sweep, so that on a slow or busy machine no other trial exceeds it.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ SMALL = [
     "checkpoint.every_steps=6", "precision=float32",
 ]  # fmt: skip
 QUICK = [*SMALL[1:], "model=vgg16"]
-HOSTILE = {"a journal that can't be written": -2, "killed": -1, "hanging": 0}  # which of the trials
+FAULTY_TRIALS = {"unwritable journal": -2, "killed": -1, "hanging": 0}  # indices of the trials
 LAUNCH_SECONDS = 3600
 QUICK_GRACE = "from train import __main__; from train.sweep import workers; workers.GRACE_SECONDS = 5.0; "
 
 
 class Launcher:
-    """The sweep's command, as a person types it."""
+    """Runs the sweep's command as a user does."""
 
-    def __init__(self, folder: Path, store: Path, words: list[str], *, quick: bool = False):
+    def __init__(self, folder: Path, store: Path, overrides: list[str], *, quick: bool = False):
         self.folder = folder
         program = ["-c", f"{QUICK_GRACE}__main__.main()"] if quick else ["-m", "train"]
         self._command = [
-            sys.executable, *program, "-m", *words, f"run_dir={folder}", f"tracking.uri=sqlite:///{store}",
+            sys.executable, *program, "-m", *overrides, f"run_dir={folder}", f"tracking.uri=sqlite:///{store}",
             "sweep.parallel=2", "tracking.wait_seconds=600",
         ]  # fmt: skip
         self.output = folder.with_suffix(".log")
@@ -60,105 +60,106 @@ class Launcher:
                 self._command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def to_the_end(self) -> tuple[int, str]:
-        """The exit code, and what this start has printed."""
-        before = self.output.stat().st_size if self.output.exists() else 0
-        code = self.start().wait(LAUNCH_SECONDS)
-        return code, self.output.read_bytes()[before:].decode()
+    def run_to_end(self) -> tuple[int, str]:
+        """Returns the exit code and the output of this launch."""
+        start = self.output.stat().st_size if self.output.exists() else 0
+        exit_code = self.start().wait(LAUNCH_SECONDS)
+        return exit_code, self.output.read_bytes()[start:].decode()
 
 
-def processes_of(folder: Path) -> list[int]:
-    """Trials of this sweep that live, by their command line."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
+def trial_processes(folder: Path) -> list[int]:
+    """Returns the running trial processes of this sweep, found by their command lines."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = (place / "cmdline").read_bytes().decode().split("\0")
+            arguments = (path / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if any(word.startswith(f"sweep.trial='{folder}/trials/") for word in words):
-            found.append(int(place.name))
-    return found
+        if any(argument.startswith(f"sweep.trial='{folder}/trials/") for argument in arguments):
+            pids.append(int(path.name))
+    return pids
 
 
-def number_of(process: int) -> int | None:
-    """The number of the trial that a process runs."""
+def trial_number(pid: int) -> int | None:
+    """Returns the number of the trial that a process runs."""
     try:
-        found = re.search(r"/trials/(\d+)\.json", Path(f"/proc/{process}/cmdline").read_text())
+        match = re.search(r"/trials/(\d+)\.json", Path(f"/proc/{pid}/cmdline").read_text())
     except OSError:
         return None
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None
 
 
-def annoy(folder: Path, killed: int, hanging: int) -> None:
-    """What happens to two of the trials whenever they are seen."""
-    for process in processes_of(folder):
-        number = number_of(process)
+def disturb(folder: Path, killed: int, hanging: int) -> None:
+    """Kills the one trial and stops the other if they are running."""
+    for pid in trial_processes(folder):
+        number = trial_number(pid)
         if number in (killed, hanging):
             try:
-                os.kill(process, signal.SIGKILL if number == killed else signal.SIGSTOP)
+                os.kill(pid, signal.SIGKILL if number == killed else signal.SIGSTOP)
             except ProcessLookupError:
                 continue
 
 
-def torture(place: Path, trials: int, kills: int, seed: int, *, quick: bool = False) -> dict[str, Any]:
-    """The report. Ends the program if something is not as it has to be."""
-    words = [*(QUICK if quick else SMALL), f"seed=range({trials})"]
-    untouched = Launcher(place / "untouched", place / "untouched.db", words)
+def stress_sweep(root: Path, trials: int, kills: int, seed: int, *, quick: bool = False) -> dict[str, Any]:
+    """Returns the report. Exits the program if a requirement is not met."""
+    overrides = [*(QUICK if quick else SMALL), f"seed=range({trials})"]
+    reference = Launcher(root / "untouched", root / "untouched.db", overrides)
     start = time.perf_counter()
-    code, said = untouched.to_the_end()
-    require(code == 0, said)
-    usual = time.perf_counter() - start
-    print(f"untouched: {trials} trials in {usual:.0f} s", flush=True)
+    exit_code, output = reference.run_to_end()
+    require(exit_code == 0, output)
+    reference_seconds = time.perf_counter() - start
+    print(f"undisturbed: {trials} trials in {reference_seconds:.0f} s", flush=True)
 
     draw = random.Random(seed)
-    minutes = max(4 * usual / trials, 20 if quick else 60) / 60  # two at a time: twice as long as a trial takes
-    words.append(f"sweep.minutes={minutes:.2f}")
-    launcher = Launcher(place / "tortured", place / "tortured.db", words, quick=quick)
-    failing, killed, hanging = (which % trials for which in HOSTILE.values())
+    # Two trials at a time: this is twice the duration of a trial.
+    minutes = max(4 * reference_seconds / trials, 20 if quick else 60) / 60
+    overrides.append(f"sweep.minutes={minutes:.2f}")
+    launcher = Launcher(root / "tortured", root / "tortured.db", overrides, quick=quick)
+    failing, killed, hanging = (index % trials for index in FAULTY_TRIALS.values())
     (launcher.folder / f"{failing:03d}" / "metrics.jsonl").mkdir(parents=True)
     survivors = 0
     for number in range(kills):
         process = launcher.start()
-        deadline = time.monotonic() + draw.uniform(3, 2 * usual / kills)
+        deadline = time.monotonic() + draw.uniform(3, 2 * reference_seconds / kills)
         while time.monotonic() < deadline and process.poll() is None:
-            annoy(launcher.folder, killed, hanging)
+            disturb(launcher.folder, killed, hanging)
             time.sleep(0.2)
-        alive = len(processes_of(launcher.folder))
+        running = len(trial_processes(launcher.folder))
         process.kill()
         process.wait()
-        time.sleep(draw.choice((0, 0, 8)))  # the next start may find trials that are still on their way out
-        survivors += len(processes_of(launcher.folder)) > 0
-        print(f"kill {number + 1}: {alive} trials were running", flush=True)
+        time.sleep(draw.choice((0, 0, 8)))  # the next launcher may find trials that are still exiting
+        survivors += len(trial_processes(launcher.folder)) > 0
+        print(f"kill {number + 1}: {running} trials were running", flush=True)
     process = launcher.start()
     while process.poll() is None:
-        annoy(launcher.folder, killed, hanging)
+        disturb(launcher.folder, killed, hanging)
         time.sleep(0.2)
-    said = launcher.output.read_text().rpartition("going on with a sweep")[2]
-    told = [line for line in said.splitlines() if line.startswith("failed: ")]
-    require(process.returncode == 1 and len(told) == 3, said)
+    output = launcher.output.read_text().rpartition("resuming sweep ")[2]
+    failures = [line for line in output.splitlines() if line.startswith("failed: ")]
+    require(process.returncode == 1 and len(failures) == 3, output)
     (launcher.folder / f"{failing:03d}" / "metrics.jsonl").rmdir()
-    code, said = launcher.to_the_end()
-    require(code == 0, said)
-    same = sum(
-        result(untouched.folder / f"{number:03d}") == result(launcher.folder / f"{number:03d}")
+    exit_code, output = launcher.run_to_end()
+    require(exit_code == 0, output)
+    identical = sum(
+        comparable_result(reference.folder / f"{number:03d}") == comparable_result(launcher.folder / f"{number:03d}")
         for number in range(trials)
     )
-    runs, children = recorded(place / "tortured.db")
-    require(same == trials, f"{same} of {trials} trials are the same")
+    runs, children = count_mlflow_runs(root / "tortured.db")
+    require(identical == trials, f"{identical} of {trials} trials are identical")
     require((runs, children) == (trials + 1, trials), f"{runs} runs in MLflow, {children} of them below the sweep's")
     return {
-        "trials": trials, "kills": kills, "found_alive": survivors, "identical": same, "runs_in_mlflow": runs,
-        "told": [cut(line, place) for line in told], "untouched_seconds": usual,
+        "trials": trials, "kills": kills, "found_alive": survivors, "identical": identical, "runs_in_mlflow": runs,
+        "told": [strip_paths(line, root) for line in failures], "untouched_seconds": reference_seconds,
     }  # fmt: skip
 
 
-def cut(line: str, place: Path) -> str:
-    """Without the paths of this machine."""
-    return re.sub(r" \(\S+\)$", "", line).replace(f"{place}/", "")
+def strip_paths(line: str, root: Path) -> str:
+    """Removes the paths of this machine from a line."""
+    return re.sub(r" \(\S+\)$", "", line).replace(f"{root}/", "")
 
 
-def result(run: Path) -> Any:
-    """All of a trial's that has to be the same."""
+def comparable_result(run: Path) -> Any:
+    """Returns what must be identical in two runs of a trial."""
     summary = json.loads((run / "summary.json").read_text())
     lines = [comparable(line) for line, _ in read_journal(run / "metrics.jsonl")]
     return (
@@ -171,8 +172,8 @@ def result(run: Path) -> Any:
     )
 
 
-def recorded(store: Path) -> tuple[int, int]:
-    """Runs in MLflow, and how many of them are children."""
+def count_mlflow_runs(store: Path) -> tuple[int, int]:
+    """Returns the number of runs in MLflow, and of those with the sweep's run as parent."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{store}")
@@ -181,23 +182,23 @@ def recorded(store: Path) -> tuple[int, int]:
     return len(runs), sum(run.data.tags.get("mlflow.parentRunId") in parents for run in runs)
 
 
-def require(fine: bool, said: str) -> None:
-    if not fine:
-        raise SystemExit(f"not as it has to be:\n{said[-4000:]}")
+def require(condition: bool, output: str) -> None:
+    if not condition:
+        raise SystemExit(f"requirement not met:\n{output[-4000:]}")
 
 
-# ------------------------------------------------------------------------------------------------- searches compared
+# ------------------------------------------------------------------------------------------------- comparing searches
 
 
-def spent(sweep: Path) -> int:
-    """Epochs that were trained, those that were done again included."""
+def epochs_trained(sweep: Path) -> int:
+    """Returns the number of trained epochs, repeated ones included."""
     steps = [
         int((run / "heartbeat").read_text().split()[0]) for run in sweep.glob("[0-9]*") if (run / "heartbeat").exists()
     ]
     return round(sum(steps) / STEPS)
 
 
-STEPS = 40  # of digits, per epoch
+STEPS = 40  # per epoch of digits
 SPACE = {
     "grid": ["optimizer.learning_rate=0.0003,0.003,0.03,0.3", "label_smoothing=0,0.1", "sweep.search=grid"],
     "asha": [
@@ -207,17 +208,17 @@ SPACE = {
 }  # fmt: skip
 
 
-def searches(place: Path, epochs: int) -> list[dict[str, Any]]:
-    """Best accuracy and epochs spent by each."""
+def compare_searches(root: Path, epochs: int) -> list[dict[str, Any]]:
+    """Returns the best accuracy and the trained epochs of each search."""
     rows = []
-    for name, words in SPACE.items():
-        common = ["model=vgg16_inception", "model.width=0.25", f"epochs={epochs}", *words]
-        launcher = Launcher(place / name, place / f"{name}.db", [*common, "sweep.minutes=60"])
-        code, said = launcher.to_the_end()
-        require(code == 0, said)
-        best = next(line for line in said.splitlines() if line.startswith("best: "))
-        found = [float(number) for number in re.findall(r"accuracy ([\d.]+)", best)]
-        rows.append({"search": name, "epochs": spent(launcher.folder), "validation": found[0], "test": found[1]})
+    for name, space in SPACE.items():
+        overrides = ["model=vgg16_inception", "model.width=0.25", f"epochs={epochs}", *space]
+        launcher = Launcher(root / name, root / f"{name}.db", [*overrides, "sweep.minutes=60"])
+        exit_code, output = launcher.run_to_end()
+        require(exit_code == 0, output)
+        best = next(line for line in output.splitlines() if line.startswith("best: "))
+        validation, test = (float(number) for number in re.findall(r"accuracy ([\d.]+)", best))
+        rows.append({"search": name, "epochs": epochs_trained(launcher.folder), "validation": validation, "test": test})
         print(rows[-1], flush=True)
     return rows
 
@@ -226,20 +227,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20, help="at least 4")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
-    parser.add_argument("--quick", action="store_true", help="what the tests do")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
+    parser.add_argument("--quick", action="store_true", help="the short version that the tests run")
     parser.add_argument("--search", action="store_true", help="compare ASHA with a grid instead")
-    parser.add_argument("--epochs", type=int, default=9, help="of a whole trial of --search")
-    parser.add_argument("--report", type=Path, help="where the figures are written, as JSON")
+    parser.add_argument("--epochs", type=int, default=9, help="epochs of a full trial with --search")
+    parser.add_argument("--report", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="torture-sweep-") as place:
+    with tempfile.TemporaryDirectory(prefix="stress-sweep-") as root:
         if arguments.search:
-            found: Any = searches(Path(place), arguments.epochs)
+            results: Any = compare_searches(Path(root), arguments.epochs)
         else:
-            found = torture(Path(place), arguments.trials, arguments.kills, arguments.seed, quick=arguments.quick)
-    print(json.dumps(found, indent=1))
+            results = stress_sweep(Path(root), arguments.trials, arguments.kills, arguments.seed, quick=arguments.quick)
+    print(json.dumps(results, indent=1))
     if arguments.report:
-        arguments.report.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.report.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

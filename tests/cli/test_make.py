@@ -1,4 +1,4 @@
-"""The make targets: what is typed reaches the program unharmed, and what nobody knows is refused."""
+"""The make targets: overrides reach the program unchanged, and unknown ones are rejected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WORDS = [
 
 
 def handed_over(*words: str) -> list[str]:
-    """The words that the shell would give to the program: make's own line, with the program's name for printf's."""
+    """The arguments that the shell would pass to the program: make's command line, with printf as the program."""
     plan = run_command("make", "-n", "train", *words).out
     line = plan.strip().replace(".venv/bin/python -m train", "printf '%s\\0'", 1)
     return subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[
@@ -45,7 +45,7 @@ def handed_over(*words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("text", WORDS)
-def test_values_arrive_unharmed(text: str):
+def test_make_passes_values_unchanged(text: str):
     assert handed_over(f"tracking.experiment={text}", "seed=3") in (
         [f"tracking.experiment={text}", "seed=3"],
         ["seed=3", f"tracking.experiment={text}"],
@@ -53,12 +53,12 @@ def test_values_arrive_unharmed(text: str):
     assert not (ROOT / "pwned").exists()
 
 
-def test_words_in_args_follow_as_the_shell_reads_them():
+def test_args_are_split_as_by_the_shell():
     assert handed_over("seed=3", "ARGS=--check '~augment' +x=1") == ["seed=3", "--check", "~augment", "+x=1"]
 
 
 @pytest.mark.parametrize(("exported", "inner"), [("", []), ("export MAKEFLAGS", ["seed=3", "--check"])])
-def test_a_make_that_a_recipe_calls_has_no_words_of_the_outer_one(tmp_path: Path, exported: str, inner: list[str]):
+def test_nested_make_does_not_inherit_overrides(tmp_path: Path, exported: str, inner: list[str]):
     (tmp_path / "recipe.mk").write_text(f"{exported}\ntrain:\n\t@make -n resume\n")
     done = make("-f", "Makefile", "-f", str(tmp_path / "recipe.mk"), "train", "seed=3", "ARGS=--check")
     handed_on = done.out.split("-m train.resume", 1)[1].splitlines()[0]
@@ -73,20 +73,20 @@ def test_quoted_values_reach_the_config():
 
 
 REFUSED = {
-    ("train", "vgg16"): '"vgg16" is no target and no key=value word; write e.g. model=vgg16, or see: make help',
-    ("trian", "model=vgg16"): '"trian" is no target and no key=value word',
+    ("train", "vgg16"): '"vgg16" is neither a target nor key=value; use e.g. model=vgg16, or see: make help',
+    ("trian", "model=vgg16"): '"trian" is neither a target nor key=value; use e.g. model=trian',
     (
         "train",
         "EPOCHS=3",
-    ): "EPOCHS is no knob of this Makefile; use one of: PYTHON ARGS QUICK, or key=value in lower case",
-    ("torture",): "make torture is called make stress now",
-    ("readme-check",): "make readme-check is called make docs-check now",
-    ("test", "model=vgg16"): "make test takes no key=value words, got model=...; the targets that do: train",
+    ): "unknown make variable EPOCHS; use one of: PYTHON ARGS QUICK, or key=value in lower case",
+    ("torture",): "make torture is now called make stress",
+    ("readme-check",): "make readme-check is now called make docs-check",
+    ("test", "model=vgg16"): "make test takes no key=value arguments, got model=...; targets that do: train",
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_words_that_nobody_knows_are_refused_before_anything_runs(words: tuple[str, ...]):
+def test_unknown_variables_are_rejected_before_anything_runs(words: tuple[str, ...]):
     done = make(*words)
     assert done.code == 2
     assert REFUSED[words] in done.err
@@ -94,7 +94,7 @@ def test_words_that_nobody_knows_are_refused_before_anything_runs(words: tuple[s
     assert done.out == ""
 
 
-def test_check_passes_through_make():
+def test_make_passes_check():
     assert make("train", "model=inception_v3", "ARGS=--check").out == "the config is valid\n"
     done = make("train", "model=inception_v3", "epochs=0", "ARGS=--check")
     assert done.code == 2
@@ -107,13 +107,13 @@ def test_help_lists_every_target():
     named = {
         word
         for line in makefile.splitlines()
-        if line.startswith(("WORDED :=", "PLAIN :="))
+        if line.startswith(("TARGETS_WITH_KEYS :=", "TARGETS_WITHOUT_KEYS :="))
         for word in line.split(":=")[1].split()
     }
     assert listed == named
 
 
-def test_lock_files_hold_hashes_and_no_address():
+def test_lock_files_contain_hashes_and_no_urls():
     for lock in ROOT.glob("requirements/*.lock"):
         text = lock.read_text()
         assert "://" not in text, lock
@@ -122,10 +122,11 @@ def test_lock_files_hold_hashes_and_no_address():
         assert all("--hash=sha256:" in block for block in blocks), lock
 
 
-def test_an_environment_that_is_stale_keeps_its_interpreter(tmp_path: Path):
-    """Made with another Python, then the lock files changed: it is made anew with that one, not with the usual."""
+def test_stale_environment_keeps_its_interpreter(tmp_path: Path):
+    """An environment made with another Python is made again with that one after the lock files change."""
     for name in (
         "Makefile",
+        "pyproject.toml",
         "requirements/base.lock",
         "requirements/dev.lock",
         "requirements/uv.lock",
@@ -151,9 +152,9 @@ def plan_setup(folder: Path, *words: str) -> str:
 
 
 def made_by(plan: str) -> str:
-    """The file that set-up writes last, and that tells whether the environment is up to date."""
+    """The file that setup writes last; it shows whether the environment is up to date."""
     return re.findall(r"> (\.venv/\.made-with-_opt_python3\.12-\S+)", plan)[-1]
 
 
-def test_setup_is_instant_when_the_environment_is_there():
+def test_setup_does_nothing_when_the_environment_exists():
     assert "pip install" not in plan_setup(ROOT)

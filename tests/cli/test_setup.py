@@ -1,6 +1,6 @@
-"""`make setup` installs into the project's own environment: whatever the shell exports, wherever the project is moved.
+"""`make setup` installs into the project's environment, whatever the shell exports and wherever the project is moved.
 
-The real Makefile runs with stand-ins for python and uv, which record their arguments and their environment.
+The real Makefile runs with stubs for python and uv, which record their arguments and their environment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from support.commands import ROOT
 
-FOLDER = "a b%20c?d#é'\""  # make can't have most of these in the name of a target
+FOLDER = "a b%20c?d#é'\""  # most of these cannot be in the name of a make target
 GPU = Path("/proc/driver/nvidia/version").exists()
 
 STAND_IN = r"""#!/bin/sh
@@ -53,7 +53,7 @@ EXPORTED = {name: f"value of {name}" for name in REDIRECTING + FETCHING}
 
 @dataclass
 class Call:
-    """A stand-in was called."""
+    """A call of a stub."""
 
     folder: Path
     program: str
@@ -62,7 +62,7 @@ class Call:
 
     @property
     def exported(self) -> dict[str, str]:
-        """What it sees of all that concerns pip, uv and where Python looks for packages."""
+        """The variables about pip, uv and the module search path that it sees."""
         return {
             name: value
             for name, value in self.environment.items()
@@ -72,7 +72,7 @@ class Call:
 
 @dataclass
 class Project:
-    """The files that set-up reads, in a folder of their own."""
+    """A folder with the files that setup reads."""
 
     folder: Path
     stand_ins: Path
@@ -95,7 +95,7 @@ class Project:
         return done.stdout
 
     def calls(self) -> list[Call]:
-        """The calls since the last time this was asked."""
+        """The calls since the last query."""
         record = self.stand_ins / "calls"
         calls = [parse_call(text) for text in record.read_text().split("\2")[:-1]] if record.exists() else []
         record.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ def project(tmp_path: Path) -> Project:
     project = Project(tmp_path.resolve() / FOLDER, tmp_path.resolve() / "bin")
     project.folder.mkdir()
     (project.folder / "requirements").mkdir()
-    for file in (ROOT / "Makefile", *ROOT.glob("requirements/*.lock")):
+    for file in (ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("requirements/*.lock")):
         (project.folder / file.relative_to(ROOT)).write_bytes(file.read_bytes())
     project.stand_ins.mkdir()
     for name in ("python3", "python3-other"):
@@ -133,7 +133,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def calls_of_setup(python: str, *extras: str) -> list[list[str]]:
-    """Every program that set-up starts, with its arguments, but for the code that looks at Python's version."""
+    """Every program that setup starts, with its arguments, without the code that checks the version of Python."""
     uv = [".venv/bin/uv", "pip", "install", "--python", ".venv/bin/python", "--system-certs", "--quiet"]
     locks = ["requirements/base.lock", "requirements/dev.lock"] + ["requirements/gpu.lock"] * GPU
     pip = [".venv/bin/python", "-m", "pip", "install", "--no-user", "--quiet", "--disable-pip-version-check"]
@@ -175,8 +175,8 @@ def test_only_variables_about_fetching_packages_reach_setup(project: Project, wo
         assert call.exported == {name: EXPORTED[name] for name in FETCHING}, call.arguments
 
 
-def test_the_stand_ins_see_what_is_not_cleared(project: Project):
-    """Control of the test above."""
+def test_stubs_see_variables_that_are_not_cleared(project: Project):
+    """Negative control of the test above."""
     project.run("python3", "-m", "pip", **EXPORTED)
     project.run("env", "-u", "UV_PYTHON", "python3", "-m", "pip", **EXPORTED)
     everything, all_but_one = project.calls()
@@ -185,7 +185,7 @@ def test_the_stand_ins_see_what_is_not_cleared(project: Project):
 
 
 @pytest.mark.parametrize("transfer", [Project.copied_to, Project.moved_to])
-def test_a_project_in_another_folder_is_set_up_anew(project: Project, transfer):
+def test_project_in_another_folder_is_set_up_again(project: Project, transfer):
     other = f"{project.stand_ins}/python3-other"
     run = [".venv/bin/python", "-m", "train.export"]
     project.make("export", f"PYTHON={other}")
@@ -202,7 +202,7 @@ def test_a_project_in_another_folder_is_set_up_anew(project: Project, transfer):
     assert commands(project.calls()) == [run]
 
 
-def test_a_copy_leaves_the_environment_of_the_original(project: Project):
+def test_copy_does_not_change_the_environment_of_the_original(project: Project):
     project.make("export")
     copy = project.copied_to(project.folder.with_name("copy"))
     copy.make("setup")

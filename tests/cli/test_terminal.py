@@ -1,4 +1,4 @@
-"""A terminal that goes away, a pipe without a reader, a full disk below the output: none of them ends a run."""
+"""A closed terminal, a pipe without a reader, a full disk under the output: none of them ends a run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from train.sweep.workers import SweepSignalHandler, classify_exit
 from train.tracking import run_metadata, uploader
 from train.tracking.run_dir import create_run_dir
 from train.training import checkpoint
-from train.training.loop import Interrupted, SignalHandler
+from train.training.signals import Interrupted, SignalHandler
 
-DEADLINE_SECONDS = 120.0  # of whatever has to happen; nothing is asserted about how long it takes
+DEADLINE_SECONDS = 120.0  # generous; no test asserts how long something takes
 
 # What a shell does before it starts a command: a terminal in standard input becomes the controlling one.
 # SIGHUP must not be inherited from whoever runs the tests, who may have used nohup.
@@ -51,7 +51,7 @@ def wait_until(reached: Callable[[], Any]) -> None:
 
 @dataclass
 class OnTerminal:
-    """A process on a pseudo-terminal of its own. screen: what the terminal has shown."""
+    """A process on its own pseudo-terminal. screen: the output so far."""
 
     process: subprocess.Popen
     master: int
@@ -59,7 +59,7 @@ class OnTerminal:
 
     @classmethod
     def start(cls, *words: str, hangup: str = "SIG_DFL", stdout: Any = None) -> OnTerminal:
-        """hangup: what SIGHUP does to it at first; SIG_IGN is what nohup asks for. stdout: where that is elsewhere."""
+        """hangup: the initial action of SIGHUP; nohup sets SIG_IGN. stdout: if not the terminal."""
         master, slave = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, hangup, *words], cwd=ROOT, start_new_session=True,
@@ -69,10 +69,10 @@ class OnTerminal:
         return cls(process, master)
 
     def show_until(self, reached: Callable[[], Any]) -> None:
-        """Reads what is printed, as a terminal does, until something has happened."""
+        """Read the output, like a terminal, until the condition is true."""
 
         def read() -> Any:
-            with suppress(OSError):  # of a process that has ended
+            with suppress(OSError):  # the process has ended
                 if select.select([self.master], [], [], 0)[0]:
                     self.screen += os.read(self.master, 65536)
             assert self.process.poll() is None, self.screen.decode(errors="replace")
@@ -90,7 +90,7 @@ class OnTerminal:
 
 # ------------------------------------------------------------------------------------------------------- the streams
 
-# Output as a run has it: a live bar, lines, errors, and something that is still in the buffer at the end.
+# Output like that of a run: a progress bar, lines, errors, and something still in the buffer at the end.
 STORY = """
 import os, sys, time
 from pathlib import Path
@@ -123,7 +123,7 @@ finished.write_text("finished")
 
 
 def tell(tmp_path: Path, start: Callable[..., tuple[subprocess.Popen, Callable[[], None]]], *words: str) -> bool:
-    """Runs the story on an output that `start` gives and takes away; whether it came to its end, with exit code 0."""
+    """Run the script on an output that `start` opens and removes; whether it finished with exit code 0."""
     gone, finished = tmp_path / f"gone-{words[0]}", tmp_path / f"finished-{words[0]}"
     process, take_away = start("-c", STORY, words[0], str(gone), str(finished), *words[1:])
     take_away()
@@ -173,8 +173,8 @@ def on_full_disk(*words: str) -> tuple[subprocess.Popen, Callable[[], None]]:
         (on_full_disk, "before"),
     ],
 )
-def test_a_process_outlasts_whoever_reads_its_output(start: Any, when: str, tmp_path: Path):
-    """With the streams that Python makes it does not."""
+def test_process_survives_the_reader_of_its_output(start: Any, when: str, tmp_path: Path):
+    """With Python's own streams it does not."""
     assert tell(tmp_path, start, "protected", when)
     assert not tell(tmp_path, start, "unprotected", when)
 
@@ -193,8 +193,8 @@ with open(sys.argv[2], "w") as journal:
 """
 
 
-def test_streams_that_are_closed_from_the_start_do_not_write_into_files(tmp_path: Path):
-    """The next file that is opened gets the number of a closed stream, unless something else has it."""
+def test_streams_closed_at_start_do_not_write_into_files(tmp_path: Path):
+    """The next opened file gets the descriptor of a closed stream unless something else occupies it."""
     written = {}
     for name in ("protected", "unprotected"):
         words = [sys.executable, "-c", CLOSED, name, str(tmp_path / name)]
@@ -215,7 +215,7 @@ assert sys.stdout is protected and protected is not sys.__stdout__
 after = [(stream.isatty(), stream.encoding, stream.fileno(), stream.writable()) for stream in (sys.stdout, sys.stderr)]
 assert before == after, (before, after)
 assert before[0][0] and before[0][2] == 1
-print("caf\\u00e9 \\udcff", "a" * 200_000)  # what a terminal can't show must not end a run either
+print("caf\\u00e9 \\udcff", "a" * 200_000)  # a character that a terminal cannot show must not end a run either
 sys.stdout.buffer.write(b"bytes\\n")
 sys.stdout.flush()
 sys.stderr.write("at once\\n")
@@ -223,7 +223,7 @@ os.read(0, 1)
 """
 
 
-def test_a_protected_stream_is_a_usual_one_as_long_as_somebody_reads(monkeypatch: pytest.MonkeyPatch):
+def test_protected_stream_behaves_normally_while_it_has_a_reader(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     started = OnTerminal.start("-c", PROPERTIES)
     started.show_until(lambda: started.screen.endswith(b"at once\r\n"))
@@ -234,7 +234,7 @@ def test_a_protected_stream_is_a_usual_one_as_long_as_somebody_reads(monkeypatch
 
 
 @pytest.mark.usefixtures("capsys")
-def test_streams_that_a_program_has_put_in_place_stay():
+def test_replaced_streams_are_kept():
     before = sys.stdout, sys.stderr
     terminal.protect_output()
     assert (sys.stdout, sys.stderr) == before
@@ -252,7 +252,7 @@ arguments.main(story, only_prints=sys.argv.pop() == "prints")
 """
 
 
-def test_a_command_that_only_prints_ends_without_a_reader_and_others_go_on():
+def test_only_a_command_that_just_prints_ends_without_a_reader():
     """By the convention of the shell, the exit code is that of SIGPIPE."""
     shell = '"$@" | head -1; echo "${PIPESTATUS[0]}"'
     words = ["bash", "-c", shell, "bash", sys.executable, "-c", PRINTS]
@@ -260,9 +260,9 @@ def test_a_command_that_only_prints_ends_without_a_reader_and_others_go_on():
     assert run_command(*words, "writes") == Done(0, "line 0\n0\n", "done\n")
 
 
-def test_what_only_prints_says_that_its_output_could_not_be_kept():
+def test_command_that_just_prints_reports_lost_output():
     done = run_command("sh", "-c", '"$@" > /dev/full', "sh", sys.executable, "-c", PRINTS, "prints")
-    assert (done.code, done.err) == (1, "error: standard output can't be written (No space left on device)\n")
+    assert (done.code, done.err) == (1, "error: cannot write to standard output (No space left on device)\n")
 
 
 # ------------------------------------------------------------------------------------------------------- the signals
@@ -270,7 +270,7 @@ def test_what_only_prints_says_that_its_output_could_not_be_kept():
 
 @pytest.fixture
 def hangup() -> Iterator[None]:
-    """SIGHUP as it is without nohup, whoever runs the tests."""
+    """The default action of SIGHUP, even if the tests run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -286,50 +286,50 @@ HUP, TERM, INT = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
 
 @pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("numbers", [(HUP,), (HUP, HUP), (HUP, TERM), (HUP, HUP, TERM), (TERM, HUP), (INT, HUP)])
-def test_all_that_a_closing_terminal_sends_is_one_wish(numbers: tuple[int, ...]):
-    with SignalHandler().installed() as stops, stops.deferred():
+def test_all_signals_of_a_closing_terminal_count_as_one_request(numbers: tuple[int, ...]):
+    with SignalHandler().installed() as signals, signals.deferred():
         send(*numbers)
         with pytest.raises(Interrupted, match=f"^stopped by {signal.Signals(numbers[0]).name}$") as stop:
-            stops.raise_if_requested()
-    assert (stops.exit_code(), stop.value.immediate) == (128 + numbers[0], False)
-    wish = SweepSignalHandler()
-    with wish.installed():
+            signals.raise_if_requested()
+    assert (signals.exit_code(), stop.value.immediate) == (128 + numbers[0], False)
+    sweep_signals = SweepSignalHandler()
+    with sweep_signals.installed():
         send(*numbers)
-    assert (wish.exit_code(), wish.immediate) == (128 + numbers[0], False)
+    assert (sweep_signals.exit_code(), sweep_signals.immediate) == (128 + numbers[0], False)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 @pytest.mark.usefixtures("hangup")
-def test_a_person_hurries_a_stop_and_a_terminal_does_not(monkeypatch: pytest.MonkeyPatch):
-    """However late they come."""
+def test_only_a_repeated_signal_of_a_person_stops_immediately(monkeypatch: pytest.MonkeyPatch):
+    """However late the signals arrive."""
     monkeypatch.setattr(SignalHandler, "REPEAT_SECONDS", 0.0)
-    wish = SweepSignalHandler()
-    with SignalHandler().installed() as stops, stops.deferred():
+    sweep_signals = SweepSignalHandler()
+    with SignalHandler().installed() as signals, signals.deferred():
         send(HUP, HUP)
         with pytest.raises(Interrupted, match="SIGTERM") as stop:
             send(TERM)
     assert stop.value.immediate
-    with wish.installed():
+    with sweep_signals.installed():
         send(HUP, HUP)
-        assert (wish.signal, wish.immediate) == (HUP, False)
+        assert (sweep_signals.signal, sweep_signals.immediate) == (HUP, False)
         send(TERM)
-        assert (wish.signal, wish.immediate) == (TERM, True)
+        assert (sweep_signals.signal, sweep_signals.immediate) == (TERM, True)
 
 
 @pytest.mark.usefixtures("hangup")
-def test_where_it_was_ignored_at_the_start_it_stays_ignored():
+def test_sighup_ignored_at_start_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    wish = SweepSignalHandler()
-    with SignalHandler().installed() as stops, wish.installed():
+    sweep_signals = SweepSignalHandler()
+    with SignalHandler().installed() as signals, sweep_signals.installed():
         send(HUP, HUP)
-    assert (stops.exit_code(), wish.exit_code()) == (0, 0)
+    assert (signals.exit_code(), sweep_signals.exit_code()) == (0, 0)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-# A mutex that is locked already is waited for in one call: Python runs no handler until it ends.
+# Waiting for a locked mutex is a single call: Python runs no handler until it returns.
 STUCK = """
 import ctypes
-from train.training.loop import SignalHandler
+from train.training.signals import SignalHandler
 SignalHandler.GRACE_SECONDS, SignalHandler.REPEAT_SECONDS = 0.1, 60.0
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 with SignalHandler().installed() as signals, signals.deferred():
@@ -340,7 +340,7 @@ with SignalHandler().installed() as signals, signals.deferred():
 
 
 @pytest.mark.parametrize(("numbers", "code"), [((HUP, TERM, HUP), None), ((INT, TERM), 143)])
-def test_a_closing_terminal_does_not_end_a_process_that_is_in_a_long_step(numbers: tuple[int, ...], code: int | None):
+def test_closing_terminal_does_not_kill_a_process_in_a_long_step(numbers: tuple[int, ...], code: int | None):
     words = [sys.executable, "-c", LAUNCH, "SIG_DFL", "-c", STUCK]
     with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline() == b"ready\n"
@@ -357,7 +357,7 @@ def test_a_closing_terminal_does_not_end_a_process_that_is_in_a_long_step(number
             process.kill()
 
 
-def test_a_trial_that_was_hung_up_may_be_begun_again(tmp_path: Path):
+def test_trial_ended_by_sighup_is_retryable(tmp_path: Path):
     class Trial:
         folder = tmp_path
 
@@ -396,32 +396,32 @@ def steps_done(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The summary of a run whose output nobody takes away."""
+    """The summary of a run that keeps its output."""
     folder = tmp_path_factory.mktemp("untouched") / "run"
     config = composition.compose([*TINY, f"run_dir={folder}"])
-    made = create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
-    life = train_and_evaluate.RunSession(
-        made, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(made, config)
+    run_dir = create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
+    session = train_and_evaluate.RunSession(
+        run_dir, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(run_dir, config)
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploader, "start", lambda *_: None)
-        train_and_evaluate.train_and_evaluate(life)
-    return life.summary
+        train_and_evaluate.train_and_evaluate(session)
+    return session.summary
 
 
 def uploaders(folder: Path) -> list[int]:
-    """Processes that complete the MLflow record of a run."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
-            if f"train.tracking.uploader\0{folder}\0".encode() in (place / "cmdline").read_bytes():
-                found.append(int(place.name))
-    return found
+    """Process ids of the uploader of a run."""
+    processes = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended in the meantime
+            if f"train.tracking.uploader\0{folder}\0".encode() in (process / "cmdline").read_bytes():
+                processes.append(int(process.name))
+    return processes
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A run's folder. What its record still lacks in the end is nobody's loss."""
+    """The path of a run; its uploader is ended after the test."""
     yield tmp_path / "run"
     for process in uploaders(tmp_path / "run"):
         os.kill(process, signal.SIGKILL)
@@ -432,13 +432,13 @@ def words_of(folder: Path) -> list[str]:
 
 
 def tells_its_end(folder: Path, status: str) -> bool:
-    """Whether train.log has the run's last line at its end, and nothing of an exception."""
-    told = log_of(folder)
-    return "Traceback" not in told and f"status={status} model=vgg16 " in told.splitlines()[-1]
+    """Whether train.log ends with the summary line and contains no traceback."""
+    log = log_of(folder)
+    return "Traceback" not in log and f"status={status} model=vgg16 " in log.splitlines()[-1]
 
 
 def goes_on_to_its_end(started: OnTerminal, folder: Path, until: int) -> bool:
-    """Closes its terminal, with the live bar on it, in the middle of an epoch; whether it goes on from there."""
+    """Close its terminal during an epoch, with the progress bar on it; whether it continues to the end."""
     started.show_until(lambda: steps_done(folder) >= until)
     assert b"epoch" in started.screen and b" left " in started.screen
     at = steps_done(folder)
@@ -448,8 +448,8 @@ def goes_on_to_its_end(started: OnTerminal, folder: Path, until: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_stops_a_run_in_order_and_with_nohup_not_at_all(folder: Path, untouched: dict[str, Any]):
-    """First `make train | head -1` on a terminal that is closed later, with SIGTERM at once after its SIGHUP; then
+def test_closed_terminal_stops_a_run_cleanly_unless_nohup(folder: Path, untouched: dict[str, Any]):
+    """First `make train | head -1` on a terminal that is closed later, with SIGTERM right after its SIGHUP; then
     `make resume` on another terminal, with SIGHUP ignored.
     """
     with subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as head:
@@ -473,7 +473,7 @@ def test_a_closed_terminal_stops_a_run_in_order_and_with_nohup_not_at_all(folder
         == stopped["steps_executed"]
         < STEPS
     )
-    assert f"to go on: make resume run={folder}\n" in log_of(folder)
+    assert f"to continue: make resume run={folder}\n" in log_of(folder)
     assert tells_its_end(folder, "interrupted")
     assert b"Traceback" not in first.screen
 
@@ -496,7 +496,7 @@ def test_a_closed_terminal_stops_a_run_in_order_and_with_nohup_not_at_all(folder
     ],
     ids=["head", "closed", "full"],
 )
-def test_a_run_without_its_output_trains_to_the_same_bits(
+def test_run_without_a_reader_trains_to_the_same_bits(
     shell: str, printed: int, folder: Path, untouched: dict[str, Any]
 ):
     done = run_command("bash", "-c", shell, "bash", sys.executable, "-m", "train", *words_of(folder))
@@ -516,8 +516,8 @@ __main__.main()
 
 
 @pytest.mark.slow
-def test_with_the_usual_streams_a_closed_terminal_ends_a_run(folder: Path):
-    """The negative control: SIGHUP is ignored, and the run dies of its own output."""
+def test_closed_terminal_kills_a_run_with_unprotected_streams(folder: Path):
+    """Negative control: SIGHUP is ignored, but writing to the closed terminal kills the run."""
     started = OnTerminal.start("-c", UNPROTECTED, *words_of(folder), hangup="SIG_IGN")
     started.show_until(lambda: steps_done(folder) >= 2)
     started.close()
@@ -526,8 +526,8 @@ def test_with_the_usual_streams_a_closed_terminal_ends_a_run(folder: Path):
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_stops_a_sweep_in_order(tmp_path: Path):
-    """The trial has a session of its own: the launcher passes the stop on."""
+def test_closed_terminal_stops_a_sweep_cleanly(tmp_path: Path):
+    """The trial has its own session; the launcher forwards the stop."""
     folder = tmp_path / "sweep"
     words = [word for word in words_of(folder) if not word.startswith(("epochs", "evaluate"))]
     launcher = OnTerminal.start("-m", "train", "-m", *words, "epochs=500", "seed=0,1", "sweep.parallel=1")

@@ -1,4 +1,4 @@
-"""The schema, the shipped YAML, and what a mistake is answered with."""
+"""The schema, the shipped YAML, and the messages about errors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hydra import initialize_config_dir
 
 from support.commands import ROOT, run_command, run_train
 from train.config import composition as composer
+from train.config import hydra_errors
 from train.config import schema as schema
 from train.config.composition import compose
 from train.config.schema import Config, ConfigError, Sweep
@@ -107,19 +108,19 @@ DEFAULT = {
     "run_dir": None,
 }
 
-# What is typed -> the whole answer.
+# Override -> the whole message.
 MISTAKES = {
     "model=resnet": "model must be one of inception_resnet_v2, inception_v1, inception_v3, vgg16, vgg16_inception, "
     "got resnet",
     "model=vgg16_incpetion": "model must be one of inception_resnet_v2, inception_v1, inception_v3, vgg16, "
     "vgg16_inception, got vgg16_incpetion; did you mean model=vgg16_inception?",
-    "modle=vgg16": "modle is no key; did you mean model?",
-    "model.widht=2": "model.widht is no key; did you mean model.width?",
-    "learning_rate=1": "learning_rate is no key; did you mean optimizer.learning_rate?",
-    "+model.q=2": "model.q is no key of model; use one of model.aux_weight, model.batch_norm_momentum, "
+    "modle=vgg16": 'unknown key "modle"; did you mean model?',
+    "model.widht=2": 'unknown key "model.widht"; did you mean model.width?',
+    "learning_rate=1": 'unknown key "learning_rate"; did you mean optimizer.learning_rate?',
+    "+model.q=2": 'unknown key "model.q"; valid keys: model.aux_weight, model.batch_norm_momentum, '
     "model.blocks, model.head, model.name, model.weights, model.width",
-    "model.batch_norm=false": "model.batch_norm is no key of the chosen model; it belongs to model=inception_v1",
-    "data.root=/tmp": "data.root is no key of the chosen data; it belongs to data=folder or manifest",
+    "model.batch_norm=false": "model.batch_norm exists only for model=inception_v1",
+    "data.root=/tmp": "data.root exists only for data=folder or manifest",
     "epochs=three": "epochs must be a whole number, got three; use e.g. epochs=12",
     "epochs=1.5": "epochs must be a whole number, got 1.5; use e.g. epochs=12",
     "epochs=": "epochs must be a whole number, got ; use e.g. epochs=12",
@@ -132,7 +133,7 @@ MISTAKES = {
     "model.width=nan": "model.width must be a finite number, got nan; use e.g. model.width=1.0",
     "optimizer.learning_rate=inf": "optimizer.learning_rate must be a finite number, got inf; "
     "use e.g. optimizer.learning_rate=0.01",
-    "augment.name=none": "augment.name must not be typed, got none; use augment=none",
+    "augment.name=none": "augment.name cannot be set by itself, got none; use augment=none",
     "model.width=0": "model.width must be above 0 and at most 4, got 0.0; use e.g. model.width=1.0",
     "model.blocks=[conv,conv]": "model.blocks must name five blocks, got 2; "
     "use e.g. model.blocks=[conv_bn,conv_bn,inception_v1,conv_bn,inception_v3]",
@@ -145,13 +146,13 @@ MISTAKES = {
     "data.image_size=31": "data.image_size must be at least 32 for vgg16_inception, got 31; use data.image_size=32",
     "tracking.uri=nonsense": "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's "
     "address), got 'nonsense'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
-    "tracking.uri=http://me:pw@there/x?token=y": "words must be key=value, got tracking.uri=...; "
-    "put quotes inside for special characters: key=\"'...'\"",
+    "tracking.uri=http://me:pw@there/x?token=y": "arguments must be key=value, got tracking.uri=...; "
+    "quote special characters twice: key=\"'...'\"",
     "tracking.uri='ftp://me:pw@there/x?token=y'": "tracking.uri must be http(s)://host:port or sqlite:///path (or "
     "another database's address), got 'ftp://there/x'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for "
     "mlflow.db",
-    "++tracking.uri=http://me:pw@there/x?token=y": "words must be key=value, got tracking.uri=...; "
-    "put quotes inside for special characters: key=\"'...'\"",
+    "++tracking.uri=http://me:pw@there/x?token=y": "arguments must be key=value, got tracking.uri=...; "
+    "quote special characters twice: key=\"'...'\"",
     "tracking.uri='http://[::1'": "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's "
     "address), got 'http://[::1'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
     "tracking.experiment=a/b": "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
@@ -168,32 +169,32 @@ MISTAKES = {
     "use data.background=[255,255,255]",
     "data.background=[0,0,256]": "data.background must be at least 0 and at most 255, got 256; "
     "use e.g. data.background=[255,255,255]",
-    "jit=on": "jit=on must go with deterministic=false, got true; use both words, or jit=off",
+    "jit=on": "jit=on requires deterministic=false, got true; set both, or use jit=off",
     "data.balanced=true data.class_weights=true": "data.balanced and data.class_weights exclude each other, got both; "
     "use one of them",
     "data.on_leak=ignore": "data.on_leak must be one of warn, drop, raise, got ignore",
     "augment.mixup=-1": "augment.mixup must be at least 0, got -1.0; use e.g. augment.mixup=0.0",
-    "model=vgg16,inception_v1": "model must be one value, got vgg16,inception_v1; "
-    "to try each of them use make sweep model=vgg16,inception_v1",
-    "model={": "words must be key=value, got model={; put quotes inside for special characters: key=\"'...'\"",
+    "model=vgg16,inception_v1": "model takes a single value, got vgg16,inception_v1; "
+    "to run both: make sweep model=vgg16,inception_v1",
+    "model={": "arguments must be key=value, got model={; quote special characters twice: key=\"'...'\"",
 }
 
 
-def test_the_default_config_is_this():
-    content = dataclasses.asdict(compose([]))
-    assert content.pop("sweep") == dataclasses.asdict(Sweep())
-    assert content.pop("claim") == dataclasses.asdict(schema.Claim())
-    assert flatten(content) == DEFAULT
+def test_default_config_matches_the_expected_values():
+    config = dataclasses.asdict(compose([]))
+    assert config.pop("sweep") == dataclasses.asdict(Sweep())
+    assert config.pop("claim") == dataclasses.asdict(schema.Claim())
+    assert flatten(config) == DEFAULT
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
-def test_a_mistake_is_answered_in_one_line(typed: str):
+def test_invalid_config_is_reported_in_one_line(typed: str):
     with pytest.raises(ConfigError) as caught:
         compose(typed.split(" "))
     assert str(caught.value) == MISTAKES[typed]
 
 
-def test_the_smallest_image_depends_on_the_model():
+def test_minimum_image_size_depends_on_the_model():
     with pytest.raises(ConfigError, match="at least 75 for inception_v3, got 74;"):
         compose(["model=inception_v3", "data.image_size=74"])
     assert compose(["model=inception_v3"]).data.image_size == 75
@@ -222,7 +223,7 @@ def test_every_shipped_experiment_composes_and_opens_with_its_command(name: str)
     assert any(f"make train experiment={name}" in line for line in first)
 
 
-def test_every_key_says_what_it_is():
+def test_every_key_has_a_description():
     nodes = [
         Config,
         schema.EarlyStopping,
@@ -238,10 +239,10 @@ def test_every_key_says_what_it_is():
             assert dataclasses.is_dataclass(item.default_factory) or item.metadata["text"], f"{node}.{item.name}"
 
 
-def test_names_and_sizes_are_those_of_the_rooms_behind_them():
+def test_schema_names_and_sizes_match_the_implementations():
     from train import data, models
     from train.data.augmentation.policy import AUGMENTS
-    from train.training import optimizers
+    from train.training import optimizers, schedules
 
     assert schema.MIN_IMAGE_SIZE == models.MIN_IMAGE_SIZE
     assert set(schema.BLOCK_KINDS) == set(models.BLOCK_KINDS)
@@ -249,7 +250,7 @@ def test_names_and_sizes_are_those_of_the_rooms_behind_them():
     assert set(schema.GROUPS["model"]) == set(models.BUILDERS)
     assert set(schema.GROUPS["augment"]) == set(AUGMENTS)
     assert set(schema.GROUPS["optimizer"]) == set(optimizers.OPTIMIZERS)
-    assert set(schema.GROUPS["schedule"]) == set(optimizers.SCHEDULES)
+    assert set(schema.GROUPS["schedule"]) == set(schedules.SCHEDULES)
 
 
 def test_every_key_has_a_reader():
@@ -257,7 +258,7 @@ def test_every_key_has_a_reader():
     from train import data, models
     from train.data import pipeline, pixel_cache
     from train.data.augmentation.policy import AUGMENTS, build
-    from train.training import optimizers
+    from train.training import optimizers, schedules
 
     def keys(group: str, name: str) -> set[str]:
         return {item.name for item in dataclasses.fields(schema.GROUPS[group][name])} - {"name"}
@@ -271,7 +272,7 @@ def test_every_key_has_a_reader():
     for name in schema.GROUPS["augment"]:
         assert keys("augment", name) == takes(AUGMENTS[name]) | takes(build) - {"name", "options"}, name
     for name in schema.GROUPS["schedule"]:
-        assert keys("schedule", name) == takes(optimizers.SCHEDULES[name]) | {"warmup_epochs"}, name
+        assert keys("schedule", name) == takes(schedules.SCHEDULES[name]) | {"warmup_epochs"}, name
     for name in schema.GROUPS["optimizer"]:
         common = {"learning_rate", "weight_decay"}
         assert keys("optimizer", name) == takes(optimizers.OPTIMIZERS[name]) - {"common"} | common, name
@@ -289,7 +290,7 @@ def test_every_key_has_a_reader():
         assert re.search(rf"\bstage\.{item.name}\b", sources), item.name
 
 
-def test_the_hash_covers_what_decides_the_result_and_nothing_else():
+def test_config_hash_covers_exactly_what_decides_the_result():
     base = config_hash(compose([]), Redactor())
     same = compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])
     assert config_hash(same, Redactor()) == base
@@ -297,18 +298,18 @@ def test_the_hash_covers_what_decides_the_result_and_nothing_else():
         assert config_hash(compose([word]), Redactor()) != base, word
 
 
-def test_secrets_are_left_out_of_what_is_stored():
+def test_secrets_are_not_stored():
     config = compose(["tracking.uri='https://me:hunter2@host:5000/path?token=abc'"])
     assert to_dict(config, Redactor())["tracking"]["uri"] == "https://host:5000/path"
     for uri in ("sqlite:///mlflow.db", "sqlite:////abs/x.db", "http://127.0.0.1:5000"):
         assert strip_credentials(uri) == uri
 
 
-def composed(*words: str) -> tuple[Redactor, dict]:
-    """What is private about the config that these words make, and what would be stored of it."""
+def composed(*overrides: str) -> tuple[Redactor, dict]:
+    """The redactor of a config, and what would be stored of it."""
     composer.register_schema()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        node = hydra_compose("config", overrides=list(words))
+        node = hydra_compose("config", overrides=list(overrides))
     private = composer.make_redactor(node)
     return private, to_dict(composer.to_config(node), private)
 
@@ -330,7 +331,7 @@ def test_environment_values_are_stored_as_references(monkeypatch: pytest.MonkeyP
         assert "hunter2" not in private.redact(text), word
 
 
-def test_the_password_of_an_address_is_hidden_as_written_and_as_meant():
+def test_password_of_a_url_is_redacted_encoded_and_decoded():
     private, _ = composed("tracking.uri='http://me:p%40ss-word@host:1'")
     assert private.redact("p%40ss-word or p@ss-word, me at home") == "*** or ***, me at home"
 
@@ -338,25 +339,25 @@ def test_the_password_of_an_address_is_hidden_as_written_and_as_meant():
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def test_a_mistake_exits_with_2_in_one_line_without_tensorflow():
+def test_config_error_exits_with_2_in_one_line_without_tensorflow():
     done = run_train("epochs=three", env={"PYTHONPROFILEIMPORTTIME": "1"})
-    told = [line for line in done.err.splitlines() if not line.startswith("import time:")]
+    error_lines = [line for line in done.err.splitlines() if not line.startswith("import time:")]
     assert (done.code, done.out) == (2, "")
-    assert told == ["error: epochs must be a whole number, got three; use e.g. epochs=12"]
+    assert error_lines == ["error: epochs must be a whole number, got three; use e.g. epochs=12"]
     imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
     assert "hydra" in imported
     assert not imported & {"tensorflow", "keras", "mlflow", "numpy", "sklearn", "matplotlib", "optuna", "rich.console"}
     assert len(imported) < 500  # a change that doubles the wait is seen; seconds would depend on the machine
 
 
-def test_check_says_yes_to_a_valid_config_and_trains_nothing(tmp_path: Path):
+def test_check_accepts_a_valid_config_without_training(tmp_path: Path):
     done = run_train("model=inception_v3", f"run_dir={tmp_path / 'run'}", "--check")
     assert (done.code, done.out, done.err) == (0, "the config is valid\n", "")
     assert not (tmp_path / "run").exists()
     assert run_train("model=inception_v3", "data.image_size=32", "--check").code == 2
 
 
-def test_data_faults_are_found_before_tensorflow(tmp_path: Path):
+def test_data_errors_are_found_before_tensorflow_is_imported(tmp_path: Path):
     done = run_train("data=folder", "--check")
     assert done.code == 2
     assert "data.root must be a folder with one sub-folder of images per class, got" in done.err
@@ -366,20 +367,20 @@ def test_data_faults_are_found_before_tensorflow(tmp_path: Path):
     assert len(done.err.splitlines()) == 1
 
 
-def test_an_environment_reference_in_a_mistake_is_not_shown():
+def test_value_of_an_environment_reference_is_not_shown_in_an_error():
     done = run_train("tracking.uri=${oc.env:PLACE}", "--check", env={"PLACE": "hunter2"})
     assert done.code == 2
     assert "hunter2" not in done.err + done.out
     assert "${oc.env:PLACE}" in done.err
 
 
-def test_an_environment_value_of_the_wrong_type_is_not_shown():
+def test_environment_value_of_the_wrong_type_is_not_shown():
     done = run_train("epochs=${oc.env:PLACE}", "--check", env={"PLACE": "hunter2"})
     assert done.code == 2
     assert "hunter2" not in done.err + done.out
 
 
-def test_a_sweep_leaves_no_words_behind(tmp_path: Path):
+def test_sweep_leaves_no_overrides_behind(tmp_path: Path):
     done = run_train(
         "-m", "seed=0,1", "tracking.uri='http://me:hunter2@host:1'", "--check", env={"TMPDIR": str(tmp_path)}
     )
@@ -388,15 +389,13 @@ def test_a_sweep_leaves_no_words_behind(tmp_path: Path):
     assert not (ROOT / "multirun").exists()
 
 
-def test_weights_that_are_not_there_are_found_before_tensorflow():
+def test_missing_weights_are_reported_before_tensorflow_is_imported():
     done = run_train("model.weights='~/no/such.weights.h5'", "--check")
     assert done.code == 2
-    assert done.err.startswith(
-        f"error: model.weights must be a file, got {Path.home()}/no/such.weights.h5, which is none"
-    )
+    assert done.err.startswith(f"error: model.weights={Path.home()}/no/such.weights.h5 is not a file")
 
 
-def test_completion_knows_groups_and_keys():
+def test_completion_offers_groups_and_keys():
     script = "source <(.venv/bin/inception-train -sc install=bash 2>/dev/null); complete -p inception-train"
     assert "hydra_bash_completion" in run_command("bash", "-c", script).out
     query = {"COMP_LINE": "inception-train model=", "COMP_POINT": "22"}
@@ -407,13 +406,13 @@ def test_completion_knows_groups_and_keys():
     assert "optimizer.learning_rate=" in done.out.split()
 
 
-def test_the_trainer_knows_no_mlflow():
-    """Nothing that the story of a run imports brings it in; the uploader's own modules import it when they need it."""
+def test_trainer_does_not_import_mlflow():
+    """Nothing that training imports brings it in; the modules of the uploader import it when they need it."""
     script = "import sys, train.run.train_and_evaluate, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
     assert run_command(sys.executable, "-c", script).code == 0
 
 
-def test_the_explanations_do_not_hide_a_fault_they_do_not_know():
+def test_unknown_hydra_error_is_not_hidden():
     from hydra.errors import HydraException
 
-    assert composer.explain(HydraException("something\nnew")) == "something new"
+    assert hydra_errors.explain(HydraException("something\nnew")) == "something new"

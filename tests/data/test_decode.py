@@ -1,4 +1,4 @@
-"""Encoded bytes to pixels: formats, turning, transparency, limits, scaling."""
+"""Encoded bytes to pixels: formats, orientation, transparency, limits, scaling."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ from support.commands import message
 from train.data import decode
 from train.data.decode import Header, ImageSpec
 
-FORMATS = "no image of a known format (JPEG, PNG, GIF, BMP, WEBP)"
+FORMATS = "not an image in a supported format (JPEG, PNG, GIF, BMP, WEBP)"
 BACKGROUND = (10, 200, 70)
 
 
@@ -34,7 +34,7 @@ def luma(pixels):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
-def test_colour_and_grey_are_exact(kind):
+def test_color_and_grey_images_are_decoded_exactly(kind):
     pixels = noise(5, 7, 3)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     data = encode(Image.fromarray(pixels), kind, **options)
@@ -94,7 +94,7 @@ def test_transparency_is_composed_onto_the_background(mode, background):
         np.testing.assert_array_equal(decode.decode(data, 3), decoded)  # unless told otherwise
 
 
-def test_palette_with_and_without_transparency():
+def test_palette_images_are_decoded_with_and_without_transparency():
     indices = np.array([[0, 1], [2, 1]], np.uint8)
     image = Image.frombytes("P", (2, 2), indices.tobytes())
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
@@ -109,14 +109,14 @@ def test_palette_with_and_without_transparency():
             np.testing.assert_array_equal(decode.decode(clear, 3, background), expected)
 
 
-def test_a_view_has_its_own_background():
+def test_image_spec_sets_the_background():
     data = encode(Image.new("RGBA", (4, 4), (1, 2, 3, 0)))
     seen = decode.decode_and_resize(data, ImageSpec(2, 3, background=BACKGROUND))
     np.testing.assert_array_equal(seen, np.broadcast_to(BACKGROUND, (2, 2, 3)))
     np.testing.assert_array_equal(decode.decode_and_resize(data, ImageSpec(2, 3)), np.full((2, 2, 3), 255))
 
 
-def test_cmyk_is_exact():
+def test_cmyk_is_converted_exactly():
     ink = np.zeros((16, 16, 4), np.uint8)
     ink[:8, :, 0] = 255  # full cyan above, full black below
     ink[8:, :, 3] = 255
@@ -127,7 +127,7 @@ def test_cmyk_is_exact():
 
 
 def png16(samples, colour_type, *more, size=None):
-    """16-bit PNG, which Pillow writes for grey only; size: (width, height) that it claims to have."""
+    """A 16-bit PNG, which Pillow writes for grey only; size: (width, height) in its header."""
     width, height = size or samples.shape[1::-1]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
@@ -154,13 +154,13 @@ def test_16_bit_samples_keep_their_high_byte():
     np.testing.assert_array_equal(decode.decode(clear, 3, BACKGROUND)[0], [[0, 0, 0], [0, 0, 0], BACKGROUND])
 
 
-def test_first_frame_of_a_gif():
+def test_gif_gives_its_first_frame():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(decode.decode(data, 3), np.broadcast_to([255, 0, 0], (4, 4, 3)))
 
 
-def test_broken_bytes_have_a_reason():
+def test_broken_bytes_are_rejected_with_a_reason():
     whole = encode(Image.fromarray(noise(64, 64, 3)), "JPEG")
     assert message(decode.decode, whole[: len(whole) // 2], 3).startswith("image file is truncated")
     for read in (decode.read_header, lambda data: decode.decode(data, 3)):
@@ -188,7 +188,7 @@ def turned(orientation):
         ("WEBP", ["RGB", "RGBA"]),
     ],
 )
-def test_a_header_says_what_the_image_is(kind, modes):
+def test_header_has_the_format_and_size(kind, modes):
     for mode in modes:
         through = {"LA": "RGBA", "RGBA": "RGBA", "I;16": "L"}.get(mode, "RGB")
         data = encode(Image.fromarray(noise(5, 7, 4)).convert(through).convert(mode), kind)
@@ -196,45 +196,45 @@ def test_a_header_says_what_the_image_is(kind, modes):
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 9])
-def test_a_header_has_the_sides_as_they_are_stored(orientation):
+def test_header_has_the_stored_size(orientation):
     data = encode(Image.new("RGB", (7, 5)), "JPEG", exif=turned(orientation))
     assert decode.read_header(data) == Header("JPEG", 7, 5, "RGB")
     assert decode.decode(data, 3).shape == ((7, 5, 3) if orientation == 6 else (5, 7, 3))
     assert decode.is_upright(data) == (orientation in (1, 9))  # there is no 9
 
 
-def test_more_pixels_than_the_limit_are_refused():
+def test_more_pixels_than_the_limit_are_rejected():
     data = encode(Image.fromarray(noise(5, 7, 3)))
-    said = "7x5 pixels are more than the limit of 34"
-    assert message(decode.read_header, data, 34) == said
-    assert message(decode.decode, data, 3, max_pixels=34) == said
+    expected = "7x5 pixels are more than the limit of 34"
+    assert message(decode.read_header, data, 34) == expected
+    assert message(decode.decode, data, 3, max_pixels=34) == expected
     assert decode.read_header(data, 35).width == 7
     assert decode.decode(data, 3, max_pixels=35).shape == (5, 7, 3)
 
 
 def bomb(width, height, rows=b"\0\0"):
-    """A PNG that claims to be large."""
+    """A PNG with a large size in its header."""
     return png([(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows, 1))])
 
 
 @pytest.mark.parametrize(("width", "height"), [(8_000, 7_000), (100_000, 50_000), (2**31 - 1, 2**31 - 1)])
-def test_a_bomb_is_refused_by_its_header(width, height):
+def test_decompression_bomb_is_rejected_by_its_header(width, height):
     data = bomb(width, height)
     assert len(data) < 70
-    said = f"{width}x{height} pixels are more than the limit of 50,000,000"
-    assert message(decode.read_header, data) == said
-    assert message(decode.decode, data, 3) == said
+    expected = f"{width}x{height} pixels are more than the limit of 50,000,000"
+    assert message(decode.read_header, data) == expected
+    assert message(decode.decode, data, 3) == expected
 
 
-def test_a_higher_limit_holds_as_it_was_set():
+def test_higher_pixel_limit_is_respected():
     assert decode.read_header(bomb(20_000, 10_000), 200_000_000) == Header("PNG", 20_000, 10_000, "L")
-    said = "20000x10000 pixels are more than the limit of 199,999,999"
-    assert message(decode.read_header, bomb(20_000, 10_000), 199_999_999) == said
+    expected = "20000x10000 pixels are more than the limit of 199,999,999"
+    assert message(decode.read_header, bomb(20_000, 10_000), 199_999_999) == expected
 
 
 @pytest.mark.parametrize(("limit", "least", "most"), [(50_000_000, 0, 5), (56_000_000, 50, 500)])
-def test_a_refused_bomb_takes_no_memory(limit, least, most, tmp_path):
-    """With a limit that lets it pass, the same bytes do take it."""
+def test_rejected_bomb_uses_little_memory(limit, least, most, tmp_path):
+    """Negative control: with a limit that accepts them, the same bytes do use the memory."""
     (tmp_path / "bomb.png").write_bytes(bomb(8_000, 7_000, bytes(8_001 * 7_000)))
     assert (tmp_path / "bomb.png").stat().st_size < 300_000
     code = (
@@ -246,11 +246,11 @@ def test_a_refused_bomb_takes_no_memory(limit, least, most, tmp_path):
         "print(peak() - before, found)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "bomb.png"), str(limit)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    grown, found = said.split(maxsplit=1)
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    grown, actual = output.split(maxsplit=1)
     assert least <= float(grown) < most  # MiB
     expected = "(7000, 8000, 1)" if least else "8000x7000 pixels are more than the limit of 50,000,000"
-    assert found.strip() == expected
+    assert actual.strip() == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ scaling
@@ -265,13 +265,13 @@ def triangle(length, size):
 
 
 @pytest.mark.parametrize(("side", "size"), [(8, 32), (28, 32), (100, 32), (33, 7), (5, 1)])
-def test_resize_is_the_filter_rounded_once(side, size):
+def test_resize_rounds_the_filter_once(side, size):
     pixels = noise(side, side, 1, seed=side)
     exact = triangle(side, size) @ pixels[..., 0].astype(float) @ triangle(side, size).T
     assert np.abs(decode.resize(pixels, size)[..., 0] - exact).max() <= 0.5 + 1e-3
 
 
-def test_resize_brings_the_short_side_and_takes_the_centre():
+def test_resize_scales_the_short_side_and_crops_the_centre():
     pixels = noise(8, 16, 1)
     whole = triangle(8, 4) @ pixels[..., 0].astype(float) @ triangle(16, 8).T
     assert np.abs(decode.resize(pixels, 4)[..., 0] - whole[:, 2:6]).max() <= 0.5 + 1e-3
@@ -281,7 +281,7 @@ def test_resize_brings_the_short_side_and_takes_the_centre():
     assert decode.resize(square, 6) is square
 
 
-def test_crop_fraction_takes_the_centre():
+def test_crop_fraction_crops_the_centre():
     pixels = noise(8, 8, 3)
     np.testing.assert_array_equal(decode.resize(pixels, 4, crop_fraction=0.5), pixels[2:6, 2:6])
     np.testing.assert_array_equal(decode.resize(pixels, 6, crop_fraction=0.75), pixels[1:7, 1:7])
@@ -294,7 +294,7 @@ def test_crop_fraction_takes_the_centre():
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 8), (8, 12, 8), (20, 16, 4)])
-def test_crop_fraction_scales_the_whole_and_takes_the_centre(height, width, size):
+def test_crop_fraction_scales_the_image_and_crops_the_centre(height, width, size):
     pixels, whole = noise(height, width, 1), 2 * size / min(height, width)
     tall, wide = round(height * whole), round(width * whole)
     exact = triangle(height, tall) @ pixels[..., 0].astype(float) @ triangle(width, wide).T
@@ -305,7 +305,7 @@ def test_crop_fraction_scales_the_whole_and_takes_the_centre(height, width, size
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_view_is_decoded_cropped_and_scaled(channels):
+def test_image_spec_is_decoded_cropped_and_scaled(channels):
     pixels = noise(8, 12, 3)
     data, view = encode(Image.fromarray(pixels)), ImageSpec(4, channels, crop_fraction=0.5)
     seen = decode.decode_and_resize(data, view)

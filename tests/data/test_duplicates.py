@@ -1,4 +1,4 @@
-"""Equal images in two splits or with two labels, pictures that look alike, and what is done about them."""
+"""Equal images in two splits or with two labels, near duplicates, and the options of data.on_leak."""
 
 import hashlib
 import itertools
@@ -14,9 +14,9 @@ from train.data.ingestion import duplicates, example_index
 from train.data.ingestion.validation import perceptual_hash
 
 SPLITS = ("train", "validation", "test")
-DROP = "data.on_leak=drop leaves them out"
-REFUSED = "the data must hold every image in one split and with one label, got"
-MEND = "mend that, or use data.on_leak=drop or data.on_leak=warn"
+DROP = "set data.on_leak=drop to leave them out"
+REFUSED = "data leakage:"
+MEND = "remove the duplicates, or set data.on_leak=drop"
 
 
 def write_noise(path, value=0, side=6, **options):
@@ -27,7 +27,7 @@ def write_noise(path, value=0, side=6, **options):
 
 @pytest.fixture
 def root(tmp_path):
-    """Own parts: 24, 8 and 8 different images, cats and dogs by halves."""
+    """Given splits of 24, 8 and 8 different images, half cats and half dogs."""
     for number, (part, count) in enumerate(zip(SPLITS, (12, 4, 4), strict=True)):
         for label, name in enumerate(("cat", "dog")):
             for image in range(count):
@@ -54,7 +54,7 @@ def contents(loaded):
     return {name: set(split.sha256.tolist()) for name, split in loaded.splits.items()}
 
 
-def told(**counts):
+def leak_counts(**counts):
     return {"shared": 0, "conflicts": 0, "alike": 0} | counts
 
 
@@ -62,24 +62,24 @@ def told(**counts):
 
 
 @pytest.mark.parametrize("on_leak", ["warn", "drop", "raise"])
-def test_without_leaks_nothing_is_said(root, on_leak):
+def test_data_without_leaks_gives_no_message(root, on_leak):
     loaded = load(root, on_leak)
     assert loaded.split_sizes == {"train": 24, "validation": 8, "test": 8}
     assert loaded.notes == ()
-    assert loaded.leak_counts == told()
+    assert loaded.leak_counts == leak_counts()
 
 
-def test_an_image_in_two_parts_is_named(root):
+def test_image_in_two_splits_is_named(root):
     share(root, "train/cat/3.png", "test/cat/again.png")
     sentence = "1 image is in two splits (train/cat/3.png in train and test/cat/again.png in test)"
     assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"
     warned = load(root, "warn")
     assert warned.notes == (f"warning: {sentence}; {DROP}",)
-    assert warned.leak_counts == told(shared=1)
+    assert warned.leak_counts == leak_counts(shared=1)
     assert warned.split_sizes == {"train": 24, "validation": 8, "test": 9}
     dropped = load(root, "drop")
-    assert dropped.notes == (f"left out 1 of train: {sentence}",)
-    assert dropped.leak_counts == told(shared=1)
+    assert dropped.notes == (f"dropped 1 from train: {sentence}",)
+    assert dropped.leak_counts == leak_counts(shared=1)
     assert dropped.split_sizes == {"train": 23, "validation": 8, "test": 9}
     assert ids(warned.train) - ids(dropped.train) == {"train/cat/3.png"}
     assert ids(warned.test) == ids(dropped.test)
@@ -95,7 +95,7 @@ def test_only_dropping_keeps_the_splits_apart(root, on_leak, apart):
         assert (not found[one] & found[other]) == apart
 
 
-def test_what_is_in_all_three_stays_in_test_only(root):
+def test_image_in_all_three_splits_stays_in_test_only(root):
     share(root, "train/dog/5.png", "validation/dog/same.png", "test/dog/same.png")
     share(root, "train/cat/7.png", "validation/cat/same.png")
     sentence = (
@@ -103,17 +103,17 @@ def test_what_is_in_all_three_stays_in_test_only(root):
         "validation/dog/same.png in validation and test/dog/same.png in test; "
         "train/cat/7.png in train and validation/cat/same.png in validation)"
     )
-    said = message(load, root, "raise")
-    assert sorted(parts_of(said)) == sorted(parts_of(sentence))
+    error = message(load, root, "raise")
+    assert sorted(parts_of(error)) == sorted(parts_of(sentence))
     loaded = load(root, "drop")
-    assert loaded.notes[0].startswith("left out 2 of train and 1 of validation: 3 images are in two splits (")
+    assert loaded.notes[0].startswith("dropped 2 from train and 1 from validation: 3 images are in two splits (")
     assert loaded.split_sizes == {"train": 22, "validation": 9, "test": 9}
     assert "validation/cat/same.png" in ids(loaded.validation)
-    assert loaded.leak_counts == told(shared=3)
+    assert loaded.leak_counts == leak_counts(shared=3)
 
 
 def parts_of(sentence):
-    """What stands between brackets, piece by piece: the order of several groups is that of their digests."""
+    """The groups of a message; they are ordered by their digests."""
     return sentence[sentence.index("(") + 1 : sentence.index(")")].split("; ")
 
 
@@ -123,11 +123,11 @@ def test_copies_within_a_split_are_no_leak(root):
     assert loaded.notes == ()
     assert loaded.split_sizes["train"] == 25
     share(root, "train/cat/3.png", "test/cat/same.png")
-    assert load(root).leak_counts == told(shared=2)
+    assert load(root).leak_counts == leak_counts(shared=2)
     assert load(root, "drop").split_sizes == {"train": 23, "validation": 8, "test": 9}
 
 
-def test_three_are_named_and_all_are_counted(root):
+def test_three_leaks_are_named_and_all_are_counted(root):
     for number in range(5):
         share(root, f"train/cat/{number}.png", f"validation/cat/x{number}.png")
     [note] = load(root).notes
@@ -136,7 +136,7 @@ def test_three_are_named_and_all_are_counted(root):
     assert note.count(" in train and validation/cat/x") == 3
 
 
-def test_a_split_that_would_be_empty_is_refused(root):
+def test_split_emptied_by_dropping_is_rejected(root):
     for path in sorted((root / "validation").rglob("*.png")):
         share(root, path.relative_to(root), f"test/{path.parent.name}/v{path.name}")
     assert load(root).split_sizes == {"train": 24, "validation": 8, "test": 16}
@@ -154,39 +154,39 @@ def test_leaks_change_the_fingerprint_only_by_what_is_dropped(root, tmp_path):
 # -------------------------------------------------------------------------------------------------- conflicting labels
 
 
-def test_an_image_with_two_labels_is_named(root):
+def test_image_with_two_labels_is_named(root):
     share(root, "train/cat/3.png", "train/dog/same.png")
     sentence = "1 image has several labels (train/cat/3.png in train as cat and train/dog/same.png in train as dog)"
     assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"
     warned = load(root)
     assert warned.notes == (f"warning: {sentence}; {DROP}",)
-    assert warned.leak_counts == told(conflicts=1)
+    assert warned.leak_counts == leak_counts(conflicts=1)
     assert warned.split_sizes["train"] == 25
     dropped = load(root, "drop")
-    assert dropped.notes == (f"left out 2 of train: {sentence}",)
+    assert dropped.notes == (f"dropped 2 from train: {sentence}",)
     assert ids(warned.train) - ids(dropped.train) == {"train/cat/3.png", "train/dog/same.png"}
 
 
-def test_two_labels_in_two_splits_are_both_faults(root):
+def test_image_with_two_labels_in_two_splits_is_reported_as_both(root):
     share(root, "test/cat/3.png", "train/dog/same.png")
-    said = message(load, root, "raise")
-    assert said == (
+    error = message(load, root, "raise")
+    assert error == (
         f"{REFUSED} 1 image is in two splits (train/dog/same.png in train and test/cat/3.png in test); 1 image has "
         "several labels (train/dog/same.png in train as dog and test/cat/3.png in test as cat); " + MEND
     )
     loaded = load(root, "drop")
     assert loaded.split_sizes == {"train": 24, "validation": 8, "test": 8}  # the test is left alone
-    assert loaded.leak_counts == told(shared=1, conflicts=1)
+    assert loaded.leak_counts == leak_counts(shared=1, conflicts=1)
     assert len(load(root).notes) == 2
 
 
-def test_dropping_leaves_the_test_alone_even_where_it_contradicts_itself(root):
+def test_dropping_does_not_change_the_test_split(root):
     share(root, "test/cat/3.png", "test/dog/same.png")
     assert load(root, "drop").split_sizes == {"train": 24, "validation": 8, "test": 9}
-    assert load(root).leak_counts == told(conflicts=1)
+    assert load(root).leak_counts == leak_counts(conflicts=1)
 
 
-def test_two_labels_in_one_folder_without_parts(tmp_path):
+def test_image_with_two_labels_in_a_folder_without_splits_is_named(tmp_path):
     for label, name in enumerate(("cat", "dog")):
         for number in range(20):
             write_noise(tmp_path / "root" / name / f"{number}.png", value=100 * label + number)
@@ -199,7 +199,7 @@ def test_two_labels_in_one_folder_without_parts(tmp_path):
     assert load(root).notes[0] == f"warning: {sentence}; {DROP}"
 
 
-# ---------------------------------------------------------------------------------------------------------- look-alikes
+# ------------------------------------------------------------------------------------------------------ near duplicates
 
 
 def picture(seed, side=128):
@@ -219,13 +219,13 @@ def alike(*pairs):
     return f"warning: {count} ({'; '.join(pairs)})"
 
 
-def test_an_image_encoded_again_or_resized_looks_alike(root):
+def test_reencoded_or_resized_image_is_a_near_duplicate(root):
     for number in range(6):
         save(picture(number), root / "train" / "cat" / f"p{number}.png")
     save(picture(3), root / "test" / "cat" / "again.jpg", quality=80)
     save(picture(5).resize((120, 120)), root / "validation" / "cat" / "smaller.png")
     loaded = load(root, "raise")  # nothing is certain
-    assert loaded.leak_counts == told(alike=2)
+    assert loaded.leak_counts == leak_counts(alike=2)
     assert loaded.notes == (
         alike(
             "train/cat/p3.png in train and test/cat/again.jpg in test",
@@ -244,7 +244,7 @@ def test_an_image_encoded_again_or_resized_looks_alike(root):
     ],
     ids=["brighter", "stretched", "grey"],
 )
-def test_what_people_do_to_pictures_looks_alike(change):
+def test_common_edits_are_near_duplicates(change):
     one, other = (perceptual_hash(np.asarray(image.convert("RGB"))) for image in (picture(1), change(picture(1))))
     assert pairs_of([one, other]) == [(0, 1)]
 
@@ -259,49 +259,49 @@ def test_what_people_do_to_pictures_looks_alike(change):
     ],
     ids=["mirrored", "turned", "another", "inverted"],
 )
-def test_another_picture_does_not(change):
+def test_other_images_are_not_near_duplicates(change):
     one, other = (perceptual_hash(np.asarray(image.convert("RGB"))) for image in (picture(1), change(picture(1))))
     assert pairs_of([one, other]) == []
 
 
-def test_unrelated_pictures_do_not_look_alike(root):
+def test_unrelated_images_are_not_near_duplicates(root):
     for part, seeds in (("train", range(60)), ("validation", range(100, 130)), ("test", range(200, 230))):
         for seed in seeds:
             write_noise(root / part / "cat" / f"n{seed}.png", value=seed, side=96)
     loaded = load(root)
     [note] = loaded.notes
-    assert note.startswith("classes are uneven: 12 of dog to 72 of cat in train; ")
-    assert loaded.leak_counts == told()
+    assert note.startswith("class imbalance in train: 12 (dog) to 72 (cat) examples; ")
+    assert loaded.leak_counts == leak_counts()
 
 
-def test_small_pictures_are_not_compared(root):
+def test_small_images_are_not_compared(root):
     for side, name in ((63, "small"), (64, "large")):
         save(picture(1, side), root / "train" / "cat" / f"{name}.png")
         save(picture(1, side), root / "test" / "cat" / f"{name}.webp", lossless=True)
     loaded = load(root)
-    assert loaded.leak_counts == told(alike=1)
+    assert loaded.leak_counts == leak_counts(alike=1)
     assert loaded.notes == (alike("train/cat/large.png in train and test/cat/large.webp in test"),)
 
 
-def test_equal_bytes_are_not_told_twice(root):
+def test_equal_bytes_are_not_reported_twice(root):
     save(picture(1), root / "train" / "cat" / "one.png")
     share(root, "train/cat/one.png", "test/cat/other.png")
-    assert load(root).leak_counts == told(shared=1)
+    assert load(root).leak_counts == leak_counts(shared=1)
     save(picture(1), root / "test" / "cat" / "another.jpg", quality=80)
-    assert load(root).leak_counts == told(shared=1, alike=1)
+    assert load(root).leak_counts == leak_counts(shared=1, alike=1)
 
 
-def test_pictures_within_a_split_may_look_alike(root):
+def test_near_duplicates_within_a_split_are_allowed(root):
     save(picture(1), root / "train" / "cat" / "one.png")
     save(picture(1), root / "train" / "cat" / "other.jpg", quality=80)
-    assert load(root).leak_counts == told()
+    assert load(root).leak_counts == leak_counts()
 
 
 # -------------------------------------------------------------------------------------------------------- definitions
 
 
-def test_the_hash_is_what_it_says():
-    """Nine by eight places of eight pixels each: which of them is darker than its right neighbour."""
+def test_perceptual_hash_matches_its_definition():
+    """The hash of nine by eight blocks of 8x8 pixels: which block is darker than its right neighbour."""
     places = np.random.default_rng(0).integers(0, 256, (8, 9), dtype=np.uint8)
     pixels = places.repeat(8, axis=0).repeat(8, axis=1)[..., None].repeat(3, axis=2)
     bits = "".join(str(int(left < right)) for row in places for left, right in itertools.pairwise(row))
@@ -312,7 +312,7 @@ def test_the_hash_is_what_it_says():
     assert perceptual_hash(pixels[:63]) == perceptual_hash(pixels[:, :63]) == (0, bytes(64))
 
 
-def test_flat_pictures_have_no_hash():
+def test_flat_images_have_no_perceptual_hash():
     for flat in (np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 200, np.uint8)):
         assert perceptual_hash(flat)[0] == 0
     slope = np.broadcast_to(np.arange(72, dtype=np.uint8)[:, None], (64, 72, 3))
@@ -321,7 +321,7 @@ def test_flat_pictures_have_no_hash():
 
 
 def table(digests, found):
-    """What is known of examples with these digests, hashes and thumbnails."""
+    """An index of examples with these digests, hashes and thumbnails."""
     draft = example_index.ExampleIndexBuilder(len(digests))
     for row, (content, (hashed, thumbnail)) in enumerate(zip(digests, found, strict=True)):
         draft.set_row(row, sha256=content, likeness=hashed, thumbnail=thumbnail)
@@ -334,11 +334,11 @@ def digest(number):
 
 
 def pairs_of(found):
-    """Which pairs look alike: the first one in train, all others in test, and one elsewhere that is like nothing."""
+    """The near duplicates of the first one, in train, among the others, in test; one more resembles nothing."""
     rows = np.arange(len(found))
     splits = {"train": rows[:1], "validation": rows[:0], "test": rows[1:]}
-    known = table([digest(row) for row in rows], found)
-    return duplicates.find_duplicates(splits, known, np.zeros(len(found), np.int32)).alike
+    index = table([digest(row) for row in rows], found)
+    return duplicates.find_duplicates(splits, index, np.zeros(len(found), np.int32)).alike
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_thumbnails_may_differ_by_sixteen_greys_anywhere(step, close):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_leaks_are_those_that_comparing_every_pair_finds(seed):
+def test_near_duplicates_match_a_comparison_of_every_pair(seed):
     rng = np.random.default_rng(seed)
     count = 150
     numbers = rng.integers(0, 120, count)
@@ -381,18 +381,18 @@ def test_leaks_are_those_that_comparing_every_pair_finds(seed):
             hashes[row] ^= 1 << int(bit)
     hashes = [0 if rng.random() < 0.1 else value for value in hashes]
     labels = rng.integers(0, 2, count).astype(np.int32)
-    place = rng.integers(0, 3, count)
-    splits = {name: np.flatnonzero(place == number) for number, name in enumerate(SPLITS)}
-    known = table([digest(number) for number in numbers], [(value, bytes(64)) for value in hashes])
+    split_of = rng.integers(0, 3, count)
+    splits = {name: np.flatnonzero(split_of == number) for number, name in enumerate(SPLITS)}
+    index = table([digest(number) for number in numbers], [(value, bytes(64)) for value in hashes])
 
-    found = duplicates.find_duplicates(splits, known, labels)
+    found = duplicates.find_duplicates(splits, index, labels)
 
     alike, shared, conflicts = set(), set(), set()
     for one, other in itertools.permutations(range(count), 2):
         if numbers[one] == numbers[other]:
-            shared |= {one} if place[one] < place[other] else set()
+            shared |= {one} if split_of[one] < split_of[other] else set()
             conflicts |= {numbers[one]} if labels[one] != labels[other] else set()
-        elif place[one] < place[other] and hashes[one] and hashes[other]:
+        elif split_of[one] < split_of[other] and hashes[one] and hashes[other]:
             alike |= {(one, other)} if (hashes[one] ^ hashes[other]).bit_count() <= 3 else set()
     assert len(alike) > 20
     assert len(shared) > 20
@@ -400,10 +400,10 @@ def test_leaks_are_those_that_comparing_every_pair_finds(seed):
     assert set(found.alike) == alike
     assert len(found.alike) == len(alike)
     assert {one for one, _ in found.shared} == shared
-    assert all(numbers[one] == numbers[kept] and place[kept] > place[one] for one, kept in found.shared)
+    assert all(numbers[one] == numbers[kept] and split_of[kept] > split_of[one] for one, kept in found.shared)
     assert sorted(numbers[group[0]] for group in found.conflicts) == sorted(conflicts)
 
     kept = duplicates.remove_duplicates(splits, found)
     np.testing.assert_array_equal(kept["test"], splits["test"])
     gone = set(range(count)) - {row for rows in kept.values() for row in rows.tolist()}
-    assert gone == shared | {row for row in range(count) if numbers[row] in conflicts and place[row] < 2}
+    assert gone == shared | {row for row in range(count) if numbers[row] in conflicts and split_of[row] < 2}

@@ -1,4 +1,4 @@
-"""Whatever bytes come in: an image of the right size and channels, or a name with a reason; the same one each time."""
+"""Any bytes give an image of the right size and channels, or a reason; the same one each time."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from train.data.decode import FORMATS, decode, read_header
 from train.data.ingestion.validation import ExampleInfo, Limits, inspect
 
 REAL = os.environ.get("INCEPTION_REAL_DATA")
-NO_IMAGE = "no image of a known format (JPEG, PNG, GIF, BMP, WEBP)"
+NO_IMAGE = "not an image in a supported format (JPEG, PNG, GIF, BMP, WEBP)"
 LIMITS = Limits(max_pixels=10**6)
 
 
 @cache
 def encoded(kind: str, seed: int = 0, side: int = 24) -> bytes:
-    """A coloured picture with structure, of its own for each seed."""
+    """A structured colour image, different for each seed."""
     generator = np.random.default_rng(seed)
     ramp = np.linspace(0, 200, side)
     pixels = (
@@ -47,7 +47,7 @@ def encoded(kind: str, seed: int = 0, side: int = 24) -> bytes:
 
 
 def png_of_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG with this size in its header and almost no data."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -57,7 +57,7 @@ def png_of_header(width: int, height: int) -> bytes:
 
 
 def is_sound_or_told(found: ExampleInfo, data: bytes) -> bool:
-    """The promise: it decodes to the size that the header says, or there is a reason in one line."""
+    """Whether it decodes to the size in its header, or has a reason of one line."""
     if found.problem:
         return "\n" not in found.problem
     return decode(data, 3).shape in ((found.height, found.width, 3), (found.width, found.height, 3))
@@ -67,7 +67,7 @@ def is_sound_or_told(found: ExampleInfo, data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_cut_off_at_every_sixteenth(kind: str):
+def test_truncated_images_are_rejected(kind: str):
     whole = encoded(kind)
     assert not inspect(whole, 0, LIMITS).problem
     for sixteenth in range(16):
@@ -80,11 +80,11 @@ def test_cut_off_at_every_sixteenth(kind: str):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_single_flipped_bits(kind: str):
+def test_single_flipped_bits_give_an_image_or_a_reason(kind: str):
     whole = encoded(kind)
-    for place in np.random.default_rng(1).permutation(8 * len(whole))[:150].tolist():
+    for bit in np.random.default_rng(1).permutation(8 * len(whole))[:150].tolist():
         part = bytearray(whole)
-        part[place // 8] ^= 1 << place % 8
+        part[bit // 8] ^= 1 << bit % 8
         found = inspect(bytes(part), 0, LIMITS)
         assert found == inspect(bytes(part), 0, LIMITS)
         assert is_sound_or_told(found, bytes(part))
@@ -104,12 +104,12 @@ def test_single_flipped_bits(kind: str):
     ],
     ids=["empty", "text", "a beginning", "svg", "zeros", "bomb", "short", "large"],
 )
-def test_no_images_have_a_reason(bad: bytes, reason: str):
+def test_files_that_are_no_images_are_rejected_with_a_reason(bad: bytes, reason: str):
     assert inspect(bad, 3, LIMITS).problem.startswith(reason)
     assert (inspect(bad, 3, LIMITS).size, inspect(bad, 3, LIMITS).label) == (len(bad), 3)
 
 
-def test_only_upright_jpegs_are_for_tensorflow():
+def test_only_upright_jpegs_take_the_fast_decoder():
     turned, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     picture = Image.open(io.BytesIO(encoded("PNG")))
@@ -124,8 +124,8 @@ def test_only_upright_jpegs_are_for_tensorflow():
     assert plain == {"jpeg": True, "grey, progressive": True, "turned": False, "ink": False, "png": False}
 
 
-def test_a_png_with_broken_pixels_is_told():
-    """Looking for its EXIF block, which may stand behind them, loads them and must not swallow that."""
+def test_png_with_broken_pixels_is_rejected():
+    """Reading the EXIF block, which may follow the pixels, decodes them and must not hide the error."""
     broken = bytearray(encoded("PNG"))
     assert not inspect(bytes(broken), 0, LIMITS).problem
     start = broken.index(b"IDAT") + 200
@@ -138,8 +138,8 @@ def test_a_png_with_broken_pixels_is_told():
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(FORMATS), st.integers(0, 60))
-def test_the_header_reader_answers_or_refuses(noise: bytes, kind: str, kept: int):
-    """Any bytes behind a real beginning of any length."""
+def test_header_reader_accepts_or_rejects_random_bytes(noise: bytes, kind: str, kept: int):
+    """Random bytes after a real beginning of any length."""
     bytes_ = encoded(kind)[:kept] + noise
     try:
         header = read_header(bytes_, 10**6)
@@ -152,7 +152,7 @@ def test_the_header_reader_answers_or_refuses(noise: bytes, kind: str, kept: int
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(FORMATS), st.data())
-def test_changed_headers_are_answered_or_refused(kind: str, draw: st.DataObject):
+def test_changed_headers_are_accepted_or_rejected(kind: str, draw: st.DataObject):
     bytes_ = bytearray(encoded(kind))
     for _ in range(draw.draw(st.integers(1, 4))):
         bytes_[draw.draw(st.integers(0, 80))] = draw.draw(st.integers(0, 255))
@@ -165,8 +165,8 @@ def test_changed_headers_are_answered_or_refused(kind: str, draw: st.DataObject)
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder that any user can reach."""
+def shared_folder() -> Iterator[Path]:
+    """A folder that every user can access."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -199,8 +199,8 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_everything_that_can_lie_in_a_class_folder_is_an_image_or_has_a_reason(place: Path):
-    root, bad = place / "root", place / "root/x"
+def test_every_file_of_a_class_folder_is_an_image_or_has_a_reason(shared_folder: Path):
+    root, bad = shared_folder / "root", shared_folder / "root/x"
     fill(root)
     (bad / "text.jpg").write_text("no picture")
     (bad / "empty.png").touch()
@@ -216,66 +216,68 @@ def test_everything_that_can_lie_in_a_class_folder_is_an_image_or_has_a_reason(p
         "x/folder.jpg": "a folder",
         "x/gone.jpg": "No such file or directory",
         "x/locked.jpg": "Permission denied",
-        "x/out.jpg": f"leads out of {root.resolve()}",
-        "x/pipe.jpg": "no regular file",
+        "x/out.jpg": f"is outside {root.resolve()}",
+        "x/pipe.jpg": "not a regular file",
         "x/text.jpg": NO_IMAGE,
     }
     with as_nobody():
         with pytest.raises(ValueError) as refused:
-            load(root, place / "index")
-        told = "; ".join(f"{root}/{name} ({why})" for name, why in reasons.items())
+            load(root, shared_folder / "index")
+        named = "; ".join(f"{root}/{name} ({why})" for name, why in reasons.items())
         assert str(refused.value) == (
-            f"the data must be readable images, got 7 of 48 that are not: {told}; "
-            "mend or remove them, or use data.on_error=skip data.max_skipped=7 to leave them out"
+            f"7 of 48 images cannot be read: {named}; "
+            "fix or remove them, or set data.on_error=skip data.max_skipped=7 to leave them out"
         )
-        found = load(root, place / "index", on_error="skip", on_leak="warn")
+        found = load(root, shared_folder / "index", on_error="skip", on_leak="warn")
     assert dict(found.skipped) == reasons
     assert sum(found.split_sizes.values()) == 41
     assert found.notes[0] == (
-        f"warning: 7 broken examples are left out: x/empty.png ({NO_IMAGE}); x/folder.jpg (a folder); "
+        f"warning: skipped 7 broken examples: x/empty.png ({NO_IMAGE}); x/folder.jpg (a folder); "
         "x/gone.jpg (No such file or directory); ..."
     )
 
 
-def test_a_broken_one_that_is_left_out_is_looked_at_again_and_nothing_is_written(place: Path):
-    """Others may be reading the table."""
-    fill(place / "root")
-    (place / "root/x/z.png").write_bytes(b"broken")
-    load(place / "root", place / "index", on_error="skip")
-    [table] = (place / "index/.index").glob("*.arrow")
+def test_skipped_broken_image_is_inspected_again_and_nothing_is_written(shared_folder: Path):
+    """Other processes may be reading the index."""
+    fill(shared_folder / "root")
+    (shared_folder / "root/x/z.png").write_bytes(b"broken")
+    load(shared_folder / "root", shared_folder / "index", on_error="skip")
+    [table] = (shared_folder / "index/.index").glob("*.arrow")
     before = table.stat()
-    assert len(load(place / "root", place / "index", on_error="skip").skipped) == 1
+    assert len(load(shared_folder / "root", shared_folder / "index", on_error="skip").skipped) == 1
     assert table.stat() == before
-    status = (place / "root/x/z.png").stat()
-    shutil.copyfile(next((place / "root/cats and dogs").iterdir()), place / "root/x/z.png")  # it can be read now
-    os.utime(place / "root/x/z.png", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert load(place / "root", place / "index", on_error="skip", on_leak="warn").skipped == ()
+    status = (shared_folder / "root/x/z.png").stat()
+    shutil.copyfile(
+        next((shared_folder / "root/cats and dogs").iterdir()), shared_folder / "root/x/z.png"
+    )  # it can be read now
+    os.utime(shared_folder / "root/x/z.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert load(shared_folder / "root", shared_folder / "index", on_error="skip", on_leak="warn").skipped == ()
     assert table.stat().st_ino != before.st_ino
 
 
-def test_ten_are_named_and_all_are_counted(place: Path):
-    fill(place / "root")
+def test_ten_broken_images_are_named_and_all_are_counted(shared_folder: Path):
+    fill(shared_folder / "root")
     for number in range(12):
-        (place / f"root/x/z{number:02d}.png").write_bytes(bytes([number]))
+        (shared_folder / f"root/x/z{number:02d}.png").write_bytes(bytes([number]))
     with pytest.raises(ValueError) as refused:
-        load(place / "root", place / "index")
+        load(shared_folder / "root", shared_folder / "index")
     assert str(refused.value).count(NO_IMAGE) == 10
-    assert "got 12 of 52 that are not: " in str(refused.value)
+    assert str(refused.value).startswith("12 of 52 images cannot be read: ")
     assert str(refused.value).endswith(
-        f"z09.png ({NO_IMAGE}) and 2 more; mend or remove them, or use data.on_error=skip data.max_skipped=12 to leave "
+        f"z09.png ({NO_IMAGE}) and 2 more; fix or remove them, or set data.on_error=skip data.max_skipped=12 to leave "
         "them out"
     )
-    with pytest.raises(ValueError, match=r"or data.max_skipped=12 would leave them all out$"):
-        load(place / "root", place / "index", on_error="skip", max_skipped=11)
-    assert len(load(place / "root", place / "index", on_error="skip", max_skipped=12).skipped) == 12
+    with pytest.raises(ValueError, match=r"or set data.max_skipped=12 to leave them out$"):
+        load(shared_folder / "root", shared_folder / "index", on_error="skip", max_skipped=11)
+    assert len(load(shared_folder / "root", shared_folder / "index", on_error="skip", max_skipped=12).skipped) == 12
 
 
-def test_a_jpeg_that_the_decoder_complains_about_is_left_to_pillow(place: Path, capfd: pytest.CaptureFixture):
-    fill(place / "root")
+def test_jpeg_with_decoder_warnings_is_decoded_by_pillow(shared_folder: Path, capfd: pytest.CaptureFixture):
+    fill(shared_folder / "root")
     whole = encoded("JPEG", 77)
     table = whole.index(b"\xff\xdb")
-    (place / "root/x/odd.jpg").write_bytes(whole[:table] + b"\0\0\0" + whole[table:])
-    found = load(place / "root", place / "index")
+    (shared_folder / "root/x/odd.jpg").write_bytes(whole[:table] + b"\0\0\0" + whole[table:])
+    found = load(shared_folder / "root", shared_folder / "index")
     assert capfd.readouterr().err == ""
     rows = {row["path"]: row["plain"] for row in found.train.example_index.table.to_pylist()}
     assert rows.pop("x/odd.jpg") is False
@@ -298,36 +300,36 @@ print(json.dumps([found.split_sizes, found.fingerprint, found.skipped]))
 
 
 def loaded_in_two_gib(root: Path, index: Path) -> list:
-    """(counts, fingerprint, skipped), by a process of its own."""
+    """Loads in a separate process; returns (counts, fingerprint, skipped)."""
     done = run_command(sys.executable, "-c", LOAD, str(root), str(index), timeout=300)
     assert done.code == 0, done.err[-2000:]
     return json.loads(done.out.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_large_photographs_fit_into_two_gib(place: Path):
-    fill(place / "root")
+def test_large_photographs_load_within_two_gib(shared_folder: Path):
+    fill(shared_folder / "root")
     for number in range(3):
         Image.new("RGBA", (4000, 4000), (number, 0, 0, 128)).save(
-            place / f"root/x/large {number}.png", compress_level=1
+            shared_folder / f"root/x/large {number}.png", compress_level=1
         )
-    (place / "root/x/bomb.png").write_bytes(png_of_header(60_000, 60_000))
-    counts, _, skipped = loaded_in_two_gib(place / "root", place / "index")
+    (shared_folder / "root/x/bomb.png").write_bytes(png_of_header(60_000, 60_000))
+    counts, _, skipped = loaded_in_two_gib(shared_folder / "root", shared_folder / "index")
     assert sum(counts.values()) == 43
     assert [name for name, _ in skipped] == ["x/bomb.png"]
 
 
 @pytest.mark.real_data
 @pytest.mark.skipif(REAL is None, reason="INCEPTION_REAL_DATA names no folder")
-def test_the_odd_images(place: Path):
-    """Of each file of a corpus of oddities there is an image or a reason, in 2 GiB, and the same ones twice."""
+def test_odd_images_are_accepted_or_rejected(shared_folder: Path):
+    """Every file of a corpus of odd images gives an image or a reason within 2 GiB, and the same one twice."""
     index = json.loads((Path(str(REAL)) / "odd_images/index.json").read_text())
     for number, entry in enumerate(index):
-        folder = place / "root" / "ab"[number % 2]
+        folder = shared_folder / "root" / "ab"[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(str(REAL)) / "odd_images" / entry["file"], folder / f"{number:03d}")
-    counts, digest, skipped = loaded_in_two_gib(place / "root", place / "index")
-    assert [counts, digest, skipped] == loaded_in_two_gib(place / "root", place / "another index")
+    counts, digest, skipped = loaded_in_two_gib(shared_folder / "root", shared_folder / "index")
+    assert [counts, digest, skipped] == loaded_in_two_gib(shared_folder / "root", shared_folder / "another index")
     assert sum(counts.values()) + len(skipped) == len(index) == 227
     broken = {name.partition("/")[2] for name, _ in skipped}
     ours = {f"{number:03d}" for number, entry in enumerate(index) if entry.get("format") in (*FORMATS, "MPO")}
@@ -336,7 +338,7 @@ def test_the_odd_images(place: Path):
     assert {f"{number:03d}" for number in range(227)} - broken <= ours & fine
 
 
-def test_the_lock_of_large_images_is_given_back_by_broken_ones():
+def test_broken_image_releases_the_lock_of_large_images():
     broken = png_of_header(2100, 2100)  # above the size at which one waits for another
     for _ in range(3):
         assert inspect(broken, 0, Limits()).problem.startswith("image file is truncated")

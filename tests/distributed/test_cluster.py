@@ -1,4 +1,4 @@
-"""What starts a run on a cluster: the files that Slurm and Kubernetes are given, and their very commands, run here."""
+"""Runs on a cluster: the files for Slurm and Kubernetes, and their commands, executed on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = ["model=vgg16", "model.width=0.05", "device=cpu", "threads=1", "precision
         "steps_per_epoch=6", "batch_size=16", "tracking.log_model=false", "tracking.wait_seconds=600",
         "evaluate.report=false"]  # fmt: skip
 
-# Stands where Slurm does: as many tasks as the job has, each with what Slurm tells it, and a word of every request.
+# Fakes Slurm: starts the tasks of the job with the variables that Slurm sets, and logs every request.
 SRUN = """#!/bin/sh
 [ "$1" = --kill-on-bad-exit=1 ] && shift
 [ "$SRUN_CPUS_PER_TASK" = 8 ] || exit 9
@@ -58,7 +58,7 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def test_a_manifest_is_a_job_and_the_service_that_its_pods_find_each_other_by():
+def test_manifest_has_a_job_and_a_headless_service():
     service, job = manifest("model=vgg16", "run_dir=runs/a", processes=4, name="first", gpus=2)
     assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
@@ -73,7 +73,7 @@ def test_a_manifest_is_a_job_and_the_service_that_its_pods_find_each_other_by():
     assert pod["spec"]["restartPolicy"] == "OnFailure"  # of a Job: this or Never
     assert pod["spec"]["terminationGracePeriodSeconds"] >= 2 * Distributed().wait_seconds
     [container] = pod["spec"]["containers"]
-    waiting = "distributed.wait_seconds=600"  # images are fetched, and pods that failed are begun later and later
+    waiting = "distributed.wait_seconds=600"  # time to pull images and for the growing back-off of failed pods
     assert container["command"] == ["scripts/cluster/process.sh", waiting, "model=vgg16", "run_dir=runs/a"]
     assert {one["name"]: one["value"] for one in container["env"]} == {
         "PROCESSES": "4",
@@ -88,87 +88,89 @@ def test_a_manifest_is_a_job_and_the_service_that_its_pods_find_each_other_by():
     assert volume["persistentVolumeClaim"] == {"claimName": "shared"}
 
 
-def test_pods_without_a_gpu_compute_on_the_processor():
+def test_pods_without_a_gpu_use_the_cpu():
     _, job = manifest("run_dir=runs/a", gpus=0)
     [container] = job["spec"]["template"]["spec"]["containers"]
-    assert container["command"][2:] == ["device=cpu", "run_dir=runs/a"]  # behind device=gpu of process.sh
+    assert container["command"][2:] == ["device=cpu", "run_dir=runs/a"]  # overrides the device=gpu of process.sh
     assert container["resources"] == {}
 
 
-def test_a_manifest_needs_a_place_that_is_found_again():
+def test_manifest_requires_a_run_dir():
     words = [str(CLUSTER / "kubernetes.py"), "--image=i", "--claim=c", "--processes=2", "--", "model=vgg16"]
     done = run_command(sys.executable, *words)
     assert done.code == 2
-    assert "the words must have a run_dir, by which pods that are begun again find the run; got none" in done.err
+    assert "run_dir is missing; add run_dir=PATH, by which restarted pods find the run" in done.err
 
 
-def test_the_words_of_slurm():
+def test_slurm_script_options():
     text = (CLUSTER / "slurm.sh").read_text()
-    given = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE))
-    assert given.keys() >= {"nodes", "ntasks-per-node", "gpus-per-task", "time", "requeue", "signal"}
-    assert given["gpus-per-task"] == "1"
-    assert given["signal"] == "TERM@180"  # to the processes of srun, not to the script, which has to queue again
-    assert given["open-mode"] == "append"
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE))
+    assert options.keys() >= {"nodes", "ntasks-per-node", "gpus-per-task", "time", "requeue", "signal"}
+    assert options["gpus-per-task"] == "1"
+    assert options["signal"] == "TERM@180"  # to the processes of srun, not to the script, which must requeue the job
+    assert options["open-mode"] == "append"
     for script in ("slurm.sh", "process.sh"):
         assert os.access(CLUSTER / script, os.X_OK)
         assert run_command("bash", "-n", str(CLUSTER / script)).code == 0
 
 
 @pytest.mark.parametrize("name", ["COORDINATOR", "PROCESSES", "JOB_COMPLETION_INDEX"])
-def test_what_a_process_has_to_be_told(name: str):
-    known = {"COORDINATOR": "127.0.0.1:1", "PROCESSES": "2", "JOB_COMPLETION_INDEX": "1"}
-    environment = {key: value for key, value in known.items() if key != name}
+def test_process_script_requires_its_variables(name: str):
+    variables = {"COORDINATOR": "127.0.0.1:1", "PROCESSES": "2", "JOB_COMPLETION_INDEX": "1"}
+    environment = {key: value for key, value in variables.items() if key != name}
     done = run_command(str(CLUSTER / "process.sh"), env=environment)
     assert done.code != 0
     assert f"{name}: must be " in done.err
 
 
 @pytest.mark.slow
-def test_the_pods_of_a_job(tmp_path: Path):
-    """The container's command and environment, once for each index."""
-    words = [*TINY, f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
-    _, job = manifest(*words)
+def test_pods_of_a_job_train_together(tmp_path: Path):
+    """The command and environment of the container, once per index."""
+    overrides = [*TINY, f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    _, job = manifest(*overrides)
     [container] = job["spec"]["template"]["spec"]["containers"]
-    told = {one["name"]: one["value"] for one in container["env"]} | {"COORDINATOR": f"127.0.0.1:{free_port()}"}
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    variables["COORDINATOR"] = f"127.0.0.1:{free_port()}"
     inherited = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
     pods = [
         subprocess.Popen(
             container["command"],
             cwd=ROOT,
-            env=inherited | told | {"JOB_COMPLETION_INDEX": str(index)},
+            env=inherited | variables | {"JOB_COMPLETION_INDEX": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for index in range(job["spec"]["completions"])
     ]
-    done = [Done(pod.returncode, *told) for pod, told in [(pod, pod.communicate(timeout=300)) for pod in pods]]
-    assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
+    outputs = [pod.communicate(timeout=300) for pod in pods]
+    done = [Done(pod.returncode, *output) for pod, output in zip(pods, outputs, strict=True)]
+    assert [pod.code for pod in done] == [0, 0], done[0].err + done[1].err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 12)
     assert "cpu in 2 processes" in done[0].out
 
 
 @pytest.mark.slow
-def test_a_job_of_slurm_is_preempted_queues_again_and_goes_on(tmp_path: Path):
-    place = tmp_path / "bin"
-    place.mkdir()
+def test_preempted_slurm_job_is_requeued_and_resumes(tmp_path: Path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (place / name).write_text(text)
-        (place / name).chmod(0o755)
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
     number = str(os.getpid())
     asked = tmp_path / "asked"
     inherited = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
-    told = {
-        "PATH": f"{place}:{os.environ['PATH']}", "SLURM_JOB_ID": number, "SLURM_NTASKS": "2",
+    variables = {
+        "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": number, "SLURM_NTASKS": "2",
         "SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_NODELIST": "here", "ASKED": str(asked),
     }  # fmt: skip
     run = ROOT / f"runs/slurm-{number}"
-    words = [*TINY, "epochs=15", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    overrides = [*TINY, "epochs=15", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
 
     def job(*more: str) -> subprocess.Popen:
-        command = [str(CLUSTER / "slurm.sh"), *words, *more]
-        return subprocess.Popen(command, cwd=ROOT, env=inherited | told, stdout=subprocess.PIPE, text=True)
+        command = [str(CLUSTER / "slurm.sh"), *overrides, *more]
+        return subprocess.Popen(command, cwd=ROOT, env=inherited | variables, stdout=subprocess.PIPE, text=True)
 
     try:
         first = job()
@@ -176,7 +178,7 @@ def test_a_job_of_slurm_is_preempted_queues_again_and_goes_on(tmp_path: Path):
             assert first.poll() is None, first.communicate()
             time.sleep(0.05)
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        os.kill(int(children[-1]), 15)  # Slurm tells the tasks, not the script
+        os.kill(int(children[-1]), 15)  # Slurm sets it for the tasks, not for the script
         out, _ = first.communicate(timeout=300)
         assert first.returncode == 143, out
         assert asked.read_text() == f"requeue {number}\n"
@@ -184,7 +186,8 @@ def test_a_job_of_slurm_is_preempted_queues_again_and_goes_on(tmp_path: Path):
         again = job()
         out, _ = again.communicate(timeout=300)
         assert again.returncode == 0, out
-        assert "going on: life 2" in out
+        assert "resuming from checkpoint epoch-" in out
+        assert ", attempt 2)\n" in out
         assert json.loads((run / "summary.json").read_text())["epochs"] == 15
     finally:
         subprocess.run(["rm", "-rf", str(run)], check=True)

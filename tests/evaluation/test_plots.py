@@ -1,4 +1,4 @@
-"""train/pictures/: from two classes to a thousand, and what is in a picture."""
+"""train/evaluation/plots/: from two classes to a thousand, and what the plots show."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def said(classes: int, examples: int = 400) -> tuple[ClassificationResult, dict[
     draw = np.random.default_rng(0)
     truth = draw.integers(0, classes, examples)
     logits = draw.normal(size=(examples, classes)) + 2 * np.eye(classes)[truth]
-    found = ClassificationResult(
+    result = ClassificationResult(
         logits, truth, [f"class $x_{number}$ with a long name <b>" for number in range(classes)]
     )
-    return found, compute_metrics(found)
+    return result, compute_metrics(result)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 30, 200, 1000])
-def test_outcomes_of_any_number_of_classes_fit_on_a_page(classes: int):
-    found, numbers = said(classes)
+def test_plots_of_any_number_of_classes_fit_on_a_page(classes: int):
+    result, numbers = said(classes)
     for figure in (
-        classification.plot_confusion_matrix(numbers["confusion"], list(found.classes)),
+        classification.plot_confusion_matrix(numbers["confusion"], list(result.classes)),
         classification.plot_reliability_diagram(numbers["calibration"], numbers["ece"]),
         classification.plot_per_class_f1(numbers["classes"]),
     ):
@@ -45,7 +45,7 @@ def test_outcomes_of_any_number_of_classes_fit_on_a_page(classes: int):
         assert 300 < width < 1800
 
 
-def test_the_numbers_of_the_matrix_are_in_it():
+def test_confusion_matrix_shows_its_counts():
     figure = classification.plot_confusion_matrix([[5, 0], [2, 731]], ["a", "b"])
     assert {text.get_text() for text in figure.axes[0].texts} == {"5", "2", "731"}
     matrix, names = np.diag(range(50)), [f"c{n}" for n in range(50)]
@@ -65,7 +65,7 @@ def line(epoch: int, step: int, **values: float) -> dict[str, Any]:
     return {"epoch": epoch, "step": step, "values": {name.replace("__", "/"): value for name, value in values.items()}}
 
 
-def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epochs():
+def test_curves_show_all_losses_and_the_learning_rate():
     lines = [
         line(0, 5, train__loss=3.0, learning_rate=0.1),
         line(0, 10, train__total_loss=2.9, train__loss=2.0, train__aux_loss=3.0, validation__loss=1.5,
@@ -73,23 +73,23 @@ def test_curves_show_the_main_loss_the_auxiliary_ones_and_the_rate_between_epoch
         line(1, 20, train__total_loss=1.9, train__loss=1.0, train__aux_loss=2.0, validation__loss=0.5,
              validation__accuracy=0.7, train__accuracy=0.8, learning_rate=0.0),
     ]  # fmt: skip
-    loss, accuracy, rate = (made.axes[0] for made in learning_curves.plot_learning_curves(lines, 1).values())
+    loss, accuracy, rate = (figure.axes[0] for figure in learning_curves.plot_learning_curves(lines, 2).values())
     drawn = {one.get_label(): one.get_xydata().tolist() for one in loss.lines}
-    assert drawn["train, main"] == [[1, 2.0], [2, 1.0]]
+    assert drawn["train"] == [[1, 2.0], [2, 1.0]]
     assert drawn["validation"] == [[1, 1.5], [2, 0.5]]
     assert drawn["train/aux"] == [[1, 3.0], [2, 2.0]]
-    assert "train" not in drawn
+    assert [[1, 2.9], [2, 1.9]] not in drawn.values()  # the total loss is not drawn
     assert {"train", "validation"} <= {one.get_label() for one in accuracy.lines}
     assert rate.lines[0].get_xydata().tolist() == [[0.5, 0.1], [1, 0.2], [2, 0.0]]
     assert [text.get_text() for text in accuracy.texts] == ["best: 2"]
 
 
-def test_without_a_mistake_that_is_said():
+def test_plot_without_errors_says_so():
     figure = image_grids.plot_top_errors(np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
-    assert "no mistakes" in figure.axes[0].texts[0].get_text()
+    assert "no errors" in figure.axes[0].texts[0].get_text()
 
 
-def test_mistakes_and_filters_of_any_channels():
+def test_errors_and_filters_are_drawn_for_any_number_of_channels():
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
     figure = image_grids.plot_top_errors(images, ["a"] * 7, [("b", 0.9)] * 7, ["name"] * 7)
     assert sum(bool(axes.images) for axes in figure.axes) == 7
@@ -104,7 +104,7 @@ def test_mistakes_and_filters_of_any_channels():
 
 
 def corner_network() -> keras.Model:
-    """Class 0 is lit above on the left, class 1 below on the right, by construction."""
+    """A network whose class 0 responds to the upper left corner and class 1 to the lower right."""
     inputs = keras.Input((16, 16, 1))
     x = keras.layers.Conv2D(2, 1, use_bias=False, name="maps")(inputs)
     x = keras.layers.AveragePooling2D(4, name="coarse")(x)
@@ -116,7 +116,7 @@ def corner_network() -> keras.Model:
     return model
 
 
-def test_heat_lies_where_the_evidence_is():
+def test_grad_cam_highlights_the_evidence():
     images = np.zeros((2, 16, 16, 1), np.uint8)
     images[0, 2:6, 2:6], images[1, 10:14, 10:14] = 200, 200
     maps, layer = grad_cam(corner_network(), images, np.array([0, 1]))
@@ -126,24 +126,24 @@ def test_heat_lies_where_the_evidence_is():
     assert maps[1, 8:, 8:].mean() > 10 * maps[1, :8, :8].mean()
 
 
-def test_where_nothing_speaks_for_a_class_there_is_no_heat():
+def test_grad_cam_is_zero_without_evidence():
     maps, _ = grad_cam(corner_network(), np.zeros((1, 16, 16, 1), np.uint8), np.array([0]))
     assert maps.max() == 0
 
 
 @pytest.mark.parametrize(("name", "side"), [("vgg16", 64), ("vgg16_inception", 64), ("inception_v3", 139)])
-def test_the_map_is_one_that_everything_goes_through(name: str, side: int):
+def test_grad_cam_layer_lies_on_every_path(name: str, side: int):
     model = models.inference_model(models.build(name, (side, side, 1), 3, width=0.05))
     layer = grad_cam_layer(model)
     assert min(layer.output.shape[1:3]) >= 4
-    # Without that layer's output nothing of the images reaches the logits.
+    # Without the output of that layer the logits do not depend on the images.
     behind = keras.Model(layer.output, model.outputs[0])
     image = np.random.default_rng(0).integers(0, 256, (1, side, side, 1)).astype(np.float32)
     before = keras.Model(model.inputs, layer.output)(image)
     np.testing.assert_allclose(behind(before), model(image), rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_filters_are_those_of_the_first_convolution():
+def test_first_filters_belong_to_the_first_convolution():
     model = models.inference_model(models.build("vgg16", (32, 32, 1), 3, width=0.05))
     kernel, name = first_conv_kernel(model)
     assert (name, kernel.shape) == ("block1_conv1", (3, 3, 1, 3))
@@ -152,7 +152,7 @@ def test_the_first_filters_are_those_of_the_first_convolution():
 # ------------------------------------------------------------------------------------------------------- comparisons
 
 
-def test_rows_and_the_front_are_drawn_for_one_seed_and_for_many():
+def test_comparison_plots_are_drawn_for_one_seed_and_several():
     from train.compare import Row
     from train.evaluation.statistics import mean_interval
 
@@ -171,11 +171,9 @@ def test_rows_and_the_front_are_drawn_for_one_seed_and_for_many():
     many = comparison.plot_seeds(shown * 40, "test/accuracy")
     assert "the first 60 of 120" in many.axes[0].get_title(loc="left")
     unknown = [row("a", [0.9], float("nan"), best=False)]
-    assert (
-        "no run has its multiply-accumulates" in comparison.plot_pareto_front(unknown, "x").axes[0].texts[0].get_text()
-    )
+    assert "no run has multiply-accumulates" in comparison.plot_pareto_front(unknown, "x").axes[0].texts[0].get_text()
 
 
-def test_nothing_needs_a_screen(tmp_path: Path):
+def test_plots_need_no_display(tmp_path: Path):
     (tmp_path / "picture.png").write_bytes(style.to_png(image_grids.plot_filters(np.ones((3, 3, 1, 2)), "conv")))
     assert Image.open(tmp_path / "picture.png").format == "PNG"

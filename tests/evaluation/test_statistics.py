@@ -1,4 +1,4 @@
-"""train/statistics.py, held against scipy."""
+"""train/evaluation/statistics.py, compared with scipy."""
 
 import math
 
@@ -12,31 +12,33 @@ ONE = {0: 0.91, 1: 0.93, 2: 0.90, 3: 0.95, 4: 0.92}
 OTHER = {0: 0.90, 1: 0.90, 2: 0.91, 3: 0.93, 5: 0.10}
 
 
-def test_a_mean_has_the_t_interval_of_its_sample():
-    found, values = mean_interval(list(ONE.values())), list(ONE.values())
+def test_mean_has_the_t_interval_of_its_sample():
+    mean, values = mean_interval(list(ONE.values())), list(ONE.values())
     low, high = stats.t.interval(0.95, 4, loc=0.922, scale=stats.sem(values))
-    assert (found.n, found.mean, found.low, found.high) == pytest.approx((5, 0.922, low, high))
-    assert found.deviation == pytest.approx(stats.tstd(values))
-    assert found.half_width == pytest.approx((high - low) / 2)
+    assert (mean.n, mean.mean, mean.low, mean.high) == pytest.approx((5, 0.922, low, high))
+    assert mean.deviation == pytest.approx(stats.tstd(values))
+    assert mean.half_width == pytest.approx((high - low) / 2)
 
 
-def test_one_value_has_no_spread():
-    found = mean_interval([0.5])
-    assert (found.n, found.mean) == (1, 0.5)
-    assert all(map(math.isnan, (found.deviation, found.low, found.high)))
-    assert message(mean_interval, []).startswith("a mean must have at least one value")
+def test_single_value_has_no_interval():
+    mean = mean_interval([0.5])
+    assert (mean.n, mean.mean) == (1, 0.5)
+    assert all(map(math.isnan, (mean.deviation, mean.low, mean.high)))
+    assert message(mean_interval, []).startswith("a mean needs at least one value")
 
 
-def test_differences_are_of_the_seeds_that_both_have():
-    found = paired_difference(ONE, OTHER)
+def test_differences_are_paired_by_common_seeds():
+    difference = paired_difference(ONE, OTHER)
     theirs = stats.ttest_rel([ONE[seed] for seed in range(4)], [OTHER[seed] for seed in range(4)])
     interval = theirs.confidence_interval(0.95)
-    assert found is not None
-    assert (found.n, found.mean) == (4, pytest.approx(0.0125))
-    assert (found.p, found.low, found.high) == pytest.approx((theirs.pvalue, interval.low, interval.high))
+    assert difference is not None
+    assert (difference.n, difference.mean) == (4, pytest.approx(0.0125))
+    assert (difference.p, difference.low, difference.high) == pytest.approx(
+        (theirs.pvalue, interval.low, interval.high)
+    )
 
 
-def test_equal_differences_and_none():
+def test_difference_of_equal_pairs_and_of_none():
     twice = paired_difference({0: 0.5, 1: 0.75}, {0: 0.5, 1: 0.75})
     assert twice is not None
     assert (twice.mean, twice.p, twice.low, twice.high) == (0, 1, 0, 0)

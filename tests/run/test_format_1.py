@@ -1,4 +1,4 @@
-"""Run folders of format 1, as earlier versions left them: they can be read, and are not resumed."""
+"""Run folders of format 1, written by earlier versions: they are read but not resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(name: str, run: Path, *words: str) -> Done:
     return run_command(sys.executable, "-m", f"train.{name}", f"run={run}", *words)
 
 
-def test_its_files_are_read_in_todays_form(run: Path):
+def test_format_1_files_are_read_in_the_current_format(run: Path):
     folder = open_run_dir(run)
     summary = folder.summary()
     assert (summary["best_epoch"], summary["validation"], summary["attempts"]) == (
@@ -44,7 +44,7 @@ def test_its_files_are_read_in_todays_form(run: Path):
     assert folder.config()["early_stopping"]["metric"] == "validation/accuracy"
 
 
-def test_evaluate_finds_what_was_measured_then_and_the_report_is_written(run: Path):
+def test_evaluation_of_a_format_1_run_gives_the_old_metrics_and_a_report(run: Path):
     done = command("evaluate", run, "tracking.wait_seconds=0", f"tracking.uri=sqlite:///{run.parent}/mlflow.db")
     assert done.code == 0, done.err
     assert json.loads((run / "evaluation/test/scores.json").read_text())["accuracy"] == pytest.approx(TEST_ACCURACY)
@@ -55,7 +55,7 @@ def test_evaluate_finds_what_was_measured_then_and_the_report_is_written(run: Pa
     assert "validation/accuracy" in page
 
 
-def test_its_network_is_exported_and_classifies(run: Path):
+def test_model_of_a_format_1_run_is_exported_and_classifies(run: Path):
     uri = f"tracking.uri=sqlite:///{run.parent}/mlflow.db"
     done = command("export", run, "format=keras", "tracking.wait_seconds=0", uri)
     assert done.code == 0, done.err
@@ -67,19 +67,19 @@ def test_its_network_is_exported_and_classifies(run: Path):
     assert len(json.loads(shown.out)["predictions"]) == 5
 
 
-def test_it_is_not_resumed(run: Path):
+def test_format_1_run_is_not_resumed(run: Path):
     done = command("resume", run)
     assert (done.code, done.out.startswith("the run is finished")) == (0, True), done.err
     (run / "summary.json").unlink()
     done = command("resume", run)
     assert (done.code, done.err) == (
         2,
-        f"error: cannot resume {run}: an older version of this project wrote it (run format 1, this one resumes "
-        "format 2); use that version, or start anew\n",
+        f"error: cannot resume {run}: it was written by an older version (run format 1, this version resumes "
+        "format 2); use that version, or start a new run\n",
     )
 
 
-def test_metrics_of_old_runs_in_mlflow_have_todays_names():
+def test_metrics_of_format_1_runs_in_mlflow_get_the_current_names():
     old = {"train/loss": 3.0, "train/main_loss": 2.0, "best/validation_main_accuracy": 0.5, "test/accuracy": 0.4}
     assert format_1.current_metrics(old) == {
         "train/total_loss": 3.0, "train/loss": 2.0, "best/validation_accuracy": 0.5, "test/accuracy": 0.4,

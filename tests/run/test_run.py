@@ -29,33 +29,29 @@ from train.config.schema import ConfigError
 from train.config.serialization import Redactor
 from train.run import factory, train_and_evaluate
 from train.runtime import setup
-from train.tracking import run_metadata, uploader
+from train.tracking import run_metadata
 from train.tracking.run_dir import create_run_dir, open_run_dir
-from train.training.loop import SignalHandler
+from train.training.signals import SignalHandler
+
+pytestmark = pytest.mark.usefixtures("no_uploads")
 
 
-@pytest.fixture(autouse=True)
-def no_record(monkeypatch: pytest.MonkeyPatch):
-    """Stories that are told in this process don't feed MLflow; commands do."""
-    monkeypatch.setattr(uploader, "start", lambda *_: None)
-
-
-def in_process(folder: Path, *words: str) -> dict[str, Any]:
-    """The story without its MLflow record; the summary."""
-    config = compose([f"run_dir={folder}", f"threads={THREADS}", "evaluate.report=false", *words])
-    there = (folder / "run.json").exists()
-    place = open_run_dir(folder) if there else create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
-    life = train_and_evaluate.RunSession(
-        place, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(place, config)
+def in_process(path: Path, *overrides: str) -> dict[str, Any]:
+    """Train or resume a run within this process, without MLflow; return its summary."""
+    config = compose([f"run_dir={path}", f"threads={THREADS}", "evaluate.report=false", *overrides])
+    exists = (path / "run.json").exists()
+    run_dir = open_run_dir(path) if exists else create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
+    session = train_and_evaluate.RunSession(
+        run_dir, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(run_dir, config)
     )
-    train_and_evaluate.train_and_evaluate(life)
-    return life.summary
+    train_and_evaluate.train_and_evaluate(session)
+    return session.summary
 
 
 # ------------------------------------------------------------------------------------------- what a run leaves behind
 
 
-def test_the_folder_holds_everything(finished: Finished):
+def test_run_dir_holds_all_files(finished: Finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names >= {
         "config.yaml", "metrics.jsonl", "summary.json", "train.log", "best", "model_summary.txt", "input_example.npy",
@@ -71,22 +67,23 @@ def test_the_last_line_is_the_summary(finished: Finished):
     assert last.endswith(f" run={finished.path}")
 
 
-def test_the_output_is_one_plain_line_per_epoch(finished: Finished):
+def test_output_is_one_plain_line_per_epoch(finished: Finished):
     assert "\x1b" not in finished.done.out
-    assert all("the MLflow record is " in line for line in finished.done.err.splitlines())  # late on a busy machine
+    # The upload may be late on a busy machine.
+    assert all("the upload to MLflow " in line for line in finished.done.err.splitlines())
     epochs = re.findall(
         r"^epoch (\d)/2  loss \d+\.\d{4}  accuracy train 0\.\d{4}  validation 0\.\d{4}  \d+ images/s",
         finished.done.out,
         re.M,
     )
     assert epochs == ["1", "2"]
-    assert "40 steps of 32 per epoch, training examples left out of each: 1" in finished.done.out
+    assert "40 steps per epoch, batch size 32 (1 example dropped per epoch)" in finished.done.out
 
 
-def test_the_summary_says_what_was_done(finished: Finished):
+def test_summary_describes_the_run(finished: Finished):
     summary = finished.summary
-    given = {"status": "finished", "model": "vgg16_inception", "data": "digits", "seed": 0, "epochs": 2, "steps": 80}
-    assert given.items() <= summary.items()
+    expected = {"status": "finished", "model": "vgg16_inception", "data": "digits", "seed": 0, "epochs": 2, "steps": 80}
+    assert expected.items() <= summary.items()
     assert summary["steps_executed"] == 80
     assert summary["test"]["examples"] == 340
     assert set(summary["test"]) == {
@@ -112,7 +109,7 @@ def test_the_journal_has_a_line_per_logged_step(finished: Finished):
     assert lines[-1]["values"]["test/accuracy"] == finished.summary["test"]["accuracy"]
 
 
-def test_the_config_is_resolved(finished: Finished):
+def test_stored_config_is_resolved(finished: Finished):
     config = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert config["model"]["width"] == 0.125
     assert config["data"]["image_size"] == 32
@@ -122,18 +119,18 @@ def test_the_config_is_resolved(finished: Finished):
     assert config["data"]["fingerprint"] == finished.summary["data_fingerprint"]
 
 
-def test_the_data_is_described(finished: Finished):
+def test_dataset_json_describes_the_data(finished: Finished):
     dataset = json.loads((finished.path / "dataset.json").read_text())
     assert dataset["counts"] == {"train": 1281, "validation": 176, "test": 340}
     assert [sum(dataset["class_counts"][split]) for split in dataset["counts"]] == [1281, 176, 340]
     assert dataset["class_counts"]["test"] == [27, 39, 27, 41, 37, 32, 34, 39, 30, 34]
     assert len(set(dataset["splits"].values())) == 3
     assert (dataset["skipped"], dataset["leaks"]) == ([], {"shared": 0, "conflicts": 0, "alike": 0})
-    assert "pixels: train, validation, test in memory (0.00 GiB)\n" in finished.done.out
+    assert "pixel cache: train, validation, test in memory (0.00 GiB)\n" in finished.done.out
 
 
-def test_the_first_batch_is_drawn_as_the_network_sees_it(finished: Finished):
-    """Its 32 examples on a white sheet, each pixel shown as 2x2."""
+def test_first_batch_is_drawn_as_network_input(finished: Finished):
+    """augmented.png shows its 32 examples on white, each pixel as 2x2."""
     from train import data
     from train.data import pipeline
     from train.data.augmentation import policy
@@ -149,28 +146,28 @@ def test_the_first_batch_is_drawn_as_the_network_sees_it(finished: Finished):
     assert (sheet[32:34] == 255).all()
 
 
-def test_other_data_than_was_asked_for_is_refused(tmp_path: Path):
+def test_data_with_another_fingerprint_is_rejected(tmp_path: Path):
     config = compose([f"run_dir={tmp_path}", "data.fingerprint=0123"])
     dataset, _ = factory.load_data(config, crops=False)
     with pytest.raises(ConfigError) as refused:
         factory.check_fingerprint(config, dataset)
     assert str(refused.value) == (
-        f"data.fingerprint must be that of the data, {dataset.fingerprint}, got 0123; "
+        f"the data has fingerprint {dataset.fingerprint}, but data.fingerprint=0123; "
         "use the data of the earlier run, or data.fingerprint=null"
     )
     factory.check_fingerprint(compose([f"data.fingerprint={dataset.fingerprint}"]), dataset)
 
 
-def test_a_run_that_waited_for_its_data_says_so():
+def test_input_bound_run_prints_a_warning():
     assert train_and_evaluate.input_bound_warning(0.049) == ""
     assert train_and_evaluate.input_bound_warning(0.314) == (
-        "the input bound this run: 31% of the training time was spent waiting for data; use a larger "
+        "training was input-bound (31% of the time waiting for data); try a larger "
         "data.ram_budget, data.cache=disk, a cheaper augment, smaller files, or more processor cores"
     )
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["augment.mixup=0.2", "augment.cutmix=1", "augment.erase=0.25", "data.class_weights=true"],
         pytest.param(["augment=randaugment", "data.balanced=true", "data.cache=disk"], marks=pytest.mark.slow),
@@ -178,8 +175,8 @@ def test_a_run_that_waited_for_its_data_says_so():
     ],
     ids=["mixed and weighted", "painted and balanced", "cropped from the files"],
 )
-def test_every_way_of_feeding_trains_and_goes_on_to_the_same_bits(words: list[str], tmp_path: Path):
-    """Also where every life decodes, draws and mixes anew."""
+def test_every_input_pipeline_trains_and_resumes_to_the_same_bits(overrides: list[str], tmp_path: Path):
+    """Also when each attempt decodes, draws and mixes again."""
     small = [
         "model=vgg16",
         "model.width=0.1",
@@ -187,7 +184,7 @@ def test_every_way_of_feeding_trains_and_goes_on_to_the_same_bits(words: list[st
         "steps_per_epoch=4",
         "evaluate.test=false",
         "schedule=constant",
-        *words,
+        *overrides,
     ]
     whole = in_process(tmp_path / "whole", *small, "epochs=2")
     in_process(tmp_path / "parts", *small, "epochs=1")
@@ -196,8 +193,8 @@ def test_every_way_of_feeding_trains_and_goes_on_to_the_same_bits(words: list[st
     assert parts["weights_sha256"] == whole["weights_sha256"]
 
 
-def test_the_stored_model_is_what_was_measured(finished: Finished, tmp_path: Path):
-    """In a process that does not know this project: its accuracy on the test split is that of the summary."""
+def test_stored_model_gives_the_measured_metrics(finished: Finished, tmp_path: Path):
+    """In a process without this project, its accuracy on the test split is that of the summary."""
     from train import data
 
     split = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).test
@@ -216,21 +213,21 @@ def test_the_stored_model_is_what_was_measured(finished: Finished, tmp_path: Pat
     assert float(done.stdout) == pytest.approx(finished.summary["test"]["accuracy"], abs=1 / 340)
 
 
-def test_best_says_what_it_is(finished: Finished):
-    card = json.loads((finished.path / "best/model.json").read_text())
-    assert card["classes"] == [str(digit) for digit in range(10)]
-    assert card["input"] == {"shape": [32, 32, 1], "dtype": "uint8", "range": [0, 255]}
+def test_best_model_describes_itself(finished: Finished):
+    model_info = json.loads((finished.path / "best/model.json").read_text())
+    assert model_info["classes"] == [str(digit) for digit in range(10)]
+    assert model_info["input"] == {"shape": [32, 32, 1], "dtype": "uint8", "range": [0, 255]}
     accuracies = {
         line["epoch"]: line["values"]["validation/accuracy"]
         for line in finished.journal
         if "validation/accuracy" in line["values"]
     }
-    assert card["validation"]["accuracy"] == max(accuracies.values()) == accuracies[card["epoch"] - 1]
-    assert card["data_fingerprint"] == finished.summary["data_fingerprint"]
+    assert model_info["validation"]["accuracy"] == max(accuracies.values()) == accuracies[model_info["epoch"] - 1]
+    assert model_info["data_fingerprint"] == finished.summary["data_fingerprint"]
 
 
-def test_a_secret_in_the_address_is_nowhere(finished: Finished):
-    """The store's address came from the environment; only the reference to it is kept."""
+def test_secret_in_the_tracking_uri_is_written_nowhere(finished: Finished):
+    """The tracking URI came from the environment; only the reference to it is stored."""
     config = (finished.path / "config.yaml").read_text()
     assert "uri: ${oc.env:INCEPTION_TEST_STORE}" in config
     for path in finished.path.rglob("*"):
@@ -239,30 +236,26 @@ def test_a_secret_in_the_address_is_nowhere(finished: Finished):
     assert SECRET not in finished.done.out + finished.done.err
 
 
-def test_a_second_run_does_not_get_into_a_used_folder(finished: Finished):
+def test_second_run_does_not_use_an_existing_run_dir(finished: Finished):
     before = hashlib.sha256((finished.path / "summary.json").read_bytes()).hexdigest()
     done = run_train("model=vgg16_inception", f"run_dir={finished.path}")
     assert done.code == 2
     assert done.err == (
-        "error: run_dir must be a folder without a run, or with one of the same config, "
-        f"got {finished.path}, where epochs was 2, is 12; model.width was 0.125, is 1.0; "
-        "tracking.every_steps was 7, is 50; "
+        f"error: run_dir {finished.path} contains a run with another config (epochs changed from 2 to 12; "
+        "model.width changed from 0.125 to 1.0; tracking.every_steps changed from 7 to 50); "
         f"use another run_dir, or make resume run='{finished.path}'\n"
     )
     assert hashlib.sha256((finished.path / "summary.json").read_bytes()).hexdigest() == before
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+def test_unwritable_run_dir_is_rejected(tmp_path: Path):
     (tmp_path / "file").touch()
     done = run_train(f"run_dir={tmp_path / 'file' / 'run'}")
     assert done.code == 2
-    assert done.err == (
-        f"error: run_dir must be a folder that can be written, got {tmp_path}/file/run (Not a directory); "
-        "use run_dir=PATH\n"
-    )
+    assert done.err == (f"error: cannot write to run_dir {tmp_path}/file/run (Not a directory); use run_dir=PATH\n")
 
 
-def test_storage_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_storage_without_locks_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def flock(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -270,8 +263,8 @@ def test_storage_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(ValueError) as refused, folder.locked():
         raise AssertionError("it was held")
-    said = f"{tmp_path}/run must be on storage where files can be locked (No locks available); use another run_dir"
-    assert str(refused.value) == said
+    expected = f"cannot lock files in {tmp_path}/run (No locks available); use a run_dir on storage with file locks"
+    assert str(refused.value) == expected
 
 
 def test_latest_points_at_the_newest_run_under_runs(tmp_path: Path):
@@ -288,25 +281,25 @@ def test_latest_points_at_the_newest_run_under_runs(tmp_path: Path):
 # ---------------------------------------------------------------------------------------------- bad input, bad luck
 
 
-def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path):
+def test_missing_gpu_is_an_error(tmp_path: Path):
     if Path("/proc/driver/nvidia/version").exists():
         pytest.skip("there is an NVIDIA driver here")
-    with pytest.raises(ConfigError, match="device must be one that is there, got gpu but TensorFlow finds no GPU; use"):
+    with pytest.raises(ConfigError, match="device=gpu is not available: TensorFlow finds no GPU; use"):
         in_process(tmp_path / "run", "device=gpu")
 
 
-def test_a_batch_larger_than_the_split_is_refused(tmp_path: Path):
+def test_batch_larger_than_the_split_is_rejected(tmp_path: Path):
     with pytest.raises(ValueError, match=r"batch_size must be in 1\.\.1281, the size of the train split, got 1282"):
         in_process(tmp_path / "run", "batch_size=1282")
 
 
-def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path):
-    """After the first epoch: status interrupted, exit code 130, a best model, and MLflow knows."""
+def test_ctrl_c_ends_the_run_cleanly(tmp_path: Path):
+    """After the first epoch: status interrupted, exit code 130, a best model, and the status in MLflow."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    words = ["model=vgg16", "model.width=0.05", "steps_per_epoch=9", "epochs=500", "tracking.log_model=false"]
-    words.append(f"tracking.uri={uri}")
+    overrides = ["model=vgg16", "model.width=0.05", "steps_per_epoch=9", "epochs=500", "tracking.log_model=false"]
+    overrides.append(f"tracking.uri={uri}")
     process = subprocess.Popen(
-        [sys.executable, "-m", "train", *words, f"run_dir={tmp_path / 'run'}"],
+        [sys.executable, "-m", "train", *overrides, f"run_dir={tmp_path / 'run'}"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -331,10 +324,10 @@ def test_ctrl_c_ends_a_run_cleanly(tmp_path: Path):
     assert mlflow_run.data.tags["status"] == "interrupted"
 
 
-def test_sigterm_while_tensorflow_is_imported_is_obeyed_before_any_step(tmp_path: Path):
-    words = ["tracking.wait_seconds=0", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+def test_sigterm_during_the_tensorflow_import_stops_before_any_step(tmp_path: Path):
+    overrides = ["tracking.wait_seconds=0", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "train", *words, f"run_dir={tmp_path / 'run'}"],
+        [sys.executable, "-m", "train", *overrides, f"run_dir={tmp_path / 'run'}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not (tmp_path / "run/run.json").exists():
@@ -348,45 +341,45 @@ def test_sigterm_while_tensorflow_is_imported_is_obeyed_before_any_step(tmp_path
     assert (summary["failure"], summary["steps"]) == ("stopped by SIGTERM", 0)
 
 
-def holders(secret: bytes, *places: Path) -> list[Path]:
-    """Files that hold the secret."""
-    files = [path for place in places for path in place.rglob("*") if path.is_file()]
+def holders(secret: bytes, *folders: Path) -> list[Path]:
+    """Files that contain the secret."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return [path for path in files if secret in path.read_bytes()]
 
 
-def test_a_dead_server_stops_nothing_and_its_password_is_nowhere(tmp_path: Path):
-    """A typed password, a port where nobody listens: the run finishes, and its folder does not hold the password."""
-    place = tmp_path / "run"
+def test_unreachable_server_does_not_stop_the_run_and_its_password_is_written_nowhere(tmp_path: Path):
+    """A typed password and a closed port: the run finishes, and its folder does not contain the password."""
+    run = tmp_path / "run"
     done = run_train(
         "model=vgg16", "model.width=0.05", "epochs=1", "steps_per_epoch=3", "evaluate.test=false",
-        "tracking.wait_seconds=1", f"run_dir={place}",
+        "tracking.wait_seconds=1", f"run_dir={run}",
         "tracking.uri=http://me:hunter2-typed@127.0.0.1:9",
     )  # fmt: skip
-    for pid in subprocess.run(["pgrep", "-f", f"uploader {place}"], capture_output=True, text=True).stdout.split():
+    for pid in subprocess.run(["pgrep", "-f", f"uploader {run}"], capture_output=True, text=True).stdout.split():
         os.kill(int(pid), signal.SIGTERM)
     assert done.code == 0, done.err
     assert done.last_line.startswith("status=finished")
     assert "make sync run=" in done.err
-    assert "uri: http://127.0.0.1:9" in (place / "config.yaml").read_text()
-    assert "not recorded yet" in (place / "uploader.log").read_text()
-    assert holders(b"hunter2", place) == []
+    assert "uri: http://127.0.0.1:9" in (run / "config.yaml").read_text()
+    assert "not recorded yet" in (run / "uploader.log").read_text()
+    assert holders(b"hunter2", run) == []
     assert "hunter2" not in done.out + done.err
-    (place / "planted").write_text("hunter2")
-    assert holders(b"hunter2", place) == [place / "planted"]
+    (run / "planted").write_text("hunter2")
+    assert holders(b"hunter2", run) == [run / "planted"]
 
 
 @pytest.mark.slow
-def test_a_data_set_prepared_on_the_way_changes_no_bit(tmp_path: Path):
-    """Preparing it draws random numbers; the network's start must not depend on them, and must on the seed."""
-    words = ["model=vgg16", "model.width=0.1", "epochs=1", "steps_per_epoch=2", "evaluate.test=false"]
-    there = in_process(tmp_path / "there", *words)
-    fresh = in_process(tmp_path / "fresh", *words, f"data.directory={tmp_path / 'data'}")
-    other = in_process(tmp_path / "other", *words, "seed=1")
-    assert fresh["weights_sha256"] == there["weights_sha256"] != other["weights_sha256"]
+def test_preparing_the_data_set_during_the_run_changes_no_bit(tmp_path: Path):
+    """Preparation draws random numbers; the initial weights must depend on the seed, not on them."""
+    overrides = ["model=vgg16", "model.width=0.1", "epochs=1", "steps_per_epoch=2", "evaluate.test=false"]
+    prepared = in_process(tmp_path / "prepared", *overrides)
+    unprepared = in_process(tmp_path / "unprepared", *overrides, f"data.directory={tmp_path / 'data'}")
+    other = in_process(tmp_path / "other", *overrides, "seed=1")
+    assert unprepared["weights_sha256"] == prepared["weights_sha256"] != other["weights_sha256"]
 
 
-def test_our_warnings_are_seen_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Such as classifier layers of a weight file that don't fit and start anew; other packages' stay in train.log."""
+def test_warnings_of_the_project_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """For example about classifier layers that are initialised anew; other packages' warnings stay in train.log."""
     with run_metadata.log_to_file(create_run_dir(str(tmp_path / "run"), tmp_path, "x", latest=False)):
         logging.getLogger("train.models.weights").warning("predictions starts anew")
         logging.getLogger("train.models.weights").info("loaded")
@@ -397,14 +390,14 @@ def test_our_warnings_are_seen_on_the_terminal(tmp_path: Path, capsys: pytest.Ca
     }
 
 
-def test_two_runs_of_a_process_stand_on_the_same_ground(tmp_path: Path):
+def test_two_runs_of_one_process_have_the_same_provenance(tmp_path: Path):
     log = tmp_path / "log"
     setup.prepare(compose([f"threads={THREADS}"]), log)
     with pytest.raises(ConfigError, match=f"threads must be the same for all runs of a process, got 1 after {THREADS}"):
         setup.prepare(compose(["threads=1"]), log)
 
 
-def test_accumulating_over_more_steps_than_there_are_is_refused(tmp_path: Path):
+def test_gradient_accumulation_over_more_steps_than_the_run_has_is_rejected(tmp_path: Path):
     with pytest.raises(ConfigError, match="gradient_accumulation must be at most the run's 6 steps, got 7"):
         in_process(tmp_path / "run", "epochs=2", "steps_per_epoch=3", "gradient_accumulation=7", "model.width=0.1")
 
@@ -427,17 +420,17 @@ LONG = ("vgg16_inception", "inception_v1", "inception_v3", "inception_resnet_v2"
     "model", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in SMALL]
 )
 def test_every_network_learns_digits(model: str, tmp_path: Path):
-    """Chance is 0.1: a dead gradient, or moving statistics that lag behind, cannot hide below 0.5."""
+    """Chance is 0.1: a vanished gradient or stale moving statistics would stay below 0.5."""
     summary = in_process(tmp_path / "run", f"model={model}", "evaluate.test=false", *SMALL[model])
     assert summary["validation"]["accuracy"] > 0.5
     assert summary["training_parameters"] > summary["parameters"]  # with the auxiliary heads
 
 
 @pytest.mark.slow
-def test_moving_statistics_that_lag_behind_are_what_the_default_avoids(finished: Finished, tmp_path: Path):
-    """The negative control: with the momentum that Keras has by default the same run validates far worse."""
-    words = ["evaluate.test=false", "model.width=0.125", "epochs=2", "model.batch_norm_momentum=0.99"]
-    bad = in_process(tmp_path / "bad", "model=vgg16_inception", *words)
+def test_default_momentum_avoids_stale_moving_statistics(finished: Finished, tmp_path: Path):
+    """Negative control: with the default momentum of Keras the same run validates far worse."""
+    overrides = ["evaluate.test=false", "model.width=0.125", "epochs=2", "model.batch_norm_momentum=0.99"]
+    bad = in_process(tmp_path / "bad", "model=vgg16_inception", *overrides)
     good = finished.summary["validation"]["accuracy"]
     assert bad["validation"]["accuracy"] < good - 0.2
 
@@ -446,7 +439,7 @@ def test_moving_statistics_that_lag_behind_are_what_the_default_avoids(finished:
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_a_run_for_every_combination(tmp_path: Path):
+def test_sweep_gives_one_run_per_combination(tmp_path: Path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     done = run_command(
         "make", "sweep", "model=vgg16,vgg16_inception", "seed=0,1", "epochs=1", "steps_per_epoch=4", "model.width=0.1",
@@ -470,10 +463,10 @@ def test_a_sweep_gives_a_run_for_every_combination(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_default_run_is_good(tmp_path: Path):
-    """One seed; its three are in the README, by `make sweep model=vgg16_inception seed=0,1,2 evaluate.test=true`.
+def test_default_run_reaches_its_accuracy(tmp_path: Path):
+    """One seed; the README has three, from `make sweep model=vgg16_inception seed=0,1,2 evaluate.test=true`.
 
-    They have 0.9971, 0.9824 and 0.9912, of 340 examples. Whoever loses 1.5 of 100 of the mean has broken something.
+    They reach 0.9971, 0.9824 and 0.9912 on 340 examples. A loss of 1.5 points against their mean is a regression.
     """
     done = run_train(
         "model=vgg16_inception", f"run_dir={tmp_path / 'run'}", "tracking.log_model=false",
@@ -487,7 +480,7 @@ def test_the_default_run_is_good(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_a_folder_of_photographs_is_learned(tmp_path: Path):
+def test_image_folder_of_photographs_is_learned(tmp_path: Path):
     root = os.environ.get("INCEPTION_REAL_DATA")
     if not root:
         pytest.skip("INCEPTION_REAL_DATA names no folder with sign_digits in it")

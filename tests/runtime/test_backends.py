@@ -47,12 +47,12 @@ def run_steps(place: Path, cases: list[str]) -> Courses:
 
 
 def relative_rounding(precision: str) -> float:
-    """How far a course in a precision may be off, in units of what changing every weight by its own size would do.
+    """The tolerance of a course in a precision, in units of the effect of changing every weight by its own size.
 
-    Errors of roundings that follow each other, and of those within a sum, add up as independent ones do, with the
-    square root of their number n; the probability of more than CONFIDENCE times that is at most 2 exp(-CONFIDENCE^2/2),
-    here 7e-4. Source: Higham & Mary 2019 (A New Approach to Probabilistic Rounding Error Analysis). Sums of 16-bit
-    numbers are taken to be made in float32.
+    Rounding errors, also those within a sum, accumulate like independent ones, with the square root of their
+    number n; the probability of more than CONFIDENCE times that is at most 2 exp(-CONFIDENCE^2/2), here 7e-4.
+    Source: Higham & Mary 2019 (A New Approach to Probabilistic Rounding Error Analysis). 16-bit numbers are assumed to
+    be summed in float32.
     """
     roundings = 2 * steps.DEPTH * steps.STEPS  # forwards and backwards
     terms = steps.EXAMPLES * steps.SIDE**2  # of the longest sum: over all positions of all images
@@ -61,7 +61,7 @@ def relative_rounding(precision: str) -> float:
 
 
 def largest_excess(course: dict[str, Any], reference: dict[str, Any], precision: str, case: str) -> tuple[float, str]:
-    """The tensor that is farthest beyond its bound, or closest to it: its distance in units of the bound, and its name.
+    """The tensor with the largest distance in units of its bound: this distance, and its name.
 
     reference: of `steps.train_float64`. Its courses from perturbed starts show how far changing every weight by a
     little moves each tensor, which makes the bound large only for the tensors that depend on rounding.
@@ -75,7 +75,7 @@ def largest_excess(course: dict[str, Any], reference: dict[str, Any], precision:
         # Norms of gradients are float32 in a float64 course, too.
         stored = "float32" if (name, precision) == ("gradient_norm", "float64") else precision
         bound = condition * relative_rounding(stored)
-        if "stages" in steps.CASES[case]:  # about eight float32 operations correct the rate for the age of moments
+        if "stages" in steps.CASES[case]:  # about eight float32 operations for the bias correction
             moved = np.linalg.norm(value - reference["start"].get(name, 0.0))
             bound += 8 * UNIT_ROUNDOFF["float32"] * moved
         distance = np.linalg.norm(course["tensors"][name] - value)
@@ -90,11 +90,11 @@ def largest_excess(course: dict[str, Any], reference: dict[str, Any], precision:
 def test_both_backends_take_the_same_steps(case: str, courses: Courses):
     """In float64, where agreement within rounding leaves no room for another rule."""
     reference = courses["tensorflow"]["float64"][case]
-    found = courses["jax"]["float64"][case]["course"]
-    excess, name = largest_excess(found, reference, "float64", case)
+    course = courses["jax"]["float64"][case]["course"]
+    excess, name = largest_excess(course, reference, "float64", case)
     assert excess <= 1, name
-    np.testing.assert_equal(found["counts"], reference["course"]["counts"])
-    assert found["fault"] is reference["course"]["fault"] is None
+    np.testing.assert_equal(course["counts"], reference["course"]["counts"])
+    assert course["fault"] is reference["course"]["fault"] is None
 
 
 @pytest.mark.slow
@@ -103,22 +103,22 @@ def test_both_backends_take_the_same_steps(case: str, courses: Courses):
 def test_lower_precision_takes_the_same_steps(case: str, backend: str, courses: Courses):
     reference = courses["tensorflow"]["float64"][case]
     precision = steps.CASES[case].get("policy", "float32")
-    found = courses[backend]["rounded"][case]
-    excess, name = largest_excess(found, reference, precision, case)
+    course = courses[backend]["rounded"][case]
+    excess, name = largest_excess(course, reference, precision, case)
     assert excess <= 1, name
-    # With 16 bits another one of two nearly equal logits may be the larger.
-    counted = [name for name in found["counts"] if name != "correct" or precision == "float32"]
-    np.testing.assert_equal(*({name: c["counts"][name] for name in counted} for c in (found, reference["course"])))
-    assert found["fault"] is None
-    assert found["fault_of_nan"] == ("the loss", 1)
-    assert found["resumes"]  # to the bit, in another network
-    assert found.get("skips_overflow", True)
+    # With 16 bits the order of two nearly equal logits may change.
+    counted = [name for name in course["counts"] if name != "correct" or precision == "float32"]
+    np.testing.assert_equal(*({name: c["counts"][name] for name in counted} for c in (course, reference["course"])))
+    assert course["fault"] is None
+    assert course["fault_of_nan"] == ("loss", 1)
+    assert course["resumes"]  # bit for bit, in another network
+    assert course.get("skips_overflow", True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", steps.WRONG)
-def test_a_wrong_rule_does_not_take_the_same_steps(rule: str, courses: Courses):
-    """The comparisons above can fail: each bound is smaller than what a wrong rule changes."""
+def test_wrong_rule_exceeds_the_tolerance(rule: str, courses: Courses):
+    """Negative control: each bound is smaller than the effect of a wrong rule."""
     case, _ = steps.WRONG[rule]
     wrong = courses["tensorflow"]["wrong"][rule]["course"]
     reference = courses["tensorflow"]["float64"][case]
@@ -133,22 +133,22 @@ TINY = ("backend=jax", "model=vgg16", "model.head=fc", "model.width=0.05", "epoc
         "batch_size=16", "checkpoint.every_steps=4", "tracking.log_model=false")  # fmt: skip
 
 
-def train(place: Path, *words: str, env: dict[str, str] | None = None) -> Done:
-    own = [f"run_dir={place}", f"tracking.uri=sqlite:///{place.parent / 'mlflow.db'}"]
-    return run_command(sys.executable, "-m", "train", *TINY, *words, *own, env=env)
+def train(run: Path, *overrides: str, env: dict[str, str] | None = None) -> Done:
+    paths = [f"run_dir={run}", f"tracking.uri=sqlite:///{run.parent / 'mlflow.db'}"]
+    return run_command(sys.executable, "-m", "train", *TINY, *overrides, *paths, env=env)
 
 
-def summary_of(place: Path) -> dict[str, Any]:
-    return json.loads((place / "summary.json").read_text())
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_run_on_jax_is_one_like_all_others(tmp_path: Path):
-    """Killed and gone on with; with its report; and answers the same to whoever asks TensorFlow."""
+def test_run_on_jax_resumes_reports_and_is_read_by_tensorflow(tmp_path: Path):
+    """It is killed and resumed, writes its report, and gives the same predictions with TensorFlow."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = train(whole)
     assert done.code == 0, done.err
-    assert done.out.startswith("on: JAX, cpu, ")
+    assert done.out.startswith("device: CPU, JAX, ")
     assert (whole / "report.html").exists()
     assert "warning" not in done.out + done.err
     assert train(killed, "evaluate.report=false", env={"INCEPTION_FAULT": "step:7"}).code == -9
@@ -166,27 +166,27 @@ def test_a_run_on_jax_is_one_like_all_others(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MIN_IMAGE_SIZE)
 def test_every_network_trains_on_jax(model: str, tmp_path: Path):
-    words = [f"model={model}", "model.head=avg", "steps_per_epoch=2", "epochs=1", "evaluate.report=false"]
-    done = train(tmp_path / "run", *words)
+    overrides = [f"model={model}", "model.head=avg", "steps_per_epoch=2", "epochs=1", "evaluate.report=false"]
+    done = train(tmp_path / "run", *overrides)
     assert done.code == 0, done.err
     assert summary_of(tmp_path / "run")["steps"] == 2
     assert summary_of(tmp_path / "run")["test"]["examples"] == 340
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "expected"),
     [
         (["backend=jax", "jit=off"], "jit must be auto or on with backend=jax, which compiles everything, got off"),
-        (["backend=jax", "gpu_memory=4096"], "gpu_memory must be null with backend=jax, which takes what it comes to "),
+        (["backend=jax", "gpu_memory=4096"], "gpu_memory must be null with backend=jax, which allocates memory as "),
         (["backend=torch"], "backend must be one of tensorflow, jax, got torch"),
     ],
 )
-def test_what_a_backend_can_not_do(words: list[str], said: str):
-    assert said in message(compose, words)
+def test_unsupported_backend_option_is_rejected(overrides: list[str], expected: str):
+    assert expected in message(compose, overrides)
 
 
-def test_a_backend_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_missing_backend_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    said = message(factory.check_sources, compose(["backend=jax"]))
-    assert said.startswith("backend must be installed, got jax, which is not; use backend=tensorflow, or install the ")
-    assert (ROOT / "requirements/jax.lock").name in said
+    error = message(factory.check_sources, compose(["backend=jax"]))
+    assert error.startswith("backend jax is not installed; use backend=tensorflow, or install it: ")
+    assert (ROOT / "requirements/jax.lock").name in error

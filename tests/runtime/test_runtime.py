@@ -1,6 +1,7 @@
-"""train/runtime.py: what `auto` means, and what is loaded for it."""
+"""train/runtime/setup.py: how `auto` is resolved, and which modules the commands import."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +13,21 @@ from train.config.composition import compose
 from train.config.schema import MIN_IMAGE_SIZE
 from train.runtime import setup
 
-MEASURED = {"cpu": {"vgg16": {"precision": "mixed_bfloat16", "jit": "on", "cores": 0.5, "why": "7.00 times as fast"}}}
+MEASURED = {
+    "cpu": {"vgg16": {"precision": "mixed_bfloat16", "jit": "on", "cores": 0.5, "why": "measured 7.00x faster"}}
+}
 LARGE = {
     "tensorflow", "keras", "tensorflow_datasets", "mlflow", "sklearn", "scipy", "pandas", "matplotlib", "optuna",
     "sqlalchemy", "ray", "submitit",
 }  # fmt: skip
 
 
-NO_EVIDENCE = ["evaluate.test=false", "evaluate.report=false"]  # scores and pictures come after the last step
+NO_EVIDENCE = ["evaluate.test=false", "evaluate.report=false"]  # evaluation and plots come after the last step
 
 
 @pytest.fixture
 def a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without bfloat16, of eight cores, with a table of its own."""
+    """A CPU without bfloat16, with eight cores and its own table."""
     monkeypatch.setattr(setup, "AUTO_SETTINGS", tmp_path / "auto_settings.json")
     monkeypatch.setattr(setup, "_cpu_flags", set)
     monkeypatch.setattr(setup, "cores", lambda: 8)
@@ -37,23 +40,30 @@ def settled(*words: str) -> tuple[str, str, int | None, str]:
 
 
 @pytest.mark.usefixtures("a_processor")
-def test_auto_is_what_the_table_says():
-    assert settled("model=vgg16") == ("mixed_bfloat16", "on", 4, " (auto: 7.00 times as fast)")
-    assert settled("model=vgg16", "jit=off", "threads=3") == ("mixed_bfloat16", "off", 3, " (auto: 7.00 times as fast)")
+def test_auto_follows_the_table():
+    assert settled("model=vgg16") == ("mixed_bfloat16", "on", 4, " (auto: measured 7.00x faster)")
+    assert settled("model=vgg16", "jit=off", "threads=3") == (
+        "mixed_bfloat16",
+        "off",
+        3,
+        " (auto: measured 7.00x faster)",
+    )
     assert settled("model=vgg16", "precision=float32", "jit=off", "threads=3") == ("float32", "off", 3, "")
 
 
 @pytest.mark.usefixtures("a_processor")
-def test_where_nothing_was_measured_that_is_said():
-    assert settled("model=inception_v1") == ("float32", "off", 8, " (auto: usual for cpu, not measured)")
+def test_unmeasured_model_uses_the_defaults_and_says_so():
+    assert settled("model=inception_v1") == ("float32", "off", 8, " (auto: default for cpu, not measured)")
 
 
-def test_fewer_bits_than_asked_for_are_told():
-    assert setup.tf32_note("gpu_bfloat16", "float32")[0].startswith("float32: this GPU multiplies in TF32")
+def test_tf32_is_noted():
+    assert setup.tf32_note("gpu_bfloat16", "float32")[0].startswith(
+        "note: on this GPU float32 matrix products use TF32"
+    )
     assert setup.tf32_note("gpu_bfloat16", "mixed_bfloat16") == setup.tf32_note("gpu", "float32") == []
 
 
-def test_the_table_has_only_what_can_be_typed():
+def test_table_has_only_valid_settings():
     table = json.loads(setup.AUTO_SETTINGS.read_text())
     assert set(table["cpu_bfloat16"]) == set(MIN_IMAGE_SIZE)
     for rows in table.values():
@@ -63,7 +73,7 @@ def test_the_table_has_only_what_can_be_typed():
             assert row["why"]
 
 
-def test_what_is_absent_comes_back():
+def test_hidden_modules_come_back():
     script = (
         "import sys; from train.runtime.setup import hide_modules; import numpy\n"
         "with hide_modules('numpy', 'sklearn'):\n"
@@ -90,8 +100,8 @@ def test_what_is_absent_comes_back():
     ],
     ids=["check", "sweep", "cost", "train"],
 )
-def test_what_a_command_loads(module: str, words: list[str], may: set[str], tmp_path: Path):
-    """Seconds that everybody waits who types it."""
+def test_commands_import_only_what_they_need(module: str, words: list[str], may: set[str], tmp_path: Path):
+    """Imports are seconds that every user of a command waits."""
     if "epochs=1" in words:
         words = [*words, f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     script = tmp_path / "loaded.py"
@@ -103,3 +113,7 @@ def test_what_a_command_loads(module: str, words: list[str], may: set[str], tmp_
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].split()[1:] == sorted(may)
+
+
+def test_cores_are_at_most_those_of_the_machine():
+    assert 1 <= setup.cores() <= (os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""scripts/benchmarks/training.py and its peers: what can be held without PyTorch, JAX and a quiet machine."""
+"""scripts/benchmarks/training.py and its baselines: what can be tested without PyTorch, JAX and a quiet machine."""
 
 import ast
 import importlib.util
@@ -24,30 +24,30 @@ def script(name: str) -> ModuleType:
 
 
 def kinds_of_torch() -> set[str]:
-    """The layers that the peer in PyTorch can build, read without PyTorch."""
+    """The layers that the PyTorch baseline supports, read from its source."""
     tree = ast.parse((ROOT / "scripts/benchmarks/baselines/torch_steps.py").read_text())
-    [found] = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "KINDS"]
-    return {ast.literal_eval(key) for key in found.keys}
+    [table] = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "KINDS"]
+    return {ast.literal_eval(key) for key in table.keys}
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg16_inception", "inception_v3"])
-def test_the_peer_knows_every_layer_of_the_networks(name: str):
+def test_baseline_supports_every_layer_of_the_networks(name: str):
     side = models.MIN_IMAGE_SIZE[name]
     model = models.build(name, (side, side, 1), 10, width=0.05)
-    found = json.loads(json.dumps(script("peers/given.py").description(model)))
-    assert {layer["kind"] for layer in found["layers"]} - {"InputLayer"} <= kinds_of_torch()
-    names = [layer["name"] for layer in found["layers"]]
-    for number, layer in enumerate(found["layers"]):
+    description = json.loads(json.dumps(script("benchmarks/baselines/export_network.py").description(model)))
+    assert {layer["kind"] for layer in description["layers"]} - {"InputLayer"} <= kinds_of_torch()
+    names = [layer["name"] for layer in description["layers"]]
+    for number, layer in enumerate(description["layers"]):
         assert set(layer["inputs"]) <= set(names[:number])
-    assert set(found["outputs"]) == {"main", "aux"}
-    assert set(found["outputs"].values()) <= set(names)
+    assert set(description["outputs"]) == {"main", "aux"}
+    assert set(description["outputs"].values()) <= set(names)
 
 
 @pytest.mark.parametrize(("now", "code"), [(2.0, 0), (1.81, 0), (1.79, 1)])
-def test_the_guard_lets_noise_through_and_nothing_more(
+def test_guard_tolerates_only_noise(
     now: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    bench = script("bench.py")
+    bench = script("benchmarks/training.py")
 
     def figures(ratio: float) -> dict:
         model, name = bench.GUARDED
@@ -56,27 +56,27 @@ def test_the_guard_lets_noise_through_and_nothing_more(
     monkeypatch.setattr(bench, "FIGURES", tmp_path / "speed.json")
     (tmp_path / "speed.json").write_text(json.dumps(figures(2.0)))
     assert bench.guard(figures(now)) == code
-    assert capsys.readouterr().out.startswith(f"vgg16_inception / Keras fit, float32: {now:.2f}, kept 2.00: ")
+    assert capsys.readouterr().out.startswith(f"vgg16_inception / Keras fit, float32: {now:.2f}, stored 2.00: ")
 
 
 @pytest.mark.slow
-def test_a_peer_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
-    bench = script("bench.py")
+def test_missing_baseline_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    bench = script("benchmarks/training.py")
     none = tmp_path / "python"
     none.write_text("#!/bin/sh\nexit 1\n")
     none.chmod(0o755)
-    found = bench.interpreters(str(none), str(none))
-    assert set(found) == {"keras"}
+    available = bench.interpreters(str(none), str(none))
+    assert set(available) == {"keras"}
     assert capsys.readouterr().out.splitlines() == [
         f"left out: {name} is not installed for {none}; use --{name} PYTHON" for name in ("torch", "jax")
     ]
-    left = bench.there(list(bench.CONTESTANTS), found)
-    assert [name for name in left if name.startswith(("PyTorch", "Keras on"))] == []
-    assert len(left) == 4
+    remaining = bench.installed_contestants(list(bench.CONTESTANTS), available)
+    assert [name for name in remaining if name.startswith(("PyTorch", "Keras on"))] == []
+    assert len(remaining) == 4
 
 
-def test_the_same_precision_is_that_of_the_run():
-    bench = script("bench.py")
+def test_baseline_uses_the_precision_of_the_run():
+    bench = script("benchmarks/training.py")
 
     def rounds(precision: str, *speeds: float) -> list[dict]:
         return [{"precision": precision, "images_per_second": speed} for speed in speeds]
@@ -85,17 +85,17 @@ def test_the_same_precision_is_that_of_the_run():
         "Keras fit, float32": rounds("float32", 100.0, 100.0),
         "Keras fit, mixed_bfloat16": rounds("mixed_bfloat16", 200.0, 160.0),
     }
-    found = bench.ratios({"make train": rounds("mixed_bfloat16", 400.0, 240.0), **peers})
-    assert found[bench.SAME] == {"median": 1.75, "least": 1.5, "most": 2.0}
-    assert found["Keras fit, float32"] == {"median": 3.2, "least": 2.4, "most": 4.0}
-    found = bench.ratios({"make train": rounds("float32", 150.0, 150.0), **peers})
-    assert found[bench.SAME] == {"median": 1.5, "least": 1.5, "most": 1.5}
-    assert set(found) == {bench.SAME, "Keras fit, float32"}
+    ratios = bench.ratios({"make train": rounds("mixed_bfloat16", 400.0, 240.0), **peers})
+    assert ratios[bench.SAME] == {"median": 1.75, "least": 1.5, "most": 2.0}
+    assert ratios["Keras fit, float32"] == {"median": 3.2, "least": 2.4, "most": 4.0}
+    ratios = bench.ratios({"make train": rounds("float32", 150.0, 150.0), **peers})
+    assert ratios[bench.SAME] == {"median": 1.5, "least": 1.5, "most": 1.5}
+    assert set(ratios) == {bench.SAME, "Keras fit, float32"}
     assert bench.SAME not in bench.ratios({"make train": rounds("mixed_float16", 150.0, 150.0), **peers})
 
 
-def test_contestants_take_turns_that_turn_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    bench, order = script("bench.py"), []
+def test_contestants_alternate_in_reversing_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    bench, order = script("benchmarks/training.py"), []
 
     def contestant(name: str):
         def measure(_: object) -> dict:
@@ -107,12 +107,12 @@ def test_contestants_take_turns_that_turn_around(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bench, "CONTESTANTS", {name: contestant(name) for name in ("make train", "Keras fit, float32")})
     (tmp_path / "network.json").write_text('{"macs": 100}')
     task = bench.CPU_TASKS[0]
-    place = bench.Place(task, tmp_path, tmp_path, {})
-    found = bench.measure(task, place, list(bench.CONTESTANTS), 2, {"float32": 1500.0})
+    context = bench.TaskContext(task, tmp_path, tmp_path, {})
+    measured = bench.measure(task, context, list(bench.CONTESTANTS), 2, {"float32": 1500.0})
     assert order == ["make train", "Keras fit, float32", "Keras fit, float32", "make train"]
-    ours, theirs = found["rows"]
+    ours, theirs = measured["rows"]
     assert ours["images_per_second"] == {"median": 2.5, "least": 1.0, "most": 4.0}
     assert ours["share_of_rate"] == 3 * 100 * 2.5 / 1500
     assert theirs["step_seconds"] == task.batch / 2.5
-    assert found["ratios"]["Keras fit, float32"] == {"median": (0.5 + 4 / 3) / 2, "least": 0.5, "most": 4 / 3}
-    assert "% of the matrix rate" in bench.table({"networks": [found]})
+    assert measured["ratios"]["Keras fit, float32"] == {"median": (0.5 + 4 / 3) / 2, "least": 0.5, "most": 4 / 3}
+    assert "% of the matrix rate" in bench.table({"networks": [measured]})

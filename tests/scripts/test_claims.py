@@ -1,4 +1,4 @@
-"""scripts/claims/: what is claimed can be run, verdicts follow the rule, and sharing a process changes no bit."""
+"""scripts/claims/: the runs of claims compose, verdicts follow the rules, and sharing a process changes no bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.commands import ROOT, run_command, run_train
 from train.config.composition import compose
 from train.config.schema import Claim, Expectation
 
-sys.path.insert(0, str(ROOT / "scripts/claims"))  # processes of a pool find what they are told to run by its module
+sys.path.insert(0, str(ROOT / "scripts/claims"))  # processes of a pool look up their function by its module
 NAMES = sorted(path.stem for path in (ROOT / "conf/experiment/claims").glob("[!_]*.yaml"))
 
 
@@ -29,12 +29,12 @@ def verdicts() -> ModuleType:
     return importlib.import_module("verdicts")
 
 
-def test_there_are_ten():
+def test_there_are_ten_claims():
     assert len(NAMES) == 10
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_claim_is_written_down_and_all_its_runs_can_be_typed(name: str, claims: ModuleType, verdicts: ModuleType):
+def test_claim_is_documented_and_its_runs_compose(name: str, claims: ModuleType, verdicts: ModuleType):
     claim: Claim = compose([f"experiment=claims/{name}"]).claim
     assert claim.hypothesis.endswith(".")
     assert claim.source
@@ -49,7 +49,7 @@ def test_a_claim_is_written_down_and_all_its_runs_can_be_typed(name: str, claims
     assert all(trial.command.startswith("make train model=") for trial in trials)
 
 
-def test_claims_share_the_runs_that_they_have_in_common(claims: ModuleType):
+def test_claims_share_common_runs(claims: ModuleType):
     chosen = claims.claims(["bottleneck", "factorised", "auxiliary"])
     one, two, three = ({trial.key for trial in claims.trials_of(*claim)} for claim in chosen.items())
     assert one & two & three
@@ -70,7 +70,7 @@ APART = {
 
 
 @pytest.mark.parametrize(
-    ("what", "margin", "told"),
+    ("what", "margin", "expected"),
     [
         ("higher", 0.01, ("supported", "not supported", "not supported", "undecided at this size")),
         ("higher", 0.0, ("supported", "undecided at this size", "not supported", "undecided at this size")),
@@ -78,19 +78,21 @@ APART = {
         ("lower", 0.01, ("not supported", "not supported", "supported", "undecided at this size")),
     ],
 )
-def test_the_rule(what: str, margin: float, told: tuple[str, ...], verdicts: ModuleType):
-    found = [verdicts.answer(expecting(what, margin=margin), "digits", one, SURE).verdict for one in APART.values()]
-    assert tuple(found) == told
+def test_verdict_follows_the_margin(what: str, margin: float, expected: tuple[str, ...], verdicts: ModuleType):
+    verdict_of_each = [
+        verdicts.answer(expecting(what, margin=margin), "digits", one, SURE).verdict for one in APART.values()
+    ]
+    assert tuple(verdict_of_each) == expected
 
 
-def test_a_ratio_is_inside_or_not(verdicts: ModuleType):
+def test_ratio_is_inside_its_range_or_not(verdicts: ModuleType):
     rule = expecting("ratio", least=7, most=15)
     assert verdicts.answer(rule, "digits", {0: 120.0}, {0: 10.0}).verdict == "supported"
     assert verdicts.answer(rule, "digits", {0: 160.0}, {0: 10.0}).verdict == "not supported"
     assert verdicts.answer(rule, "digits", {}, {0: 10.0}).verdict == "undecided at this size"
 
 
-def test_a_claim_is_supported_where_all_of_it_is_everywhere(verdicts: ModuleType):
+def test_claim_is_supported_only_when_every_part_is(verdicts: ModuleType):
     yes, no, open_ = (
         verdicts.Answer("digits", expecting("higher"), verdict)
         for verdict in (verdicts.SUPPORTED, verdicts.REFUTED, verdicts.OPEN)
@@ -124,9 +126,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_runs_that_follow_each_other_in_a_process_have_the_bits_of_runs_of_their_own(
-    tmp_path: Path, claims: ModuleType
-):
+def test_consecutive_runs_in_a_process_have_the_bits_of_separate_runs(tmp_path: Path, claims: ModuleType):
     words = [*TINY, f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     (tmp_path / "shared.py").write_text(SHARED)
     done = run_command(
@@ -144,7 +144,7 @@ def test_runs_that_follow_each_other_in_a_process_have_the_bits_of_runs_of_their
     assert "status=finished" in (tmp_path / "shared4/output.txt").read_text()
 
 
-def test_what_the_table_has_is_not_run_again(tmp_path: Path, claims: ModuleType):
+def test_runs_in_the_table_are_not_repeated(tmp_path: Path, claims: ModuleType):
     table = tmp_path / "claims.csv"
     row = dict.fromkeys(claims.COLUMNS, 0) | {"key": "abc", "test_accuracy": 0.5}
     claims.append(table, row)
@@ -155,12 +155,12 @@ def test_what_the_table_has_is_not_run_again(tmp_path: Path, claims: ModuleType)
     assert claims.read(tmp_path / "none.csv") == {}
 
 
-def test_an_unknown_claim_is_named(claims: ModuleType):
-    with pytest.raises(SystemExit, match=r"claims must be some of against_vgg16, .*, got beauty"):
+def test_unknown_claim_is_named(claims: ModuleType):
+    with pytest.raises(SystemExit, match=r"unknown claim beauty; valid names: against_vgg16, "):
         claims.claims(["beauty"])
 
 
-def test_quick_is_tiny_and_needs_no_download(claims: ModuleType):
+def test_quick_runs_are_tiny_and_need_no_download(claims: ModuleType):
     [(name, claim)] = claims.claims(["bottleneck"], quick=True).items()
     trials = claims.trials_of(name, claim)
     assert len(trials) == 2 * len(claim.variants)

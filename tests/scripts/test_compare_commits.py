@@ -56,7 +56,7 @@ def script() -> ModuleType:
 
 
 def new_journal() -> list[dict[str, Any]]:
-    """The old journal, as a later version of the project writes it."""
+    """The old journal as a later version of the project writes it."""
     names = {
         "train/loss": "train/total_loss",
         "train/main_loss": "train/loss",
@@ -82,7 +82,7 @@ def write_run(
     arrays: dict[str, np.ndarray] = ARRAYS,
     best: dict[str, np.ndarray] = ARRAYS,
 ) -> Path:
-    """The folder of a run, as far as it is compared."""
+    """Write the compared files of a run."""
     for folder in (CHECKPOINT, "best"):
         (path / folder).mkdir(parents=True)
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
@@ -101,7 +101,7 @@ def write_run(
 
 @pytest.fixture
 def differences(script: ModuleType, tmp_path: Path) -> Callable[..., list[str]]:
-    """Of the old run and one that is written as told."""
+    """The differences between the old run and one written with the given parts."""
 
     def compare(**parts: Any) -> list[str]:
         before, after = write_run(tmp_path / "before"), write_run(tmp_path / "after", **parts)
@@ -134,7 +134,7 @@ def test_a_total_loss_that_is_the_loss_may_be_missing(script: ModuleType):
     assert script.normalize_journal(old) == script.normalize_journal(new)
 
 
-def test_a_loss_that_took_the_place_of_the_total_is_found(differences: Callable):
+def test_loss_replacing_the_total_loss_is_found(differences: Callable):
     journal = new_journal()
     journal[1]["values"]["train/loss"] = journal[1]["values"]["train/total_loss"]
     assert differences(journal=journal, summary=new_summary())[0] == "journal line 2: train/total_loss 3.5 -> (missing)"

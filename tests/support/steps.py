@@ -25,7 +25,7 @@ from keras import layers
 from train import models
 from train.config.schema import Config
 from train.runtime import backends
-from train.training import losses, optimizers, step
+from train.training import losses, optimizers, schedules, step
 from train.training.step.layerwise_lr import FreezeSchedule
 
 Tensors = dict[str, np.ndarray]
@@ -123,8 +123,9 @@ def make_step(case: str, policy: str, **changes: Any) -> Any:
     if teacher:
         teacher.set_weights(draw_weights({w.path: np.array(w.value) for w in teacher.weights}, seed=5).values())
     model = build_network(policy, rectified=rectified)
-    halved = {"epoch_steps": STEPS, "warmup_epochs": 0, "factor": 0.5, "milestones": [0.5]}  # from the third step on
-    rate = optimizers.build_schedule("step", stages=[(1, peak)], **halved)
+    # Halved from the third step on.
+    halved = {"steps_per_epoch": STEPS, "warmup_epochs": 0, "factor": 0.5, "milestones": [0.5]}
+    rate = schedules.build_schedule("step", stages=[(1, peak)], **halved)
     common = {"weight_decay": 0.0, "gradient_clip": None, "gradient_accumulation": 1, "ema": None}
     optimizer = optimizers.build_optimizer(name, rate, **RULES[name] | common | chosen)
     if own_policy == "mixed_float16" and policy == "float64":  # Keras does so by itself under the mixed policy only

@@ -15,7 +15,7 @@ def free_port() -> int:
 
 
 def answers(address: str) -> bytes:
-    """What a web address answers; nothing where nobody does."""
+    """The body of the response of a URL; empty if it cannot be reached."""
     try:
         return urllib.request.urlopen(address, timeout=5).read()
     except OSError:
@@ -23,8 +23,16 @@ def answers(address: str) -> bytes:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
-    """Fails where something that has to happen has not happened in a time that is generous on any machine."""
+    """Fail unless the condition becomes true in a time that is generous on any machine."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it has not happened"
         time.sleep(0.1)
+
+
+def happens_within(condition: Callable[[], object], seconds: float) -> bool:
+    """Wait for the condition; whether it became true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return bool(condition())

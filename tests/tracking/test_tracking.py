@@ -1,4 +1,4 @@
-"""The record: the journal on disk is the truth, MLflow follows it."""
+"""MLflow: the journal on disk is authoritative, uploads follow it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from train.tracking.run_dir import Heartbeat, RunDir, create_run_dir, open_run_d
 
 @dataclass
 class Recorded:
-    """The finished run, in a store."""
+    """The finished run in a store."""
 
     uri: str
     finished: Finished
@@ -39,7 +39,7 @@ class Recorded:
 
 @pytest.fixture(params=["file", "server"])
 def recorded(request: pytest.FixtureRequest, finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    """In the SQLite file that it was recorded in as it ran; on a server, over HTTP, by `make sync`."""
+    """In the SQLite file that it was uploaded to during the run, and on a server, over HTTP, by `make sync`."""
     if request.param == "file":
         return Recorded(finished.uri, finished)
     server = request.getfixturevalue("tracking_server")
@@ -54,7 +54,7 @@ def recorded(request: pytest.FixtureRequest, finished: Finished, tmp_path_factor
 
 @pytest.fixture(params=["file", "server"])
 def empty_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of a store. On the server of the session an experiment has to have a name of its own."""
+    """The URI of a store. The server is shared, so experiments need names of their own."""
     if request.param == "file":
         return f"sqlite:///{tmp_path / 'mlflow.db'}"
     return request.getfixturevalue("tracking_server").uri
@@ -62,9 +62,9 @@ def empty_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def the_run(uri: str, experiment: str = "inception") -> tuple[MlflowClient, Run]:
     client = MlflowClient(uri)
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    [run] = client.search_runs([found.experiment_id])
+    experiment_info = client.get_experiment_by_name(experiment)
+    assert experiment_info is not None
+    [run] = client.search_runs([experiment_info.experiment_id])
     return client, run
 
 
@@ -105,7 +105,7 @@ def test_metrics_have_their_true_steps(recorded: Recorded):
         assert history(client, run, name) == points, name
 
 
-def test_the_data_set_has_our_digest(recorded: Recorded):
+def test_data_set_has_the_fingerprint_as_digest(recorded: Recorded):
     _, run = the_run(recorded.uri)
     [used] = run.inputs.dataset_inputs
     assert used.dataset.name == "digits"
@@ -145,17 +145,17 @@ def test_artifacts_and_the_inference_model(recorded: Recorded):
 EXPERIMENT = 'it\'s: a "lab", 50%'
 
 
-def test_the_best_on_validation_is_the_champion_of_its_data(empty_store: str):
+def test_best_validation_accuracy_becomes_champion_of_its_data_set(empty_store: str):
     name = "it's- a 'lab', 50%-digits"
     client, is_champion = MlflowClient(empty_store), []
     runs = [("a", 0.9, "x"), ("b", 0.8, "x"), ("c", 0.95, "x"), ("d", 0.5, "y"), ("e", 0.4, "y")]
     for run_id, accuracy, data in runs:
         identity = {"run_id": run_id, "experiment": EXPERIMENT, "name": run_id, "time": 1.0, "tags": {"data": "digits"}}
-        place = mlflow_store.Store(empty_store, identity)
-        model_id = place._get_or_create_logged_model(run_id).model_id
-        for _ in range(2):  # the second time adds nothing
-            place.register_model(model_id, {"validation": {"accuracy": accuracy}, "data_fingerprint": data})
-        is_champion.append(client.get_model_version_by_alias(name, mlflow_store.CHAMPION).run_id == place.mlflow_id)
+        store = mlflow_store.Store(empty_store, identity)
+        model_id = store._get_or_create_logged_model(run_id).model_id
+        for _ in range(2):  # the second sync adds nothing
+            store.register_model(model_id, {"validation": {"accuracy": accuracy}, "data_fingerprint": data})
+        is_champion.append(client.get_model_version_by_alias(name, mlflow_store.CHAMPION).run_id == store.mlflow_id)
     assert is_champion == [True, False, True, True, False]
     assert len(client.search_model_versions(f'name = "{name}"')) == 5
 
@@ -166,7 +166,7 @@ def test_no_secret_in_the_store(recorded: Recorded):
     assert run.data.params["tracking.uri"] == "${oc.env:INCEPTION_TEST_STORE}"
 
 
-def test_sync_completes_a_record_elsewhere_and_adds_nothing_twice(finished: Finished, tmp_path: Path):
+def test_sync_uploads_to_another_store_without_duplicates(finished: Finished, tmp_path: Path):
     uri = f"sqlite:///{tmp_path / 'other.db'}"
     for _ in range(2):
         uploader.Uploader(open_run_dir(finished.path), uri).finish()
@@ -178,7 +178,7 @@ def test_sync_completes_a_record_elsewhere_and_adds_nothing_twice(finished: Fini
         assert history(client, run, name) == history(first_client, first, name), name
 
 
-def test_a_line_still_being_written_is_left_for_later(tmp_path: Path):
+def test_incomplete_journal_line_is_read_later(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     Journal(path).append(0, 1, {"a": 1.0})
     with path.open("a") as file:
@@ -188,7 +188,7 @@ def test_a_line_still_being_written_is_left_for_later(tmp_path: Path):
     assert list(read_journal(path, offset)) == []
 
 
-def test_a_model_that_cannot_be_kept_does_not_hide_how_the_run_ended(tmp_path: Path):
+def test_failed_model_upload_does_not_hide_the_status_of_the_run(tmp_path: Path):
     folder = begun(tmp_path, log_model=True)
     folder.best.mkdir()
     (folder.best / "model.keras").write_text("no model")
@@ -203,7 +203,8 @@ def test_a_model_that_cannot_be_kept_does_not_hide_how_the_run_ended(tmp_path: P
 def begun(tmp_path: Path, log_model: bool = False) -> RunDir:
     folder = create_run_dir(str(tmp_path / "run"), tmp_path, "x", latest=False)
     tags = {"run_dir": str(folder.path), "host": socket.gethostname()}
-    identity = {"run_id": folder.run_id, "experiment": "inception", "name": "n", "time": time.time(), "tags": tags}
+    identity = {"format_version": 2, "run_id": folder.run_id, "experiment": "inception", "name": "n", "tags": tags}
+    identity["time"] = time.time()
     folder.write_json("run.json", identity | {"log_model": log_model, "requirements": []})
     return folder
 
@@ -217,13 +218,13 @@ time.sleep(60)
 """
 
 
-def test_a_run_whose_process_is_killed_is_marked(tmp_path: Path):
-    """The uploader outlives the trainer, sees its lock go, and says so."""
+def test_run_of_a_killed_process_is_marked(tmp_path: Path):
+    """The uploader outlives the trainer, notices that its lock is released, and marks the run."""
     folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder.path], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     Journal(folder.journal).append(0, 5, {"train/loss": 2.0})
-    MlflowClient(uri).search_experiments()  # makes the tables, which must not be done by two at once
+    MlflowClient(uri).search_experiments()  # creates the tables, which two processes must not do at once
     recorder = uploader.start(folder, uri)
     assert recorder is not None
     deadline = time.monotonic() + 60
@@ -246,8 +247,8 @@ def _logged(uri: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
-    """Its last life was marked as gone; the new one's uploader waits until the old one's has ended."""
+def test_resumed_run_is_running_again_in_the_same_mlflow_run(tmp_path: Path):
+    """Its last attempt was marked as failed; the new uploader waits until the old one has ended."""
     folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
     journal = Journal(folder.journal)
     journal.append(0, 1, {"train/loss": 3.0})
@@ -275,8 +276,8 @@ def test_a_run_that_goes_on_is_running_again_in_the_same_record(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_uploader_of_an_earlier_life_leaves_the_run_to_the_new_one(tmp_path: Path):
-    """Its store is away, and it would follow the new life for ever."""
+def test_uploader_of_an_earlier_attempt_leaves_the_run_to_the_new_one(tmp_path: Path):
+    """Its store is unreachable, and it would otherwise follow the new attempt forever."""
     folder = begun(tmp_path)
     Heartbeat(folder.path / "heartbeat").close()
     recorder = uploader.start(folder, f"http://127.0.0.1:{free_port()}")
@@ -289,7 +290,7 @@ def test_the_uploader_of_an_earlier_life_leaves_the_run_to_the_new_one(tmp_path:
 
 
 @pytest.mark.slow
-def test_an_uploader_that_died_is_started_again_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_dead_uploader_is_restarted_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder, uri = begun(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
     Journal(folder.journal).append(0, 1, {"train/loss": 1.0})
     recorder = uploader.start(folder, uri)
@@ -303,8 +304,8 @@ def test_an_uploader_that_died_is_started_again_at_the_end(tmp_path: Path, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path, empty_store: str):
-    """On this machine the lock tells, elsewhere the heartbeat; runs of other programs are left alone."""
+def test_reap_marks_only_runs_whose_process_is_gone(tmp_path: Path, empty_store: str):
+    """On this machine the lock decides, on others the heartbeat; runs of other programs are ignored."""
     uri = empty_store
     elsewhere = {"host": "other"}
     kinds = {"alive": {}, "dead": {}, "ended": {}, "silent elsewhere": elsewhere, "heard elsewhere": elsewhere}
@@ -316,43 +317,44 @@ def test_reap_marks_runs_whose_process_is_gone_and_no_others(tmp_path: Path, emp
         new = {"name": kind, "tags": identity["tags"] | tags, "experiment": "reaped"}
         folder.write_json("run.json", identity | new)
         record = uploader.Uploader(folder, uri)
-        place = record.sync()
+        store = record.sync()
         age = {"silent elsewhere": 700, "heard elsewhere": 500}.get(kind, 0)
-        place.client.set_tag(place.mlflow_id, "heartbeat", str(time.time() - age))
+        store.client.set_tag(store.mlflow_id, "heartbeat", str(time.time() - age))
     client = MlflowClient(uri)
     stranger = client.create_run(the_run_ids(uri, "reaped")[1]).info.run_id
-    folders["ended"].write_json("summary.json", {"status": "finished"})  # its record is only not complete
+    folders["ended"].write_json("summary.json", {"status": "finished"})  # only its upload is incomplete
     with folders["alive"].locked():
         done = run_command("make", "reap", f"uri={uri}")
     assert done.code == 0, done.err
-    told = [line for line in done.out.splitlines() if str(tmp_path) in line]  # others use the server, too
-    assert sorted(told) == [
+    lines = [line for line in done.out.splitlines() if str(tmp_path) in line]  # other tests use the server, too
+    assert sorted(lines) == [
         f"marked dead ({folders['dead'].path}): its process is gone",
-        f"marked silent elsewhere ({folders['silent elsewhere'].path}): no sign of life for 12 minutes",
+        f"marked silent elsewhere ({folders['silent elsewhere'].path}): no heartbeat for 12 minutes",
     ]
-    assert re.fullmatch(r"\d+ runs marked as gone", done.last_line)
-    found = {
+    assert re.fullmatch(r"\d+ runs marked as failed", done.last_line)
+    runs = {
         run.info.run_name: run
         for run in client.search_runs([the_run_ids(uri, "reaped")[1]])
         if run.info.run_id != stranger
     }
-    assert {name: run.info.status for name, run in found.items()} == {
+    assert {name: run.info.status for name, run in runs.items()} == {
         "alive": "RUNNING", "dead": "FAILED", "ended": "RUNNING", "silent elsewhere": "FAILED",
         "heard elsewhere": "RUNNING",
     }  # fmt: skip
-    assert found["dead"].data.tags["failure"] == "the training process is gone"
+    assert runs["dead"].data.tags["failure"] == "the training process is gone"
     assert client.get_run(stranger).info.status == "RUNNING"
 
 
 def the_run_ids(uri: str, experiment: str = "inception") -> tuple[set[str], str]:
     """The run_id tags in an experiment, and the experiment."""
     client = MlflowClient(uri)
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    return {run.data.tags.get("run_id", "") for run in client.search_runs([found.experiment_id])}, found.experiment_id
+    experiment_info = client.get_experiment_by_name(experiment)
+    assert experiment_info is not None
+    runs = client.search_runs([experiment_info.experiment_id])
+    return {run.data.tags.get("run_id", "") for run in runs}, experiment_info.experiment_id
 
 
-def test_a_store_on_a_full_disk_costs_nothing_once_there_is_room(tmp_path: Path, tiny_disk: Callable[[str], Path]):
+def test_store_on_a_full_disk_loses_nothing_once_there_is_space(tmp_path: Path, tiny_disk: Callable[[str], Path]):
     disk = tiny_disk("2m")
     folder = begun(tmp_path)
     journal = Journal(folder.journal)
@@ -370,8 +372,8 @@ def test_a_store_on_a_full_disk_costs_nothing_once_there_is_room(tmp_path: Path,
     assert history(client, run, "train/loss") == [(step, 1.0 / step) for step in range(1, 3001)]
 
 
-def test_a_store_that_is_away_is_asked_again(tmp_path: Path):
-    """First its folder is in the way, then it is gone: the record is completed and holds everything once."""
+def test_unreachable_store_is_retried(tmp_path: Path):
+    """At first a folder blocks its path, then it is removed: the upload is completed, without duplicates."""
     folder = begun(tmp_path)
     Journal(folder.journal).append(0, 1, {"train/loss": 1.0})
     folder.write_json("summary.json", {"status": "failed", "failure": "x", "time": time.time()})
@@ -388,7 +390,7 @@ def test_a_store_that_is_away_is_asked_again(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_several_runs_may_start_at_once_on_a_store_that_is_not_there_yet(tmp_path: Path):
+def test_simultaneous_runs_can_create_the_store(tmp_path: Path):
     folders = []
     for number in range(4):
         (tmp_path / str(number)).mkdir()
@@ -405,7 +407,7 @@ def test_several_runs_may_start_at_once_on_a_store_that_is_not_there_yet(tmp_pat
     assert {run.data.tags["run_id"] for run in runs} == {folder.run_id for folder in folders}
 
 
-def test_credentials_stay_out_of_what_mlflow_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_credentials_move_from_the_uri_to_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
     assert mlflow_store.use_credentials("http://me:p%40ss@host:5000/x") == "http://host:5000/x"
@@ -413,7 +415,7 @@ def test_credentials_stay_out_of_what_mlflow_is_told(monkeypatch: pytest.MonkeyP
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "p@ss"
 
 
-def test_the_uploaders_log_shows_no_secret(tmp_path: Path):
+def test_uploader_log_contains_no_secret(tmp_path: Path):
     log = uploader.RedactingLog(tmp_path / "log", "postgresql://me:hunter2@host/db?sslkey=abc")
     print("could not reach postgresql://me:hunter2@host/db?sslkey=abc with hunter2, me at home", file=log)
     text = (tmp_path / "log").read_text()
@@ -422,29 +424,27 @@ def test_the_uploaders_log_shows_no_secret(tmp_path: Path):
     assert "at home" in text
 
 
-def test_sync_finds_the_store_that_the_run_was_started_with(finished: Finished, tmp_path: Path):
+def test_sync_uses_the_store_of_the_run(finished: Finished, tmp_path: Path):
     folder = RunDir(tmp_path, "x")
     folder.write_yaml("config.yaml", {"tracking": {"uri": "sqlite:////place/mlflow.db"}})
     assert address.stored_uri(folder) == "sqlite:////place/mlflow.db"
     folder.write_yaml("config.yaml", {"tracking": {"uri": None}})
     assert address.stored_uri(folder) == mlflow_store.default_uri(ROOT)
-    told = "uri must be given, since the run's was ${oc.env:INCEPTION_TEST_STORE}; use make sync uri=ADDRESS"
-    assert message(address.stored_uri, open_run_dir(finished.path)) == told
+    expected = "the run's tracking address is stored only as ${oc.env:INCEPTION_TEST_STORE}; use make sync uri=ADDRESS"
+    assert message(address.stored_uri, open_run_dir(finished.path)) == expected
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="run must be the folder of a run, got"):
+def test_folder_without_a_run_is_rejected(tmp_path: Path):
+    with pytest.raises(ValueError, match="run must be a run folder, got"):
         open_run_dir(tmp_path)
     done = run_command("make", "sync", f"run={tmp_path}")
     assert done.code == 2
-    assert (
-        done.err.splitlines()[0] == f"error: run must be the folder of a run, got {tmp_path}; use e.g. run=runs/latest"
-    )
+    assert done.err.splitlines()[0] == f"error: run must be a run folder, got {tmp_path}; use e.g. run=runs/latest"
 
 
 @contextmanager
 def serving(uri: str, port: int | None = None, end: signal.Signals = signal.SIGTERM) -> Iterator[int]:
-    """`make ui` over a store, until it answers; its port. In the end all its processes get the signal `end`."""
+    """Start `make ui` and wait until it answers; its port. At the end all its processes get the signal `end`."""
     port = port or free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "train.ui", f"port={port}", f"uri={uri}"],
@@ -465,12 +465,12 @@ def test_the_ui_answers_on_loopback(finished: Finished):
     """A real server over the finished run's store; a taken port is one line."""
     with serving(finished.uri) as port:
         taken = run_command(sys.executable, "-m", "train.ui", f"port={port}")
-        assert (taken.code, taken.err) == (2, f"error: port must be free, got {port}; use e.g. port={port + 1}\n")
+        assert (taken.code, taken.err) == (2, f"error: cannot listen on port {port}; use e.g. port={port + 1}\n")
 
 
 @pytest.mark.slow
-def test_a_server_gets_the_whole_record(tmp_path: Path):
-    """Over HTTP, with a typed password that is then nowhere: in no file of the run, of the server, of its database."""
+def test_server_receives_the_complete_run(tmp_path: Path):
+    """Over HTTP, with a typed password that no file of the run, the server or its database contains."""
     with serving(f"sqlite:///{tmp_path / 'server/mlflow.db'}") as port:
         done = run_train(
             "model.width=0.1", "epochs=1", "steps_per_epoch=5", f"run_dir={tmp_path / 'run'}",
@@ -488,8 +488,8 @@ def test_a_server_gets_the_whole_record(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_before_during_and_after_a_run_loses_nothing(tmp_path: Path):
-    """SIGKILL each time; the run neither waits nor fails, and in the end every metric is there once."""
+def test_server_killed_before_during_and_after_a_run_loses_nothing(tmp_path: Path):
+    """SIGKILL each time; the run neither waits nor fails, and in the end every metric is recorded once."""
     store_uri, port = f"sqlite:///{tmp_path / 'server/mlflow.db'}", free_port()
     folder = tmp_path / "run"
     words = ["model=vgg16", "model.width=0.1", "epochs=6", "tracking.every_steps=1", "tracking.log_model=false"]
@@ -500,13 +500,13 @@ def test_a_server_that_is_killed_before_during_and_after_a_run_loses_nothing(tmp
     )  # fmt: skip
     wait_for(lambda: (folder / "metrics.jsonl").exists(), 120)
     with serving(store_uri, port, signal.SIGKILL):
-        wait_for(lambda: bool(the_run_ids_or_none(port)), 120)  # it caught up by itself
+        wait_for(lambda: bool(the_run_ids_or_none(port)), 120)  # the uploader caught up by itself
     with serving(store_uri, port, signal.SIGKILL):
         assert process.wait(300) == 0  # killed and started again during the run
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with serving(store_uri, port, signal.SIGKILL):
         done = run_command("make", "sync", f"run={folder}", timeout=120)
-        if "recorded by two" in done.err:  # the run's own uploader is just doing it
+        if "another process is uploading" in done.err:  # the uploader of the run is doing it
             wait_for(lambda: the_run(f"http://127.0.0.1:{port}")[1].info.status == "FINISHED", 300)
         else:
             assert done.code == 0, done.err
@@ -529,7 +529,7 @@ def the_run_ids_or_none(port: int) -> set[str]:
 
 
 @pytest.mark.slow
-def test_ten_runs_at_once_are_all_recorded_in_one_database(tmp_path: Path):
+def test_ten_simultaneous_runs_are_recorded_in_one_database(tmp_path: Path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     words = [
         "model=vgg16", "model.width=0.05", "threads=1", "epochs=1", "steps_per_epoch=5", "tracking.every_steps=1",
@@ -549,7 +549,7 @@ def test_ten_runs_at_once_are_all_recorded_in_one_database(tmp_path: Path):
         assert [step for step, _ in history(client, run, "train/loss")] == [1, 2, 3, 4, 5]
 
 
-def test_a_sweep_finds_the_runs_that_were_recorded_before_it(tmp_path: Path):
+def test_sweep_record_adopts_trials_recorded_before_it(tmp_path: Path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     common = {"experiment": "x", "time": time.time(), "log_model": False, "requirements": []}
     tags = {"kind": "sweep", "run_dir": str(tmp_path)}
@@ -566,13 +566,13 @@ def test_a_sweep_finds_the_runs_that_were_recorded_before_it(tmp_path: Path):
         folder.write_json("summary.json", {"status": "finished", "time": time.time()})
         uploader.Uploader(folder, uri).finish()
     client = MlflowClient(uri)
-    [experiment] = [found for found in client.search_experiments() if found.name == "x"]
+    [experiment] = [each for each in client.search_experiments() if each.name == "x"]
     runs = {run.data.tags["run_id"]: run for run in client.search_runs([experiment.experiment_id])}
     parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
     assert parents == {"a": runs["s"].info.run_id, "b": None, "s": None}
 
 
-def test_a_note_is_the_command_in_lines_that_a_shell_takes_for_one():
+def test_note_is_the_command_in_continued_shell_lines():
     words = ["make", "train", *(f"key{number}=value" for number in range(20)), "model.blocks=[a,b]", "x=it's one"]
     note = environment.command_note(shlex.join(words))["mlflow.note.content"]
     lines = note.removeprefix("```sh\n").removesuffix("\n```").splitlines()

@@ -1,4 +1,4 @@
-"""A real tracking server: what is sent once, what is refused for good, what is completed after an outage."""
+"""A real tracking server: resumed runs, permanent rejections, and uploads completed after an outage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY = ("model=vgg16", "model.width=0.1", "epochs=2", "steps_per_epoch=4", "batc
 
 @dataclass
 class OnServer:
-    """What the server has of an experiment with one run."""
+    """The contents of an experiment with one run on the server."""
 
     client: MlflowClient
     run: Run
@@ -48,10 +48,11 @@ def recorded(server: TrackingServer, experiment: str) -> OnServer:
     return OnServer(client, run, list(client.search_logged_models([number])))
 
 
-def ended_run(place: Path, experiment: str, **content: object) -> RunDir:
-    """The folder of a finished run that has trained for one step. content: of run.json."""
-    folder = create_run_dir(str(place / "run"), place, "x", latest=False)
-    identity = {"run_id": folder.run_id, "experiment": experiment, "name": "n", "time": time.time(), "log_model": False}
+def ended_run(path: Path, experiment: str, **content: object) -> RunDir:
+    """A finished run of one step. content: of run.json."""
+    folder = create_run_dir(str(path / "run"), path, "x", latest=False)
+    identity = {"format_version": 2, "run_id": folder.run_id, "experiment": experiment, "name": "n", "log_model": False}
+    identity["time"] = time.time()
     tags = {"data": "digits", "run_dir": str(folder.path), "host": socket.gethostname()}
     folder.write_json("run.json", identity | {"tags": tags, "requirements": []} | content)
     Journal(folder.journal).append(0, 1, {"train/loss": 3.0})
@@ -64,14 +65,14 @@ def ended_run(place: Path, experiment: str, **content: object) -> RunDir:
 
 @pytest.fixture(scope="session")
 def resumed(tmp_path_factory: pytest.TempPathFactory, tracking_server: TrackingServer) -> Path:
-    """A run that was killed in its second epoch, gone on with by `make resume`, and completed once more."""
+    """A run that was killed in its second epoch, resumed by `make resume`, and uploaded once more."""
 
     def make(place: Path) -> Path:
         own = [f"run_dir={place / 'run'}", f"tracking.uri={tracking_server.uri}", "tracking.experiment=resumed"]
         assert run_train(*TINY, *own, env={"INCEPTION_FAULT": "step:6"}).code == -9
         done = run_command("make", "resume", f"run={place / 'run'}")
         assert done.code == 0, done.err
-        assert f"the record goes to {tracking_server.uri}, as {place / 'run'}/config.yaml says" in done.out
+        assert f"uploading to {tracking_server.uri}, the address in {place / 'run'}/config.yaml; " in done.out
         done = run_command("make", "sync", f"run={place / 'run'}")
         assert done.code == 0, done.err
         return place / "run"
@@ -79,41 +80,41 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, tracking_server: TrackingS
     return once(tmp_path_factory, "resumed", make)
 
 
-def test_a_resumed_run_is_one_run_on_the_server(resumed: Path, tracking_server: TrackingServer):
-    found = recorded(tracking_server, "resumed")
-    assert (found.run.info.status, found.run.data.tags["attempts"]) == ("FINISHED", "2")
-    assert found.run.data.params["batch_size"] == "8"
+def test_resumed_run_is_a_single_run_on_the_server(resumed: Path, tracking_server: TrackingServer):
+    on_server = recorded(tracking_server, "resumed")
+    assert (on_server.run.info.status, on_server.run.data.tags["attempts"]) == ("FINISHED", "2")
+    assert on_server.run.data.params["batch_size"] == "8"
     points: dict[str, list[tuple[int, float]]] = {}
     for line in map(json.loads, (resumed / "metrics.jsonl").read_text().splitlines()):
         for name, value in line["values"].items():
             points.setdefault(name, []).append((line["step"], value))
     assert [step for step, _ in points["train/loss"]] == list(range(1, 9))
     for name, expected in points.items():
-        assert found.history(name) == expected, name
-    assert {"config.yaml", "summary.json", "metrics.jsonl", "train.log"} <= found.artifacts
+        assert on_server.history(name) == expected, name
+    assert {"config.yaml", "summary.json", "metrics.jsonl", "train.log"} <= on_server.artifacts
 
 
-def test_its_model_is_registered_once(resumed: Path, tracking_server: TrackingServer):
-    found = recorded(tracking_server, "resumed")
-    [model] = found.models
+def test_model_of_a_resumed_run_is_registered_once(resumed: Path, tracking_server: TrackingServer):
+    on_server = recorded(tracking_server, "resumed")
+    [model] = on_server.models
     assert model.status == "READY"
-    assert [output.model_id for output in found.run.outputs.model_outputs] == [model.model_id]
-    [version] = found.client.search_model_versions("name = 'resumed-digits'")
-    assert (version.source, version.run_id) == (f"models:/{model.model_id}", found.run.info.run_id)
-    assert found.client.get_model_version_by_alias("resumed-digits", mlflow_store.CHAMPION).version == version.version
-    card = json.loads((resumed / "best/model.json").read_text())
+    assert [output.model_id for output in on_server.run.outputs.model_outputs] == [model.model_id]
+    [version] = on_server.client.search_model_versions("name = 'resumed-digits'")
+    assert (version.source, version.run_id) == (f"models:/{model.model_id}", on_server.run.info.run_id)
+    assert (
+        on_server.client.get_model_version_by_alias("resumed-digits", mlflow_store.CHAMPION).version == version.version
+    )
+    model_info = json.loads((resumed / "best/model.json").read_text())
     assert version.tags == {
-        "validation_accuracy": str(card["validation"]["accuracy"]), "data": card["data_fingerprint"],
+        "validation_accuracy": str(model_info["validation"]["accuracy"]), "data": model_info["data_fingerprint"],
     }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- outages
 
 
-def test_an_upload_that_was_cut_off_is_completed_in_its_place(
-    resumed: Path, tracking_server: TrackingServer, tmp_path: Path
-):
-    """Where the server keeps models of the experiment a file is in the way, so that it answers with status 500."""
+def test_interrupted_upload_is_completed_in_place(resumed: Path, tracking_server: TrackingServer, tmp_path: Path):
+    """A file blocks the folder for models on the server, so that it answers with status 500."""
     client = MlflowClient(tracking_server.uri)
     models = tracking_server.artifacts / client.create_experiment("blocked") / "models"
     models.parent.mkdir(parents=True)
@@ -128,11 +129,13 @@ def test_an_upload_that_was_cut_off_is_completed_in_its_place(
         with pytest.raises(Exception, match=r"500|INTERNAL_ERROR"):
             record.finish()
     assert record.refused == {}
-    assert recorded(tracking_server, "blocked").run.info.status == "FINISHED"  # the run's end is told all the same
+    assert (
+        recorded(tracking_server, "blocked").run.info.status == "FINISHED"
+    )  # the end of the run is recorded all the same
     models.unlink()
     record.finish()
-    found = recorded(tracking_server, "blocked")
-    [model] = found.models
+    on_server = recorded(tracking_server, "blocked")
+    [model] = on_server.models
     assert [path.name for path in models.iterdir()] == [model.model_id]
     assert len(client.search_model_versions("name = 'blocked-digits'")) == 1
 
@@ -140,14 +143,14 @@ def test_an_upload_that_was_cut_off_is_completed_in_its_place(
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_what_the_server_refuses_for_good_is_told_once_and_keeps_nothing_else_back(
+def test_permanent_rejection_is_reported_once_and_blocks_nothing_else(
     tracking_server: TrackingServer, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
-    """A parameter can't be changed in MLflow: here somebody has written another one."""
+    """MLflow does not allow a parameter to change; here it already has another value."""
     folder = ended_run(tmp_path, "refused")
     folder.write_text("train.log", "a line\n")
-    place = mlflow_store.Store(tracking_server.uri, folder.identity())
-    place.client.log_param(place.mlflow_id, "epochs", "99")
+    store = mlflow_store.Store(tracking_server.uri, folder.identity())
+    store.client.log_param(store.mlflow_id, "epochs", "99")
     folder.write_json("params.json", {"epochs": 2})
 
     process = uploader.start(folder, tracking_server.uri)
@@ -156,26 +159,26 @@ def test_what_the_server_refuses_for_good_is_told_once_and_keeps_nothing_else_ba
     assert process.returncode == uploader.REFUSED_EXIT_CODE
     first, second = capfd.readouterr().err.splitlines()
     assert first.startswith("warning: not recorded in MLflow: parameters: INVALID_PARAMETER_VALUE: ")
-    assert second.startswith(f"the MLflow record is not complete: make sync run={folder.path} ")
+    assert second.startswith(f"the upload to MLflow is not complete; finish it with: make sync run={folder.path} ")
     refusal = first.removeprefix("warning: ")
     assert (folder.path / uploader.REFUSALS_FILE).read_text() == f"{refusal}\n"
     assert (folder.path / "train.log").read_text().count(refusal) == 1
     assert (folder.path / "uploader.log").read_text().count(refusal) == 1
-    found = recorded(tracking_server, "refused")
-    assert (found.run.info.status, found.history("train/loss")) == ("FINISHED", [(1, 3.0)])
-    assert "summary.json" in found.artifacts
+    on_server = recorded(tracking_server, "refused")
+    assert (on_server.run.info.status, on_server.history("train/loss")) == ("FINISHED", [(1, 3.0)])
+    assert "summary.json" in on_server.artifacts
 
     done = run_command("make", "sync", f"run={folder.path}", f"uri={tracking_server.uri}")
     assert (done.code, done.err.splitlines()[0]) == (2, f"error: {refusal}")
-    place.client.set_tag(place.mlflow_id, "unrelated", "x")
+    store.client.set_tag(store.mlflow_id, "unrelated", "x")
     folder.write_json("params.json", {"epochs": 99})
     done = run_command("make", "sync", f"run={folder.path}", f"uri={tracking_server.uri}")
     assert (done.code, done.err) == (0, "")
     assert uploader.read_refusals(folder) == []
 
 
-def test_a_server_that_does_not_take_the_run_is_asked_once(tracking_server: TrackingServer, tmp_path: Path):
-    """The name of an experiment that MLflow does not allow."""
+def test_server_that_rejects_the_run_is_asked_once(tracking_server: TrackingServer, tmp_path: Path):
+    """MLflow does not allow the name of the experiment."""
     folder = ended_run(tmp_path, "")
     record = uploader.Uploader(folder, tracking_server.uri)
     assert uploader.upload_until_finished(record) == uploader.REFUSED_EXIT_CODE
@@ -183,8 +186,8 @@ def test_a_server_that_does_not_take_the_run_is_asked_once(tracking_server: Trac
     assert refusal.startswith("not recorded in MLflow: run: ")
 
 
-def test_a_database_without_tables_is_no_outage(tmp_path: Path):
-    """MLflow makes the tables once in a process; where they are gone, asking again is of no use."""
+def test_database_without_tables_is_not_an_outage(tmp_path: Path):
+    """MLflow creates the tables once per process; if they are missing, retrying does not help."""
     folder, path = ended_run(tmp_path, "lost"), tmp_path / "mlflow.db"
     record = uploader.Uploader(folder, f"sqlite:///{path}")
     record.sync()
@@ -201,7 +204,7 @@ def refused_by(cause: Callable[[], object]) -> bool:
     return mlflow_store.is_permanent_error(caught.value)
 
 
-def test_outages_are_not_taken_for_refusals(tracking_server: TrackingServer, tmp_path: Path):
+def test_outages_are_not_treated_as_rejections(tracking_server: TrackingServer, tmp_path: Path):
     client = MlflowClient(tracking_server.uri)
     assert refused_by(lambda: client.get_run("0" * 32))
     assert refused_by(lambda: client.log_param("0" * 32, "a", "b"))
@@ -212,7 +215,7 @@ def test_outages_are_not_taken_for_refusals(tracking_server: TrackingServer, tmp
     assert not refused_by((tmp_path / "gone").read_text)
 
 
-def test_the_trainer_does_not_start_an_uploader_again_that_was_refused(
+def test_trainer_does_not_restart_a_rejected_uploader(
     tracking_server: TrackingServer, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
     folder = ended_run(tmp_path, "unused")
@@ -220,4 +223,4 @@ def test_the_trainer_does_not_start_an_uploader_again_that_was_refused(
     process.wait()
     uploader.wait(process, folder, tracking_server.uri, 60)
     assert not (folder.path / "uploader.log").exists()
-    assert "is not complete: make sync" in capfd.readouterr().err
+    assert "is not complete; finish it with: make sync" in capfd.readouterr().err

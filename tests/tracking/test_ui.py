@@ -14,7 +14,7 @@ PHOTOGRAPHS = ["1-experiments", "2-runs", "3-charts", "4-compared", "5-run", "6-
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")
-def test_people_find_in_the_ui_what_a_sweep_has_recorded(tmp_path: Path):
+def test_ui_shows_what_a_sweep_has_recorded(tmp_path: Path):
     done = run_command(sys.executable, "scripts/docs/ui_tour.py", "--out", str(tmp_path / "tour"), timeout=1800)
     assert done.code == 0, done.err
     assert sorted(path.stem for path in (tmp_path / "tour").glob("*.png")) == PHOTOGRAPHS

@@ -1,4 +1,4 @@
-"""A folder that somebody else has made is data: nothing in it is looked up, nothing outside it is read or sent."""
+"""A run folder from somebody else is data: no reference in it is resolved, nothing outside it is read or sent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAME = "INCEPTION_TEST_SECRET"
 
 @dataclass
 class Stranger:
-    """A web server that notes what it is asked, and refuses."""
+    """A web server that records its requests and answers with an error."""
 
     address: str
     requests: list[str] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Stranger:
 def stranger() -> Iterator[Stranger]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found.requests.append(f"{self.requestline}\n{self.headers}")
+            recorder.requests.append(f"{self.requestline}\n{self.headers}")
             self.send_error(403)
 
         do_POST = do_GET  # noqa: N815
@@ -51,15 +51,15 @@ def stranger() -> Iterator[Stranger]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Stranger(f"http://127.0.0.1:{server.server_port}")
+    recorder = Stranger(f"http://127.0.0.1:{server.server_port}")
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield found
+    yield recorder
     server.shutdown()
 
 
 @pytest.fixture
 def received(finished: Finished, tmp_path: Path) -> RunDir:
-    """A copy of the finished run, as it was sent; where it says that its record goes, nobody has to be asked."""
+    """A copy of the finished run, as if it had been sent by somebody else."""
     path = tmp_path / "received"
     shutil.copytree(finished.path, path, symlinks=True)
     folder = open_run_dir(path)
@@ -82,60 +82,60 @@ REFERENCES = [f"${{oc.env:{NAME}}}", f"${NAME}", f"${{{NAME}}}"]
     ("command", "reference"),
     [("resume", REFERENCES[0]), ("resume", REFERENCES[2]), *(("sync", reference) for reference in REFERENCES)],
 )
-def test_no_variable_of_this_machine_is_sent(command: str, reference: str, received: RunDir, stranger: Stranger):
+def test_no_environment_variable_is_sent(command: str, reference: str, received: RunDir, stranger: Stranger):
     rewrite(received, f"{stranger.address}/{reference}", "interrupted")
     done = run_command("make", command, f"run={received.path}", env={NAME: SECRET})
     assert done.code == 2, done.out
-    assert bool(stranger.requests) == (reference == REFERENCES[1])  # a dollar and a name are a path like any other
+    assert bool(stranger.requests) == (reference == REFERENCES[1])  # an unresolved reference is part of the path
     assert SECRET not in "".join(stranger.requests) + done.out + done.err
     for file in received.path.rglob("*"):
         assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
 
 
-def test_omegaconf_and_the_shell_would_look_it_up(monkeypatch: pytest.MonkeyPatch):
-    """Control of the test above."""
+def test_omegaconf_and_the_shell_would_resolve_the_reference(monkeypatch: pytest.MonkeyPatch):
+    """Negative control of the test above."""
     monkeypatch.setenv(NAME, SECRET)
     assert OmegaConf.create({"uri": REFERENCES[0]}).uri == SECRET
     assert [os.path.expandvars(text) for text in REFERENCES[1:]] == [SECRET, SECRET]
 
 
 @pytest.mark.parametrize("key", ["data.name", "tracking.experiment", "model.blocks"])
-def test_a_reference_in_any_key_has_to_be_typed(key: str, received: RunDir, monkeypatch: pytest.MonkeyPatch):
+def test_stored_reference_in_any_key_must_be_given_again(key: str, received: RunDir, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(NAME, "digits")
-    content = received.config()
+    config = received.config()
     group, _, name = key.partition(".")
-    content[group][name] = [REFERENCES[0]] * 5 if name == "blocks" else REFERENCES[0]
-    told = message(composition.from_stored, content, [])
+    config[group][name] = [REFERENCES[0]] * 5 if name == "blocks" else REFERENCES[0]
+    error = message(composition.from_stored, config, [])
     if key == "data.name":
-        assert told.startswith("config.yaml does not hold a config of this program")
+        assert error.startswith("config.yaml does not hold a config of this project")
         return
-    assert told == (
-        f"{key} is stored as {REFERENCES[0]}, which is looked up only where it is typed or stands in conf/; "
-        f"type a value, e.g. '{key}={REFERENCES[0]}'"
+    assert error == (
+        f"{key} is stored as {REFERENCES[0]}, a reference that is resolved only if it is typed or in conf/; "
+        f"pass a value, e.g. '{key}={REFERENCES[0]}'"
     )
 
 
-def test_what_is_typed_or_trusted_is_looked_up(received: RunDir, monkeypatch: pytest.MonkeyPatch):
+def test_typed_or_trusted_reference_is_resolved(received: RunDir, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(NAME, SECRET)
-    content = received.config()
-    content["tracking"]["experiment"] = REFERENCES[0]
-    typed = composition.from_stored(content, [f"tracking.experiment={REFERENCES[0]}"])
-    trusted = composition.from_stored(content, [], frozenset({("tracking.experiment", REFERENCES[0])}))
+    config = received.config()
+    config["tracking"]["experiment"] = REFERENCES[0]
+    typed = composition.from_stored(config, [f"tracking.experiment={REFERENCES[0]}"])
+    trusted = composition.from_stored(config, [], frozenset({("tracking.experiment", REFERENCES[0])}))
     assert typed.tracking.experiment == trusted.tracking.experiment == SECRET
-    message(composition.from_stored, content, [], frozenset({("data.root", REFERENCES[0])}))
+    message(composition.from_stored, config, [], frozenset({("data.root", REFERENCES[0])}))
 
 
-def test_home_is_not_put_into_a_stored_path(received: RunDir, monkeypatch: pytest.MonkeyPatch):
+def test_stored_path_does_not_expand_the_home_directory(received: RunDir, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    content = received.config() | {"run_dir": "~/a"}
-    assert composition.to_config(composition.from_stored(content, []), is_stored=True).run_dir == "~/a"
+    config = received.config() | {"run_dir": "~/a"}
+    assert composition.to_config(composition.from_stored(config, []), is_stored=True).run_dir == "~/a"
     assert (
-        composition.to_config(composition.from_stored(content, ["run_dir='~/b'"]), is_stored=True).run_dir
+        composition.to_config(composition.from_stored(config, ["run_dir='~/b'"]), is_stored=True).run_dir
         == "/home/somebody/b"
     )
 
 
-def test_a_trial_refers_to_nothing_that_was_not_typed(received: RunDir, tmp_path: Path, stranger: Stranger):
+def test_trial_resolves_only_references_that_were_typed(received: RunDir, tmp_path: Path, stranger: Stranger):
     config = received.config()
     config["tracking"]["uri"] = f"{stranger.address}/{REFERENCES[0]}"
     file = tmp_path / "sweep/trials/000.json"
@@ -151,20 +151,20 @@ def test_a_trial_refers_to_nothing_that_was_not_typed(received: RunDir, tmp_path
 # --------------------------------------------------------------------------------------------------------- addresses
 
 
-def test_an_address_in_a_folder_is_named_and_gets_no_credentials(received: RunDir, stranger: Stranger):
+def test_stored_tracking_uri_is_named_and_gets_no_credentials(received: RunDir, stranger: Stranger):
     rewrite(received, stranger.address)
     credentials = {"MLFLOW_TRACKING_TOKEN": SECRET}
     done = run_command("make", "sync", f"run={received.path}", env=credentials)
     assert done.code == 2
-    assert f"the record goes to {stranger.address}, as {received.path}/config.yaml says" in done.out
-    assert "(MLFLOW_TRACKING_TOKEN not sent; type the address to send them)" in done.out
+    assert f"uploading to {stranger.address}, the address in {received.path}/config.yaml; " in done.out
+    assert "(MLFLOW_TRACKING_TOKEN not sent; pass the address to send them)" in done.out
     assert stranger.requests
     assert SECRET not in "".join(stranger.requests)
     run_command("make", "sync", f"run={received.path}", f"uri={stranger.address}", env=credentials)
-    assert SECRET in "".join(stranger.requests)  # an address that was typed gets them
+    assert SECRET in "".join(stranger.requests)  # a typed URI gets them
 
 
-def test_the_file_with_credentials_is_not_sent_either(received: RunDir, stranger: Stranger, tmp_path: Path):
+def test_credentials_file_is_not_sent(received: RunDir, stranger: Stranger, tmp_path: Path):
     file = tmp_path / ".mlflow/credentials"
     file.parent.mkdir()
     file.write_text(f"[mlflow]\nmlflow_tracking_username = {SECRET}\nmlflow_tracking_password = {SECRET}\n")
@@ -194,7 +194,7 @@ def put_link(folder: RunDir, name: str, target: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["loss.png", "evaluation/test/confusion.png", "evaluation/test/scores.json"])
-def test_a_link_out_of_the_folder_is_not_uploaded(name: str, received: RunDir, outside: Path, tmp_path: Path):
+def test_link_out_of_the_run_dir_is_not_uploaded(name: str, received: RunDir, outside: Path, tmp_path: Path):
     put_link(received, name, outside)
     record = uploader.Uploader(received, f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(uploader.RefusedError, match=f"{name} is a link to {outside}, outside the folder"):
@@ -208,7 +208,7 @@ def test_a_link_out_of_the_folder_is_not_uploaded(name: str, received: RunDir, o
 
 
 def test_mlflow_would_follow_the_link(outside: Path, tmp_path: Path):
-    """Control of the test above."""
+    """Negative control of the test above."""
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     run = client.create_run(client.create_experiment("x", (tmp_path / "mlartifacts").as_uri())).info.run_id
     (tmp_path / "loss.png").symlink_to(outside)
@@ -232,7 +232,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_link_out_of_the_folder_is_not_read(name: str, received: RunDir, outside: Path, tmp_path: Path):
+def test_link_out_of_the_run_dir_is_not_read(name: str, received: RunDir, outside: Path, tmp_path: Path):
     target = outside
     if name == "evaluation":
         shutil.rmtree(received.path / name)
@@ -245,7 +245,7 @@ def test_a_link_out_of_the_folder_is_not_read(name: str, received: RunDir, outsi
     assert name != "evaluation" or list(target.iterdir()) == []
 
 
-def test_exports_are_written_inside(received: RunDir, tmp_path: Path):
+def test_exports_are_not_written_through_a_link(received: RunDir, tmp_path: Path):
     (tmp_path / "elsewhere/keras").mkdir(parents=True)
     put_link(received, "export", tmp_path / "elsewhere")
     with pytest.raises(UnsafePathError):
@@ -253,21 +253,21 @@ def test_exports_are_written_inside(received: RunDir, tmp_path: Path):
     assert (tmp_path / "elsewhere/keras").exists()
 
 
-def test_links_within_the_folder_are_fine(received: RunDir):
+def test_links_within_the_run_dir_are_followed(received: RunDir):
     put_link(received, "loss.png", received.path / "accuracy.png")
     assert received.read_bytes("loss.png") == (received.path / "accuracy.png").read_bytes()
     assert received.model_info()["classes"]  # best is a link to one of two folders
 
 
-def test_what_is_no_file_is_not_opened(tmp_path: Path):
+def test_only_regular_files_are_opened(tmp_path: Path):
     """Opening a pipe would wait for a writer."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
-        assert message(open_inside, tmp_path, name) == f"{tmp_path / name} is not a regular file; replace it by one"
+        assert message(open_inside, tmp_path, name) == f"{tmp_path / name} is not a regular file; replace it with one"
 
 
-def test_a_journal_is_not_written_through_a_link(tmp_path: Path, outside: Path):
+def test_journal_is_not_written_through_a_link(tmp_path: Path, outside: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").symlink_to(outside)
     with pytest.raises(UnsafePathError):
@@ -275,11 +275,11 @@ def test_a_journal_is_not_written_through_a_link(tmp_path: Path, outside: Path):
     assert outside.read_text() == SECRET
 
 
-def test_yaml_that_is_no_config_is_one_line(tmp_path: Path):
+def test_invalid_yaml_is_reported_in_one_line(tmp_path: Path):
     folder = RunDir(tmp_path, "x")
     for text in ("- a\n- b\n", "a: [", "!!python/object/apply:os.system ['true']"):
         (tmp_path / "config.yaml").write_text(text)
-        told = f"{tmp_path}/config.yaml does not hold a config; put back the file of the run"
-        assert message(folder.config) == told
+        expected = f"{tmp_path}/config.yaml does not hold a config; restore the run's own file"
+        assert message(folder.config) == expected
     with pytest.raises(yaml.YAMLError):
         yaml.safe_load("!!python/object/apply:os.system ['true']")

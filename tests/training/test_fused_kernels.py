@@ -1,4 +1,4 @@
-"""train/step/kernels.py: the same numbers as Keras's own, in kernels that take less time."""
+"""Fused kernels: the same numbers as Keras, in less time."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -47,9 +47,9 @@ def trained(model: keras.Model, by: Any, images: np.ndarray) -> dict[str, np.nda
     with by(model):
         outputs, gradients = run()
     names = ["images", *(v.path for v in model.trainable_variables)]
-    found = {f"gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
-    found |= {v.path: v.numpy() for v in model.non_trainable_variables}
-    return {name: np.asarray(tf.cast(value, tf.float32)) for name, value in (found | {"outputs": outputs}).items()}
+    actual = {f"gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+    actual |= {v.path: v.numpy() for v in model.non_trainable_variables}
+    return {name: np.asarray(tf.cast(value, tf.float32)) for name, value in (actual | {"outputs": outputs}).items()}
 
 
 def ours(model: keras.Model) -> Any:
@@ -65,18 +65,18 @@ def images(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}], ids=str)
-def test_one_kernel_gives_the_numbers_of_keras(options: dict, precision: str):
-    found, theirs = (trained(layer_of(**options), by, images()) for by in (ours, plain))
-    assert found.keys() == theirs.keys()
+def test_fused_batch_norm_matches_keras(options: dict, precision: str):
+    actual, theirs = (trained(layer_of(**options), by, images()) for by in (ours, plain))
+    assert actual.keys() == theirs.keys()
     rounding = 3e-5 if precision == "float32" else 0.03
     for name, value in theirs.items():
         size = np.abs(value).max()
-        np.testing.assert_allclose(found[name], value, rtol=rounding, atol=rounding * size, err_msg=name)
-    np.testing.assert_allclose(found["bn/moving_variance"], theirs["bn/moving_variance"], rtol=1e-5)
+        np.testing.assert_allclose(actual[name], value, rtol=rounding, atol=rounding * size, err_msg=name)
+    np.testing.assert_allclose(actual["bn/moving_variance"], theirs["bn/moving_variance"], rtol=1e-5)
 
 
-def test_the_variance_kept_is_that_of_the_batch():
-    """Of two images of one position the kernel's own estimate is twice as large."""
+def test_moving_variance_uses_the_batch_variance():
+    """For two images of one position the kernel's own estimate is twice as large."""
     two = images((2, 1, 1, 8))
     model = layer_of()
     before = model.get_layer("bn").moving_variance.numpy()
@@ -86,7 +86,7 @@ def test_the_variance_kept_is_that_of_the_batch():
     assert not np.allclose(expected, before * 0.7 + two.var((0, 1, 2), ddof=1) * 0.3, rtol=0.01)
 
 
-def test_a_frozen_layer_and_one_that_is_asked_normalise_by_what_they_know():
+def test_frozen_and_inference_layers_use_moving_statistics():
     model, x = layer_of(), images()
     expected = model(x, training=False).numpy()
     with ours(model):
@@ -95,21 +95,21 @@ def test_a_frozen_layer_and_one_that_is_asked_normalise_by_what_they_know():
         np.testing.assert_array_equal(model(x, training=True).numpy(), expected)
 
 
-def test_afterwards_the_layers_are_keras_s_own(tmp_path: Any):
+def test_layers_are_restored_after_the_context(tmp_path: Any):
     model = models.build("vgg16_inception", (32, 32, 1), 3, width=0.05)
     kernels = {"FusedBatchNormV3"}
-    for by, found in ((ours, kernels), (plain, set())):
+    for by, actual in ((ours, kernels), (plain, set())):
         with by(model):
             graph = tf.function(lambda x: model(x, training=True), autograph=False).get_concrete_function(
                 tf.TensorSpec((2, 32, 32, 1))
             )
-        assert {op.type for op in graph.graph.get_operations()} & kernels == found
+        assert {op.type for op in graph.graph.get_operations()} & kernels == actual
     assert all("call" not in vars(layer) for layer in model.layers)
     model.save(tmp_path / "model.keras")
     keras.models.load_model(tmp_path / "model.keras")
 
 
-def test_other_normalisations_are_left_alone():
+def test_other_normalizations_are_not_replaced():
     inputs = keras.Input((4, 4, 3))
     kept = [keras.layers.BatchNormalization(axis=1), keras.layers.BatchNormalization(renorm=True)]
     x = inputs
@@ -155,17 +155,17 @@ def kinds_of(model: keras.Model, by: Any, batch: int) -> set[str]:
     ],
     ids=str,
 )
-def test_a_matrix_product_gives_the_gradients_of_keras(options: dict, precision: str):
+def test_convolution_as_matrix_product_has_the_gradients_of_keras(options: dict, precision: str):
     images = np.random.default_rng(0).normal(0.0, 1.0, (3, 6, 7, 5)).astype(np.float32)
     model = convolution(filters=96, **options)
     assert "Conv2DBackpropFilter" in kinds_of(model, plain, 3)
     assert "Conv2DBackpropFilter" not in kinds_of(model, ours, 3)
-    found, theirs = (trained(model, by, images) for by in (ours, plain))
-    assert found.keys() == theirs.keys()
+    actual, theirs = (trained(model, by, images) for by in (ours, plain))
+    assert actual.keys() == theirs.keys()
     rounding = 1e-5 if precision == "float32" else 0.01
     for name, value in theirs.items():
         size = np.abs(value).max()
-        np.testing.assert_allclose(found[name], value, rtol=rounding, atol=rounding * size, err_msg=name)
+        np.testing.assert_allclose(actual[name], value, rtol=rounding, atol=rounding * size, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_matrix_product_gives_the_gradients_of_keras(options: dict, precision:
     ],
     ids=str,
 )
-def test_other_convolutions_are_left_to_keras(options: dict, batch: int):
+def test_other_convolutions_are_not_replaced(options: dict, batch: int):
     model = convolution(**options)
     with ours(model):
         outputs = model(np.zeros((batch, 6, 7, 5), np.float32))
@@ -223,22 +223,22 @@ def updated(name: str, by: Any) -> tuple[dict[str, np.ndarray], set[str]]:
         graph = step.get_concrete_function(gradients[0]).graph
     for one in gradients:
         step(one)
-    found = {f"{number}": v.numpy() for number, v in enumerate([*weights, *optimizer.variables])}
-    return found, {op.type for op in graph.get_operations()}
+    actual = {f"{number}": v.numpy() for number, v in enumerate([*weights, *optimizer.variables])}
+    return actual, {op.type for op in graph.get_operations()}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_one_kernel_updates_as_keras_does(name: str):
+def test_fused_update_matches_keras(name: str):
     model = layer_of()
     theirs, _ = updated(name, lambda _: nullcontext())
-    found, kinds = updated(name, lambda optimizer: fused_kernels(model, optimizer))
+    actual, kinds = updated(name, lambda optimizer: fused_kernels(model, optimizer))
     assert kinds & set(ONE_KERNEL.values()) == ({ONE_KERNEL[name]} if name in ONE_KERNEL else set())
-    assert found.keys() == theirs.keys()
+    assert actual.keys() == theirs.keys()
     for number, value in theirs.items():
-        np.testing.assert_allclose(found[number], value, rtol=1e-5, atol=1e-6, err_msg=number)
+        np.testing.assert_allclose(actual[number], value, rtol=1e-5, atol=1e-6, err_msg=number)
 
 
-def test_every_optimizer_of_the_laboratory_has_one():
+def test_every_optimizer_has_a_fused_update():
     options = {"weight_decay": 0.01, "gradient_clip": None, "gradient_accumulation": 1, "ema": None}
     own = {
         "sgd": {"momentum": 0.9, "nesterov": True},

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, one plain line per epoch otherwise."""
+"""Shows the progress of a run: a live bar on a terminal, one plain line per epoch otherwise."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ REFRESH_PER_SECOND = 2  # drawing takes time from training
 
 
 def print_and_log(*messages: str) -> None:
-    """Plain lines for the reader of the terminal and of train.log."""
-    for sentence in filter(None, messages):
-        log.info(sentence)
-        print(sentence, flush=True)
+    """Prints each message that is not empty, and logs it to train.log."""
+    for message in filter(None, messages):
+        log.info(message)
+        print(message, flush=True)
 
 
 class NoProgressDisplay:
-    """For a process that has nothing to show."""
+    """Shows nothing: the display of the processes other than the first."""
 
     def __enter__(self) -> NoProgressDisplay:
         return self
@@ -39,10 +39,11 @@ class NoProgressDisplay:
 
 
 class TerminalProgressDisplay:
-    """Shows epochs, images per second, time left, and the accuracies of training and validation."""
+    """Shows epochs, images per second, time left, and the training and validation accuracy."""
 
     def __init__(self, epochs: int, steps: int, batch_size: int):
-        self._epochs, self._steps, self._batch_size = epochs, steps, batch_size
+        self._epochs = epochs
+        self._batch_size = batch_size
         self._console = Console(file=sys.stdout, highlight=False)
         self._bar: Progress | None = None
         self._rate_start: tuple[float, int] | None = None
@@ -75,7 +76,7 @@ class TerminalProgressDisplay:
             self._bar.stop()
 
     def step(self, epoch: int, step: int, values: dict[str, float]) -> None:
-        """After step number `step` of the run."""
+        """Updates the bar after step number `step` of the run."""
         if not self._bar:
             return
         self._rate_start = self._rate_start or (time.perf_counter(), step)
@@ -93,9 +94,10 @@ class TerminalProgressDisplay:
         )
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
-        """After an epoch: one line that stays."""
+        """Prints and logs one line after an epoch."""
         self._latest_values |= values
-        self._accuracy_text, self._rate_start = _format_accuracies(self._latest_values), None
+        self._accuracy_text = _format_accuracies(self._latest_values)
+        self._rate_start = None
         line = (
             f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}  loss {values['train/loss']:.4f}  "
             f"{self._accuracy_text}  {values['images_per_second']:.0f} images/s  "

@@ -1,7 +1,7 @@
-"""What the bits of a run stand on (its config, data, code, versions, processor), and what of it may differ.
+"""Decides whether a run can be resumed: whether what its bits depend on (its provenance) is still the same.
 
-A ground is a flat dict, dotted name to value. A run goes on only where its ground is the same; what differs is told by
-name and has to be accepted by name.
+A provenance is a flat dict, dotted name to value: config, data, code, versions, processor. A run is resumed only with
+the same provenance; each difference is reported by name and has to be accepted by name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from train.config.schema import ConfigError
 from train.config.serialization import RENDEZVOUS_KEYS
 
-# Keys that may differ from life to life: they change no bit, or a fingerprint of what they name stands for them.
+# Keys that may differ between attempts: they change no bit, or a fingerprint of what they name is compared instead.
 IGNORED_KEYS = (
     "tracking.uri", "tracking.wait_seconds", "tracking.log_model", "checkpoint.keep", "run_dir",
     "data.root", "data.file", "data.manual_dir", "data.directory", "data.cache", "data.ram_budget",
@@ -21,7 +21,7 @@ IGNORED_KEYS = (
 
 
 def differing_keys(previous: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Names of what is not as it was, the free ones left out."""
+    """Names of the differing values, without IGNORED_KEYS."""
     return [
         name
         for name in sorted({*previous, *current})
@@ -30,7 +30,7 @@ def differing_keys(previous: dict[str, Any], current: dict[str, Any]) -> list[st
 
 
 def unaccepted_changes(previous: dict[str, Any], current: dict[str, Any], accepted: frozenset[str]) -> list[str]:
-    """What changed and was not accepted. More epochs need no acceptance: they only come after what there is."""
+    """Names of the changes that were not accepted. More epochs need no acceptance: they follow those already done."""
     longer = current["epochs"] > previous["epochs"]
     return [
         name for name in differing_keys(previous, current) if name not in accepted and not (name == "epochs" and longer)
@@ -38,13 +38,14 @@ def unaccepted_changes(previous: dict[str, Any], current: dict[str, Any], accept
 
 
 def check_compatible(previous: dict[str, Any], current: dict[str, Any], accepted: frozenset[str]) -> None:
-    """Raises: ConfigError naming every change that was not accepted, and the words that accept them."""
+    """Raises: ConfigError naming every change that was not accepted, and the argument that accepts them."""
     unknown = sorted(accepted - {*previous, *current})
     if unknown:
         raise ConfigError(f"accept must name what may differ, got {unknown[0]}; use names like code or batch_size")
-    waiting = unaccepted_changes(previous, current, accepted)
-    if not waiting:
+    unaccepted = unaccepted_changes(previous, current, accepted)
+    if not unaccepted:
         return
-    told = "; ".join(f"{name} was {previous.get(name)}, is {current.get(name)}" for name in waiting)
-    words = ",".join(sorted({*waiting, *accepted}))
-    raise ConfigError(f"a run goes on as it was, but {told}; put it back, or use make resume accept={words}")
+    changes = "; ".join(f"{name} changed from {previous.get(name)} to {current.get(name)}" for name in unaccepted)
+    it, the_change = ("it", "the change") if len(unaccepted) == 1 else ("them", "the changes")
+    names = ",".join(sorted({*unaccepted, *accepted}))
+    raise ConfigError(f"cannot resume: {changes}; restore {it}, or allow {the_change} with accept={names}")

@@ -1,10 +1,11 @@
-"""What of a config is written down, and what must not be; and which version of all that is."""
+"""Stores a config without its secrets, hashes it, and holds the format version of run folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,20 @@ from urllib.parse import unquote, urlsplit
 
 from train.config.schema import Config
 
-RUN_FORMAT_VERSION = 2  # of a run folder; raised when older versions could no longer read it
+RUN_FORMAT_VERSION = 2  # of a run folder; raised when older versions of the project can no longer read it
 
 
 class FormatVersionError(ValueError):
-    """A run that a newer version of the project has written."""
+    """The run was written by a newer version of the project."""
 
 
 def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
-    """Raises: FormatVersionError for a folder that this version can't read."""
+    """Raises: FormatVersionError if the folder was written in a newer format."""
     version = format_version(run_json)
     if version > RUN_FORMAT_VERSION:
         raise FormatVersionError(
-            f"run {run_dir} was written by a newer version of this project (run format {version}, this version reads "
-            f"up to {RUN_FORMAT_VERSION}); upgrade, or use that version"
+            f"run {run_dir} was written by a newer version (format {version}, this version reads up to "
+            f"{RUN_FORMAT_VERSION}); please upgrade"
         )
 
 
@@ -36,34 +37,34 @@ def format_version(run_json: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Redactor:
-    """What must not be written down.
+    """Keeps secrets out of what is written.
 
-    `stored`: what stands in the config's place of a value that came from the environment, by key. `secrets`: texts and
-    what is shown instead of them.
+    `references`: by key, the reference that is stored instead of a value from the environment. `secrets`: each secret
+    text and its replacement.
     """
 
     references: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
 
     def redact(self, text: str) -> str:
-        """The text without the secrets. Those of less than four characters are in every text and tell nothing."""
+        """Replaces the secrets in a text; those of fewer than four characters stay, as they occur in any text."""
         for secret in sorted(self.secrets, key=len, reverse=True):
             text = text.replace(secret, self.secrets[secret]) if len(secret) > 3 else text
         return text
 
 
 def extract_credentials(address: str) -> list[str]:
-    """The parts of an address that are nobody's business, as written and as meant."""
+    """The password and query of an address, both percent-encoded and decoded."""
     try:
         parts = urlsplit(address)
-        found = [parts.password, parts.query]
+        credentials = [parts.password, parts.query]
     except ValueError:
         return []
-    return [text for part in found if part for text in (part, unquote(part))]
+    return [text for part in credentials if part for text in (part, unquote(part))]
 
 
 def strip_credentials(uri: str) -> str:
-    """The address without user, password, query and fragment, which is where secrets stand."""
+    """The address without user, password, query and fragment, which may hold secrets."""
     address = uri.partition("?")[0].partition("#")[0]
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
@@ -71,22 +72,22 @@ def strip_credentials(uri: str) -> str:
 
 
 def to_dict(config: Config, redactor: Redactor) -> dict[str, Any]:
-    """The config as it may be stored: environment references as they were typed, addresses without secrets."""
-    content = dataclasses.asdict(config)
-    del content["sweep"], content["claim"]  # no part of a run
+    """The config for storage: environment references as they were typed, addresses without secrets."""
+    payload = dataclasses.asdict(config)
+    del payload["sweep"], payload["claim"]  # not part of a run
     if config.tracking.uri is not None:
-        content["tracking"]["uri"] = strip_credentials(config.tracking.uri)
+        payload["tracking"]["uri"] = strip_credentials(config.tracking.uri)
     for name, reference in redactor.references.items():
         *parents, last = name.split(".")
-        node = content
+        node = payload
         for parent in parents:
             node = node[parent]
         node[last] = reference
-    return content
+    return payload
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model.width": 1.0, ...}`: every key with its dotted name."""
+    """Flattens nested dicts to dotted names: `{"model.width": 1.0, ...}`."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -94,18 +95,18 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_hash(config: Config, redactor: Redactor) -> str:
-    """SHA-256 over all keys but `run_dir`, `tracking`, the data's fingerprint and MEETING; references as typed."""
-    content = to_dict(config, redactor)
-    flat = flatten({name: value for name, value in content.items() if name not in ("run_dir", "tracking")})
+    """SHA-256 over all keys but `run_dir`, `tracking`, `data.fingerprint` and RENDEZVOUS_KEYS; references as typed."""
+    payload = to_dict(config, redactor)
+    flat = flatten({name: value for name, value in payload.items() if name not in ("run_dir", "tracking")})
     for name in ("data.fingerprint", *RENDEZVOUS_KEYS):
         del flat[name]
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
-# How the processes of a run find each other, which may be another way in every life.
+# How the processes of a run find each other, which may differ in every attempt.
 RENDEZVOUS_KEYS = ("distributed.coordinator", "distributed.index", "distributed.wait_seconds")
 
-# What does not make another variant: a run's seed, where it and its data lie, what is done with it afterwards.
+# Keys that do not define a variant: the seed, the paths of a run and its data, what is done after training.
 NOT_PART_OF_VARIANT = (
     "seed", "run_dir", "data.root", "data.file", "data.manual_dir", "data.directory", "data.fingerprint", "gpu_memory",
     "evaluate.test", "evaluate.report", *RENDEZVOUS_KEYS,
@@ -113,10 +114,24 @@ NOT_PART_OF_VARIANT = (
 
 
 def variant_config(flat: dict[str, Any]) -> dict[str, Any]:
-    """Of a flat config what runs have in common that are compared over seeds."""
+    """The part of a flat config that repeats of a run over seeds have in common."""
     return {name: v for name, v in flat.items() if name not in NOT_PART_OF_VARIANT and not name.startswith("tracking.")}
 
 
 def variant_id(flat: dict[str, Any]) -> str:
-    """Twelve characters that stand for the variant."""
+    """Twelve hexadecimal characters that identify a variant."""
     return hashlib.sha256(json.dumps(variant_config(flat), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def format_value(value: Any) -> str:
+    """Formats a value as it is typed in an override."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(format_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{format_value(element)}" for name, element in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def quote_value(text: str) -> str:
+    """Quotes a text for Hydra's override grammar, which gives some characters a meaning."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"

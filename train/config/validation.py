@@ -1,4 +1,4 @@
-"""Every value of a config held against its key's range, and the keys against each other."""
+"""Checks every value of a config against its key's range, and the keys against each other."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from train.config.serialization import strip_credentials
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """Holds every value against its key's range, and the keys against each other.
+    """Checks every value against its key's range, and the keys against each other.
 
     Raises: ConfigError naming the key, the value and what is allowed.
     """
     for item in fields(config):
-        value, name = getattr(config, item.name), prefix + item.name
+        value = getattr(config, item.name)
+        name = prefix + item.name
         if is_dataclass(value):
             check(value, name + ".")
         elif isinstance(value, list):
@@ -53,7 +54,7 @@ def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number, got {value}; use e.g. {name}={_example(item)}")
     if choices and value not in choices:
-        hint = f"; it is called {RENAMED_METRICS[value]} now" if value in RENAMED_METRICS else ""
+        hint = f"; it is now called {RENAMED_METRICS[value]}" if value in RENAMED_METRICS else ""
         raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}{hint}")
     too_low = _violates(value, limits["ge"], lambda v, x: v < x) or _violates(value, limits["gt"], lambda v, x: v <= x)
     too_high = _violates(value, limits["le"], lambda v, x: v > x) or _violates(value, limits["lt"], lambda v, x: v >= x)
@@ -76,10 +77,10 @@ def _example(item: dataclasses.Field) -> Any:
 
 
 def describe_limits(item: dataclasses.Field) -> str:
-    """A key's range in words: "at least 0 and below 1"."""
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    """A key's range in words, such as "at least 0 and below 1"."""
+    phrases = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = item.metadata["limits"].items()
-    return " and ".join(f"{words[name]} {limit:.10g}" for name, limit in limits if limit is not None)
+    return " and ".join(f"{phrases[name]} {limit:.10g}" for name, limit in limits if limit is not None)
 
 
 def _check_consistency(config: Config) -> None:
@@ -99,7 +100,9 @@ def _check_consistency(config: Config) -> None:
         )
     milestones = getattr(config.schedule, "milestones", [])
     if milestones != sorted(set(milestones)):
-        raise ConfigError(f"schedule.milestones must rise, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]")
+        raise ConfigError(
+            f"schedule.milestones must increase, got {milestones}; use e.g. schedule.milestones=[0.5,0.75]"
+        )
     _check_interval(config.checkpoint)
     _check_stages(config)
     _check_backend(config)
@@ -119,20 +122,18 @@ def _check_data(data: Data) -> None:
 
 
 def _check_stages(config: Config) -> None:
-    stages, allowed = (
-        config.fine_tune.stages,
-        (ALL_LAYER_GROUPS, UPPER_LAYER_GROUPS, *LAYER_GROUPS[config.model.name], HEAD_LAYER_GROUP),
-    )
+    stages = config.fine_tune.stages
+    allowed = (ALL_LAYER_GROUPS, UPPER_LAYER_GROUPS, *LAYER_GROUPS[config.model.name], HEAD_LAYER_GROUP)
     if not stages:
         if config.fine_tune.layer_decay != 1:
-            raise ConfigError("fine_tune.layer_decay must go with fine_tune.stages, got none; use experiment=fine_tune")
+            raise ConfigError("fine_tune.layer_decay requires fine_tune.stages, got none; use experiment=fine_tune")
         return
     if config.model.weights is None:
-        raise ConfigError("fine_tune.stages must go with weights to start from, got none; use model.weights=PATH")
+        raise ConfigError("fine_tune.stages requires weights to start from, got none; use model.weights=PATH")
     if config.early_stopping.metric is not None:
         raise ConfigError(
-            "early_stopping.metric must be null with fine_tune.stages, which all have their epochs, "
-            f"got {config.early_stopping.metric}; leave it away"
+            "early_stopping.metric must be null with fine_tune.stages, whose epochs are fixed, "
+            f"got {config.early_stopping.metric}; omit it"
         )
     for number, stage in enumerate(stages):
         if stage.from_part not in allowed:
@@ -141,42 +142,43 @@ def _check_stages(config: Config) -> None:
             )
         if config.schedule.warmup_epochs > stage.epochs:
             raise ConfigError(
-                f"schedule.warmup_epochs must be at most the epochs of every stage, {stage.epochs} of "
-                f"fine_tune.stages[{number}], got {config.schedule.warmup_epochs:g}; use 0"
+                f"schedule.warmup_epochs must be at most the epochs of every stage ({stage.epochs} in "
+                f"fine_tune.stages[{number}]), got {config.schedule.warmup_epochs:g}; use 0"
             )
     if config.epochs < (planned := sum(stage.epochs for stage in stages)):
         raise ConfigError(
-            f"epochs must be at least those of fine_tune.stages, {planned}, got {config.epochs}; use epochs={planned}"
+            f"epochs must be at least those of all fine_tune.stages ({planned}), got {config.epochs}; "
+            f"use epochs={planned}"
         )
 
 
 def _check_interval(checkpoint: Checkpoint) -> None:
-    given = [
+    intervals = [
         f"checkpoint.{name}={getattr(checkpoint, name):g}"
         for name in ("every_epochs", "every_steps", "every_minutes")
         if getattr(checkpoint, name) is not None
     ]
-    if len(given) > 1:
+    if len(intervals) > 1:
         raise ConfigError(
-            f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(given)}; "
+            f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(intervals)}; "
             "use exactly one, or none for every epoch"
         )
 
 
 def _check_backend(config: Config) -> None:
-    """JAX compiles everything, and knows only shares of a GPU's memory."""
+    """JAX compiles everything, and limits GPU memory only by fraction, not by size."""
     if config.backend == "jax" and config.jit == "off":
         raise ConfigError("jit must be auto or on with backend=jax, which compiles everything, got off; use jit=auto")
     if config.backend == "jax" and config.gpu_memory is not None:
         raise ConfigError(
-            f"gpu_memory must be null with backend=jax, which takes what it comes to need, got {config.gpu_memory}"
+            f"gpu_memory must be null with backend=jax, which allocates memory as needed, got {config.gpu_memory}"
         )
 
 
 def _check_devices(config: Config) -> None:
     group = config.distributed
     if config.devices != "all" and not (config.devices.isdigit() and int(config.devices)):
-        raise ConfigError(f"devices must be a number from 1 on, or all, got {config.devices}; use devices=all")
+        raise ConfigError(f"devices must be a positive whole number, or all, got {config.devices}; use devices=all")
     for name, value in {"devices": config.devices, "distributed.processes": str(group.processes)}.items():
         if value != "1" and config.backend != "jax":
             raise ConfigError(f"{name} must be 1 with backend={config.backend}, got {value}; use backend=jax")
@@ -187,12 +189,12 @@ def _check_devices(config: Config) -> None:
         )
     if group.processes > 1 and group.coordinator is None:
         raise ConfigError(
-            "distributed.coordinator must be given where there are several processes, got none; "
+            "distributed.coordinator is required with several processes, got none; "
             "use e.g. distributed.coordinator=node1:4711"
         )
     if group.processes > 1 and config.checkpoint.every_minutes is not None:
         raise ConfigError(
-            "checkpoint.every_minutes must be null with several processes, which have no clock in common, "
+            "checkpoint.every_minutes must be null with several processes, which share no clock, "
             f"got {config.checkpoint.every_minutes:g}; use checkpoint.every_steps"
         )
     if config.devices.isdigit():
@@ -200,36 +202,36 @@ def _check_devices(config: Config) -> None:
 
 
 def check_batch(config: Config) -> None:
-    """Raises: ConfigError where a batch can't be cut into equal parts."""
+    """Raises: ConfigError if the devices cannot share a batch equally."""
     devices = int(config.devices) * config.distributed.processes
     if config.batch_size % devices:
-        less = config.batch_size // devices * devices
+        smaller = config.batch_size // devices * devices
         raise ConfigError(
-            f"batch_size must be a multiple of the devices that share it, {devices}, got {config.batch_size}; "
-            f"use batch_size={less or devices}"
+            f"batch_size must be a multiple of the number of devices ({devices}), got {config.batch_size}; "
+            f"use batch_size={smaller or devices}"
         )
 
 
 def _check_jit(config: Config) -> None:
-    """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here pools so."""
+    """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here uses it."""
     if config.backend == "tensorflow" and config.jit == "on" and config.deterministic:
-        raise ConfigError("jit=on must go with deterministic=false, got true; use both words, or jit=off")
+        raise ConfigError("jit=on requires deterministic=false, got true; set both, or use jit=off")
 
 
 def _check_rollback(config: Config) -> None:
     if config.on_divergence == "rollback" and config.checkpoint.every_minutes is not None:
         raise ConfigError(
-            "on_divergence=rollback must find its checkpoints at the same steps in every run, "
+            "on_divergence=rollback needs checkpoints at the same steps in every run, "
             "got checkpoint.every_minutes; use checkpoint.every_steps or checkpoint.every_epochs"
         )
 
 
 def _check_names(config: Config) -> None:
-    """A name typed into a group that was made for another one would build something else than was chosen."""
+    """Rejects a `name` that differs from the chosen option, which would build something else than was chosen."""
     for group, names in GROUPS.items():
         chosen = getattr(config, group)
         if names.get(chosen.name) is not type(chosen):
-            raise ConfigError(f"{group}.name must not be typed, got {chosen.name}; use {group}={chosen.name}")
+            raise ConfigError(f"{group}.name cannot be set by itself, got {chosen.name}; use {group}={chosen.name}")
 
 
 def _check_blocks(model: Model) -> None:

@@ -1,13 +1,13 @@
-"""Data: a data set by name, its three disjoint parts, and deterministic streams of batches.
+"""Data sets by name, their three disjoint splits, and deterministic streams of batches.
 
     dataset = load("digits", "data", image_size=32, channels=1)
     for images, labels in pipeline.train_batches(dataset.train, batch_size=64, seed=0, epoch=0, ...): ...
 
-From names to batches: what there is (source, layout, folder, manifest, prepared, records) -> looked at, once (ingest,
-verdicts, sealed) -> cut into splits (dataset, leaks, fingerprint) -> batches (decode, pixels, crop, paint, augment,
-mix, order, pipeline).
+From names to batches: list the examples (catalog, sources) -> validate and index each one once (ingestion) -> assign
+them to splits (splits, open, dataset, fingerprint) -> make batches (decode, pixel_cache, augmentation, sampling,
+pipeline).
 
-The only room that knows TFDS. Importing it is cheap: TensorFlow and TFDS are imported where they are first needed.
+The only package that imports TFDS. Importing it is cheap: TensorFlow and TFDS are imported where they are first used.
 """
 
 from collections.abc import Sequence
@@ -42,23 +42,23 @@ def load(
     on_leak: str = "warn",
     train_per_class: int | None = None,
 ) -> "Dataset":
-    """Opens a data set, preparing it under `data_dir` and looking at every example the first time.
+    """Opens a data set; the first time, prepares it under `data_dir` and validates every example.
 
-    name: a key of `SOURCES`. root: the class folders of `folder`, or what the paths of `manifest` are relative to.
-    file: the table of `manifest`. manual_dir: files of a TFDS set fetched by hand.
-    image_size, channels, background, crop_fraction: see decode.View. max_bytes, max_pixels, on_error, max_skipped: see
-    ingest.Limits.
-    validation_fraction, test_fraction: in (0, 1), share of the examples that a part gets where the set has no official
-    one; what falls into it is decided by content, so adding examples moves no other and equal images stay together.
+    name: a key of `SOURCES`. root: the folder of the class folders (`folder`), or the base of relative paths
+    (`manifest`). file: the table of `manifest`. manual_dir: folder with the manually downloaded files of a TFDS set.
+    image_size, channels, background, crop_fraction: see decode.ImageSpec. max_bytes, max_pixels, on_error, max_skipped:
+    see ingestion.validation.Limits.
+    validation_fraction, test_fraction: in (0, 1), fraction of the examples that go to a split for which the set has no
+    official one. A hash of the content decides, so adding examples moves no other and equal images stay together.
     on_leak: `warn`, `drop` or `raise` for equal images in two splits or with two labels.
-    train_per_class: so many training examples of every class only; None: all.
+    train_per_class: number of training examples to keep per class; None keeps all.
 
-    Raises: ValueError in one line, for bad arguments, files that can't be read (named), no network, no space.
+    Raises: ValueError in one line, for bad arguments, unreadable files (named), no network, no space.
     """
     check(name, root=root, manual_dir=manual_dir, file=file, data_dir=data_dir)
-    from train.data.dataset import open_dataset
     from train.data.decode import ImageSpec
     from train.data.ingestion.validation import Limits
+    from train.data.open import open_dataset
 
     return open_dataset(
         name,

@@ -1,18 +1,18 @@
-"""The data sets that can be chosen by name, and how their official parts become train, validation and test."""
+"""The data sets that can be selected by name, and how their official splits map to train, validation and test."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Source:
-    """One choice of `data`.
+    """One value of the key `data`.
 
-    tfds: TFDS name (with its config); empty for `folder` and `manifest`.
-    train, test: names of the official parts; an empty `test` means that it is cut from `train`. Validation is always
-        cut from `train`.
-    files: what `data.manual_dir` has to hold when the files are fetched by hand.
-    by_hand: True where nobody may download the files without an account.
-    prepared_bytes: size of the prepared set, from the TFDS catalogue; what it takes on disk besides the downloads.
+    tfds_name: TFDS name (with its config); empty for `folder` and `manifest`.
+    train, test: names of the official splits; with an empty `test`, the test split is taken from `train`. Validation is
+        always taken from `train`.
+    manual_files: files that `data.manual_dir` must contain when they are downloaded manually.
+    requires_manual_download: True if the download requires an account.
+    prepared_bytes: disk space of the prepared set without the downloads, from the TFDS catalogue.
     """
 
     tfds_name: str = ""
@@ -29,8 +29,8 @@ IDX_FILES = tuple(
     for part, kind in (("train-images", "3"), ("train-labels", "1"), ("t10k-images", "3"), ("t10k-labels", "1"))
 )
 
-# ImageNet and Imagenette publish their results on the part named validation (ImageNet's test labels are secret): here
-# that part is the test split, and validation is cut from the training part.
+# Results on ImageNet and Imagenette are published for the official split named validation (ImageNet's test labels are
+# secret): it serves as the test split here, and validation is taken from the official training split.
 SOURCES: dict[str, Source] = {
     "digits": Source("digits", prepared_bytes=MIB),
     "mnist": Source("mnist", test="test", manual_files=IDX_FILES, prepared_bytes=22 * MIB),
@@ -53,7 +53,7 @@ SOURCES: dict[str, Source] = {
 
 
 def get_source(name: str) -> Source:
-    """The `Source` of a name. Raises: ValueError that lists the names."""
+    """Returns the `Source` with this name. Raises: ValueError that lists the valid names."""
     if name not in SOURCES:
         raise ValueError(f"data must be one of {', '.join(SOURCES)}, got {name}; use data=digits")
     return SOURCES[name]

@@ -1,8 +1,8 @@
-"""Encoded bytes to pixels: uint8 [H, W, C] in 0..255, C = 1 or 3, upright, opaque.
+"""Decodes images to pixels: uint8 [H, W, C] in 0..255, C = 1 or 3, upright, opaque.
 
 Pillow decodes everything, because it applies what TensorFlow ignores (EXIF orientation, transparency, CMYK, 16-bit
-samples) and refuses truncated files instead of filling them up. What is wanted fast, crops of JPEGs, is decoded by
-simplejpeg: the same bits in two thirds of the time, and smaller where that is enough.
+samples) and rejects truncated files instead of padding them. simplejpeg decodes the JPEGs that training crops: the same
+bits in two thirds of the time, and at a reduced size where that is enough.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-JPEG_SCALE_DENOMS = (1, 2, 4, 8)  # of its size; a JPEG is quick to decode at one over these
+JPEG_SCALE_DENOMS = (1, 2, 4, 8)  # a JPEG is fast to decode at 1/denominator of its size
 
-# Damage that still leaves a picture. What leaves none raises.
+# About damage that can be decoded all the same; any other damage raises.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
@@ -25,19 +25,19 @@ ORIENTATION = 0x0112  # the EXIF tag
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 WHITE = (255, 255, 255)
 
-# There are several copies of an image in memory while it is converted.
+# Converting an image takes several copies of it in memory.
 MAX_PIXELS = 50_000_000
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would come before ours, and could not be raised
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would apply first and could not be configured
 LARGE_PIXELS = 4_000_000
-_large_image_lock = threading.Lock()  # two at once may need more memory than there is, and one of them would fail
+_large_image_lock = threading.Lock()  # two at once may run out of memory, and one of them would fail
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What every image is brought to: a square of `image_size` pixels with 1 (grey) or 3 channels (RGB).
+    """Target format of every image: a square of `image_size` pixels with 1 (grey) or 3 channels (RGB).
 
-    background: red, green, blue in 0..255, behind what is transparent. crop_fraction: in (0, 1], share of the short
-    side that is looked at, in the centre.
+    background: red, green, blue in 0..255, shown through transparent pixels. crop_fraction: in (0, 1], side of the
+    central crop as a fraction of the short side.
     """
 
     image_size: int
@@ -58,9 +58,9 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """What an image says of itself before a pixel is decoded; width and height in pixels as stored, before turning.
+    """An image's metadata, read without decoding pixels; width and height in pixels as stored, before EXIF rotation.
 
-    Of the orientation it says nothing: in some formats that stands behind the pixels.
+    Orientation is missing: some formats store it after the pixels.
     """
 
     format: str
@@ -70,7 +70,7 @@ class Header:
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Raises: ValueError with the reason in one line, also for an image of more than `max_pixels`."""
+    """Reads the header of an image. Raises: ValueError with a one-line reason, also for more than `max_pixels`."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         return _make_header(image, max_pixels)
@@ -81,14 +81,14 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 def decode(
     data: bytes, channels: int, background: tuple[int, int, int] = WHITE, max_pixels: int | None = MAX_PIXELS
 ) -> np.ndarray:
-    """Decodes a JPEG, PNG, WebP, BMP or GIF (first frame), told by content.
+    """Decodes a JPEG, PNG, WebP, BMP or GIF (first frame); the content determines the format.
 
     EXIF orientation is applied; transparency is composed onto the background; 16-bit samples keep their high byte;
-    colour becomes grey by ITU-R 601-2 luma, grey becomes colour by repetition. No resizing. `max_pixels`: None for what
-    has been looked at before.
+    colour becomes grey by ITU-R 601-2 luma, grey becomes colour by repetition. No resizing. `max_pixels`: None for
+    images that have been validated.
 
     Returns: uint8 [H, W, channels] in 0..255.
-    Raises: ValueError with the reason, in one line and without the file's name (the caller knows that).
+    Raises: ValueError with a one-line reason, without the file's name (which the caller knows).
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -98,14 +98,14 @@ def decode(
             if _orientation(image) != 1:
                 image = ImageOps.exif_transpose(image)
             return _to_array(_to_opaque(image, background), channels)
-    except Exception as error:  # Pillow raises many kinds on hostile bytes; each of them means "cannot be read"
+    except Exception as error:  # Pillow raises many types on malformed bytes; each of them means "cannot be read"
         raise ValueError(_reason(error)) from error
 
 
 def decode_jpeg(data: bytes, scale_denom: int = 1) -> np.ndarray:
-    """A JPEG at 1/part of its size, rounded up: uint8 [H, W, 3] in 0..255, not turned. part: one of JPEG_PARTS.
+    """Decodes a JPEG at 1/scale_denom of its size, rounded up, without EXIF rotation: uint8 [H, W, 3] in 0..255.
 
-    Raises: ValueError, also for damage that still leaves a picture.
+    scale_denom: one of JPEG_SCALE_DENOMS. Raises: ValueError, also for damage that Pillow tolerates.
     """
     if scale_denom == 1:
         return simplejpeg.decode_jpeg(data, "RGB")
@@ -114,14 +114,14 @@ def decode_jpeg(data: bytes, scale_denom: int = 1) -> np.ndarray:
 
 
 def decode_and_resize(data: bytes, spec: ImageSpec) -> np.ndarray:
-    """`decode`, then `resize`: uint8 [image_size, image_size, channels] in 0..255."""
+    """Decodes, then resizes: uint8 [image_size, image_size, channels] in 0..255."""
     return resize(decode(data, spec.channels, spec.background, None), spec.image_size, spec.crop_fraction)
 
 
 def resize(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
-    """Scales uint8 [H, W, C] so that `crop_fraction` of its short side is `image_size`, and takes the centred square.
+    """Resizes the central square of uint8 [H, W, C] whose side is `crop_fraction` of the short side to `image_size`.
 
-    Bilinear, antialiased when it shrinks, computed in floating point and rounded once.
+    Bilinear, antialiased when shrinking, computed in floating point and rounded once.
 
     Returns: uint8 [image_size, image_size, C].
     """
@@ -137,7 +137,7 @@ def resize(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> n
 
 
 def _resize_plane(plane: np.ndarray, image_size: int, box: tuple[float, float, float, float]) -> np.ndarray:
-    # As "F": Pillow's 8-bit path rounds twice, once after each direction.
+    # Mode "F", because Pillow's 8-bit path rounds twice, once per direction.
     image = Image.fromarray(np.ascontiguousarray(plane)).convert("F")
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))
 
@@ -153,37 +153,37 @@ def _make_header(image: Image.Image, max_pixels: int | None) -> Header:
 
 
 def is_upright(jpeg: bytes) -> bool:
-    """Whether a JPEG's EXIF block says, or does not say, that it must be turned."""
+    """Whether a JPEG needs no rotation according to its EXIF block."""
     return _orientation(Image.open(io.BytesIO(jpeg), formats=("JPEG",))) == 1
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF: 1 is upright. Of an image that has been loaded: looking for the block may load it, and fail for that."""
+    """EXIF orientation, 1 for upright. Expects a loaded image: searching for the block may load it, which can fail."""
     try:
-        found = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # an EXIF block that cannot be read says nothing about the pixels: the image counts as upright
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # the pixels can be fine where the EXIF block is not: the image counts as upright
         return 1
-    return found if found in range(2, 9) else 1
+    return orientation if orientation in range(2, 9) else 1
 
 
 def _to_opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Any mode to `L` or `RGB`."""
+    """Converts any mode to `L` or `RGB`."""
     if image.mode.startswith("I"):
         image = _to_eight_bit(image)
     if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, background)
-        image.alpha_composite(layer)
+        foreground = image.convert("RGBA")
+        image = Image.new("RGBA", foreground.size, background)
+        image.alpha_composite(foreground)
     return _convert_mode(image, "L" if image.mode in ("1", "L") else "RGB")
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
     samples = np.asarray(image)
     grey = Image.fromarray((samples >> 8).astype(np.uint8))
-    clear = image.info.get("transparency")
-    if clear is None:
+    transparent_value = image.info.get("transparency")
+    if transparent_value is None:
         return grey
-    grey.putalpha(Image.fromarray(np.where(samples == clear, 0, 255).astype(np.uint8)))
+    grey.putalpha(Image.fromarray(np.where(samples == transparent_value, 0, 255).astype(np.uint8)))
     return grey
 
 
@@ -193,12 +193,12 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
-    return image if image.mode == mode else image.convert(mode)  # convert copies even when there is nothing to do
+    return image if image.mode == mode else image.convert(mode)  # convert copies even if the mode stays the same
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"no image of a known format ({', '.join(FORMATS)})"
+        return f"not an image in a supported format ({', '.join(FORMATS)})"
     if isinstance(error, MemoryError):
-        return "it takes more memory than there is"
+        return "not enough memory to decode it"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Work of several threads, in order and a few pieces ahead."""
+"""Maps a function over items with threads, in order and with limited look-ahead."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +14,17 @@ Result = TypeVar("Result")
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map` by threads; of the results at most two for each thread wait for being taken."""
-    rest = iter(items)
+    """Like `map`, in threads; at most two items per thread are submitted ahead of the consumer."""
+    remaining = iter(items)
     with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(function, piece) for piece in islice(rest, 2 * workers)]
-        while waiting:
-            result = waiting.pop(0).result()
-            waiting += [pool.submit(function, piece) for piece in islice(rest, 1)]
+        pending = [pool.submit(function, item) for item in islice(remaining, 2 * workers)]
+        while pending:
+            result = pending.pop(0).result()
+            pending += [pool.submit(function, item) for item in islice(remaining, 1)]
             yield result
 
 
 def decoder_threads(encoded_bytes: int) -> int:
-    """How many threads decode images of such a size soonest."""
-    # Threads that decode tiny images only wait for the interpreter's lock: two took 1.5 times as long as one.
+    """Number of threads that decodes images of this size fastest."""
+    # With tiny images, threads only contend for the interpreter's lock: two took 1.5 times as long as one.
     return 1 if encoded_bytes < TINY_BYTES else cores()

@@ -1,7 +1,7 @@
-"""The processes that train one network together, and what they tell each other.
+"""The processes that train one model together, and their communication.
 
-All take the same steps with the same numbers, each on its part of every batch; process 0 leads: it alone writes. What
-they exchange goes through JAX, which has connected them (`train.runtime.jax.join`).
+All take the same steps with the same values, each on its shard of every batch; only process 0, the leader, writes
+files. They communicate through JAX, which has connected them (`train.runtime.jax.initialize`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from train.cli import arguments
 from train.config.compatibility import differing_keys
 from train.config.schema import Config, ConfigError
 
-CHUNK_WORDS = 2**22  # 32-bit words that are sent at a time, so that one compiled function does for all
-PER_PROCESS_KEY = "processor"  # may differ from process to process, but not from life to life
+CHUNK_WORDS = 2**22  # 32-bit words per message, so that one compiled function serves all
+PER_PROCESS_KEY = "processor"  # may differ between processes, but not between attempts
 
 
 class WorkerLostError(ConnectionError):
-    """Another process of the run is gone, and with it the run."""
+    """Another process of the run is gone, so that the run cannot continue."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One of `size` processes. With one, nothing is sent and JAX is not needed."""
+    """This process among `size`. With a single one, nothing is sent and JAX is not needed."""
 
     index: int
     size: int
@@ -48,62 +48,65 @@ class ProcessGroup:
         return self.size == 1
 
     def verify_same_config(self, provenance: dict[str, Any]) -> dict[str, Any]:
-        """All have the same config, data and code; what the run of all stands on: other processors by index, too.
+        """Checks that all processes have the same config, data and code; adds their processors, where they differ.
 
-        Raises: ConfigError in all processes, naming what differs.
+        Raises: ConfigError in all processes, naming the differences.
         """
         if self.is_single:
             return provenance
-        grounds = [json.loads(text) for text in self._gather_bytes(json.dumps(provenance).encode())]
-        for index, other in enumerate(grounds):
-            names = [name for name in differing_keys(grounds[0], other) if name != PER_PROCESS_KEY]
+        provenances = [json.loads(text) for text in self._gather_bytes(json.dumps(provenance).encode())]
+        leader = provenances[0]
+        for index, other in enumerate(provenances):
+            names = [name for name in differing_keys(leader, other) if name != PER_PROCESS_KEY]
             if names:
-                told = "; ".join(f"{name} is {grounds[0].get(name)}, and {other.get(name)}" for name in names)
+                differences = "; ".join(f"{name} is {leader.get(name)} and {other.get(name)}" for name in names)
                 raise ConfigError(
-                    f"all processes must train the same, but of index 0 and index {index} {told}; use the same words, "
-                    "data and code"
+                    f"processes 0 and {index} differ: {differences}; start all processes with the same settings, data "
+                    "and code"
                 )
         return provenance | {
             f"{PER_PROCESS_KEY}.{index}": other[PER_PROCESS_KEY]
-            for index, other in enumerate(grounds)
-            if other[PER_PROCESS_KEY] != grounds[0][PER_PROCESS_KEY]
+            for index, other in enumerate(provenances)
+            if other[PER_PROCESS_KEY] != leader[PER_PROCESS_KEY]
         }
 
     def broadcast_metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """What process 0 was called with, on all: other processors may round otherwise, and not decide otherwise."""
+        """Process 0's values, on all: processors may round differently, but must decide the same."""
         return values if self.is_single else json.loads(self._broadcast_bytes(json.dumps(values).encode()))
 
     def broadcast_state(
         self, metadata: dict[str, Any], state: dict[str, np.ndarray]
     ) -> tuple[dict, dict[str, np.ndarray]]:
-        """What process 0 was called with, on all. state: the others' must be of the same names, shapes and types."""
+        """Process 0's arguments, on all. state: must have the same names, shapes and dtypes on all."""
         if self.is_single:
             return metadata, state
-        text = self._broadcast_bytes(json.dumps(metadata).encode())
-        whole = self._broadcast_bytes(b"".join(np.ascontiguousarray(value).tobytes() for value in state.values()))
-        found, start = {}, 0
+        metadata_json = self._broadcast_bytes(json.dumps(metadata).encode())
+        payload = self._broadcast_bytes(b"".join(np.ascontiguousarray(value).tobytes() for value in state.values()))
+        received: dict[str, np.ndarray] = {}
+        start = 0
         for name, value in state.items():
-            part = whole[start : start + value.nbytes]
-            found[name], start = np.frombuffer(part, value.dtype).reshape(value.shape), start + value.nbytes
-        return json.loads(text), found
+            end = start + value.nbytes
+            received[name] = np.frombuffer(payload[start:end], value.dtype).reshape(value.shape)
+            start = end
+        return json.loads(metadata_json), received
 
     def _broadcast_bytes(self, payload: bytes) -> bytes:
-        """What process 0 was called with. Sent as whole numbers: as floats, a negative nought would lose its sign."""
+        """Process 0's payload, on all. It is sent as integers: as floats, a negative zero would lose its sign."""
         from jax.experimental import multihost_utils
 
-        gibibytes, rest = divmod(len(payload) if self.is_leader else 0, 2**30)  # there are no numbers of 64 bits
+        gibibytes, rest = divmod(len(payload) if self.is_leader else 0, 2**30)  # JAX has no 64-bit integers by default
         lengths = np.asarray(multihost_utils.broadcast_one_to_all(np.array([gibibytes, rest], np.int32)))
         length = int(lengths[0]) * 2**30 + int(lengths[1])
         size = min(CHUNK_WORDS, -(-length // 4) or 1)
-        parts = []
+        chunks = []
         for start in range(0, length, 4 * size):
-            part = payload[start : start + 4 * size] if self.is_leader else b""
-            words = np.frombuffer(part.ljust(4 * size, b"\0"), np.int32)
-            parts.append(np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes())
-        return b"".join(parts)[:length]
+            chunk = payload[start : start + 4 * size] if self.is_leader else b""
+            integers = np.frombuffer(chunk.ljust(4 * size, b"\0"), np.int32)
+            chunks.append(np.asarray(multihost_utils.broadcast_one_to_all(integers)).tobytes())
+        return b"".join(chunks)[:length]
 
     def _gather_bytes(self, payload: bytes) -> list[bytes]:
-        """What each was called with, by index."""
+        """The payloads of all processes, by index."""
         from jax.experimental import multihost_utils
 
         lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(payload)))).reshape(-1)
@@ -113,7 +116,7 @@ class ProcessGroup:
 
     @contextmanager
     def translate_connection_errors(self) -> Iterator[None]:
-        """Says what it means when JAX can't reach another process any more. Raises: LostError."""
+        """Turns JAX's error for an unreachable process into a message. Raises: WorkerLostError."""
         if self.is_single:
             yield
             return
@@ -121,19 +124,16 @@ class ProcessGroup:
 
         try:
             yield
-        except JaxRuntimeError as fault:
-            if not any(word in str(fault) for word in ("Gloo", "NCCL", "coordination", "Connection")):
+        except JaxRuntimeError as error:
+            if not any(word in str(error) for word in ("Gloo", "NCCL", "coordination", "Connection")):
                 raise
-            raise WorkerLostError(
-                f"a process of the run is gone, and this one, of index {self.index}, can't go on without it; see what "
-                "the others say, then: make resume"
-            ) from fault
+            raise WorkerLostError("lost contact with another process; see its log, then run make resume") from error
 
     def shutdown(self, exit_code: int, *, all_processes: bool) -> int:
-        """The exit code. with_all: when all have come here, process 0 with everything written, so that whoever starts
-        processes sees either all of them at their end, or a failure and has to start all again.
+        """Leaves the group; returns the exit code. all_processes: waits until all are here and process 0 has written
+        everything, so that a launcher sees either all of them succeed, or a failure after which it restarts all.
 
-        Otherwise the process ends here and at once, since JAX would wait for the others.
+        Otherwise, or on failure, the process exits here at once, since JAX would wait for the others.
         """
         if self.is_single:
             return exit_code
@@ -146,8 +146,8 @@ class ProcessGroup:
                     multihost_utils.sync_global_devices("left")
                     jax.distributed.shutdown()
                 return exit_code
-            except WorkerLostError as fault:
-                arguments.print_error(str(fault))
+            except WorkerLostError as error:
+                arguments.print_error(str(error))
                 exit_code = 1
         sys.stdout.flush()
         sys.stderr.flush()

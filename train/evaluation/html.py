@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: pictures are embedded, values from outside are escaped."""
+"""Self-contained HTML pages: images are embedded, values from outside are escaped."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ TEMPLATE_DIR = Path(__file__).with_name("templates")
 
 
 def to_data_uri(data: bytes) -> str:
-    """A PNG as an address that holds it."""
+    """Encodes a PNG as a `data:` URI."""
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def render_template(template: str, **context: Any) -> str:
-    """A template filled in; what comes from outside can't be HTML."""
+    """Renders a template; all values are escaped, so that none can become markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(TEMPLATE_DIR)
@@ -28,7 +28,7 @@ def render_template(template: str, **context: Any) -> str:
 
 
 def format_compact(number: float) -> str:
-    """Readable at a glance: 14,714,688 is 14.7 M."""
+    """Formats a number with three digits and a unit: 14,714,688 becomes 14.7 M."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g} {unit}"

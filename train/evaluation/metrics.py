@@ -1,4 +1,4 @@
-"""From logits and true classes to numbers: how often right, how sure of itself, and on what.
+"""Classification metrics from logits and labels: accuracy, calibration, per-class metrics.
 
 Every example counts once, and the count is checked.
 """
@@ -20,26 +20,27 @@ BOOTSTRAP_RESAMPLES = 10_000
 
 
 def evaluate(predict: Predict, batches: Iterable[tuple], expected_examples: int) -> dict[str, float]:
-    """`loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `top5_accuracy`, `examples`.
+    """Returns `loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `top5_accuracy` and `examples`.
 
     batches: (images, one-hot labels [N, classes]). With fewer than six classes `top5_accuracy` is 1.
 
-    Raises: ValueError if the batches do not hold `expected` examples.
+    Raises: ValueError if the batches do not hold `expected_examples` examples.
     """
-    losses, ranks = [], []
-    for logits, truth in _predict_batches(predict, batches, expected_examples):
-        losses.append(cross_entropy(logits, truth))
-        ranks.append(label_rank(logits, truth))
+    losses = []
+    ranks = []
+    for logits, labels in _predict_batches(predict, batches, expected_examples):
+        losses.append(cross_entropy(logits, labels))
+        ranks.append(label_rank(logits, labels))
     return _summary_metrics(np.concatenate(losses), np.concatenate(ranks))
 
 
 def predict_all(predict: Predict, batches: Iterable[tuple], expected_examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits float64 [N, classes] and true classes int [N] of all examples, in the order of the batches.
+    """Returns logits float64 [N, classes] and labels int [N] of all examples, in the order of the batches.
 
-    Raises: ValueError if the batches do not hold `expected` examples.
+    Raises: ValueError if the batches do not hold `expected_examples` examples.
     """
-    logits, truth = zip(*_predict_batches(predict, batches, expected_examples), strict=True)
-    return np.concatenate(logits), np.concatenate(truth)
+    logits, labels = zip(*_predict_batches(predict, batches, expected_examples), strict=True)
+    return np.concatenate(logits), np.concatenate(labels)
 
 
 def _predict_batches(
@@ -48,16 +49,16 @@ def _predict_batches(
     seen = 0
     for images, labels in batches:
         seen += len(labels)
-        logits = predict(images)[: len(labels)]  # several processes answer for a whole batch
+        logits = predict(images)[: len(labels)]  # several processes pad the last batch
         yield logits.astype(np.float64), np.argmax(labels, axis=1)
     if seen != expected_examples:
         raise ValueError(
-            f"evaluation must see every example once, got {seen} of {expected_examples}; the data set changed"
+            f"evaluation saw {seen} examples instead of {expected_examples}; the data set has changed, restore it"
         )
 
 
 def summary_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """What `evaluate` gives."""
+    """Computes the metrics that `evaluate` returns, from logits float64 [N, classes] and labels int [N]."""
     return _summary_metrics(cross_entropy(logits, labels), label_rank(logits, labels))
 
 
@@ -71,35 +72,35 @@ def _summary_metrics(losses: np.ndarray, ranks: np.ndarray) -> dict[str, float]:
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """float64 [N] in nats, of logits [N, classes] and class indices [N]."""
+    """Returns each example's cross-entropy in nats, float64 [N], from logits [N, classes] and labels int [N]."""
     return -log_softmax(logits)[np.arange(len(labels)), labels]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [N, classes], logarithms of probabilities."""
+    """Returns the logarithms of the probabilities, float64 [N, classes]."""
     top = logits.max(axis=1, keepdims=True)
     return logits - (top + np.log(np.exp(logits - top).sum(axis=1, keepdims=True)))
 
 
 def label_rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """int [N]: how many classes stand before the true one; among equal logits the lower index stands first.
+    """Returns how many classes rank before the true one, int [N]; among equal logits the lower index ranks first.
 
-    Logits that are not finite put the true class last, so that a broken network does not look like a good one.
+    If any logit is not finite the true class ranks last, so that a diverged network does not look like a good one.
     """
-    own = logits[np.arange(len(labels)), labels][:, None]
-    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
+    label_logits = logits[np.arange(len(labels)), labels][:, None]
+    before = (logits > label_logits) | ((logits == label_logits) & (np.arange(logits.shape[1]) < labels[:, None]))
     ranks = before.sum(axis=1)
     return np.where(np.isfinite(logits).all(axis=1), ranks, logits.shape[1])
 
 
-# ----------------------------------------------------------------------------------------------------- all there is
+# -------------------------------------------------------------------------------------------------- full evaluation
 
 
 @dataclass(frozen=True)
 class ClassificationResult:
-    """What a network said of a split. logits: float64 [N, classes]; truth: int [N]; classes: names.
+    """A network's predictions on a split. logits: float64 [N, classes]; labels: int [N]; classes: their names.
 
-    Raises: ValueError where a logit is not finite.
+    Raises: ValueError if a logit is not finite.
     """
 
     logits: np.ndarray
@@ -107,10 +108,10 @@ class ClassificationResult:
     classes: Sequence[str]
 
     def __post_init__(self) -> None:
-        broken = int((~np.isfinite(self.logits).all(axis=1)).sum())
-        if broken:
+        non_finite = int((~np.isfinite(self.logits).all(axis=1)).sum())
+        if non_finite:
             raise ValueError(
-                f"the network's answers must be finite, got {broken} of {len(self.labels)} that are not; "
+                f"the network's output is not finite for {non_finite} of {len(self.labels)} examples; "
                 "use a run that did not diverge, or evaluate with precision=float32"
             )
 
@@ -121,7 +122,7 @@ class ClassificationResult:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """int [N]; among equal logits the lower index."""
+        """int [N]: the class with the largest logit; among equal ones the lower index."""
         return self.logits.argmax(axis=1)
 
     @cached_property
@@ -131,7 +132,7 @@ class ClassificationResult:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool [N]."""
+        """bool [N]: whether the prediction is right."""
         return self.predicted == self.labels
 
     @cached_property
@@ -143,11 +144,11 @@ class ClassificationResult:
 
 
 def compute_metrics(result: ClassificationResult) -> dict[str, Any]:
-    """Everything, ready for JSON. What is not defined, as the recall of a class without an example, is None.
+    """Computes all metrics, ready for JSON; one that is undefined, as the recall of an empty class, is None.
 
-    `accuracy_interval` is the 95 % bootstrap interval over examples; `macro_...` are means over the classes where they
-    are defined; `ece` is the expected calibration error and `calibration` its bins (Guo et al. 2017, equation 3);
-    `roc_auc` is one-versus-rest; rows of `confusion` are true classes.
+    `accuracy_interval` is the 95 % bootstrap interval over examples; `macro_...` are means over the classes in which
+    the metric is defined; `ece` is the expected calibration error and `calibration` its bins (Guo et al. 2017,
+    equation 3); `roc_auc` is one-versus-rest; rows of `confusion` are true classes.
     """
     classes = per_class_metrics(result)
     bins = calibration_bins(result)
@@ -165,17 +166,17 @@ def compute_metrics(result: ClassificationResult) -> dict[str, Any]:
 
 
 def per_class_metrics(result: ClassificationResult) -> list[dict[str, Any]]:
-    """For each class its name, examples, precision, recall, F1 and area under the ROC curve against all others."""
+    """Returns each class's name, examples, precision, recall, F1 and one-versus-rest area under the ROC curve."""
     from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-    found = precision_recall_fscore_support(
+    scores = precision_recall_fscore_support(
         result.labels, result.predicted, labels=range(len(result.classes)), zero_division=np.nan
     )
     rows = []
-    for number, (name, *values, examples) in enumerate(zip(result.classes, *found, strict=True)):
-        own = result.labels == number
-        both = 0 < examples < len(own)
-        area = roc_auc_score(own, result.probabilities[:, number]) if both else None
+    for index, (name, *values, examples) in enumerate(zip(result.classes, *scores, strict=True)):
+        is_class = result.labels == index
+        has_both = 0 < examples < len(is_class)
+        area = roc_auc_score(is_class, result.probabilities[:, index]) if has_both else None
         precision, recall, f1 = (None if np.isnan(value) else float(value) for value in values)
         row = {"name": name, "examples": int(examples), "precision": precision, "recall": recall, "f1": f1}
         rows.append({**row, "roc_auc": None if area is None else float(area)})
@@ -183,9 +184,9 @@ def per_class_metrics(result: ClassificationResult) -> list[dict[str, Any]]:
 
 
 def calibration_bins(result: ClassificationResult) -> list[dict[str, Any]]:
-    """Bins of equal width over the confidence: `low`, `high`, `examples`, mean `confidence`, `accuracy`; not empty."""
+    """Returns the non-empty bins of equal width: `low`, `high`, `examples`, mean `confidence`, `accuracy`."""
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-    place = np.clip(np.digitize(result.confidence, edges[1:-1], right=True), 0, CALIBRATION_BINS - 1)
+    bin_indices = np.clip(np.digitize(result.confidence, edges[1:-1], right=True), 0, CALIBRATION_BINS - 1)
     return [
         {
             "low": float(edges[number]),
@@ -195,21 +196,21 @@ def calibration_bins(result: ClassificationResult) -> list[dict[str, Any]]:
             "accuracy": float(result.correct[inside].mean()),
         }
         for number in range(CALIBRATION_BINS)
-        if (inside := place == number).any()
+        if (inside := bin_indices == number).any()
     ]
 
 
 def bootstrap_interval(correct: int, examples: int) -> list[float]:
-    """The percentile interval of the accuracy over resampled examples, always the same one.
+    """Computes the percentile interval of the accuracy over resampled examples, with a fixed seed.
 
-    How many of a resample are right is binomial, so that they are drawn at once instead of example by example.
+    The number of correct examples in a resample is binomial, so that it is drawn directly, not example by example.
     Source: Efron & Tibshirani 1993, section 13.3.
     """
-    drawn = np.random.default_rng(0).binomial(examples, correct / examples, BOOTSTRAP_RESAMPLES) / examples
+    accuracies = np.random.default_rng(0).binomial(examples, correct / examples, BOOTSTRAP_RESAMPLES) / examples
     tail = (1 - CONFIDENCE_LEVEL) / 2
-    return [float(value) for value in np.quantile(drawn, [tail, 1 - tail])]
+    return [float(value) for value in np.quantile(accuracies, [tail, 1 - tail])]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None

@@ -1,4 +1,4 @@
-"""Everything about a run on one page, a file that needs nothing else."""
+"""A run's report: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from train.storage.atomic import write_atomically
 from train.tracking.run_dir import RunDir
 
 REPORT_FILE = "report.html"
-# Of an evaluation, in the order of the page, and what stands beside each.
+# Plots and their captions, in the order of the page.
 EVALUATION_PLOTS = {
-    "confusion.png": "Who is taken for whom. Rows are true classes; colours are shares of the row.",
-    "reliability.png": "How far its confidence can be believed: on the dotted line it is right as often as it says.",
-    "classes.png": "F1 of each class, the lowest first.",
-    "mistakes.png": "Mistakes it was most sure of. Look here for wrong labels first.",
-    "attention.png": "Where in the image the evidence for the predicted class lies (Grad-CAM, Selvaraju et al. 2017).",
+    "confusion.png": "Confusion matrix, normalised by true class.",
+    "reliability.png": "Reliability diagram: on the diagonal, confidence equals accuracy.",
+    "classes.png": "F1 per class, lowest first.",
+    "mistakes.png": "Most confident errors; check these for label noise first.",
+    "attention.png": "Grad-CAM: the regions that support the predicted class (Selvaraju et al. 2017).",
 }
 RUN_PLOTS = {
-    "loss.png": "Of training, with its auxiliary heads, and validation. The dotted line: the weights that were kept.",
-    "accuracy.png": "Of training: as it went, with augmentation; of validation: after each epoch.",
-    "learning_rate.png": "After every step that was logged.",
-    "augmented.png": "The first batch, as the network saw it.",
-    "filters.png": "Filters of the first convolution, each in its own range.",
+    "loss.png": "Training and validation loss, with the auxiliary heads' training loss. Dotted line: the best epoch.",
+    "accuracy.png": "Training accuracy, over the epoch's augmented batches; validation accuracy after each epoch.",
+    "learning_rate.png": "Learning rate at every logged step.",
+    "augmented.png": "The first training batch after augmentation.",
+    "filters.png": "Filters of the first convolution, each scaled to its own range.",
 }
 HEADLINE_METRICS = (
     "accuracy",
@@ -37,67 +37,65 @@ HEADLINE_METRICS = (
     "roc_auc",
     "ece",
 )
-MAX_TABLE_CLASSES = 50  # rows of the table of classes
+MAX_TABLE_CLASSES = 50  # rows of the per-class table
 
 
-def write_report(folder: RunDir, summary: dict[str, Any]) -> Path:
-    """Draws what the journal has, and writes the page; its path. summary: as it will be or is in summary.json.
+def write_report(run_dir: RunDir, summary: dict[str, Any]) -> Path:
+    """Draws the learning curves and writes the page; returns its path. summary: the contents of summary.json.
 
     Raises: ValueError for a run whose journal has no epoch.
     """
     from train.evaluation.plots.learning_curves import plot_learning_curves
     from train.evaluation.plots.style import to_png
 
-    lines = [line for line, _ in folder.read_journal()]
+    lines = [line for line, _ in run_dir.read_journal()]
     if not any("validation/loss" in line["values"] for line in lines):
-        raise ValueError(f"run must have trained for an epoch, got {folder.path}; go on with it: make resume run=...")
+        raise ValueError(f"run {run_dir.path} has no finished epoch; continue it with make resume run=...")
     for name, curve in plot_learning_curves(lines, summary.get("best_epoch")).items():
-        write_atomically(folder.path / f"{name}.png", to_png(curve))
-    write_atomically(
-        folder.path / REPORT_FILE, render_template("report.html", **report_context(folder, summary, lines))
-    )
-    return folder.path / REPORT_FILE
+        write_atomically(run_dir.path / f"{name}.png", to_png(curve))
+    page = render_template("report.html", **report_context(run_dir, summary, lines))
+    write_atomically(run_dir.path / REPORT_FILE, page)
+    return run_dir.path / REPORT_FILE
 
 
-def report_context(folder: RunDir, summary: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page is made of."""
-    identity = folder.identity()
+def report_context(run_dir: RunDir, summary: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collects the variables of the template."""
+    identity = run_dir.identity()
     return {
         "name": identity["name"],
         "command": identity.get("command", ""),
-        "begun": time.strftime("%Y-%m-%d %H:%M", time.localtime(identity["time"])),
+        "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(identity["time"])),
         "summary": summary,
         "tags": identity["tags"],
-        "config": flatten(folder.config()),
-        "data": folder.read_json("dataset.json", {}),
-        "cost": folder.read_json("cost.json", {}),
+        "config": flatten(run_dir.config()),
+        "data": run_dir.read_json("dataset.json", {}),
+        "cost": run_dir.read_json("cost.json", {}),
         "changes": summary.get("changes", []),
         "epochs": [line for line in lines if "validation/loss" in line["values"]],
-        "evaluations": read_evaluations(folder),
-        "pictures": embed_plots(folder, "", RUN_PLOTS),
-        "most_classes": MAX_TABLE_CLASSES,
+        "evaluations": read_evaluations(run_dir),
+        "plots": embed_plots(run_dir, "", RUN_PLOTS),
+        "max_classes": MAX_TABLE_CLASSES,
         "headlines": HEADLINE_METRICS,
     }
 
 
-def read_evaluations(folder: RunDir) -> list[dict[str, Any]]:
-    """Every one there is: its name, scores and pictures; the test first."""
-    found = (path.parent for path in folder.path.glob("evaluation/*/scores.json"))
-    places = sorted(found, key=lambda place: (place.name != "test", place.name))
+def read_evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
+    """Reads all evaluations of the run, the test split's first: name, scores and plots."""
+    names = (path.parent.name for path in run_dir.path.glob("evaluation/*/scores.json"))
     return [
         {
-            "name": place.name,
-            "scores": folder.read_json(f"evaluation/{place.name}/scores.json", {}),
-            "pictures": embed_plots(folder, f"evaluation/{place.name}/", EVALUATION_PLOTS),
+            "name": name,
+            "scores": run_dir.read_json(f"evaluation/{name}/scores.json", {}),
+            "plots": embed_plots(run_dir, f"evaluation/{name}/", EVALUATION_PLOTS),
         }
-        for place in places
+        for name in sorted(names, key=lambda name: (name != "test", name))
     ]
 
 
-def embed_plots(folder: RunDir, prefix: str, captions: dict[str, str]) -> list[dict[str, str]]:
-    """The pictures that exist, each with its caption and a `data:` address. prefix: of their names in the folder."""
+def embed_plots(run_dir: RunDir, prefix: str, captions: dict[str, str]) -> list[dict[str, str]]:
+    """Returns the plots that exist, each as a `data:` URI with its caption. prefix: the folder within the run's."""
     return [
-        {"name": Path(name).stem, "text": text, "address": to_data_uri(folder.read_bytes(prefix + name))}
-        for name, text in captions.items()
-        if (folder.path / prefix / name).exists()
+        {"name": Path(name).stem, "caption": caption, "uri": to_data_uri(run_dir.read_bytes(prefix + name))}
+        for name, caption in captions.items()
+        if (run_dir.path / prefix / name).exists()
     ]

@@ -1,4 +1,4 @@
-"""Means over seeds, and differences between variants that were run with the same seeds."""
+"""Means over seeds, and paired differences between variants that were run with the same seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIDENCE_LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Mean:
-    """Of `n` values: `mean`, `deviation` (of the sample; nan for one value) and the 95 % t-interval `low` to `high`."""
+    """The mean of `n` values, their sample standard deviation (nan for one) and the 95 % t-interval `low` to `high`."""
 
     n: int
     mean: float
@@ -29,38 +29,42 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference(Mean):
-    """Of pairs; `p` is that of the two-sided paired t-test, nan for one pair."""
+    """The mean difference of `n` pairs; `p` is that of the two-sided paired t-test, nan for one pair."""
 
     p: float
 
 
 def mean_interval(values: Sequence[float]) -> Mean:
-    """Raises: ValueError for no value."""
+    """Computes the mean and its interval. Raises: ValueError if there are no values."""
     if not len(values):
-        raise ValueError("a mean must have at least one value, got none")
-    found = np.asarray(values, np.float64)
-    n, mean = len(found), float(found.mean())
+        raise ValueError("a mean needs at least one value, got none")
+    array = np.asarray(values, np.float64)
+    n = len(array)
+    mean = float(array.mean())
     if n == 1:
         return Mean(1, mean, math.nan, math.nan, math.nan)
-    deviation = float(found.std(ddof=1))
+    deviation = float(array.std(ddof=1))
     half = _t_quantile(n - 1) * deviation / math.sqrt(n)
     return Mean(n, mean, deviation, mean - half, mean + half)
 
 
 def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Difference | None:
-    """`one` minus `other` over the seeds that both have; None where there is none. Equal differences have p 0 or 1."""
+    """Computes `values` minus `baseline`, {seed: value}, over the seeds that both have; None if they share none.
+
+    If all differences are equal, `p` is 0, or 1 where they are zero.
+    """
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return None
-    found = mean_interval([values[seed] - baseline[seed] for seed in seeds])
-    if found.n == 1:
-        return Difference(**vars(found), p=math.nan)
-    if found.deviation == 0:
-        return Difference(**vars(found), p=0.0 if found.mean else 1.0)
+    interval = mean_interval([values[seed] - baseline[seed] for seed in seeds])
+    if interval.n == 1:
+        return Difference(**vars(interval), p=math.nan)
+    if interval.deviation == 0:
+        return Difference(**vars(interval), p=0.0 if interval.mean else 1.0)
     from scipy.stats import t
 
-    statistic = found.mean / (found.deviation / math.sqrt(found.n))
-    return Difference(**vars(found), p=float(2 * t.sf(abs(statistic), found.n - 1)))
+    statistic = interval.mean / (interval.deviation / math.sqrt(interval.n))
+    return Difference(**vars(interval), p=float(2 * t.sf(abs(statistic), interval.n - 1)))
 
 
 def _t_quantile(degrees_of_freedom: int) -> float:

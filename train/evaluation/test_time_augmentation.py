@@ -1,6 +1,6 @@
-"""Several views of an image, whose answers are averaged: test-time augmentation.
+"""Test-time augmentation: averages the predictions over several views of each image.
 
-A view maps uint8 `[N, H, W, C]` to the same; probabilities are averaged, as in Szegedy et al. 2014, section 7.
+A view maps uint8 `[N, H, W, C]` to the same shape; probabilities are averaged, as in Szegedy et al. 2014, section 7.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ def flip_horizontal(images: np.ndarray) -> np.ndarray:
 
 
 def make_crop(vertical: float, horizontal: float) -> View:
-    """A part of 7/8 of each side, brought back to the full side. 0 is the upper or left edge, 1 the lower or right."""
+    """Makes a view that crops 7/8 of each side, at 0 (top, left) to 1 (bottom, right), and resizes to full size."""
 
-    def cut(images: np.ndarray) -> np.ndarray:
+    def crop(images: np.ndarray) -> np.ndarray:
         import cv2
 
         height, width = images.shape[1:3]
-        rows, columns = max(1, round(CROP_FRACTION * height)), max(1, round(CROP_FRACTION * width))
-        top, left = round(vertical * (height - rows)), round(horizontal * (width - columns))
-        parts = images[:, top : top + rows, left : left + columns]
-        sized = [cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) for part in parts]
-        return np.stack(sized).reshape(images.shape)
+        rows = max(1, round(CROP_FRACTION * height))
+        columns = max(1, round(CROP_FRACTION * width))
+        top = round(vertical * (height - rows))
+        left = round(horizontal * (width - columns))
+        crops = images[:, top : top + rows, left : left + columns]
+        resized = [cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR) for image in crops]
+        return np.stack(resized).reshape(images.shape)
 
-    return cut
+    return crop
 
 
 def with_flip(view: View) -> View:
@@ -50,22 +52,20 @@ FIVE_CROPS = [make_crop(vertical, horizontal) for vertical, horizontal in ((0.5,
 VIEWS_BY_NAME: dict[str, list[View]] = {
     "one": [unchanged],
     "mirror": [unchanged, flip_horizontal],
-    "ten_crop": [
-        *FIVE_CROPS,
-        *map(with_flip, FIVE_CROPS),
-    ],  # centre and corners, each mirrored too: Krizhevsky et al. 2012
+    # Centre and corners, each mirrored too: Krizhevsky et al. 2012.
+    "ten_crop": [*FIVE_CROPS, *map(with_flip, FIVE_CROPS)],
 }
 
 
 def average_views(predict: Predict, views_name: str) -> Predict:
-    """Logits whose softmax is the mean over the named views; with a single view, those of `predict` themselves."""
+    """Returns a function whose logits' softmax is the mean over the named views; for one view, `predict` itself."""
     views = VIEWS_BY_NAME[views_name]
     if len(views) == 1:
         return predict
 
     def mean(images: Any) -> np.ndarray:
         pixels = np.asarray(images)
-        logs = [log_softmax(predict(view(pixels)).astype(np.float64)) for view in views]
-        return np.logaddexp.reduce(logs, axis=0) - np.log(len(views))
+        log_probabilities = [log_softmax(predict(view(pixels)).astype(np.float64)) for view in views]
+        return np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(views))
 
     return mean

@@ -1,8 +1,8 @@
-"""Files that a network is given away in, each by its name: how it is written, and read by its own runtime.
+"""Export formats by name: how each is written, and loaded by its own runtime.
 
-FORMATS["onnx"].write(content, place / "model.onnx")
-predict = read("onnx", place / "model.onnx")        (imports ONNX Runtime and nothing of this project)
-predict(images)                                      (uint8 [N, H, W, C] -> float32 [N, classes])
+FORMATS["onnx"].write(bundle, directory / "model.onnx")
+predict = load_predictor("onnx", directory / "model.onnx")   (imports ONNX Runtime and nothing of this project)
+predict(images)                                              (uint8 [N, H, W, C] -> float32 [N, classes])
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train.formats import converters
 from train.formats.converters import ExportBundle
@@ -37,7 +36,7 @@ OPTIONAL_EXTRA = "export"
 
 @dataclass(frozen=True)
 class Format:
-    """packages: modules of the extra `export` that it needs. quantizations: those that it knows."""
+    """An export format. packages: modules that it needs of the extra `export`. quantizations: those it supports."""
 
     write: Callable[[ExportBundle, Path], None]
     packages: tuple[str, ...] = ()
@@ -53,28 +52,28 @@ FORMATS: dict[str, Format] = {
 
 
 def resolve_formats(name: str, quantize: str) -> list[str]:
-    """The formats that are meant. name: one of FORMATS, or all: those that know the quantization.
+    """Returns the formats that `name` selects: a key of FORMATS, or all that support the quantization.
 
-    Raises: ValueError for what is none of them, or has not got its packages.
+    Raises: ValueError for an unknown format, one that does not support the quantization, or missing packages.
     """
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {quantize}")
-    able = [known for known, one in FORMATS.items() if quantize in one.quantizations]
+    supporting = [key for key, export_format in FORMATS.items() if quantize in export_format.quantizations]
     if name not in FORMATS and name != "all":
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, all, got {name}")
-    if name != "all" and name not in able:
-        raise ValueError(f"quantize={quantize} must go with format={' or '.join(able)}, got format={name}")
-    chosen = able if name == "all" else [name]
-    for one in chosen:
-        missing = [package for package in FORMATS[one].packages if not _is_installed(package)]
+    if name != "all" and name not in supporting:
+        raise ValueError(f"quantize={quantize} needs format={' or '.join(supporting)}, got format={name}")
+    selected = supporting if name == "all" else [name]
+    for key in selected:
+        missing = [package for package in FORMATS[key].packages if not _is_installed(package)]
         if missing:
             raise ValueError(
-                f"format={one} must have {', '.join(FORMATS[one].packages)}, got no {', '.join(missing)}; "
+                f"format={key} needs {', '.join(FORMATS[key].packages)}; not installed: {', '.join(missing)}; "
                 f"install the extra {OPTIONAL_EXTRA}: .venv/bin/python -m uv pip install --python .venv/bin/python "
                 f"-r requirements/{OPTIONAL_EXTRA}.lock"
             )
-    return chosen
+    return selected
 
 
-def _is_installed(package: str) -> Any:
-    return importlib.util.find_spec(package)
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,4 +1,4 @@
-"""A complete network (train.models.deployment) into a file of each format."""
+"""Converters: write a deployment model (train.models.deployment) as a file of each format."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-NEVER_QUANTIZED = ("preprocessing", "probabilities")  # parts of the graph, by name, that are never quantized
-LUMA_WEIGHTS = (19595, 38470, 7471)  # ITU-R 601-2 in parts of 65,536, as Pillow rounds it
+NEVER_QUANTIZED = ("preprocessing", "probabilities")  # parts of node names that keep float32
+LUMA_WEIGHTS = (19595, 38470, 7471)  # ITU-R 601-2 in units of 1/65,536, as Pillow rounds them
 CLASSES = "classes"
 
 
 @dataclass(frozen=True)
 class ExportBundle:
-    """What is written. classes: in the order of the answers. background: red, green, blue behind what is transparent.
+    """The contents of an export. classes: in the order of the output. background: RGB behind transparent pixels.
 
-    quantize: none, float16 or int8. images: uint8 [N, H, W, C], by which int8 finds the range of every activation.
+    quantize: none, float16 or int8. calibration_images: uint8 [N, H, W, C], for the ranges of int8 activations.
     """
 
     model: Any
@@ -38,30 +38,31 @@ def write_keras(bundle: ExportBundle, path: Path) -> None:
 
 
 def write_saved_model(bundle: ExportBundle, path: Path) -> None:
-    """Signatures: `serving_default` of images, `encoded` of strings [N], each a JPEG or a PNG.
+    """Writes a SavedModel with the signatures `serving_default`, of images, and `encoded`, of JPEG or PNG strings [N].
 
-    Both answer with `probabilities` and `classes`, the names beside them, [N, classes].
+    Both return `probabilities` and `classes`, the names in the same order, each [N, classes].
     """
     import tensorflow as tf
     from keras.export import ExportArchive
 
-    model, channels = bundle.model, bundle.model.input_shape[-1]
+    model = bundle.model
+    channels = model.input_shape[-1]
     names = tf.constant(list(bundle.classes))
 
-    def answer(probabilities: Any) -> dict[str, Any]:
+    def with_classes(probabilities: Any) -> dict[str, Any]:
         return {"probabilities": probabilities, CLASSES: tf.tile(names[None], [tf.shape(probabilities)[0], 1])}
 
     def serve(images: Any) -> dict[str, Any]:
-        return answer(model(images, training=False))
+        return with_classes(model(images, training=False))
 
     def encoded(encoded: Any) -> dict[str, Any]:
-        kind = tf.TensorSpec([len(bundle.classes)], tf.float32)
-        found = tf.map_fn(
+        output_spec = tf.TensorSpec([len(bundle.classes)], tf.float32)
+        probabilities = tf.map_fn(
             lambda data: model(_decode_image(data, channels, bundle.background)[None], training=False)[0],
             encoded,
-            fn_output_signature=kind,
+            fn_output_signature=output_spec,
         )
-        return answer(found)
+        return with_classes(probabilities)
 
     archive = ExportArchive()
     archive.track(model)
@@ -71,14 +72,14 @@ def write_saved_model(bundle: ExportBundle, path: Path) -> None:
 
 
 def _decode_image(data: Any, channels: int, background: Sequence[int]) -> Any:
-    """A string as uint8 [H, W, channels], to the bits of train.data.decode where EXIF says nothing."""
+    """Decodes a string to uint8 [H, W, channels], bit-identical to train.data.decode for upright images."""
     import tensorflow as tf
 
     def png() -> Any:
         pixels = tf.cast(tf.io.decode_png(data, channels=4), tf.int32)
-        opaque = pixels[..., 3:]
-        mixed = pixels[..., :3] * opaque + tf.constant(list(background)) * (255 - opaque)
-        return (mixed + 127) // 255
+        alpha = pixels[..., 3:]
+        blended = pixels[..., :3] * alpha + tf.constant(list(background)) * (255 - alpha)
+        return (blended + 127) // 255
 
     def jpeg() -> Any:
         return tf.cast(tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE"), tf.int32)
@@ -93,7 +94,7 @@ def _decode_image(data: Any, channels: int, background: Sequence[int]) -> Any:
 
 
 def write_onnx(bundle: ExportBundle, path: Path) -> None:
-    """Input `images`, output `probabilities`; the classes are JSON in the metadata `classes`."""
+    """Writes an ONNX file: input `images`, output `probabilities`, the classes as JSON in the metadata `classes`."""
     import onnx
 
     bundle.model.export(path, format="onnx", verbose=False)
@@ -110,7 +111,7 @@ def write_onnx(bundle: ExportBundle, path: Path) -> None:
 
 
 def _unquantized_onnx_nodes(graph: Any) -> list[str]:
-    """The names of those in PRECISE."""
+    """Returns the names of the nodes that NEVER_QUANTIZED covers."""
     return [node.name for node in graph.graph.node if any(part in node.name for part in NEVER_QUANTIZED)]
 
 
@@ -123,7 +124,7 @@ def _rename_output(graph: Any, name: str) -> None:
 
 
 def _quantize_onnx_int8(graph: Any, calibration_images: np.ndarray) -> Any:
-    """Weights and activations; what is in PRECISE stays as it was."""
+    """Quantizes weights and activations to int8, except what NEVER_QUANTIZED covers."""
     import onnx
     from onnxruntime import quantization as onnx_quantization
 
@@ -135,8 +136,8 @@ def _quantize_onnx_int8(graph: Any, calibration_images: np.ndarray) -> Any:
             image = next(self.batches, None)
             return None if image is None else {"images": image[None]}
 
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "int8.onnx"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "int8.onnx"
         onnx_quantization.quantize_static(
             graph, path, Images(), per_channel=True, op_types_to_quantize=["Conv", "Gemm", "MatMul"],
             nodes_to_exclude=_unquantized_onnx_nodes(graph),
@@ -150,47 +151,47 @@ def _quantize_onnx_int8(graph: Any, calibration_images: np.ndarray) -> Any:
 def write_tflite(bundle: ExportBundle, path: Path) -> None:
     import tensorflow as tf
 
-    with tempfile.TemporaryDirectory() as place:
-        bundle.model.export(place, format="tf_saved_model", verbose=False)
+    with tempfile.TemporaryDirectory() as directory:
+        bundle.model.export(directory, format="tf_saved_model", verbose=False)
 
-        def converter() -> Any:
-            made = tf.lite.TFLiteConverter.from_saved_model(place)
-            made.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        def make_converter() -> Any:
+            converter = tf.lite.TFLiteConverter.from_saved_model(directory)
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
             if bundle.quantize != "none":
-                made.optimizations = [tf.lite.Optimize.DEFAULT]
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
             if bundle.quantize == "float16":
-                made.target_spec.supported_types = [tf.float16]
-            return made
+                converter.target_spec.supported_types = [tf.float16]
+            return converter
 
         path.write_bytes(
-            _quantize_tflite_int8(converter, bundle.calibration_images)
+            _quantize_tflite_int8(make_converter, bundle.calibration_images)
             if bundle.quantize == "int8"
-            else converter().convert()
+            else make_converter().convert()
         )
 
 
 def _quantize_tflite_int8(make_converter: Callable[[], Any], calibration_images: np.ndarray) -> bytes:
-    """Weights and activations; what is in PRECISE stays as it was."""
+    """Quantizes weights and activations to int8, except what NEVER_QUANTIZED covers."""
     import tensorflow as tf
 
-    floating = make_converter()
-    floating.optimizations = []
-    whole = make_converter()
-    whole.representative_dataset = lambda: ([image[None]] for image in calibration_images)
+    float_converter = make_converter()
+    float_converter.optimizations = []
+    int8_converter = make_converter()
+    int8_converter.representative_dataset = lambda: ([image[None]] for image in calibration_images)
     options = tf.lite.experimental.QuantizationDebugOptions(
-        denylisted_nodes=_unquantized_tflite_nodes(floating.convert())
+        denylisted_nodes=_unquantized_tflite_nodes(float_converter.convert())
     )
     debugger = tf.lite.experimental.QuantizationDebugger(
-        converter=whole, debug_dataset=whole.representative_dataset, debug_options=options
+        converter=int8_converter, debug_dataset=int8_converter.representative_dataset, debug_options=options
     )
     return debugger.get_nondebug_quantized_model()
 
 
 def _unquantized_tflite_nodes(model_bytes: bytes) -> list[str]:
-    """The names of those in PRECISE, as the converter knows them: by what they give. The answer has none of its own."""
+    """Returns, by output tensor, the nodes that NEVER_QUANTIZED covers and the model's output, named otherwise."""
     from ai_edge_litert.interpreter import Interpreter
 
-    network = Interpreter(model_content=model_bytes)
-    names = [tensor["name"] for tensor in network.get_tensor_details()]
-    answers = [output["name"] for output in network.get_output_details()]
-    return [name for name in names if name in answers or any(part in name for part in NEVER_QUANTIZED)]
+    interpreter = Interpreter(model_content=model_bytes)
+    names = [tensor["name"] for tensor in interpreter.get_tensor_details()]
+    outputs = [output["name"] for output in interpreter.get_output_details()]
+    return [name for name in names if name in outputs or any(part in name for part in NEVER_QUANTIZED)]

@@ -1,6 +1,6 @@
-"""A file of each format in its own runtime: from uint8 [N, H, W, C], any size, to float32 probabilities [N, classes].
+"""Loads an exported file in its own runtime: uint8 [N, H, W, C], any size, to float32 probabilities [N, classes].
 
-Nothing of this project is imported here, and of the runtimes the one that is asked for.
+This module imports nothing of the project, and only the runtime that is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FILE_NAMES = {"keras": "model.keras", "saved_model": "saved_model", "onnx": "mod
 
 
 def load_predictor(name: str, path: Path, threads: int | None = None) -> PredictFunction:
-    """name: a key of READERS. path: as FILES names it. threads: of ONNX Runtime and LiteRT; TensorFlow has its own."""
+    """Loads a format. name: a key of PREDICTOR_LOADERS. threads: of ONNX Runtime and LiteRT; TensorFlow has its own."""
     return PREDICTOR_LOADERS[name](path, threads)
 
 
@@ -26,12 +26,12 @@ def load_keras(path: Path, _: int | None) -> PredictFunction:
     import keras
 
     model = keras.models.load_model(path)
-    model.jit_compile = False  # which would compile anew for every size
+    model.jit_compile = False  # it would compile again for every image size
     return lambda images: np.asarray(model.predict_on_batch(images))
 
 
 def load_saved_model(path: Path, _: int | None) -> PredictFunction:
-    """By the signature that TensorFlow Serving asks for."""
+    """Uses the signature that TensorFlow Serving calls."""
     import tensorflow as tf
 
     model = tf.saved_model.load(str(path))
@@ -47,7 +47,7 @@ def load_onnx(path: Path, threads: int | None) -> PredictFunction:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0  # 0: its own choice
+    options.intra_op_num_threads = threads or 0  # 0: ONNX Runtime chooses
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["probabilities"], {"images": images})[0]
 
@@ -56,18 +56,19 @@ def load_tflite(path: Path, threads: int | None) -> PredictFunction:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
-    [given], [got] = interpreter.get_input_details(), interpreter.get_output_details()
+    [input_details] = interpreter.get_input_details()
+    [output_details] = interpreter.get_output_details()
     shape: tuple[int, ...] = ()
 
     def predict(images: np.ndarray) -> np.ndarray:
         nonlocal shape
         if images.shape != shape:
-            interpreter.resize_tensor_input(given["index"], images.shape)
+            interpreter.resize_tensor_input(input_details["index"], images.shape)
             interpreter.allocate_tensors()
             shape = images.shape
-        interpreter.set_tensor(given["index"], images)
+        interpreter.set_tensor(input_details["index"], images)
         interpreter.invoke()
-        return interpreter.get_tensor(got["index"])
+        return interpreter.get_tensor(output_details["index"])
 
     return predict
 

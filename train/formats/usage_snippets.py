@@ -1,6 +1,6 @@
-"""How a file of each format is loaded where this project is not: five lines of Python, which a test executes."""
+"""Usage snippets: five lines of Python that load each format without this project. A test executes them."""
 
-# path: of a picture, upright, of 8 bits a sample and without transparency. {mode}: what Pillow calls its channels.
+# path: an upright image of 8 bits per sample, without transparency. {mode}: Pillow's name for its channels.
 USAGE_SNIPPETS = {
     "keras": """import keras, numpy, PIL.Image
 model = keras.models.load_model("model.keras")
@@ -36,5 +36,5 @@ RUNTIME_PACKAGES = {
 
 
 def usage_snippet(name: str, channels: int) -> str:
-    """Of a format, for a network of 1 or 3 channels."""
+    """Returns the snippet of a format, for a network of 1 or 3 channels."""
     return USAGE_SNIPPETS[name].format(mode="L" if channels == 1 else "RGB")

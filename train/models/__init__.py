@@ -1,4 +1,4 @@
-"""The networks, each chosen by its name; this is the room's door, which checks what it is given."""
+"""The model registry: builds a network by its name and checks its options."""
 
 import inspect
 import math
@@ -38,7 +38,7 @@ BUILDERS: dict[str, Callable[..., keras.Model]] = {
     "inception_resnet_v2": inception_resnet_v2,
 }
 
-# Smallest side of an image in pixels that leaves a map at the end of the trunk.
+# The smallest side of an image, in pixels, that leaves a feature map at the end of the trunk.
 MIN_IMAGE_SIZE: dict[str, int] = {
     "vgg16": 32,
     "vgg16_inception": 32,
@@ -47,7 +47,7 @@ MIN_IMAGE_SIZE: dict[str, int] = {
     "inception_resnet_v2": 75,
 }
 
-# Side of the images that the papers use, in pixels.
+# The side of the images in the papers, in pixels.
 NATIVE_SIZE: dict[str, int] = {
     "vgg16": 224,
     "vgg16_inception": 224,
@@ -67,16 +67,16 @@ def build(
 
     Args:
         name: a key of `BUILDERS`.
-        input_shape: height, width (each at least `SMALLEST[name]`) and channels (1 or 3).
+        input_shape: height, width (each at least `MIN_IMAGE_SIZE[name]`) and channels (1 or 3).
         num_classes: at least 2.
         **options: `width` (channel multiplier, above 0), `head` (a key of `HEADS`), `batch_norm_momentum` (0 to 1,
             1 excluded), `aux_weight` (0 builds no auxiliary head); `vgg16_inception` has `blocks` (five keys of
-            `BLOCK_KINDS`), `inception_v1` has `batch_norm` (bool). Defaults are in the builders' signatures.
+            `BLOCK_KINDS`), `inception_v1` has `batch_norm` (bool). The builders' signatures have the defaults.
 
     Returns:
         A model from uint8 or float `[N, H, W, C]` in 0..255 to a dict of float32 `[N, num_classes]` logits: `main`,
-        and `aux` (or `aux_1`, `aux_2`) where there are auxiliary heads. Initial values follow Python's random state,
-        which `keras.utils.set_random_seed` sets.
+        and `aux` (or `aux_1`, `aux_2`) where there are auxiliary heads. `keras.utils.set_random_seed` determines
+        the initial values.
 
     Raises:
         ValueError: an unknown name or option, or a value out of range; the message says what is allowed.
@@ -94,8 +94,8 @@ def build(
 def inference_model(model: keras.Model) -> keras.Model:
     """Returns the network without its auxiliary heads, sharing all variables with `model`.
 
-    Input: as `model`. Output: float32 `[N, num_classes]`, the `main` logits. It is made of Keras's own layers and
-    operations, so that it loads where this package is not installed.
+    Input: that of `model`. Output: float32 `[N, num_classes]`, the `main` logits. The network consists of Keras's own
+    layers and operations, so that it loads where this package is not installed.
     """
     return keras.Model(model.input, model.output["main"], name=model.name)
 
@@ -119,9 +119,7 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     allowed = option_names(name)
     for option in options:
         if option not in allowed:
-            raise ValueError(
-                f"model.{option} must be an option of {name}, got one that it does not have; use {', '.join(allowed)}"
-            )
+            raise ValueError(f"model.{option} is not an option of {name}; its options are {', '.join(allowed)}")
 
 
 def _check_shape(name: str, input_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -130,13 +128,14 @@ def _check_shape(name: str, input_shape: tuple[int, int, int]) -> tuple[int, int
         raise ValueError(f"input_shape must be (height, width, channels), got {input_shape!r}; use (32, 32, 3)")
     if shape[2] not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {shape[2]}; use data.channels=3")
-    least = MIN_IMAGE_SIZE[name]
-    if min(shape[:2]) < least:
+    minimum = MIN_IMAGE_SIZE[name]
+    if min(shape[:2]) < minimum:
         raise ValueError(
-            f"data.image_size must be at least {least} for {name}, got {min(shape[:2])}; use data.image_size={least}"
+            f"data.image_size must be at least {minimum} for {name}, got {min(shape[:2])}; "
+            f"use data.image_size={minimum}"
         )
     if keras.config.image_data_format() != "channels_last":
-        raise ValueError("image_data_format must be channels_last, got channels_first; use keras.json to change it")
+        raise ValueError("image_data_format must be channels_last, got channels_first; change it in keras.json")
     return shape
 
 
@@ -171,12 +170,12 @@ def _check_aux_weight(value: Any) -> None:
 def _check_blocks(value: Any) -> None:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(STAGES):
         raise ValueError(
-            f"model.blocks must be {len(STAGES)} kinds of block, got {value!r}; use one of "
-            f"{', '.join(BLOCK_KINDS)} for each stage"
+            f"model.blocks must be a list of {len(STAGES)} block kinds, one for each stage, got {value!r}; "
+            f"the kinds are {', '.join(BLOCK_KINDS)}"
         )
     for kind in value:
         if kind not in BLOCK_KINDS:
-            raise ValueError(f"model.blocks must be made of {', '.join(BLOCK_KINDS)}, got {kind!r}; use one of these")
+            raise ValueError(f"model.blocks must contain only {', '.join(BLOCK_KINDS)}, got {kind!r}; use one of these")
 
 
 def _check_batch_norm(value: Any) -> None:

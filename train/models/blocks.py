@@ -1,4 +1,4 @@
-"""The parts the networks are made of: input, convolution units and the kinds of block.
+"""The building blocks of the networks: input, convolution units and the block kinds.
 
 Every tensor here is a symbolic `[N, H, W, C]` Keras tensor; every kind keeps H and W. The Inception kinds share one
 signature, so that one idea can be exchanged for another with everything around it unchanged.
@@ -17,7 +17,7 @@ Tensor = Any  # a symbolic Keras tensor; Keras publishes no useful static type f
 
 # Mean of the ImageNet training images, in the order blue, green, red (Simonyan & Zisserman 2014, section 2.1).
 IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)
-# Weights of blue, green and red in the brightness of a picture (ITU-R BT.601).
+# Weights of blue, green and red in the luma of an image (ITU-R BT.601).
 LUMA_BGR = (0.114, 0.587, 0.299)
 
 
@@ -26,10 +26,10 @@ def scale_channels(channels: int, width: float) -> int:
     return max(1, int(channels * width + 0.5))
 
 
-# Kernels that no normalisation follows start from He's distribution (He et al. 2015, Delving Deep into Rectifiers,
-# section 2.2), which keeps the size of a signal in [-1, 1] through ReLUs. Glorot's, Keras's default, shrinks it layer
-# by layer: five stages of `conv` at full width stayed near chance with it, and reached 0.98 with He's (digits, 32 px,
-# three epochs).
+# Kernels without a following normalisation are initialised from He's distribution (He et al. 2015, Delving Deep into
+# Rectifiers, section 2.2), which preserves the scale of a signal in [-1, 1] through ReLUs. Glorot's, Keras's default,
+# shrinks it layer by layer: with it, five stages of `conv` at full width stayed near chance; with He's they reached
+# 0.98 (digits, 32 px, three epochs).
 KERNEL_INITIALIZER = "he_normal"
 
 
@@ -37,8 +37,8 @@ KERNEL_INITIALIZER = "he_normal"
 class BranchWidths:
     """Channels of an Inception block, all at least 1.
 
-    The projection after the pooling branch has no field: it takes what the other branches leave of `total`, so that
-    rounding never changes the width of the block.
+    The projection after the pooling branch has no field: it gets the channels of `total` that the other branches leave,
+    so that rounding never changes the width of the block.
     """
 
     total: int
@@ -64,8 +64,8 @@ def proportional_widths(total: int) -> BranchWidths:
 def image_input(input_shape: tuple[int, int, int]) -> Tensor:
     """Returns the input of a network: `[N, H, W, C]` in 0..255, uint8 or float.
 
-    It is declared float32 because Keras casts what it is given to the declared type: uint8 becomes float32 without
-    loss, while a uint8 input would cut the fractions off augmented images.
+    It is declared float32 because Keras casts its input to the declared type: uint8 becomes float32 without loss, while
+    a uint8 input would truncate augmented images.
     """
     return keras.Input(input_shape, dtype="float32", name="images")
 
@@ -79,7 +79,7 @@ def normalize_symmetric(x: Tensor) -> Tensor:
 def normalize_caffe(x: Tensor) -> Tensor:
     """Subtracts the ImageNet mean: float32, about -124..151, channels in the order blue, green, red.
 
-    Source: Simonyan & Zisserman 2014, section 2.1. One channel loses the brightness of that mean.
+    Source: Simonyan & Zisserman 2014, section 2.1. From a grey image the luma of that mean is subtracted.
     """
     if x.shape[-1] == 1:
         luma = sum(mean * weight for mean, weight in zip(IMAGENET_MEAN_BGR, LUMA_BGR, strict=True))
@@ -95,7 +95,7 @@ def normalize_caffe(x: Tensor) -> Tensor:
 
 
 def conv_relu(x: Tensor, filters: int, name: str, initializer: str = KERNEL_INITIALIZER) -> Tensor:
-    """A 3x3 convolution with bias and ReLU in one layer called `name`.
+    """Applies a 3x3 convolution with bias and ReLU, in one layer called `name`.
 
     Source: Simonyan & Zisserman 2014, table 1; layer names as in keras.applications.
     """
@@ -106,23 +106,23 @@ def conv_relu(x: Tensor, filters: int, name: str, initializer: str = KERNEL_INIT
 def conv_bn_relu(
     x: Tensor, filters: int, kernel: tuple[int, int], name: str, momentum: float | None, strides: int = 1
 ) -> Tensor:
-    """Convolution, batch normalisation and ReLU: the layers `name_conv`, `name_bn`, `name_act`.
+    """Applies convolution, batch normalisation and ReLU: the layers `name_conv`, `name_bn`, `name_act`.
 
     Source: the notebook's `Conv2d_bn`, after Ioffe & Szegedy 2015, section 3.2 (no bias, since the normalisation
-    subtracts it; no scale, since a ReLU follows). `momentum=None` leaves the normalisation out and puts the bias in.
+    subtracts it; no scale, since a ReLU follows). `momentum=None` replaces the normalisation by a bias.
     """
-    plain = momentum is None
+    use_bias = momentum is None
     convolution = layers.Conv2D(
         filters,
         kernel,
         strides=strides,
         padding="same",
-        use_bias=plain,
-        kernel_initializer=KERNEL_INITIALIZER if plain else "glorot_uniform",
+        use_bias=use_bias,
+        kernel_initializer=KERNEL_INITIALIZER if use_bias else "glorot_uniform",
         name=f"{name}_conv",
     )
     x = convolution(x)
-    if not plain:
+    if not use_bias:
         x = layers.BatchNormalization(momentum=momentum, scale=False, name=f"{name}_bn")(x)
     return layers.Activation("relu", name=f"{name}_act")(x)
 
@@ -132,7 +132,7 @@ def conv_bn_relu(
 
 def conv_block(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `conv`: a 3x3 convolution with bias. Source: Simonyan & Zisserman 2014, table 1, configuration D."""
-    del momentum  # nothing to normalise
+    del momentum  # no normalisation
     return conv_relu(x, widths.total, name)
 
 
@@ -145,7 +145,7 @@ def inception_naive(x: Tensor, widths: BranchWidths, name: str, momentum: float 
     """Kind `inception_naive`: 3x3 and 5x5 see all input channels, no 1x1 bottleneck before them.
 
     Source: Szegedy et al. 2014 (Going Deeper with Convolutions), figure 2a. The projection after the pooling stays:
-    without it the block would be wider than the ones it is compared with.
+    without it the block would be wider than those it is compared with.
     """
     branches = [
         conv_bn_relu(x, widths.conv_1x1, (1, 1), f"{name}_Branch_0", momentum),
@@ -164,7 +164,7 @@ def inception_v1(x: Tensor, widths: BranchWidths, name: str, momentum: float | N
 
 
 def inception_two_3x3(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
-    """Kind `inception_two_3x3`: the 5x5 becomes two 3x3, which together see as far.
+    """Kind `inception_two_3x3`: two 3x3 replace the 5x5, with the same receptive field.
 
     Source: Szegedy et al. 2015 (Rethinking the Inception Architecture), section 3.1 and figure 5.
     """
@@ -172,7 +172,7 @@ def inception_two_3x3(x: Tensor, widths: BranchWidths, name: str, momentum: floa
 
 
 def inception_v3(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
-    """Kind `inception_v3`: each nxn becomes 1xn, then nx1.
+    """Kind `inception_v3`: each nxn is factorised into 1xn and nx1.
 
     Source: Szegedy et al. 2015, section 3.2 and figure 6; the notebook's `InceptionV3_block`.
     """
@@ -195,8 +195,8 @@ def inception_expanded(x: Tensor, widths: BranchWidths, name: str, momentum: flo
 def inception_3x3_reduce(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
     """Kind `inception_3x3_reduce`: as `inception_v1`, but 3x3 convolutions do the reductions.
 
-    Source: the question of the notes whether a 3x3 with n maps could not reduce as well; it has nine times the
-    weights. The projection after the pooling reduces nothing for a larger kernel and stays 1x1.
+    Source: the question in the notes whether a 3x3 could reduce the channels as well; it has nine times the weights.
+    The projection after the pooling precedes no larger kernel and stays 1x1.
     """
     return _bottleneck_block(
         x, widths, name, momentum, kernels_3x3=[(3, 3)], kernels_5x5=[(5, 5)], reduction_kernel=(3, 3)
@@ -219,7 +219,7 @@ def single_5x5(x: Tensor, widths: BranchWidths, name: str, momentum: float | Non
 
 
 def inception_v1_macs(in_channels: int, widths: BranchWidths) -> int:
-    """Returns the multiply-accumulates of an `inception_v1` block for each position of its map."""
+    """Returns the multiply-accumulates of an `inception_v1` block per position of its feature map."""
     projection = max(1, widths.total - widths.conv_1x1 - widths.conv_3x3 - widths.conv_5x5)
     entry = widths.conv_1x1 + widths.reduce_3x3 + widths.reduce_5x5 + projection
     return (
@@ -241,7 +241,7 @@ def _bottleneck_block(
     kernels_5x5: Kernels,
     reduction_kernel: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """A block whose second and third branch reduce the channels, then convolve by the given kernels in turn."""
+    """Builds a block whose second and third branch reduce the channels, then apply the given kernels in turn."""
     branches = [conv_bn_relu(x, widths.conv_1x1, (1, 1), f"{name}_Branch_0", momentum)]
     for branch, reduce, filters, kernels in (
         (1, widths.reduce_3x3, widths.conv_3x3, kernels_3x3),
@@ -257,7 +257,7 @@ def _bottleneck_block(
 def _expanded_branch(
     x: Tensor, reduce_filters: int, filters: int, kernel_size: int, name: str, momentum: float | None
 ) -> Tensor:
-    """A 1x1 reduction, then 1xn and nx1 on its output, concatenated to `filters` channels (2 at least)."""
+    """Applies a 1x1 reduction, then 1xn and nx1 side by side, concatenated to `filters` channels (at least 2)."""
     x = conv_bn_relu(x, reduce_filters, (1, 1), name, momentum)
     row = conv_bn_relu(x, max(1, filters // 2), (1, kernel_size), f"{name}_1", momentum)
     column = conv_bn_relu(x, max(1, filters - filters // 2), (kernel_size, 1), f"{name}_2", momentum)
@@ -275,7 +275,7 @@ def _concatenate_with_pool(
 
 
 def _single_conv(x: Tensor, widths: BranchWidths, name: str, momentum: float | None, kernel_size: int) -> Tensor:
-    """One convolution, as wide as the multiply-accumulates of `inception_v1` in its place pay for."""
+    """Applies one convolution with as many filters as give it the multiply-accumulates of `inception_v1`."""
     in_channels = x.shape[-1]
     per_filter = conv_macs(1, 1, in_channels, 1, (kernel_size, kernel_size))
     filters = max(1, int(inception_v1_macs(in_channels, widths) / per_filter + 0.5))
@@ -298,5 +298,5 @@ BLOCK_KINDS: dict[str, BlockKind] = {
     "single_5x5": single_5x5,
 }
 
-# Kinds that stand for one convolution of a VGG stage and carry its layer names (`block1_conv1`).
+# Kinds that are a single convolution of a VGG stage and use its layer names (`block1_conv1`).
 PLAIN_KINDS = frozenset({"conv", "conv_bn"})

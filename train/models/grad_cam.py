@@ -1,4 +1,4 @@
-"""Grad-CAM: where in an image the evidence for a class lies.
+"""Grad-CAM: the regions of an image that support a class.
 
 Source: Selvaraju et al. 2017 (Grad-CAM: Visual Explanations from Deep Networks), equations 1 and 2.
 """
@@ -13,14 +13,15 @@ from keras import ops
 
 from train.models.graph import LayerGraph
 
-MIN_MAP_SIZE = 4  # a map of fewer positions tells no places
+MIN_MAP_SIZE = 4  # smaller maps do not localise
 
 
 def grad_cam_layer(model: keras.Model) -> keras.Layer:
-    """The deepest layer that everything goes through with maps of at least 4 x 4; of smaller images the first one."""
+    """Finds the deepest layer that all paths share with maps of at least 4 x 4; without one, the shallowest."""
     graph = LayerGraph(model)
     by_name = {layer.name: layer for layer in graph.order}
-    maps, name = [], graph.order[-1].name
+    maps = []
+    name = graph.order[-1].name
     while name := graph.dominator[name]:
         if by_name[name].output.ndim == 4:
             maps.append(by_name[name])
@@ -28,22 +29,22 @@ def grad_cam_layer(model: keras.Model) -> keras.Layer:
 
 
 def grad_cam(model: keras.Model, images: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, str]:
-    """Heat of each image's class, float32 [N, H, W] in 0..1 (all 0 where nothing speaks for it), and the layer's name.
+    """Returns a heat map per image, float32 [N, H, W] in 0..1 (all 0 without support), and the layer's name.
 
     model: images [N, H, W, C] -> logits [N, classes]; classes: int [N].
     """
     layer = grad_cam_layer(model)
     maps = keras.Model(model.inputs[0], layer.output)(images, training=False)
-    above = keras.Model(layer.output, model.outputs[0])
-    own = ops.one_hot(classes, model.output_shape[-1])
-    slopes = ops.cast(
-        GRADIENTS[keras.backend.backend()](lambda x: ops.sum(above(x, training=False) * own), maps), "float32"
+    classifier = keras.Model(layer.output, model.outputs[0])
+    selected = ops.one_hot(classes, model.output_shape[-1])
+    gradients = ops.cast(
+        GRADIENTS[keras.backend.backend()](lambda x: ops.sum(classifier(x, training=False) * selected), maps), "float32"
     )
-    weights = ops.mean(slopes, axis=(1, 2), keepdims=True)
+    weights = ops.mean(gradients, axis=(1, 2), keepdims=True)
     heat = ops.relu(ops.sum(weights * ops.cast(maps, "float32"), axis=-1, keepdims=True))
     heat = np.asarray(ops.image.resize(heat, images.shape[1:3]))[..., 0]
-    most = heat.max(axis=(1, 2), keepdims=True)
-    return np.divide(heat, most, out=np.zeros_like(heat), where=most > 0), layer.name
+    maximum = heat.max(axis=(1, 2), keepdims=True)
+    return np.divide(heat, maximum, out=np.zeros_like(heat), where=maximum > 0), layer.name
 
 
 def _tensorflow_gradient(function: Any, x: Any) -> Any:
@@ -51,8 +52,8 @@ def _tensorflow_gradient(function: Any, x: Any) -> Any:
 
     with tf.GradientTape() as tape:
         tape.watch(x)
-        found = function(x)
-    return tape.gradient(found, x)
+        value = function(x)
+    return tape.gradient(value, x)
 
 
 def _jax_gradient(function: Any, x: Any) -> Any:
@@ -61,10 +62,10 @@ def _jax_gradient(function: Any, x: Any) -> Any:
     return jax.grad(function)(x)
 
 
-GRADIENTS = {"tensorflow": _tensorflow_gradient, "jax": _jax_gradient}  # of a number by a tensor
+GRADIENTS = {"tensorflow": _tensorflow_gradient, "jax": _jax_gradient}  # of a scalar with respect to a tensor
 
 
 def first_conv_kernel(model: keras.Model) -> tuple[np.ndarray, str]:
-    """The kernel of the first convolution, float32 [height, width, channels, filters], and its layer's name."""
+    """Returns the first convolution's kernel, float32 [height, width, channels, filters], and its layer's name."""
     layer = next(layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
     return np.asarray(layer.kernel, np.float32), layer.name

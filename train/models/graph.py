@@ -1,16 +1,16 @@
-"""A network as a graph of layers, whatever they are called."""
+"""A network as a graph of layers, independent of their names."""
 
 import keras
 from keras import layers
 
 
 def own_layers(model: keras.Model) -> list[keras.Layer]:
-    """The layers that belong to the network: not the input, not the normalisation of the images."""
+    """Returns the layers of the network proper, without the input and the normalisation of the images."""
     return [layer for layer in model.layers if not isinstance(layer, layers.InputLayer) and layer.name != "normalize"]
 
 
 class LayerGraph:
-    """Which layer feeds which, and the layer that every path to a layer goes through."""
+    """The inputs and consumers of each layer, and its dominator: the last layer that every path to it goes through."""
 
     def __init__(self, model: keras.Model) -> None:
         self.order = own_layers(model)
@@ -29,11 +29,11 @@ class LayerGraph:
             self.dominator[layer.name] = self._common_dominator(self.inputs[layer.name])
 
     def _common_dominator(self, sources: list[str]) -> str:
-        """The last layer that all paths to all `sources` share; empty at the beginning of the network."""
+        """Finds the last layer that all paths to all `sources` share; empty at the beginning of the network."""
         common = sources[0] if sources else ""
         for other in sources[1:]:
             while common != other:
-                # The later one of the two cannot be shared, as the order is that of the data.
+                # `order` is topological, so the later of the two cannot dominate the other.
                 if self.position.get(common, -1) > self.position.get(other, -1):
                     common = self.dominator[common]
                 else:
@@ -41,8 +41,9 @@ class LayerGraph:
         return common
 
     def between(self, start: str, end: str) -> list[keras.Layer]:
-        """The layers on the paths from `start`, not included, to `end`, included."""
-        members, waiting = {end}, [end]
+        """Returns the layers on the paths from `start`, excluded, to `end`, included."""
+        members = {end}
+        waiting = [end]
         while waiting:
             for source in self.inputs[waiting.pop()]:
                 if source != start and source not in members:

@@ -1,7 +1,6 @@
-"""What stands on a trunk: the classifier that is measured, and the auxiliary classifiers that only training sees.
+"""Heads: the main classifier, which is evaluated, and the auxiliary classifiers, which only training uses.
 
-All logits are float32, whatever the precision policy: cross-entropy over 16-bit logits loses the small differences
-it is made of.
+All logits are float32, whatever the precision policy: in 16 bits cross-entropy would lose small differences.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from train.models.blocks import Tensor, conv_bn_relu, scale_channels
 
 
 def logits(x: Tensor, num_classes: int, name: str) -> Tensor:
-    """A linear classifier: float32 `[N, num_classes]`, no softmax."""
+    """Applies a linear classifier without softmax: float32 `[N, num_classes]`."""
     return layers.Dense(num_classes, dtype="float32", name=name)(x)
 
 
@@ -22,7 +21,7 @@ def logits(x: Tensor, num_classes: int, name: str) -> Tensor:
 def fc(x: Tensor, width: float) -> Tensor:
     """Head `fc`: flattened, two dense layers of 4096 times `width`.
 
-    Source: Simonyan & Zisserman 2014, table 1; the notebook's network with its top.
+    Source: Simonyan & Zisserman 2014, table 1; the notebook's network with its classifier.
     """
     x = layers.Flatten(name="flatten")(x)
     for name in ("fc1", "fc2"):
@@ -37,7 +36,7 @@ def avg(x: Tensor, width: float) -> Tensor:
 
 
 def max_pool(x: Tensor, width: float) -> Tensor:
-    """Head `max`: the largest value over the map. Source: the notebook's network without its top."""
+    """Head `max`: the largest value over the map. Source: the notebook's network without its classifier."""
     del width  # nothing to scale
     return layers.GlobalMaxPooling2D(name="max_pool")(x)
 
@@ -46,7 +45,7 @@ HEADS: dict[str, Callable[[Tensor, float], Tensor]] = {"fc": fc, "avg": avg, "ma
 
 
 def main_head(x: Tensor, head: str, num_classes: int, width: float, dropout: float = 0.0) -> Tensor:
-    """The classifier that is measured: the named head, dropout if any, and the logits `predictions`."""
+    """Builds the main classifier: the named head, dropout if any, and the logits `predictions`."""
     x = HEADS[head](x, width)
     if dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
@@ -57,10 +56,10 @@ def main_head(x: Tensor, head: str, num_classes: int, width: float, dropout: flo
 
 
 def adaptive_average_pool(x: Tensor, output_size: int, name: str) -> Tensor:
-    """Average pooling to at most `side` x `side`, every position of the map seen.
+    """Average-pools to at most `output_size` x `output_size`; the windows cover the whole map.
 
-    Stride and window follow from the map: 14 x 14 to 4 x 4 and 17 x 17 to 5 x 5 both give the 5 x 5 window with
-    stride 3 of the papers, and smaller maps get what fits.
+    Window and stride follow from the map's size: 14 x 14 to 4 x 4 and 17 x 17 to 5 x 5 both give the papers' 5 x 5
+    window with stride 3.
     """
     height, width = x.shape[1:3]
     targets = [min(output_size, height), min(output_size, width)]
@@ -72,10 +71,10 @@ def adaptive_average_pool(x: Tensor, output_size: int, name: str) -> Tensor:
 
 
 def aux_inception_v1(x: Tensor, num_classes: int, width: float, momentum: float | None, name: str) -> Tensor:
-    """GoogLeNet's auxiliary classifier: pooling to 4 x 4, 128 maps by 1x1, 1024 units, dropout 0.7, logits.
+    """GoogLeNet's auxiliary classifier: pooling to 4 x 4, 1x1 convolution to 128 maps, 1024 units, dropout 0.7, logits.
 
-    Source: Szegedy et al. 2014, section 5. Layers are called `name_...`; `momentum=None` leaves batch normalisation
-    out, as published.
+    Source: Szegedy et al. 2014, section 5. Layers are called `name_...`; `momentum=None` omits batch normalisation,
+    as published.
     """
     x = adaptive_average_pool(x, 4, f"{name}_pool")
     x = conv_bn_relu(x, scale_channels(128, width), (1, 1), name, momentum)
@@ -86,10 +85,10 @@ def aux_inception_v1(x: Tensor, num_classes: int, width: float, momentum: float 
 
 
 def aux_inception_v3(x: Tensor, num_classes: int, width: float, momentum: float, name: str) -> Tensor:
-    """Inception-v3's auxiliary classifier: pooling to 5 x 5, 128 maps by 1x1, 768 by the size of the map, logits.
+    """Inception-v3's auxiliary classifier: pooling to 5 x 5, 1x1 convolution to 128 maps, full-size one to 768, logits.
 
     Source: Szegedy et al. 2015, section 4 and figure 8; widths as in TensorFlow-slim's `inception_v3`. Layers are
-    called `name_...`. Both convolutions are normalised, also on a trunk that is not.
+    called `name_...`. Both convolutions are normalised, even if the trunk is not.
     """
     x = adaptive_average_pool(x, 5, f"{name}_pool")
     x = conv_bn_relu(x, scale_channels(128, width), (1, 1), f"{name}_1", momentum)

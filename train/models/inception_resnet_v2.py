@@ -26,11 +26,13 @@ def inception_resnet_v2(
     Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux`.
     """
     with without_weights():
-        pattern = keras.applications.InceptionResNetV2(include_top=False, weights=None, input_shape=input_shape)
+        template = keras.applications.InceptionResNetV2(include_top=False, weights=None, input_shape=input_shape)
     inputs = image_input(input_shape)
-    ends = clone_scaled(pattern, normalize_symmetric(inputs), width, batch_norm_momentum)
-    # The auxiliary head comes last: the initial values of everything else are then the same with and without it.
-    outputs = {"main": heads.main_head(ends["conv_7b_ac"], head, num_classes, width)}  # from 8 x 8 x 1536
+    layer_outputs = clone_scaled(template, normalize_symmetric(inputs), width, batch_norm_momentum)
+    # The auxiliary head is built last, so that all other initial values are the same with and without it.
+    outputs = {"main": heads.main_head(layer_outputs["conv_7b_ac"], head, num_classes, width)}  # from 8 x 8 x 1536
     if aux_weight:
-        outputs["aux"] = heads.aux_inception_v3(ends["block17_20_ac"], num_classes, width, batch_norm_momentum, "aux")
+        outputs["aux"] = heads.aux_inception_v3(
+            layer_outputs["block17_20_ac"], num_classes, width, batch_norm_momentum, "aux"
+        )
     return keras.Model(inputs, outputs, name="inception_resnet_v2")

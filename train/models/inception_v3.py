@@ -26,11 +26,11 @@ def inception_v3(
     Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux`.
     """
     with without_weights():
-        pattern = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=input_shape)
+        template = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=input_shape)
     inputs = image_input(input_shape)
-    ends = clone_scaled(pattern, normalize_symmetric(inputs), width, batch_norm_momentum)
-    # The auxiliary head comes last: the initial values of everything else are then the same with and without it.
-    outputs = {"main": heads.main_head(ends["mixed10"], head, num_classes, width)}  # from 8 x 8 x 2048
+    layer_outputs = clone_scaled(template, normalize_symmetric(inputs), width, batch_norm_momentum)
+    # The auxiliary head is built last, so that all other initial values are the same with and without it.
+    outputs = {"main": heads.main_head(layer_outputs["mixed10"], head, num_classes, width)}  # from 8 x 8 x 2048
     if aux_weight:
-        outputs["aux"] = heads.aux_inception_v3(ends["mixed7"], num_classes, width, batch_norm_momentum, "aux")
+        outputs["aux"] = heads.aux_inception_v3(layer_outputs["mixed7"], num_classes, width, batch_norm_momentum, "aux")
     return keras.Model(inputs, outputs, name="inception_v3")

@@ -1,4 +1,4 @@
-"""VGG16, and the builder it shares with its Inception variants."""
+"""VGG16, and the builder that it shares with its Inception variants."""
 
 from collections.abc import Sequence
 
@@ -37,12 +37,12 @@ def vgg16(
 
 
 def glorot_conv_block(x: Tensor, widths: BranchWidths, name: str, momentum: float | None) -> Tensor:
-    """The kind `conv` for images of about -124..151, with the initial values of keras.applications.
+    """Builds the kind `conv` for images of about -124..151, with the initial values of keras.applications.
 
-    Glorot's smaller kernels bring such a signal down to about 1 over the thirteen layers; with He's the same network
+    Glorot's smaller kernels scale such a signal down to about 1 over the thirteen layers; with He's the network
     diverges at a learning rate of 0.01.
     """
-    del momentum  # nothing to normalise
+    del momentum  # no normalisation
     return blocks.conv_relu(x, widths.total, name, initializer="glorot_uniform")
 
 
@@ -55,16 +55,16 @@ def build_stages(
     momentum: float,
     aux_weight: float,
 ) -> dict[str, Tensor]:
-    """Returns the logits of a VGG16 whose stages are made of the given (name, kind), on normalised images."""
-    fourth = None
+    """Returns the logits of a VGG16 whose stages consist of the given block kinds, on normalised images."""
+    stage_4 = None
     for number, ((kind, block), (channels, repeats)) in enumerate(zip(kinds, STAGES, strict=True), start=1):
         prefix = f"block{number}_conv" if kind in PLAIN_KINDS else f"Block_{number}_"
         for position in range(1, repeats + 1):
             x = block(x, blocks.proportional_widths(channels).scaled(width), f"{prefix}{position}", momentum)
         x = layers.MaxPooling2D((2, 2), name=f"block{number}_pool")(x)
-        fourth = x if number == 4 else fourth  # 14 x 14 x 512 at 224, as GoogLeNet's first end point
-    # The auxiliary head comes last: the initial values of everything else are then the same with and without it.
+        stage_4 = x if number == 4 else stage_4  # 14 x 14 x 512 at 224, as at GoogLeNet's first auxiliary head
+    # The auxiliary head is built last, so that all other initial values are the same with and without it.
     outputs = {"main": heads.main_head(x, head, num_classes, width)}
     if aux_weight:
-        outputs["aux"] = heads.aux_inception_v3(fourth, num_classes, width, momentum, "aux")
+        outputs["aux"] = heads.aux_inception_v3(stage_4, num_classes, width, momentum, "aux")
     return outputs

@@ -1,4 +1,4 @@
-"""VGG16 with batch normalisation, whose stages may be made of Inception blocks."""
+"""VGG16 with batch normalisation, whose stages may consist of Inception blocks."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import keras
 from train.models.blocks import BLOCK_KINDS, image_input, normalize_symmetric
 from train.models.vgg16 import build_stages
 
-# The notebook's network: stage 3 of InceptionV1 blocks, stage 5 of factorised ones, batch normalisation everywhere.
+# The notebook's network: stage 3 has InceptionV1 blocks, stage 5 factorised ones; all have batch normalisation.
 NOTEBOOK_BLOCKS = ("conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3")
 
 
@@ -21,7 +21,7 @@ def vgg16_inception(
     aux_weight: float = 0.3,
     blocks: Sequence[str] = NOTEBOOK_BLOCKS,
 ) -> keras.Model:
-    """VGG16 whose five stages are each made of one kind of block, with an auxiliary classifier after the fourth.
+    """VGG16 whose five stages each consist of one kind of block, with an auxiliary classifier after the fourth.
 
     Source: the VGG16-Inception notebook (default `blocks`); the kinds and their papers are in `train.models.blocks`.
 

@@ -1,4 +1,4 @@
-"""A run's best network, loaded to classify images: from encoded bytes to probabilities."""
+"""Inference with a run's best model: from encoded images to class probabilities."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from train.storage.atomic import UnsafePathError, read_inside, resolve_inside
 
 RUNTIMES = ("keras", "onnx")
 BATCH_SIZE = 32
-DECODE_AHEAD = 4 * BATCH_SIZE  # pictures that are decoded while others are answered
+DECODE_AHEAD = 4 * BATCH_SIZE  # images decoded while others are classified
 
 
 @dataclass(frozen=True)
 class Network:
-    """predict: uint8 [N, H, W, C] -> probabilities [N, classes]. view: what it looks at in a picture.
+    """A model that is ready to classify images.
 
-    decode: a picture's bytes as `predict` wants them; where that leaves them in their own sizes, `batch` is 1.
+    predict: uint8 [N, H, W, C] -> probabilities [N, classes]. decode: encoded bytes -> the uint8 [H, W, C] that
+    `predict` takes. `batch_size` is 1 where the model itself crops and resizes, since images then differ in size.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
@@ -47,117 +48,118 @@ class Network:
 
 
 def load_network(run: Path, runtime_name: str, *, compiled: bool) -> Network:
-    """engine: one of RUNTIMES. many: whether it pays to compile. Raises: ValueError where there is no network."""
-    card, config = read_model_info(run)
-    side, _, channels = card["input"]["shape"]
-    view = ImageSpec(side, channels, tuple(config["background"]), config["crop_fraction"])
-    limits = config["max_bytes"], config["max_pixels"]
+    """Loads the best model of a run. runtime_name: one of RUNTIMES; compiled: worth it for many images only.
+
+    Raises: ValueError for a run without weights, or without an up-to-date export for the runtime.
+    """
+    model_info, data_config = read_model_info(run)
+    side, _, channels = model_info["input"]["shape"]
+    classes = model_info["classes"]
+    spec = ImageSpec(side, channels, tuple(data_config["background"]), data_config["crop_fraction"])
+    resize = partial(decode_and_resize, spec=spec)
+    limits = data_config["max_bytes"], data_config["max_pixels"]
     if runtime_name == "onnx":
-        answer = load_onnx_export(run)
-        if view.crop_fraction == 1:
-            return Network(answer, partial(decode_and_resize, spec=view), view, card["classes"], *limits)
-        own = partial(
-            decode, channels=channels, background=view.background, max_pixels=None
-        )  # the file crops by itself
-        return Network(answer, own, view, card["classes"], *limits, batch_size=1)
+        predict = load_onnx_export(run)
+        if spec.crop_fraction == 1:
+            return Network(predict, resize, spec, classes, *limits)
+        # The exported graph crops by itself.
+        decode_only = partial(decode, channels=channels, background=spec.background, max_pixels=None)
+        return Network(predict, decode_only, spec, classes, *limits, batch_size=1)
     resolve_inside(run, "best/model.keras")
     model = load_keras_model(run / "best/model.keras")
-    answer = model.predict_on_batch if compiled else model
+    compute_logits = model.predict_on_batch if compiled else model
     return Network(
-        lambda images: softmax(np.asarray(answer(images))), partial(decode_and_resize, spec=view), view,
-        card["classes"], *limits, model=model,
-    )  # fmt: skip
+        lambda images: softmax(np.asarray(compute_logits(images))), resize, spec, classes, *limits, model=model
+    )
 
 
 def load_keras_model(path: Path) -> Any:
-    """The Keras model. Raises: ValueError for a file that is damaged, or has code in it."""
-    setup.import_backend("tensorflow", Path(os.devnull))  # without what it does not need, and without its chatter
+    """Loads a .keras file. Raises: ValueError for one that is damaged, or contains code."""
+    setup.import_backend("tensorflow", Path(os.devnull))  # without optional modules and log output
     import keras
     import tensorflow as tf
 
     for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)  # others want some of it, too
+        tf.config.experimental.set_memory_growth(gpu, True)  # leaves GPU memory to other processes
     try:
         model = keras.models.load_model(path)
-    except Exception as fault:  # Keras has many
-        raise ValueError(f"run must have weights that can be read, got {path} ({type(fault).__name__})") from fault
-    model.jit_compile = False  # which would compile anew for every number of pictures
+    except Exception as error:  # Keras raises many kinds
+        raise ValueError(f"cannot load the weights in {path} ({type(error).__name__}); restore the file") from error
+    model.jit_compile = False  # it would recompile for every batch size
     return model
 
 
 def read_model_info(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the network is, and the run's `data`. Raises: ValueError where there is no network."""
+    """The contents of model.json, and the `data` section of the config. Raises: ValueError without a saved model."""
     try:
         check_format_version(run, json.loads(read_inside(run, "run.json")))
-        card = json.loads(read_inside(run, "best/model.json"))
-        return card, yaml.safe_load(read_inside(run, "config.yaml"))["data"]
+        model_info = json.loads(read_inside(run, "best/model.json"))
+        return model_info, yaml.safe_load(read_inside(run, "config.yaml"))["data"]
     except (FormatVersionError, UnsafePathError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        raise ValueError(f"run must be the folder of a run that has weights, got {run}; use run=runs/latest") from None
+        raise ValueError(f"{run} is not the folder of a run with saved weights; use e.g. run=runs/latest") from None
 
 
 def load_onnx_export(run: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Raises: ValueError where there is no such export, or one of another network, or no ONNX Runtime."""
-    path, again = (
-        resolve_inside(run, f"export/onnx/{FILE_NAMES['onnx']}"),
-        f"make export run={shlex.quote(str(run))} format=onnx",
-    )
+    """Loads the ONNX export of a run. Raises: ValueError if it, or ONNX Runtime, is missing, outdated or damaged."""
+    path = resolve_inside(run, f"export/onnx/{FILE_NAMES['onnx']}")
+    export_command = f"make export run={shlex.quote(str(run))} format=onnx"
     if not path.exists():
-        raise ValueError(f"runtime=onnx must have the exported file, got no {path}; {again}")
-    known = json.loads(read_inside(run, "export/onnx/summary.json"))["network"]
-    if known != hashlib.sha256(read_inside(run, "best/model.json")).hexdigest():
-        raise ValueError(f"runtime=onnx must have the run's best network, got an older one in {path}; {again}")
+        raise ValueError(f"runtime=onnx needs {path}, which does not exist; run {export_command}")
+    exported = json.loads(read_inside(run, "export/onnx/summary.json"))["network"]
+    if exported != hashlib.sha256(read_inside(run, "best/model.json")).hexdigest():
+        raise ValueError(f"{path} was exported from an older model than the run's best; run {export_command}")
     try:
         return load_predictor("onnx", path)
     except ImportError:
-        raise ValueError(f"runtime=onnx must have the extra export, got no onnxruntime; {again}") from None
-    except Exception as fault:  # it has many
-        raise ValueError(f"runtime=onnx must have a file that can be read, got {path}; {again}") from fault
+        raise ValueError(f"runtime=onnx needs onnxruntime, which is not installed; run {export_command}") from None
+    except Exception as error:  # ONNX Runtime raises many kinds
+        raise ValueError(f"cannot load {path}; run {export_command}") from error
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def predict_files(network: Network, paths: list[Path]) -> Iterator[tuple[Path, np.ndarray | Exception, np.ndarray]]:
-    """Of every picture, in their order: its pixels, or why it can't be read, and its probabilities."""
-    pictures = decode_files(network, paths)
-    while batch := list(islice(pictures, network.batch_size)):
-        whole = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
-        said = iter(network.predict(np.stack(whole)) if whole else ())
+    """Yields, for every image in order: path, pixels or the error of reading it, and probabilities (empty then)."""
+    images = decode_files(network, paths)
+    while batch := list(islice(images, network.batch_size)):
+        decoded = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
+        probabilities = iter(network.predict(np.stack(decoded)) if decoded else ())
         for path, pixels in batch:
-            yield path, pixels, next(said) if isinstance(pixels, np.ndarray) else np.empty(0)
+            yield path, pixels, next(probabilities) if isinstance(pixels, np.ndarray) else np.empty(0)
 
 
 def decode_files(network: Network, paths: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray | Exception]]:
-    """In their order, by all cores; so many ahead at most."""
-    ahead = DECODE_AHEAD if network.batch_size > 1 else 1  # a picture in its own size may be large
+    """Decodes files on all cores, in order, at most DECODE_AHEAD images in advance."""
+    ahead = DECODE_AHEAD if network.batch_size > 1 else 1  # an image that is not resized may be large
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: deque[tuple[Path, Future]] = deque()
+        pending: deque[tuple[Path, Future]] = deque()
         for path in paths:
-            waiting.append((path, pool.submit(read_image, network, path)))
-            if len(waiting) > ahead:
-                name, future = waiting.popleft()
-                yield name, future.result()
-        for name, future in waiting:
-            yield name, future.result()
+            pending.append((path, pool.submit(read_image, network, path)))
+            if len(pending) > ahead:
+                first_path, future = pending.popleft()
+                yield first_path, future.result()
+        for pending_path, future in pending:
+            yield pending_path, future.result()
 
 
 def read_image(network: Network, path: Path) -> np.ndarray | Exception:
-    """Pixels as the network wants them, or what is wrong."""
+    """The decoded pixels, or the error of reading the file."""
     try:
         if not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("not a file")
         check_size(network, path.stat().st_size)
         return decode_image(network, path.read_bytes())
-    except (OSError, ValueError) as fault:
-        return fault
+    except (OSError, ValueError) as error:
+        return error
 
 
 def decode_image(network: Network, data: bytes) -> np.ndarray:
-    """Encoded bytes as the network wants them. Raises: ValueError for what is no picture, or one too large."""
+    """Decodes an image for the model. Raises: ValueError for bytes that are not an image, or too large a one."""
     check_size(network, len(data))
     read_header(data, network.max_pixels)
     return network.decode(data)
@@ -169,7 +171,7 @@ def check_size(network: Network, size: int) -> None:
 
 
 def top_classes(probabilities: np.ndarray, classes: list[str], top: int) -> list[tuple[str, float]]:
-    """The most likely classes; among equal ones the lower index first."""
+    """The most likely classes with their probabilities; of equally likely ones the lower index first."""
     return [
         (classes[number], float(probabilities[number])) for number in np.argsort(-probabilities, kind="stable")[:top]
     ]

@@ -1,4 +1,4 @@
-"""What a run keeps on its way: the journal, the best weights, checkpoints; and how it goes on from them."""
+"""The callbacks of the training loop: journal, best weights, checkpoints, resuming and rolling back."""
 
 from __future__ import annotations
 
@@ -17,64 +17,69 @@ from train.training.loop import DivergedError, Progress
 
 
 def checkpoint_policy(config: Config) -> CheckpointPolicy:
-    """When checkpoints are due."""
+    """The checkpoint schedule of the config."""
     return CheckpointPolicy(**{name: value for name, value in options(config.checkpoint).items() if name != "keep"})
 
 
 class RunState:
-    """Ties the loop to a run's folder."""
+    """Stores the state of a run in its folder; the loop's callbacks on process 0."""
 
     def __init__(
-        self, folder: RunDir, config: Config, step: Any, inference: Any, dataset: Any, process_group: ProcessGroup
+        self, run_dir: RunDir, config: Config, step: Any, inference: Any, dataset: Any, process_group: ProcessGroup
     ):
-        """Cuts a torn line off the journal, and finds the newest checkpoint that is whole."""
-        self.folder, self.config, self.step, self.inference, self.dataset = folder, config, step, inference, dataset
+        """Cuts a torn line off the journal, and loads the newest complete checkpoint."""
+        self.run_dir = run_dir
+        self.config = config
+        self.step = step
+        self.inference = inference
+        self.dataset = dataset
         self.process_group = process_group
-        self.journal = Journal(folder.journal)
-        self.checkpoints = CheckpointManager(folder.path / "checkpoints", config.checkpoint.keep)
+        self.journal = Journal(run_dir.journal)
+        self.checkpoints = CheckpointManager(run_dir.path / "checkpoints", config.checkpoint.keep)
         self.checkpoint = self.checkpoints.load_latest()
         self.progress = Progress()
         self._policy = checkpoint_policy(config)
 
     def config_changes(self, provenance: dict[str, Any], accepted_changes: frozenset[str]) -> list[dict[str, Any]]:
-        """What is not as it was in the life before, to be recorded; each begins a new branch of the journal.
+        """The changes since the previous attempt, to be recorded; each starts a new branch of the journal.
 
-        Raises: ConfigError naming what differs and was not accepted.
+        Raises: ConfigError naming changes that were not accepted.
         """
-        before = self.folder.read_json(
-            "provenance.json", self.checkpoint.metadata["provenance"] if self.checkpoint else provenance
-        )
-        check_compatible(before, provenance, accepted_changes)
-        line, recorded = self._start_position()["journal_lines"], self.folder.identity()["changes"]
+        checkpointed = self.checkpoint.metadata["provenance"] if self.checkpoint else provenance
+        previous = self.run_dir.read_json("provenance.json", checkpointed)
+        check_compatible(previous, provenance, accepted_changes)
+        line = self._start_position()["journal_lines"]
+        recorded = self.run_dir.identity()["changes"]
         changes = [
-            {"name": name, "was": before.get(name), "is": provenance.get(name), "line": line}
-            for name in differing_keys(before, provenance)
+            {"name": name, "was": previous.get(name), "is": provenance.get(name), "line": line}
+            for name in differing_keys(previous, provenance)
         ]
         if not changes and recorded and recorded[-1]["line"] > line:
-            # The checkpoints behind the last change are gone. What is done now can't be compared with what came of it.
+            # The checkpoints after the last change are gone, so replayed steps must not be compared with its journal.
             changes = [{"name": "journal_lines", "was": recorded[-1]["line"], "is": line, "line": line}]
         return changes
 
     def restore(self, change_count: int) -> None:
-        """Back to the checkpoint, if there is one. `changes`: how many there were in the run. Writes nothing.
+        """Loads the checkpoint, if there is one; writes nothing. `change_count`: all config changes of the run so far.
 
-        Raises: ValueError naming a tensor that no longer fits, or a journal that has lost lines.
+        Raises: ValueError naming a tensor that does not match, or a journal that has lost lines.
         """
         self._change_count = change_count
         if self.checkpoint:
             self.step.load(self.checkpoint.arrays)
-            self.checkpoint.arrays.clear()  # they are in the network now
+            self.checkpoint.arrays.clear()  # frees the memory: the model has copies
         self._set_position(self._start_position())
 
     def begin_attempt(self, provenance: dict[str, Any], heartbeat: Heartbeat) -> None:
-        """A life begins to train."""
-        self._provenance, self._heartbeat = provenance, heartbeat
+        """Records that an attempt starts to train from here."""
+        self._provenance = provenance
+        self._heartbeat = heartbeat
         heartbeat.ensure(self._start_position()["steps_executed"])
-        self.folder.write_json("provenance.json", provenance)
+        self.run_dir.write_json("provenance.json", provenance)
         fault_injection.fail_point("life/ground")
 
     def _start_position(self) -> dict[str, Any]:
-        """Where a life starts."""
+        """The position of the checkpoint, or of a new run."""
         start = {"progress": dataclasses.asdict(Progress()), "journal_lines": 0, "steps_executed": 0}
         return self.checkpoint.metadata if self.checkpoint else start
 
@@ -82,23 +87,23 @@ class RunState:
         self.progress = Progress.from_dict(position["progress"])
         if rollbacks is not None:
             self.progress.rollbacks = rollbacks
-        card = self.folder.model_info()
-        if card:  # also where the best was found behind this place, or on a branch that was left
-            self.progress.best_epoch = card["epoch"] - 1
-            self.progress.best_accuracy = card["validation"]["accuracy"]
-            self.progress.best_loss = card["validation"]["loss"]
+        model_info = self.run_dir.model_info()
+        if model_info:  # even if the best epoch comes after this position, or is on an abandoned branch
+            self.progress.best_epoch = model_info["epoch"] - 1
+            self.progress.best_accuracy = model_info["validation"]["accuracy"]
+            self.progress.best_loss = model_info["validation"]["loss"]
         branch = (self._change_count, self.progress.rollbacks)
         self.journal.seek(position["journal_lines"], branch, compare=self.config.deterministic)
 
     def broadcast_state(self) -> None:
-        """All processes stand where this one does."""
+        """Sends the position and state of process 0 to all other processes."""
         self.process_group.broadcast_state({"progress": dataclasses.asdict(self.progress)}, self.step.state())
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for the checkpoint being written."""
         self.checkpoints.close()
 
-    # ------------------------------------------------------------------------------------- what the loop asks for
+    # ------------------------------------------------------------------------------------- callbacks of the loop
 
     def broadcast_metrics(self, values: dict[str, float]) -> dict[str, float]:
         return self.process_group.broadcast_metrics(values)
@@ -108,7 +113,7 @@ class RunState:
 
     def save_best(self, epoch: int, values: dict[str, float]) -> None:
         with self.step.using_ema_weights(), self.step.unfrozen():
-            self.folder.save_best(self.inference, epoch, values, self.dataset.classes, self.dataset.fingerprint)
+            self.run_dir.save_best(self.inference, epoch, values, self.dataset.classes, self.dataset.fingerprint)
 
     def on_step_end(self, progress: Progress) -> None:
         self._heartbeat.tick()
@@ -118,67 +123,67 @@ class RunState:
         return self._policy.should_save(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
     def save(self, progress: Progress, *, periodic: bool) -> None:
-        """A copy of the state, which a thread writes while training goes on. Nothing if that has been done here."""
+        """Copies the state, which a thread writes during training; does nothing if it was saved at this position."""
         if self.checkpoints.latest_started == progress.checkpoint_name:
             return
         name = progress.checkpoint_name if periodic else progress.checkpoint_name + PREEMPTION_SUFFIX
         with self.checkpoints.measure_stall():
-            content = {
-                "run_id": self.folder.run_id,
+            metadata = {
+                "run_id": self.run_dir.run_id,
                 "progress": dataclasses.asdict(progress),
                 "journal_lines": self.journal.position,
                 "steps_executed": self._heartbeat.steps,
                 "provenance": self._provenance,
                 "time": time.time(),
             }
-            self.checkpoints.save(name, self.step.state(), content)
+            self.checkpoints.save(name, self.step.state(), metadata)
 
-    # ------------------------------------------------------------------------------------------------- what came of it
+    # ---------------------------------------------------------------------------------------------------- divergence
 
     def roll_back(self, error: DivergedError) -> None:
-        """Back to the last checkpoint with a lower learning rate, if the config wants that; the journal tells it.
+        """Returns to the last periodic checkpoint with a lower learning rate, if the config allows it, and logs it.
 
-        Raises: DivergedError saying what else there is to do.
+        Raises: DivergedError with advice, where it does not.
         """
         self.checkpoints.wait()
-        saved, rule, before = (
-            self.checkpoints.load_latest(periodic_only=True),
-            self.config.rollback,
-            self.progress.rollbacks,
-        )
-        if self.config.on_divergence != "rollback" or before >= rule.at_most or saved is None:
-            times = f" after {before} rollbacks" if before else ""
+        checkpoint = self.checkpoints.load_latest(periodic_only=True)
+        rule = self.config.rollback
+        rollbacks = self.progress.rollbacks
+        if self.config.on_divergence != "rollback" or rollbacks >= rule.at_most or checkpoint is None:
+            times = f" after {rollbacks} rollbacks" if rollbacks else ""
             error.args = (
-                f"{error}{times}; the last good checkpoint is {saved.name if saved else 'none'}; use a lower "
+                f"{error}{times}; the last good checkpoint is {checkpoint.name if checkpoint else 'none'}; use a lower "
                 "optimizer.learning_rate, a gradient_clip, on_divergence=rollback, or precision=float32",
             )
             self.process_group.broadcast_state({}, self.step.state())
             raise error
-        number = before + 1
+        number = rollbacks + 1
         factor = rule.learning_rate_factor**number
-        self.step.load(saved.arrays)
+        self.step.load(checkpoint.arrays)
         self.step.set_lr_scale(factor)
-        self._set_position(saved.metadata, number)
+        self._set_position(checkpoint.metadata, number)
         fault_injection.fail_point("rollback")
-        told = {"number": number, "learning_rate_factor": factor, "to_step": self.progress.steps}
-        self.log_metrics(error.epoch, error.step, {f"rollback/{name}": float(value) for name, value in told.items()})
+        values = {"number": number, "learning_rate_factor": factor, "to_step": self.progress.steps}
+        self.log_metrics(error.epoch, error.step, {f"rollback/{name}": float(value) for name, value in values.items()})
         self.broadcast_state()
 
 
 class WorkerState:
-    """What a process has in a keeper's place that does not lead: it stands where process 0 does, and keeps nothing."""
+    """The loop's callbacks on the other processes, which follow process 0 and write nothing."""
 
     def __init__(self, config: Config, step: Any, process_group: ProcessGroup):
-        self.step, self.process_group, self.progress = step, process_group, Progress()
+        self.step = step
+        self.process_group = process_group
+        self.progress = Progress()
         self._policy = checkpoint_policy(config)
 
     def receive_state(self) -> bool:
-        """Goes to where process 0 stands; whether it goes on."""
-        content, state = self.process_group.broadcast_state({}, self.step.state())
-        if not content:
+        """Takes over position and state of process 0; False if process 0 stops."""
+        metadata, state = self.process_group.broadcast_state({}, self.step.state())
+        if not metadata:
             return False
         self.step.load(state)
-        self.progress = Progress.from_dict(content["progress"])
+        self.progress = Progress.from_dict(metadata["progress"])
         return True
 
     def broadcast_metrics(self, values: dict[str, float]) -> dict[str, float]:
@@ -194,13 +199,13 @@ class WorkerState:
         fault_injection.fail_point("step", progress.steps)
 
     def should_checkpoint(self, progress: Progress) -> bool:
-        """As with process 0: where it looks whether all numbers are finite, all do."""
+        """The answer of process 0, since saving checks for divergence, which all processes must find together."""
         return self._policy.should_save(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
     def save(self, progress: Progress, *, periodic: bool) -> None:
         pass
 
     def roll_back(self, error: DivergedError) -> None:
-        """Raises: DivergedError where process 0 does not go on."""
+        """Follows the rollback of process 0. Raises: DivergedError where process 0 stops."""
         if not self.receive_state():
             raise error

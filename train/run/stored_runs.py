@@ -1,4 +1,4 @@
-"""A stored run, opened again to be measured."""
+"""Opens a stored run for evaluation."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from train.config.schema import Config, Data, Distributed
 from train.tracking.run_dir import RunDir
 
 
-def evaluation_config(folder: RunDir, model_info: dict[str, Any], overrides: list[str]) -> tuple[Config, bool]:
-    """The run's config with these words in it, images as its network wants them; and whether it is about other data."""
-    stored = folder.config()
-    stored["tracking"]["uri"] = None  # not needed to measure; see `address.of_run`
-    chosen = [word for word in overrides if word.startswith("data=")]
-    about = [word for word in overrides if word.startswith(("data=", "data."))]
-    elsewhere = bool(chosen) or any(word.startswith(("data.root=", "data.file=")) for word in overrides)
-    if chosen:
-        data: Data = composition.compose([f"model={stored['model']['name']}", *about]).data
+def evaluation_config(run_dir: RunDir, model_info: dict[str, Any], overrides: list[str]) -> tuple[Config, bool]:
+    """The run's config with overrides applied, images as its model takes them; and whether it names other data."""
+    stored = run_dir.config()
+    stored["tracking"]["uri"] = None  # not needed to evaluate
+    names_dataset = any(override.startswith("data=") for override in overrides)
+    data_overrides = [override for override in overrides if override.startswith(("data=", "data."))]
+    is_other_data = names_dataset or any(override.startswith(("data.root=", "data.file=")) for override in overrides)
+    if names_dataset:
+        data: Data = composition.compose([f"model={stored['model']['name']}", *data_overrides]).data
         stored["data"] = vars(data)
-        overrides = [word for word in overrides if word not in about]
+        overrides = [override for override in overrides if override not in data_overrides]
     config = composition.to_config(composition.from_stored(stored, overrides), is_stored=True)
     side, _, channels = model_info["input"]["shape"]
-    fingerprint = None if elsewhere else model_info["data_fingerprint"]
+    fingerprint = None if is_other_data else model_info["data_fingerprint"]
     config.data = replace(config.data, image_size=side, channels=channels, fingerprint=fingerprint)
-    config.devices, config.distributed = "1", Distributed()  # which are for training
-    if elsewhere:
-        config.data.train_per_class = None  # which is said of the run's own
-    return config, elsewhere
+    config.devices = "1"  # like `distributed`, for training only
+    config.distributed = Distributed()
+    if is_other_data:
+        config.data.train_per_class = None  # applies to the run's own data
+    return config, is_other_data

@@ -1,6 +1,6 @@
-"""What a backend has to be told of devices, threads and determinism, one module for each: the same names in all.
+"""The backends: one module each for devices, threads and determinism, with the same functions in all.
 
-Only `train.runtime.setup` asks them, before anything is computed.
+Only `train.runtime.setup` calls them, before anything is computed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ BACKENDS = ("tensorflow", "jax")
 
 
 def get_backend(backend: str) -> Any:
-    """The module of a backend, which is imported with it. Raises: KeyError for an unknown one."""
+    """Imports and returns the module of a backend. Raises: KeyError if the backend is unknown."""
     if backend not in BACKENDS:
         raise KeyError(backend)
     return importlib.import_module(f"train.runtime.{backend}")

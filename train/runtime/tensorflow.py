@@ -1,4 +1,4 @@
-"""TensorFlow: one device, threads of its own."""
+"""TensorFlow: one device and its own thread pool."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import tensorflow as tf
 from train.config.schema import Config
 
 NAME = "TensorFlow"
-JIT = "off"  # what `jit=auto` means where nothing has been measured
+JIT = "off"  # what `jit=auto` means without a measurement
 
 
 def initialize(_config: Config) -> None:
-    """There is one process."""
+    """Does nothing: this backend has one process."""
 
 
 def count_devices(_device: str) -> int:
-    """Devices of a kind that a run may use."""
+    """The number of devices of a kind that a run may use."""
     return 1
 
 
@@ -26,17 +26,17 @@ def gpus() -> list[Any]:
 
 
 def compute_capability(gpu: Any) -> tuple[int, int]:
-    """NVIDIA's compute capability; (0, 0) where it is not known."""
+    """NVIDIA's compute capability; (0, 0) if unknown."""
     return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
 
 
 def describe(gpu: Any) -> str:
-    """The model of a GPU."""
+    """The model name of a GPU."""
     return tf.config.experimental.get_device_details(gpu).get("device_name", "gpu")
 
 
 def set_up(config: Config) -> None:
-    """Devices, memory, threads and determinism."""
+    """Sets devices, memory, threads and determinism."""
     if config.device == "gpu":
         gpu = gpus()[0]
         if config.gpu_memory is None:
@@ -53,7 +53,7 @@ def set_up(config: Config) -> None:
 
 
 def peak_memory_bytes() -> int | None:
-    """Largest memory of the GPU in use since `forget_peak_memory`; None without one."""
+    """Peak GPU memory in use since `reset_peak_memory`; None without a GPU."""
     if not tf.config.get_visible_devices("GPU"):
         return None
     return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])

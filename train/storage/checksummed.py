@@ -1,6 +1,6 @@
-"""Files with their SHA-256 beside them: written whole or not at all, and what is not what was written is not read.
+"""Files with a SHA-256 beside them: written completely or not at all, and verified before they are used.
 
-What takes long to make is made by one process, while the others wait for it.
+A file that is expensive to create is created by one process, while the others wait.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ from typing import Any
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """One process at a time, of all that would make `path`; whoever comes next looks whether it is there.
+    """Admits one process at a time to create `path`; check inside whether an earlier one has done it.
 
-    The kernel lets go of the lock when its holder dies. Where there can be none, each makes its own.
+    The kernel releases the lock when its holder dies. On storage without locks, every process is admitted.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(path.with_name(f".{path.name}.lock").open("w"))
+            file = stack.enter_context(path.with_name(f".{path.name}.lock").open("w"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def write(path: Path, fill: Callable[[Any], None]) -> None:
-    """Lets `fill` write into a binary file, and gives it its name when it is on disk. Raises: OSError."""
+    """Lets `fill` write to a binary file, and renames it to `path` when it is on disk. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
         temporary = Path(file.name)
@@ -36,7 +36,7 @@ def write(path: Path, fill: Callable[[Any], None]) -> None:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
-            # First: beside the old content the new seal does not fit, which is noticed.
+            # The checksum first: after a crash here it does not match the old content, which is detected.
             _checksum_path(path).write_text(_digest(temporary))
             temporary.replace(path)
         except BaseException:
@@ -45,7 +45,7 @@ def write(path: Path, fill: Callable[[Any], None]) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether the file is there and as it was written."""
+    """Whether the file exists and matches its checksum."""
     try:
         return _digest(path).encode() == _checksum_path(path).read_bytes()
     except OSError:

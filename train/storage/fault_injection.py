@@ -1,4 +1,4 @@
-"""Points at which the tests let a run die; without INCEPTION_FAULT, which nobody else sets, they do nothing."""
+"""Points at which tests kill a run; they do nothing unless INCEPTION_FAULT is set, which only tests do."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import signal
 import threading
 from collections import Counter
 
-FAULT_VARIABLE = "INCEPTION_FAULT"  # POINT:NUMBER[:SECONDS]
+FAULT_VARIABLE = "INCEPTION_FAULT"  # POINT:OCCURRENCE[:SECONDS]
 
 _pass_counts: Counter[str] = Counter()
 
 
 def fail_point(name: str, occurrence: int | None = None) -> None:
-    """Kills the process with SIGKILL if it was asked to die here.
+    """Kills the process with SIGKILL if INCEPTION_FAULT names this point and occurrence, or SECONDS later.
 
-    `number`: which passing this is; by default they are counted. With SECONDS it dies so much later, wherever it is
-    then.
+    `occurrence`: the number of this pass; by default the passes are counted.
     """
-    asked = os.environ.get(FAULT_VARIABLE)
-    if asked is None:
+    fault = os.environ.get(FAULT_VARIABLE)
+    if fault is None:
         return
     _pass_counts[name] += 1
-    where, at, *delay = asked.split(":")
-    if (where, int(at)) != (name, _pass_counts[name] if occurrence is None else occurrence):
+    point, number, *delay = fault.split(":")
+    if (point, int(number)) != (name, _pass_counts[name] if occurrence is None else occurrence):
         return
     if delay:
         threading.Timer(float(delay[0]), _kill_process).start()

@@ -1,4 +1,4 @@
-"""Many runs from one command: which ones (space, search), each in a process of its own (processes), told as they go.
+"""Many runs from one command: search space, search algorithms, worker processes and a live table of the trials.
 
-A sweep is a folder. Everything about it is read from there, so that it goes on after any death where it was.
+A sweep is a folder. Its whole state is read from there, so that it resumes where it was after any kill.
 """

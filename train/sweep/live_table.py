@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a live table on a terminal, one line per trial that has ended otherwise."""
+"""Progress of a sweep: a live table on a terminal, and one line for each trial that has ended."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from train.sweep.trials import SweepDir, Trial
 from train.sweep.workers import TrialResult, WorkerPool
 
 REFRESH_SECONDS = 1.0
-MAX_ENDED_SHOWN = 8  # the newest of those that have ended
+MAX_ENDED_SHOWN = 8  # the most recent ones
 
 
 class LiveTable:
-    """Trial, state, epoch, validation accuracy, time left."""
+    """Running trials with their epoch, validation accuracy and remaining time."""
 
     def __init__(self, folder: SweepDir, algorithm: SearchAlgorithm):
-        self._folder, self._algorithm = folder, algorithm
+        self._folder = folder
+        self._algorithm = algorithm
         self._console = Console(highlight=False)
         self._live = (
             Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
@@ -41,44 +42,46 @@ class LiveTable:
             self._live.stop()
 
     def print_result(self, trial: Trial, result: TrialResult, will_retry: bool) -> None:
-        """A trial has ended."""
-        told = describe_result(trial, result, will_retry)
-        self._results[trial.number] = trial, told
-        print_and_log(f"trial {trial.number + 1}/{self._algorithm.expected}  {trial.label}  {told}")
+        """Prints one line about a trial that has ended."""
+        description = describe_result(trial, result, will_retry)
+        self._results[trial.number] = trial, description
+        print_and_log(f"trial {trial.number + 1}/{self._algorithm.expected}  {trial.label}  {description}")
 
     def refresh(self, workers: WorkerPool) -> None:
-        """What runs now; at most once a second."""
+        """Redraws the running trials, at most once a second."""
         if self._live is None or time.monotonic() < self._next_refresh:
             return
         self._next_refresh = time.monotonic() + REFRESH_SECONDS
-        rows = Rows("trial", "what", "epoch", "validation accuracy", "left", box=None)
-        for slot in workers.busy:
-            assert slot.trial
-            rows.add_row(*self._row(slot.trial))
+        rows = Rows("trial", "overrides", "epoch", "validation accuracy", "time left", box=None)
+        for worker in workers.busy:
+            assert worker.trial
+            rows.add_row(*self._row(worker.trial))
         waiting = self._algorithm.expected - len(self._results) - len(workers.busy)
-        rows.caption = f"{len(self._results)} ended, {max(0, waiting)} waiting"
+        rows.caption = f"{len(self._results)} done, {max(0, waiting)} waiting"
         self._live.update(rows, refresh=True)
 
     def _row(self, trial: Trial) -> tuple[str, ...]:
-        accuracies, total = trial.validation_accuracies(), trial.total_epochs()
+        accuracies = trial.validation_accuracies()
+        total = trial.total_epochs()
         done = len(accuracies)
-        began, before = self._first_seen.setdefault(trial.number, (time.monotonic(), done))
-        left = ""
-        if done > before:
-            seconds = (time.monotonic() - began) / (done - before) * (total - done)
-            left = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+        first_seen, first_done = self._first_seen.setdefault(trial.number, (time.monotonic(), done))
+        time_left = ""
+        if done > first_done:
+            seconds = (time.monotonic() - first_seen) / (done - first_done) * (total - done)
+            time_left = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
         accuracy = f"{max(accuracies):.4f}" if accuracies else ""
-        return str(trial.number + 1), trial.label, f"{done}/{total}", accuracy, left
+        return str(trial.number + 1), trial.label, f"{done}/{total}", accuracy, time_left
 
 
 def describe_result(trial: Trial, result: TrialResult, will_retry: bool) -> str:
-    """In a few words."""
+    """Describes the outcome of a trial in a few words: its accuracies, or why it failed."""
     if result.exit_code:
-        return result.reason + (", again" if will_retry else "")
-    summary, found = trial.summary(), trial.validation_accuracies()
-    told = [f"validation accuracy {max(found):.4f}"] if found else []
+        return result.reason + (", retrying" if will_retry else "")
+    summary = trial.summary()
+    accuracies = trial.validation_accuracies()
+    notes = [f"validation accuracy {max(accuracies):.4f}"] if accuracies else []
     if "test" in summary:
-        told.append(f"test accuracy {summary['test']['accuracy']:.4f}")
+        notes.append(f"test accuracy {summary['test']['accuracy']:.4f}")
     if trial.is_paused():
-        told.append(summary["failure"])
-    return ", ".join(told)
+        notes.append(summary["failure"])
+    return ", ".join(notes)

@@ -1,4 +1,4 @@
-"""The sweep's own run in MLflow, the parent of its trials' runs: fed like theirs, from a folder, by a process apart."""
+"""The sweep's own MLflow run, parent of the trials' runs; a separate process uploads it from a folder, as with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import TracebackType
 
 from train.cli.progress import print_and_log
 from train.config.schema import ROOT, Config
+from train.config.serialization import RUN_FORMAT_VERSION
 from train.sweep import plots
 from train.sweep.trials import SweepDir, Trial
 from train.tracking import environment, uploader
@@ -17,10 +18,11 @@ from train.tracking.run_dir import Heartbeat, RunDir
 
 
 class ParentRun:
-    """Keeps `record/` up to date as long as the sweep is run."""
+    """Keeps `record/` up to date while the sweep runs."""
 
     def __init__(self, folder: SweepDir, config: Config):
-        self.folder, self._config = folder, config
+        self.folder = folder
+        self._config = config
         self.run_dir = RunDir(folder.path / "record", folder.manifest["sweep_id"])
         self._exit_stack = ExitStack()
 
@@ -39,49 +41,50 @@ class ParentRun:
         return self
 
     def _write_identity(self) -> None:
-        """run.json and params.json."""
-        content = self.folder.manifest
-        keys = sorted({axis["key"] for axis in content["axes"]})
-        again = shlex.join(["make", "sweep", *content["identity"]])
+        """Writes run.json and params.json."""
+        manifest = self.folder.manifest
+        keys = sorted({axis["key"] for axis in manifest["axes"]})
+        command = shlex.join(["make", "sweep", *manifest["identity"]])
         self.run_dir.write_json(
             "run.json",
             {
+                "format_version": RUN_FORMAT_VERSION,
                 "run_id": self.run_dir.run_id,
                 "experiment": self._config.tracking.experiment,
                 "name": f"sweep of {', '.join(keys) or 'seeds'}",
-                "time": content["time"],
+                "time": manifest["time"],
                 "tags": {
                     **environment.tags(ROOT),
                     "kind": "sweep",
                     "run_dir": str(self.run_dir.path),
-                    **environment.command_note(again),
+                    **environment.command_note(command),
                 },
                 "log_model": False,
                 "requirements": [],
                 "changes": [],
             },
         )
-        words = (word.partition("=") for word in content["identity"])
-        self.run_dir.write_json("params.json", {name: value for name, _, value in words})
+        overrides = (override.partition("=") for override in manifest["identity"])
+        self.run_dir.write_json("params.json", {name: value for name, _, value in overrides})
 
     def log_progress(self, trials: list[Trial], failed: int) -> None:
-        """One more trial has ended."""
-        found = [value for trial in trials if (value := trial.objective()) is not None]
-        values = {"sweep/finished": float(len(found)), "sweep/failed": float(failed)}
-        if found:
-            values["best/validation_accuracy"] = max(found)
-        self._journal.append(0, len(found) + failed, values)
+        """Logs the number of finished and failed trials and the best accuracy, after a trial has ended."""
+        accuracies = [value for trial in trials if (value := trial.objective()) is not None]
+        metrics = {"sweep/finished": float(len(accuracies)), "sweep/failed": float(failed)}
+        if accuracies:
+            metrics["best/validation_accuracy"] = max(accuracies)
+        self._journal.append(0, len(accuracies) + failed, metrics)
 
     def write_summary(self, status: str, best_trials: list[Trial]) -> None:
-        """The last thing that is written; the uploader takes it from there."""
+        """Writes the plots and, last, the summary, from which the uploader completes the MLflow run."""
         try:
             plots.write_plots(self.folder, self.run_dir.path)
-        except Exception as fault:  # of libraries that draw; the sweep has ended all the same
-            print_and_log(f"warning: no pictures of the sweep: {type(fault).__name__}: {fault}")
+        except Exception as error:  # from a plotting library; the sweep itself has ended
+            print_and_log(f"warning: could not draw the sweep's plots ({type(error).__name__}: {error})")
         summary = {"status": status, "time": time.time(), "run_id": self.run_dir.run_id}
         if best_trials:
-            told = (f"{trial.label}: {trial.objective():.4f} ({trial.folder})" for trial in best_trials)
-            summary["best_trial"] = "; ".join(told)
+            descriptions = (f"{trial.label}: {trial.objective():.4f} ({trial.folder})" for trial in best_trials)
+            summary["best_trial"] = "; ".join(descriptions)
         self.run_dir.write_json("summary.json", summary)
 
     def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep found, drawn: parallel coordinates, importances, accuracy against cost; most of it by Optuna."""
+"""Plots of a sweep: parallel coordinates, hyperparameter importances and accuracy over cost; mostly Optuna's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from train.sweep.search_space import Axis
 from train.sweep.trials import SweepDir, Trial
 
 PLOT_FILES = ("parallel_coordinates.png", "importances.png", "accuracy_and_cost.png")
-MIN_TO_COMPARE = 2  # trials and axes, for what compares them
-WIDTH, HEIGHT, DPI = 9, 5, 110  # inches, and dots for each
+MIN_TO_COMPARE = 2  # trials, and axes, that a comparison needs
+WIDTH, HEIGHT, DPI = 9, 5, 110  # inches, inches, dots per inch
 OBJECTIVE_LABEL = "validation accuracy"
 
 
 def write_plots(folder: SweepDir, output_dir: Path) -> None:
-    """Draws as many of NAMES into `place` as there is something to be seen in."""
+    """Writes those PLOT_FILES to `output_dir` for which there are enough finished trials."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -26,9 +26,9 @@ def write_plots(folder: SweepDir, output_dir: Path) -> None:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     done = [
-        (trial, max(found))
+        (trial, max(accuracies))
         for trial in folder.trials
-        if (found := trial.validation_accuracies()) and "macs" in trial.summary()
+        if (accuracies := trial.validation_accuracies()) and "macs" in trial.summary()
     ]
     if len(done) < MIN_TO_COMPARE:
         return
@@ -45,7 +45,7 @@ def write_plots(folder: SweepDir, output_dir: Path) -> None:
 
 
 def make_study(axes: list[Axis], completed: list[tuple[Trial, float]]) -> Any:
-    """All that has come to a value as a study of Optuna's, whichever search it was; what was pruned has one, too."""
+    """Builds an Optuna study from all trials with an accuracy, pruned ones included, whichever search made them."""
     import optuna
 
     from train.sweep.search import to_distribution
@@ -53,18 +53,18 @@ def make_study(axes: list[Axis], completed: list[tuple[Trial, float]]) -> Any:
     study = optuna.create_study(direction="maximize")
     for trial, value in completed:
         params = {axis.key: to_distribution_value(axis, trial.values[axis.key]) for axis in axes}
-        spread = {axis.key: to_distribution(axis) for axis in axes}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=value))
+        distributions = {axis.key: to_distribution(axis) for axis in axes}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
     return study
 
 
 def to_distribution_value(axis: Axis, value: Any) -> Any:
-    """A value as it stands in the axis's distribution."""
+    """Returns a value of the axis as its Optuna distribution represents it."""
     return value if axis.is_range else axis.words[[*axis.values].index(value)]
 
 
 def plot_accuracy_vs_cost(completed: list[tuple[Trial, float]]) -> Any:
-    """Every trial's best validation accuracy over the multiply-accumulates of an image."""
+    """Plots every trial's best validation accuracy over its multiply-accumulates per image."""
     from matplotlib import pyplot
 
     _, axes = pyplot.subplots(figsize=(WIDTH, HEIGHT))
@@ -81,7 +81,7 @@ def plot_accuracy_vs_cost(completed: list[tuple[Trial, float]]) -> Any:
 
 
 def save_figure(axes: Any, path: Path) -> None:
-    """Whatever of a figure Optuna returns."""
+    """Saves the figure of `axes`, which is one Axes or an array of them, depending on the Optuna plot."""
     from matplotlib import pyplot
 
     axes = axes.flat[0] if hasattr(axes, "flat") else axes

@@ -1,4 +1,4 @@
-"""Trials as tasks of a Ray cluster, or of a local Ray where there is none: `sweep.engine=ray`, with the extra `ray`."""
+"""Trials as tasks of a Ray cluster, or of a local Ray without one: `sweep.engine=ray`, which needs the extra `ray`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from train.sweep.workers import TRACKING_URI_VARIABLE
 
 
 def check_installed() -> None:
-    """Raises: ConfigError where Ray is not installed."""
+    """Raises: ConfigError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("sweep.engine=ray must have Ray, got none; use pip install ray in the environment (.venv)")
+        raise ConfigError("sweep.engine=ray needs Ray, which is not installed; run .venv/bin/pip install ray")
 
 
 def launch(trial_overrides: list[list[str]], first_number: int, folder: str, *, cores: int) -> None:
-    """Runs `python -m train WORDS` for each job, on `cores` of the cluster and one GPU where it has any.
+    """Runs `python -m train OVERRIDES` for each trial on `cores` cores of the cluster, and on one GPU if it has any.
 
-    What number N prints goes to <folder>/N.txt. The cluster is that of RAY_ADDRESS; all its machines see the project
+    The output of trial N goes to <folder>/N.txt. RAY_ADDRESS names the cluster; all its machines must see the project
     and the sweep's folder under the same paths.
     """
     import ray
@@ -32,14 +32,15 @@ def launch(trial_overrides: list[list[str]], first_number: int, folder: str, *, 
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         task = ray.remote(run_trial).options(num_cpus=cores, num_gpus=gpus, max_retries=0)
         outputs = [str(Path(folder) / f"{first_number + number}.txt") for number in range(len(trial_overrides))]
-        known = {name: os.environ[name] for name in (TRACKING_URI_VARIABLE,) if name in os.environ}
-        ray.get([task.remote(words, output, known) for words, output in zip(trial_overrides, outputs, strict=True)])
+        env = {name: os.environ[name] for name in (TRACKING_URI_VARIABLE,) if name in os.environ}
+        ray.get([task.remote(*trial, env) for trial in zip(trial_overrides, outputs, strict=True)])
     finally:
         ray.shutdown()
 
 
 def run_trial(overrides: list[str], output_path: str, env: dict[str, str]) -> int:
-    """One trial, in a process of its own: Ray's own one stays what it is. Its exit code."""
-    command, environment = [sys.executable, "-m", "train", *overrides], {**os.environ, **env}
+    """Runs one trial in its own process, so that Ray's worker stays unchanged, and returns its exit code."""
+    command = [sys.executable, "-m", "train", *overrides]
+    environment = {**os.environ, **env}
     with Path(output_path).open("ab") as file:
         return subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=False).returncode

@@ -1,4 +1,4 @@
-"""The story of a sweep: words -> trials, frozen -> each run in a process of its own -> what came of them."""
+"""Runs a sweep: overrides -> frozen trials -> one process per trial -> the best trial and a summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from train.cli.progress import print_and_log
-from train.config import composition
+from train.config import composition, hydra_errors, serialization
 from train.config import schema as schema
 from train.config.schema import ROOT, Config, ConfigError
 from train.config.serialization import config_hash, strip_credentials, to_dict
@@ -44,16 +44,16 @@ from train.sweep.workers import (
 from train.tracking import uploader
 from train.tracking.run_metadata import quote_path, relative_path
 
-JOBS_DIR = "jobs"  # where another launcher keeps what it has to keep
-FROZEN_SETTINGS = ("search", "trials", "seeds", "first_epochs", "reduction")  # settings that say which trials there are
-# What chooses must not see the test, nor are pictures drawn of it; the best gets all of it.
+JOBS_DIR = "jobs"  # folder for the files of an external launcher
+FROZEN_SETTINGS = ("search", "trials", "seeds", "first_epochs", "reduction")  # the settings that determine the trials
+# Model selection must not see the test split, and needs no report; the best trial gets all three.
 DISABLED_DURING_SEARCH = {"evaluate.test": False, "evaluate.report": False, "tracking.log_model": False}
 ComposeFunction = Callable[[list[str]], DictConfig]
 
 
 @dataclass(frozen=True)
 class ExternalLauncher:
-    """Another launcher of Hydra's. launch: words of every job, number of the first one, a folder for what it keeps."""
+    """Another Hydra launcher. launch: takes the overrides of every job, the number of the first one, and a folder."""
 
     name: str
     launch: Callable[[list[list[str]], int, str], Any]
@@ -61,9 +61,9 @@ class ExternalLauncher:
 
 @dataclass
 class SweepSession:
-    """One launcher's share of a sweep. elsewhere: who runs the trials, where they are not processes of this machine.
+    """State of a sweep during one launch. launcher: an external one, or None to run the trials on this machine.
 
-    trusted: references to the environment that were typed or stand in conf/ now.
+    trusted_references: environment references from the command line or from conf/.
     """
 
     folder: SweepDir
@@ -78,7 +78,7 @@ class SweepSession:
 
     @property
     def stopped(self) -> bool:
-        """Whether it ends before its end."""
+        """Whether the sweep ends early, by a signal or a failure."""
         return bool(self.signals.signal) or (self.config.sweep.fail_fast and bool(self.failures))
 
 
@@ -89,11 +89,11 @@ def run_sweep(
     compose_config: ComposeFunction,
     launcher: ExternalLauncher | None,
 ) -> int:
-    """The exit code: 0 where all trials have finished, 1 where one has failed, 129, 130 and 143 stopped.
+    """Runs or resumes a sweep. Returns 0 if all trials finished, 1 if one failed, 129, 130 or 143 if stopped.
 
-    words: as typed. config: what they have in common.
+    overrides: as typed. config: what all trials have in common.
 
-    Raises: ConfigError for whatever is wrong with any trial, before the first one begins.
+    Raises: ConfigError for an invalid trial, before the first one starts.
     """
     check(config.sweep, "sweep.")
     if config.sweep.engine == "ray":
@@ -107,15 +107,14 @@ def run_sweep(
     runs = ROOT / "runs" / config.tracking.experiment
     folder = trials.find_sweep(runs, overrides, config.run_dir, fresh=config.sweep.fresh)
     if folder is None or config.sweep.dry_run:
-        content, made, trusted = plan_sweep(overrides, config, loader, compose_config, local=launcher is None)
+        manifest, frozen, trusted = plan_sweep(overrides, config, loader, compose_config, local=launcher is None)
         if config.sweep.dry_run:
-            print_and_log(
-                *(f"{number}: {found['label']}" for number, found in enumerate(made, 1)), "the config is valid"
-            )
+            labels = (f"{number}: {trial['label']}" for number, trial in enumerate(frozen, 1))
+            print_and_log(*labels, "the config is valid")
             return 0
-        folder = trials.create_sweep(runs, overrides, config.run_dir, content, made)
+        folder = trials.create_sweep(runs, overrides, config.run_dir, manifest, frozen)
     else:
-        print_and_log(f"going on with a sweep as it was begun, whatever conf/ says now: {folder.path}")
+        print_and_log(f"resuming sweep {folder.path} with its stored configuration")
         trusted = frozenset()
         if composition.find_references({name: folder.manifest[name] for name in ("axes", "bases")}):
             trusted = find_trusted_references(
@@ -123,42 +122,45 @@ def run_sweep(
             )
     os.environ[REFERENCES_VARIABLE] = json.dumps(sorted(trusted))
     config = replace(config, sweep=replace(config.sweep, **folder.manifest["settings"]))
-    wish = SweepSignalHandler()
-    with folder.locked(), nullcontext() if launcher else wish.installed():
-        return run_trials(SweepSession(folder, config, launcher, wish, trusted))
+    signals = SweepSignalHandler()
+    with folder.locked(), nullcontext() if launcher else signals.installed():
+        return run_trials(SweepSession(folder, config, launcher, signals, trusted))
 
 
 def run_trials(session: SweepSession) -> int:
-    """Runs what is left, and says what came of it."""
-    folder, settings = session.folder, session.config.sweep
+    """Runs the remaining trials, finalizes the best one and prints a summary. Returns the exit code."""
+    folder = session.folder
+    settings = session.config.sweep
     storage = uploader.sqlite_uri_beside(session.config.tracking.uri, ROOT, "optuna.db")
     make_trials = partial(freeze_trials, folder.manifest, settings, trusted_references=session.trusted_references)
     session.algorithm = search.create_algorithm(folder, settings, make_trials, storage)
-    slots = WorkerPool(num_parallel_trials(session.config), settings.minutes, trial_gpus(session.config))
-    here = f"{len(slots.workers)} at a time, each on {len(slots.workers[0].cores)} of {cores()} cores"
-    where = f"handed over to {session.launcher.name}" if session.launcher else here
-    print_and_log(f"sweep: {session.algorithm.expected} trials, {where}")
-    with ParentRun(folder, session.config) as record, LiveTable(folder, session.algorithm) as table:
+    pool = WorkerPool(num_parallel_trials(session.config), settings.minutes, trial_gpus(session.config))
+    if session.launcher:
+        placement = f"submitted to {session.launcher.name}"
+    else:
+        placement = f"{len(pool.workers)} at a time, each on {len(pool.workers[0].cores)} of {cores()} cores"
+    print_and_log(f"sweep: {session.algorithm.expected} trials, {placement}")
+    with ParentRun(folder, session.config) as parent_run, LiveTable(folder, session.algorithm) as table:
 
-        def told(trial: Trial, ended: TrialResult) -> bool:
-            on = handle_result(session, trial, ended)
+        def on_trial_end(trial: Trial, result: TrialResult) -> bool:
+            should_continue = handle_result(session, trial, result)
             prune_checkpoints(session)
-            record.log_progress(folder.trials, len(session.failures))
-            table.print_result(trial, ended, trial in session.retry_queue)
-            return on
+            parent_run.log_progress(folder.trials, len(session.failures))
+            table.print_result(trial, result, trial in session.retry_queue)
+            return should_continue
 
-        def work(source: Callable[[], Trial | None]) -> None:
+        def run_from(source: Callable[[], Trial | None]) -> None:
             if session.launcher is None:
-                slots.run(source, told, lambda: table.refresh(slots), session.signals)
+                pool.run(source, on_trial_end, lambda: table.refresh(pool), session.signals)
             else:
-                run_externally(session, session.launcher, source, told)
+                run_externally(session, session.launcher, source, on_trial_end)
 
-        work(lambda: next_trial(session))
-        crowned = find_best_trials(session)
+        run_from(lambda: next_trial(session))
+        best_trials = find_best_trials(session)
         mark_pruned(session)
-        finalize_best(session, crowned, work)
+        finalize_best(session, best_trials, run_from)
         prune_checkpoints(session)
-        return finish_sweep(session, record, crowned)
+        return finish_sweep(session, parent_run, best_trials)
 
 
 def next_trial(session: SweepSession) -> Trial | None:
@@ -166,7 +168,7 @@ def next_trial(session: SweepSession) -> Trial | None:
 
 
 def handle_result(session: SweepSession, trial: Trial, result: TrialResult) -> bool:
-    """What follows from the end of a trial; whether to go on with others."""
+    """Queues a retry or notes the failure after a trial has ended. Returns whether to start further trials."""
     settings = session.config.sweep
     if result.exit_code == 0:
         session.algorithm.on_trial_end(trial)
@@ -185,84 +187,84 @@ def handle_result(session: SweepSession, trial: Trial, result: TrialResult) -> b
 
 
 def with_half_batch(folder: SweepDir, trial: Trial) -> Trial:
-    """The trial with half the batch: another run, in a folder of its own."""
+    """Halves the trial's batch size, which makes it another run with its own folder."""
     size = max(1, trial.config["batch_size"] // 2)
     return folder.update(trial, config={**trial.config, "batch_size": size}, batch_halvings=trial.batch_halvings + 1)
 
 
 def find_best_trials(session: SweepSession) -> list[Trial]:
-    """The trials, one for every seed, of the point with the highest mean validation accuracy; the first of equals."""
+    """Returns the trials, one per seed, of the point with the best mean validation accuracy; the first one on ties."""
     points: dict[int, list[Trial]] = {}
     for trial in session.folder.trials:
         points.setdefault(trial.point, []).append(trial)
-    found = []
-    for point, of_it in points.items():
-        values = [value for trial in of_it if (value := trial.objective()) is not None]
-        if len(values) == len(of_it):
-            found.append((-fmean(values), point))
-    return points[min(found)[1]] if found else []
+    ranking = []
+    for point, point_trials in points.items():
+        values = [value for trial in point_trials if (value := trial.objective()) is not None]
+        if len(values) == len(point_trials):
+            ranking.append((-fmean(values), point))
+    return points[min(ranking)[1]] if ranking else []
 
 
 def mark_pruned(session: SweepSession) -> None:
-    """Says of trials that others have beaten that they won't go on."""
+    """Records in the summary of each abandoned trial that it was pruned."""
     if session.stopped:
         return
     for trial in session.algorithm.abandoned():
-        run = trial.run()
-        if run and "pruned" not in (summary := trial.summary()):
-            why = f"pruned after epoch {trial.epochs_done()} of {trial.total_epochs()}: others did better"
-            run.write_json("summary.json", summary | {"pruned": True, "failure": why})
-            uploader.start(run, session.config.tracking.uri or uploader.default_uri(ROOT))
+        run_dir = trial.run()
+        if run_dir and "pruned" not in (summary := trial.summary()):
+            reason = f"pruned after epoch {trial.epochs_done()} of {trial.total_epochs()}: others did better"
+            run_dir.write_json("summary.json", summary | {"pruned": True, "failure": reason})
+            uploader.start(run_dir, session.config.tracking.uri or uploader.default_uri(ROOT))
 
 
 def prune_checkpoints(session: SweepSession) -> None:
-    """Keeps of the checkpoints those that somebody may go on from: of what is not over, and of the best."""
+    """Deletes the checkpoints of trials that have ended, except those of the best trials."""
     if session.config.sweep.keep_checkpoints:
         return
     needed = {trial.number for trial in find_best_trials(session)}
     for trial in session.folder.trials:
-        over = trial.state() == "finished" or "pruned" in trial.summary()
-        if over and trial.number not in needed:
+        has_ended = trial.state() == "finished" or "pruned" in trial.summary()
+        if has_ended and trial.number not in needed:
             shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
 
 
 def finalize_best(
     session: SweepSession, best_trials: list[Trial], run_from: Callable[[Callable[[], Trial | None]], None]
 ) -> None:
-    """The best gets what the others went without, and the user has not decided on: test, report, model in MLflow.
+    """Runs test, report and model upload for the best trials, unless the user has set these keys.
 
-    That is for the final word: not as long as a trial that failed may still be the best, nor for a second trial.
+    The test split is used once: not while a failed trial may still become the best, nor for a second trial.
     """
     keys = [name for name in DISABLED_DURING_SEARCH if not is_overridden(name, session.folder.manifest["identity"])]
     if not keys or not best_trials or session.stopped:
         return
     if retryable := [trial for trial, _ in session.failures.values() if not trial.summary().get("config_error")]:
-        words = " ".join(f"{name}=true" for name in keys)
+        overrides = " ".join(f"{name}=true" for name in keys)
         print_and_log(
-            f"the best trial is not tested yet, since failed ones ({len(retryable)}) may still beat it; run the same "
-            f"command again, or test it now: make resume run={quote_path(best_trials[0].folder)} {words}"
+            f"the best trial has not been tested yet: failed trials ({len(retryable)}) may still beat it; run the same "
+            f"command again, or test it now: make resume run={quote_path(best_trials[0].folder)} {overrides}"
         )
         return
     others = {trial.number for trial in session.folder.trials} - {trial.number for trial in best_trials}
     tested = [trial for trial in session.folder.trials if trial.number in others and "test" in trial.summary()]
     if "evaluate.test" in keys and tested:
-        print_and_log(f"the best trial is not tested: the test split was already used for {tested[0].label}")
+        print_and_log(f"the best trial was not tested: the test split has already been used for {tested[0].label}")
         return
-    word = f"sweep.final=[{','.join(keys)}]"
-    left = [replace(trial, overrides=(word,)) for trial in best_trials if not is_finalized(trial, keys)]
-    if left:
-        print_and_log(f"the best: {best_trials[0].label}")
-        session.retry_queue += left
+    override = f"sweep.final=[{','.join(keys)}]"
+    remaining = [replace(trial, overrides=(override,)) for trial in best_trials if not is_finalized(trial, keys)]
+    if remaining:
+        print_and_log(f"finalizing the best trial: {best_trials[0].label}")
+        session.retry_queue += remaining
         run_from(lambda: session.retry_queue.pop(0) if session.retry_queue else None)
 
 
 def is_finalized(trial: Trial, keys: list[str]) -> bool:
-    run = trial.run()
-    return run is not None and all(
+    run_dir = trial.run()
+    return run_dir is not None and all(
         {
             "evaluate.test": "test" in trial.summary(),
-            "evaluate.report": (run.path / REPORT_FILE).exists(),
-            "tracking.log_model": run.identity()["log_model"],
+            "evaluate.report": (run_dir.path / REPORT_FILE).exists(),
+            "tracking.log_model": run_dir.identity()["log_model"],
         }[name]
         for name in keys
     )
@@ -274,175 +276,165 @@ def run_externally(
     trial_source: Callable[[], Trial | None],
     on_trial_end: Callable[[Trial, TrialResult], bool],
 ) -> None:
-    """Gives trials to another launcher: all of a grid at once, of a search as many as are to run at a time."""
-    begun, on = 0, True
-    most = None if session.config.sweep.search == "grid" else num_parallel_trials(session.config)
-    while on and (jobs := list(islice(iter(trial_source, None), most))):
+    """Runs trials with another launcher: all of a grid at once, of a search as many as may run in parallel."""
+    num_started = 0
+    should_continue = True
+    max_jobs = None if session.config.sweep.search == "grid" else num_parallel_trials(session.config)
+    while should_continue and (jobs := list(islice(iter(trial_source, None), max_jobs))):
+        overrides = [[trial.selector, *trial.overrides] for trial in jobs]
         try:
-            launcher.launch(
-                [[trial.selector, *trial.overrides] for trial in jobs], begun, str(session.folder.path / JOBS_DIR)
-            )
-        except Exception as fault:  # of one job, in the launcher's own words; what became of each is in its folder
-            why = " ".join(str(fault).split())[:500]
+            launcher.launch(overrides, num_started, str(session.folder.path / JOBS_DIR))
+        except Exception as error:  # the launcher reports one job's failure; each job's result is in its own folder
+            reason = " ".join(str(error).split())[:500]
             if all(trial.state() == "waiting" for trial in jobs):
-                raise ConfigError(f"hydra/launcher must be able to begin, got {launcher.name}: {why}") from None
-            print_and_log(f"warning: {why}")
-        begun += len(jobs)
+                raise ConfigError(f"hydra/launcher={launcher.name} could not start the trials: {reason}") from None
+            print_and_log(f"warning: {reason}")
+        num_started += len(jobs)
         for trial in jobs:
-            on = on_trial_end(trial, external_result(trial)) and on
+            should_continue = on_trial_end(trial, external_result(trial)) and should_continue
 
 
 def external_result(trial: Trial) -> TrialResult:
-    """How a trial has ended that was no process of ours."""
+    """Returns the result of a trial that an external launcher ran, from its run's folder."""
     state = trial.state()
     if state == "finished" or trial.is_paused():
         return TrialResult(0)
     if state == "failed":
         return TrialResult(1, trial.summary()["failure"])
-    return TrialResult(1, f"its job has left no word in {trial.folder}", is_retryable=state == "interrupted")
+    return TrialResult(1, f"its job left no result in {trial.folder}", is_retryable=state == "interrupted")
 
 
-def finish_sweep(session: SweepSession, record: ParentRun, best_trials: list[Trial]) -> int:
-    """Says how it went. The exit code."""
-    states = Counter("pruned" if found.summary().get("pruned") else found.state() for found in session.folder.trials)
-    best_trials = [found for found in best_trials if found.objective() is not None]  # its test may have failed
-    record.write_summary(
+def finish_sweep(session: SweepSession, parent_run: ParentRun, best_trials: list[Trial]) -> int:
+    """Prints and stores the outcome of the sweep. Returns the exit code."""
+    states = Counter("pruned" if trial.summary().get("pruned") else trial.state() for trial in session.folder.trials)
+    best_trials = [trial for trial in best_trials if trial.objective() is not None]  # its test may have failed
+    parent_run.write_summary(
         "interrupted" if session.signals.signal else "failed" if session.failures else "finished", best_trials
     )
-    for failed, why in session.failures.values():
-        print_and_log(f"failed: {failed.label}: {why} ({relative_path(failed.log_path())})")
-    for found in best_trials:
-        test = found.summary().get("test")
-        told = f", test accuracy {test['accuracy']:.4f}" if test else ""
+    for failed, reason in session.failures.values():
+        print_and_log(f"failed: {failed.label}: {reason} ({relative_path(failed.log_path())})")
+    for trial in best_trials:
+        test = trial.summary().get("test")
+        tested = f", test accuracy {test['accuracy']:.4f}" if test else ""
         print_and_log(
-            f"best: {found.label}  validation accuracy {found.objective():.4f}{told}  run={quote_path(found.folder)}"
+            f"best: {trial.label}  validation accuracy {trial.objective():.4f}{tested}  run={quote_path(trial.folder)}"
         )
-    left = session.algorithm.expected - states["finished"] - states["pruned"] - len(session.failures)
+    remaining = session.algorithm.expected - states["finished"] - states["pruned"] - len(session.failures)
     counts = [f"{states['finished']} finished", f"{len(session.failures)} failed"]
     counts += [f"{states['pruned']} pruned"] * bool(states["pruned"])
-    counts += [f"{left} to go (the same command again)"] * (left > 0)
+    counts += [f"{remaining} remaining (run the same command to continue)"] * (remaining > 0)
     size = sum(path.stat().st_size for path in session.folder.path.rglob("*") if path.is_file())
     print_and_log(f"sweep: {', '.join(counts)}, {size / 2**20:,.0f} MiB  {relative_path(session.folder.path)}")
     return session.signals.exit_code() or int(bool(session.failures))
 
 
-# ------------------------------------------------------------------------------------------------------- what to run
+# ---------------------------------------------------------------------------------------------------------- planning
 
 
 def plan_sweep(
     overrides: list[str], config: Config, loader: Any, compose_config: ComposeFunction, *, local: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]], composition.References]:
-    """What a new sweep is made from, the trials that are known beforehand, and the references that were typed.
+    """Returns the manifest of a new sweep, its frozen trials (none for a search), and the trusted references.
 
-    Raises: ConfigError for a trial that can't be run, also for one that a search may come to.
+    Raises: ConfigError for an invalid trial, including the boundary points of a search.
     """
     settings = config.sweep
-    found, axes = compose_bases(overrides, config, loader, compose_config, local=local)
-    trusted = find_trusted_references(found, axes)
-    content = {
+    bases, axes = compose_bases(overrides, config, loader, compose_config, local=local)
+    trusted = find_trusted_references(bases, axes)
+    manifest = {
         "settings": {name: getattr(settings, name) for name in FROZEN_SETTINGS},
         "seed": config.seed,
         "epochs": config.epochs,
         "axes": [vars(axis) for axis in axes],
-        "bases": found,
+        "bases": bases,
     }
     check_sweep(axes, config)
     if settings.search != "grid":
         for point in search_space.boundary_points(axes):
-            freeze_trials(content, settings, point, trusted)
-        return content, [], trusted
-    made: dict[str, dict[str, Any]] = {}
+            freeze_trials(manifest, settings, point, trusted)
+        return manifest, [], trusted
+    frozen: dict[str, dict[str, Any]] = {}
     for number, point in enumerate(search_space.grid_points(axes)):
-        for trial in freeze_trials(content, settings, point, trusted):
-            if trial["key"] in made:
-                print_and_log(f"given twice, run once: {trial['label']}")
-            made.setdefault(trial["key"], trial | {"point": number})
-    return content, list(made.values()), trusted
+        for trial in freeze_trials(manifest, settings, point, trusted):
+            if trial["key"] in frozen:
+                print_and_log(f"duplicate trial, run only once: {trial['label']}")
+            frozen.setdefault(trial["key"], trial | {"point": number})
+    return manifest, list(frozen.values()), trusted
 
 
 def compose_bases(
     overrides: list[str], config: Config, loader: Any, compose_config: ComposeFunction, *, local: bool
 ) -> tuple[list[dict[str, Any]], list[Axis]]:
-    """The configs that trials are made from, one for each choice of files in conf/; and what differs between trials."""
-    space_words = (
-        f"{name}={value}" for name, value in config.sweep.space.items() if not is_overridden(name, overrides)
-    )
-    common, axes = search_space.parse_axes([*overrides, *space_words], loader)
+    """Returns the base configs, one per combination of config groups, and the axes along which trials differ."""
+    space = (f"{name}={value}" for name, value in config.sweep.space.items() if not is_overridden(name, overrides))
+    common, axes = search_space.parse_axes([*overrides, *space], loader)
     common += [
-        word
-        for word in (f"{name}={value}" for name, value in DISABLED_DURING_SEARCH.items())
-        if not is_overridden(word, overrides)
+        f"{name}={value}" for name, value in DISABLED_DURING_SEARCH.items() if not is_overridden(name, overrides)
     ]
     if local and config.threads is None and not is_overridden("threads", overrides):
         common.append(f"threads={max(1, cores() // num_parallel_trials(config))}")
     return [
-        {"words": words, "config": compose_base(compose_config, [*common, *words])}
-        for words in search_space.config_group_choices(axes)
+        {"words": choices, "config": compose_base(compose_config, [*common, *choices])}
+        for choices in search_space.config_group_choices(axes)
     ], axes
 
 
 def find_trusted_references(bases: list[dict[str, Any]], axes: list[Axis]) -> composition.References:
-    """The references to the environment that were typed or stand in conf/."""
+    """Returns the environment references from the command line and from conf/."""
     values = ({axis.key: list(axis.values)} for axis in axes)
     return frozenset().union(*map(composition.find_references, (*(base["config"] for base in bases), *values)))
 
 
 def is_overridden(name: str, overrides: Iterable[str]) -> bool:
-    """Whether the key of that name is among the words."""
-    return name.partition("=")[0] in {word.partition("=")[0].lstrip("+") for word in overrides}
+    """Whether one of the overrides sets the key `name`."""
+    return name in {override.partition("=")[0].lstrip("+") for override in overrides}
 
 
 def compose_base(compose_config: ComposeFunction, overrides: list[str]) -> dict[str, Any]:
-    """What conf/ and these words say, with references as they are: a point's values are put into it."""
+    """Composes a config with its references unresolved, into which the values of a point are put later."""
     try:
         node = compose_config(overrides)
-    except composition.HYDRA_ERRORS as fault:
-        raise ConfigError(composition.explain(fault, overrides)) from None
-    content = OmegaConf.to_container(node)
-    assert isinstance(content, dict)
-    address = content["tracking"]["uri"]
-    if address is not None and "${" not in address:
-        content["tracking"]["uri"] = strip_credentials(address)
-    return {str(name): value for name, value in content.items() if name != "sweep"}
+    except hydra_errors.HYDRA_ERRORS as error:
+        raise ConfigError(hydra_errors.explain(error, overrides)) from None
+    config = OmegaConf.to_container(node)
+    assert isinstance(config, dict)
+    uri = config["tracking"]["uri"]
+    if uri is not None and "${" not in uri:
+        config["tracking"]["uri"] = strip_credentials(uri)
+    return {str(name): value for name, value in config.items() if name != "sweep"}
 
 
 def check_sweep(axes: list[Axis], config: Config) -> None:
-    """Raises: ConfigError for a sweep that can't be meant."""
+    """Checks the sweep as a whole. Raises: ConfigError."""
     settings = config.sweep
     if not axes and settings.seeds == 1:
-        raise ConfigError("a sweep must have something to try, got one value for every key; use e.g. seed=0,1,2")
+        raise ConfigError("nothing to sweep: every key has one value; use e.g. seed=0,1,2")
     if settings.seeds > 1 and "seed" in {axis.key for axis in axes}:
-        raise ConfigError(f"sweep.seeds must be 1 where seed has several values, got {settings.seeds}; use one of them")
+        raise ConfigError(f"sweep.seeds must be 1 if seed has several values, got {settings.seeds}; use one of the two")
     if config.distributed.processes > 1:
         raise ConfigError(
-            f"distributed.processes must be 1 in a sweep, whose trials are one process each, got "
-            f"{config.distributed.processes}; leave it away"
+            f"distributed.processes must be 1 in a sweep, which runs each trial in one process, got "
+            f"{config.distributed.processes}; omit it"
         )
     points = math.prod(max(1, len(axis.values)) for axis in axes) if settings.search == "grid" else settings.trials
     if settings.search == "asha" and "epochs" in {axis.key for axis in axes}:
-        raise ConfigError("epochs must be one number with sweep.search=asha, got several; use e.g. epochs=27")
+        raise ConfigError("epochs must be a single number with sweep.search=asha, got several; use e.g. epochs=27")
     number = points * settings.seeds
     if number > settings.most:
-        raise ConfigError(
-            f"a sweep must have at most sweep.most={settings.most} trials, got {number:,}; "
-            f"use sweep.most={number} if that is meant"
-        )
+        raise ConfigError(f"{number:,} trials exceed sweep.most={settings.most}; raise it to continue")
 
 
 def freeze_trials(
-    content: dict[str, Any], settings: schema.Sweep, point: dict[str, Any], trusted_references: composition.References
+    manifest: dict[str, Any], settings: schema.Sweep, point: dict[str, Any], trusted_references: composition.References
 ) -> list[dict[str, Any]]:
-    """The trials of a point, one for every seed, as they are frozen.
-
-    Raises: ConfigError naming what is wrong with them.
-    """
-    chosen = [f"{key}={value}" for key, value in point.items() if key in search_space.CONFIG_GROUP_KEYS]
-    [start] = [found["config"] for found in content["bases"] if sorted(found["words"]) == sorted(chosen)]
+    """Freezes the trials of a point, one per seed. Raises: ConfigError for an invalid config."""
+    choices = [f"{key}={value}" for key, value in point.items() if key in search_space.CONFIG_GROUP_KEYS]
+    [base] = [base["config"] for base in manifest["bases"] if sorted(base["words"]) == sorted(choices)]
     values = {key: value for key, value in point.items() if key not in search_space.CONFIG_GROUP_KEYS}
     if settings.seeds == 1:
-        return [freeze_trial(start, point, values, trusted_references)]
-    seeds = ({"seed": content["seed"] + number} for number in range(settings.seeds))
-    return [freeze_trial(start, point | seed, values | seed, trusted_references) for seed in seeds]
+        return [freeze_trial(base, point, values, trusted_references)]
+    seeds = ({"seed": manifest["seed"] + number} for number in range(settings.seeds))
+    return [freeze_trial(base, point | seed, values | seed, trusted_references) for seed in seeds]
 
 
 def freeze_trial(
@@ -451,45 +443,48 @@ def freeze_trial(
     values: dict[str, Any],
     trusted_references: composition.References,
 ) -> dict[str, Any]:
-    """A trial as it is frozen: `start` with these values. Raises: ConfigError."""
-    if unknown := composition.find_references(values) - trusted_references:  # of a sweep that goes on, from its folder
-        raise ConfigError(f"{min(unknown)[0]} refers to the environment, which was not typed; use another run_dir")
+    """Freezes one trial: `base_config` with `values` set. Raises: ConfigError for an invalid config."""
+    if unknown := composition.find_references(values) - trusted_references:  # of a resumed sweep, from its folder
+        raise ConfigError(
+            f"{min(unknown)[0]} refers to an environment variable that neither conf/ nor the command line names; "
+            "use another run_dir"
+        )
     node = composition.from_stored(base_config, [], trusted_references)
     try:
         for name, value in values.items():
             OmegaConf.update(node, name, value)
-    except composition.HYDRA_ERRORS as fault:
-        raise ConfigError(composition.explain(fault, [f"{name}={value}" for name, value in values.items()])) from None
-    private = composition.make_redactor(node)
-    with composition.redacting_errors(private):
+    except hydra_errors.HYDRA_ERRORS as error:
+        raise ConfigError(hydra_errors.explain(error, [f"{name}={value}" for name, value in values.items()])) from None
+    redactor = composition.make_redactor(node)
+    with composition.redacting_errors(redactor):
         config = composition.to_config(node)
         check_files(config)
         check_sources(config)
-    stored = to_dict(config, private)
+    stored = to_dict(config, redactor)
     stored["run_dir"] = None
-    label = " ".join(f"{name}={format_value(value)}" for name, value in point.items()) or "as it is"
-    return {"label": label, "key": config_hash(config, private), "values": point, "config": stored}
+    label = " ".join(f"{name}={format_value(value)}" for name, value in point.items()) or "unchanged"
+    return {"label": label, "key": config_hash(config, redactor), "values": point, "config": stored}
 
 
 def format_value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else composition.format_value(value)
+    return f"{value:.4g}" if isinstance(value, float) else serialization.format_value(value)
 
 
 def num_parallel_trials(config: Config) -> int:
-    """How many trials at a time: as many as was asked for, else one for every GPU, else one for every two cores."""
+    """Number of trials at a time: sweep.parallel, else one per GPU, else one for every two cores."""
     return config.sweep.parallel or len(trial_gpus(config)) or max(1, cores() // 2)
 
 
 def check_gpu_sharing(config: Config) -> None:
-    """Raises: ConfigError where several trials would have one GPU and nothing says how much of it each may take."""
-    there = len(trial_gpus(config))
-    if there and num_parallel_trials(config) > there and config.gpu_memory is None:
+    """Raises: ConfigError if several trials would share a GPU without a limit on its memory."""
+    num_gpus = len(trial_gpus(config))
+    if num_gpus and num_parallel_trials(config) > num_gpus and config.gpu_memory is None:
         raise ConfigError(
-            f"sweep.parallel must be at most the number of GPUs, {there}, got {num_parallel_trials(config)}; "
+            f"sweep.parallel must be at most the number of GPUs, {num_gpus}, got {num_parallel_trials(config)}; "
             "use gpu_memory=MIB to let several trials share one"
         )
 
 
 def trial_gpus(config: Config) -> tuple[str, ...]:
-    """Which GPUs the trials share, each trial on one of them."""
+    """Returns the GPUs that the trials share, each trial on one of them."""
     return () if config.device == "cpu" else visible_gpus()

@@ -1,6 +1,6 @@
-"""Which trials a sweep has, and in which order: a plan gives one whenever there is room, and hears what became of it.
+"""Search algorithms: each one proposes the next trial whenever a worker is free, and is notified of finished trials.
 
-Every plan reads from the sweep's folder how far it has come, so that it goes on after any death.
+Every algorithm reads its progress from the sweep's folder, so that a killed sweep can be resumed.
 """
 
 from __future__ import annotations
@@ -18,59 +18,60 @@ from train.sweep.search_space import Axis
 from train.sweep.trials import SweepDir, Trial
 
 MAX_ASK_ATTEMPTS = 20  # to find a point that has not been tried
-MakeTrials = Callable[
-    [dict[str, Any]], list[dict[str, Any]]
-]  # a point -> its trials, one for every seed, as they are frozen
+MakeTrials = Callable[[dict[str, Any]], list[dict[str, Any]]]  # a point -> its frozen trials, one per seed
 
 
 class SearchAlgorithm(Protocol):
-    """Raises nothing: whatever can be wrong with a sweep has been told before."""
+    """The methods raise no errors: the sweep has been checked before."""
 
     def next_trial(self) -> Trial | None:
-        """The next trial to be run; None where there is none, at least until another one has ended."""
+        """Returns the next trial to run, or None if there is none until another trial has ended."""
 
     def on_trial_end(self, trial: Trial) -> None:
-        """A trial of this plan has come to its end, whichever it was."""
+        """Takes note that a trial has finished, paused or failed."""
 
     def abandoned(self) -> list[Trial]:
-        """Trials that have paused for good, when there is nothing more to follow."""
+        """Returns the trials that have been paused for good, once there is no next trial."""
 
     @property
     def expected(self) -> int:
-        """How many trials there will be, as far as is known."""
+        """Expected number of trials, as far as it is known."""
 
 
 class GridSearch:
-    """All trials in their order. Those that have finished stay as they are."""
+    """Runs all trials in order, except those that have finished."""
 
     def __init__(self, folder: SweepDir):
-        found = folder.trials
-        self._pending = [trial for trial in found if trial.state() != "finished"]
-        self.expected = len(found)
+        trials = folder.trials
+        self._pending = [trial for trial in trials if trial.state() != "finished"]
+        self.expected = len(trials)
 
     def next_trial(self) -> Trial | None:
         return self._pending.pop(0) if self._pending else None
 
     def on_trial_end(self, trial: Trial) -> None:
-        """Nothing follows from it."""
+        """Does nothing: a grid does not depend on results."""
 
     def abandoned(self) -> list[Trial]:
         return []
 
 
 class OptunaSearch:
-    """Points that Optuna is asked for: drawn at random, or where good ones have been (TPE).
+    """Points suggested by Optuna: at random, or by a tree-structured Parzen estimator (TPE).
 
     Source of TPE: Bergstra et al., "Algorithms for Hyper-Parameter Optimization" (2011), section 4. Its draws depend on
-    (seed, number of the point) and on what is known when it is asked for. The objective of a point is the mean over its
-    seeds; one with a failed trial has none.
+    (seed, number of the point) and on the results known so far. The objective of a point is the mean over its seeds; a
+    point with a failed trial has none.
     """
 
     def __init__(self, folder: SweepDir, settings: Sweep, make_trials: MakeTrials, storage: str):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._folder, self._settings, self._make_trials, self._optuna = folder, settings, make_trials, optuna
+        self._folder = folder
+        self._settings = settings
+        self._make_trials = make_trials
+        self._optuna = optuna
         self._study = optuna.create_study(
             storage=storage, study_name=folder.manifest["sweep_id"], direction="maximize", load_if_exists=True
         )
@@ -88,12 +89,12 @@ class OptunaSearch:
         return trial.state() != "finished"
 
     def _report_missed_results(self) -> None:
-        """Tells Optuna what a launcher that was killed could not."""
-        for asked in self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.RUNNING,)):
-            if asked.number in self._points:
-                self._tell(asked.number)
-            else:  # it never got to be frozen
-                self._study.tell(asked.number, state=self._optuna.trial.TrialState.FAIL)
+        """Reports to Optuna the results that a killed launcher did not report."""
+        for running in self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.RUNNING,)):
+            if running.number in self._points:
+                self._tell(running.number)
+            else:  # its trials were never frozen
+                self._study.tell(running.number, state=self._optuna.trial.TrialState.FAIL)
 
     def next_trial(self) -> Trial | None:
         if not self._pending:
@@ -101,32 +102,30 @@ class OptunaSearch:
         return self._pending.pop(0) if self._pending else None
 
     def _next_point_trials(self) -> list[Trial]:
-        """The trials of a point that has not been tried; none where there are enough, or no other is found."""
+        """Returns the trials of a new point; none if there are enough points, or no new one is found."""
         if self._exhausted or len(self._points) >= self._settings.trials:
             return []
         for _ in range(MAX_ASK_ATTEMPTS):
-            if found := self._ask_new_point():
-                return found
+            if trials := self._ask_new_point():
+                return trials
         self._exhausted = True
-        print_and_log(
-            f"no more than {len(self._points)} points are found that differ, of the {self._settings.trials} wanted"
-        )
+        print_and_log(f"found only {len(self._points)} distinct points, of sweep.trials={self._settings.trials}")
         self.expected = len(self._points) * self._settings.seeds
         return []
 
     def _ask_new_point(self) -> list[Trial]:
-        """The trials of one more point, frozen; none if it has been tried."""
+        """Asks Optuna for a point and freezes its trials; returns none if the point has been tried."""
         number = len(self._study.get_trials(deepcopy=False))
         digest = hashlib.sha256(f"{self._folder.manifest['seed']} {number}".encode()).digest()
         self._study.sampler = make_sampler(self._settings.search, int.from_bytes(digest[:4], "big"))
         asked = self._study.ask({key: to_distribution(axis) for key, axis in self._axes.items()})
-        made = self._make_trials({key: self._axes[key].decode(found) for key, found in asked.params.items()})
-        known = {trial.key for trials in self._points.values() for trial in trials}
-        if any(content["key"] in known for content in made):
+        frozen = self._make_trials({key: self._axes[key].decode(sampled) for key, sampled in asked.params.items()})
+        tried = {trial.key for trials in self._points.values() for trial in trials}
+        if any(trial["key"] in tried for trial in frozen):
             self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
             return []
         first = sum(map(len, self._points.values()))
-        trials = [self._folder.add(first + place, **content, point=asked.number) for place, content in enumerate(made)]
+        trials = [self._folder.add(first + index, **trial, point=asked.number) for index, trial in enumerate(frozen)]
         self._points[asked.number] = trials
         return trials
 
@@ -139,7 +138,7 @@ class OptunaSearch:
         return []
 
     def _tell(self, point: int) -> None:
-        """As soon as all of its trials have ended."""
+        """Reports the point to Optuna as soon as all its trials have ended."""
         values = [trial.objective() for trial in self._points[point]]
         if None not in values:
             self._study.tell(point, fmean(values), skip_if_finished=True)  # type: ignore[arg-type]
@@ -148,20 +147,20 @@ class OptunaSearch:
 
 
 class AshaSearch(OptunaSearch):
-    """Points drawn at random are compared after a few epochs; one of `reduction` goes on, from where it paused.
+    """Asynchronous successive halving: random points pause at each rung, and the best 1 / `reduction` are promoted.
 
-    Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning" (2018), algorithm 2. When there is
-    nothing left to compare, the best of those that came farthest goes on to the last epoch, so that one is finished.
+    Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning" (2018), algorithm 2. When no point can be
+    promoted any more, the best one on the highest rung reached is trained to the last epoch, so that one finishes.
     """
 
     def __init__(self, folder: SweepDir, settings: Sweep, make_trials: MakeTrials, storage: str):
         self._rungs = rungs(settings, folder.manifest["epochs"])
         self._running_points: set[int] = set()
-        self._must_compare = True  # whether something has changed since the points were compared
+        self._must_compare = True  # whether a trial has ended since the last comparison
         super().__init__(folder, settings, make_trials, storage)
 
     def _is_pending(self, trial: Trial) -> bool:
-        """Whether it was on its way from one comparison to the next when its launcher died."""
+        """Whether the trial was between two rungs when its launcher died."""
         return trial.state() != "finished" and trial.epochs_done() not in self._rungs
 
     def next_trial(self) -> Trial | None:
@@ -182,7 +181,7 @@ class AshaSearch(OptunaSearch):
             self._running_points.discard(trial.point)
 
     def _epochs_by_point(self) -> dict[int, int]:
-        """Epochs that every point has come through; of those that are at rest and of those that run."""
+        """Returns the completed epochs of every point, running or paused: the minimum over its trials."""
         return {number: min(trial.epochs_done() for trial in trials) for number, trials in self._points.items()}
 
     def _mean_best_accuracy(self, point: int, epochs: int) -> float:
@@ -192,49 +191,56 @@ class AshaSearch(OptunaSearch):
         return point not in self._running_points and point not in self._failed_points
 
     def _promotable_trials(self) -> list[Trial]:
-        """The best that may go on, of those that came farthest."""
-        come = self._epochs_by_point()
-        for here, there in reversed(list(pairwise(self._rungs))):
-            known = sorted(
-                (-self._mean_best_accuracy(point, here), point) for point, epochs in come.items() if epochs >= here
+        """Returns the trials of the best point to promote, from the highest rung possible."""
+        epochs_done = self._epochs_by_point()
+        for rung, next_rung in reversed(list(pairwise(self._rungs))):
+            ranking = sorted(
+                (-self._mean_best_accuracy(point, rung), point)
+                for point, epochs in epochs_done.items()
+                if epochs >= rung
             )
-            for _, point in known[: len(known) // self._settings.reduction]:
-                if come[point] < there and self._is_idle(point):
+            for _, point in ranking[: len(ranking) // self._settings.reduction]:
+                if epochs_done[point] < next_rung and self._is_idle(point):
                     return list(self._points[point])
         return []
 
     def _finalist_trials(self) -> list[Trial]:
-        come = {point: epochs for point, epochs in self._epochs_by_point().items() if point not in self._failed_points}
-        if self._running_points or not come or max(come.values()) in (0, self._rungs[-1]):
+        epochs_done = {
+            point: epochs for point, epochs in self._epochs_by_point().items() if point not in self._failed_points
+        }
+        if self._running_points or not epochs_done or max(epochs_done.values()) in (0, self._rungs[-1]):
             return []
-        most = max(come.values())
+        highest = max(epochs_done.values())
         _, point = min(
-            (-self._mean_best_accuracy(point, most), point) for point, epochs in come.items() if epochs == most
+            (-self._mean_best_accuracy(point, highest), point)
+            for point, epochs in epochs_done.items()
+            if epochs == highest
         )
         return list(self._points[point])
 
     def abandoned(self) -> list[Trial]:
-        """Those that other points have beaten."""
+        """Returns the trials of the points that were not promoted, and reports these to Optuna as pruned."""
         pruned = self._optuna.trial.TrialState.PRUNED
-        found = []
+        trials = []
         for point, epochs in self._epochs_by_point().items():
             if epochs < self._rungs[-1] and self._is_idle(point) and not self._pending:
                 self._study.tell(point, state=pruned, skip_if_finished=True)
-                found += self._points[point]
-        return found
+                trials += self._points[point]
+        return trials
 
 
 def rungs(settings: Sweep, max_epochs: int) -> list[int]:
-    """Epochs after which points are compared, the last one included."""
-    found, epochs = [], settings.first_epochs
+    """Returns the epochs after which points are compared, `max_epochs` included."""
+    below_max = []
+    epochs = settings.first_epochs
     while epochs < max_epochs:
-        found.append(epochs)
+        below_max.append(epochs)
         epochs *= settings.reduction
-    return [*found, max_epochs]
+    return [*below_max, max_epochs]
 
 
 def make_sampler(search: str, seed: int) -> Any:
-    """Optuna's, for one point."""
+    """Returns the Optuna sampler that draws one point."""
     import optuna
 
     if search in ("random", "asha"):
@@ -243,7 +249,7 @@ def make_sampler(search: str, seed: int) -> Any:
 
 
 def to_distribution(axis: Axis) -> Any:
-    """Optuna's, of an axis."""
+    """Returns the Optuna distribution of an axis."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if axis.low is None or axis.high is None:
@@ -253,7 +259,7 @@ def to_distribution(axis: Axis) -> Any:
 
 
 def create_algorithm(folder: SweepDir, settings: Sweep, make_trials: MakeTrials, storage: str) -> SearchAlgorithm:
-    """What `sweep.search` says. storage: where Optuna keeps what it is told, as an address."""
+    """Creates the algorithm that `sweep.search` names. storage: URI of Optuna's database."""
     if settings.search == "grid":
         return GridSearch(folder)
     return (AshaSearch if settings.search == "asha" else OptunaSearch)(folder, settings, make_trials, storage)

@@ -1,4 +1,4 @@
-"""What differs between the trials of a sweep: words in Hydra's grammar into axes.
+"""The search space of a sweep: overrides in Hydra's grammar, parsed into axes.
 
 model=vgg16,inception_v3   seed=range(0,3)   model=glob(vgg*)   batch_size=choice(16,32)
 optimizer.learning_rate=tag(log,interval(1e-4,1e-1))   optimizer.momentum=interval(0.8,0.99)
@@ -21,7 +21,7 @@ CONFIG_GROUP_KEYS = (*GROUPS, "experiment")
 
 @dataclass(frozen=True)
 class Axis:
-    """A key with the values that it may have, or with a range of them. words: the values as one types them."""
+    """A key with its list of values or its range. words: the values as typed on the command line."""
 
     key: str
     values: tuple = ()
@@ -31,7 +31,7 @@ class Axis:
     log: bool = False
 
     def decode(self, sampled: Any) -> Any:
-        """What a word of this axis means; a number of a range means itself."""
+        """Returns the value of a sampled word; a number from a range is its own value."""
         return sampled if self.is_range else self.values[list(self.words).index(sampled)]
 
     @property
@@ -40,14 +40,14 @@ class Axis:
 
     @property
     def is_config_group(self) -> bool:
-        """Whether it decides which of conf/'s files are read."""
+        """Whether the axis selects files under conf/."""
         return self.key in CONFIG_GROUP_KEYS
 
 
 def parse_axes(overrides: Iterable[str], loader: Any) -> tuple[list[str], list[Axis]]:
-    """What all trials have in common, and what differs. loader: Hydra's, for `glob`.
+    """Splits overrides into those common to all trials and the axes. loader: Hydra's config loader, for `glob`.
 
-    Raises: ConfigError for a range that can't be one.
+    Raises: ConfigError for an invalid range.
     """
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     common = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
@@ -55,13 +55,16 @@ def parse_axes(overrides: Iterable[str], loader: Any) -> tuple[list[str], list[A
 
 
 def _parse_axis(override: Override) -> Axis:
-    key, value = override.get_key_element(), override.value()
+    key = override.get_key_element()
+    value = override.value()
     if not isinstance(value, IntervalSweep):
-        found = [Override._convert_value(element) for element in override.sweep_iterator()]
-        if not found:
-            raise ConfigError(f"{key} must have something to try, got {override.input_line}; use e.g. {key}=a,b")
-        return Axis(key, tuple(found), tuple(override.sweep_string_iterator()))
-    low, high, log = value.start, value.end, "log" in value.tags
+        values = [Override._convert_value(element) for element in override.sweep_iterator()]
+        if not values:
+            raise ConfigError(f"{key} has no values to sweep, got {override.input_line}; use e.g. {key}=a,b")
+        return Axis(key, tuple(values), tuple(override.sweep_string_iterator()))
+    low = value.start
+    high = value.end
+    log = "log" in value.tags
     if low is None or high is None or not low < high or (log and low <= 0):
         raise ConfigError(
             f"{key} must be a range from low to high{', above 0' if log else ''}, got {override.input_line}; "
@@ -71,7 +74,7 @@ def _parse_axis(override: Override) -> Axis:
 
 
 def grid_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
-    """Every combination, the last axis turning fastest. Raises: ConfigError for a range, which has no end of values."""
+    """Yields every combination of values, the last axis varying fastest. Raises: ConfigError for a range."""
     axes = list(axes)
     for axis in axes:
         if axis.is_range:
@@ -84,17 +87,17 @@ def grid_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
 
 
 def config_group_choices(axes: Iterable[Axis]) -> list[list[str]]:
-    """Every combination of words for the axes that choose files; one without words where there are none."""
-    lists = [[f"{axis.key}={word}" for word in axis.words] for axis in axes if axis.is_config_group]
-    return [list(words) for words in itertools.product(*lists)]
+    """Returns every combination of overrides of the config-group axes; a single empty one if there are none."""
+    choices = [[f"{axis.key}={word}" for word in axis.words] for axis in axes if axis.is_config_group]
+    return [list(overrides) for overrides in itertools.product(*choices)]
 
 
 def boundary_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
-    """Points that together have every value, and both ends of every range; with all choices of files."""
+    """Yields points that cover every value and both ends of every range, for each combination of config groups."""
     axes = list(axes)
-    found = {axis.key: axis.values or (axis.low, axis.high) for axis in axes}
-    files = [axis for axis in axes if axis.is_config_group]
-    others = {key: values for key, values in found.items() if key not in {axis.key for axis in files}}
-    for chosen in grid_points(files):
+    candidates = {axis.key: axis.values or (axis.low, axis.high) for axis in axes}
+    groups = [axis for axis in axes if axis.is_config_group]
+    others = {key: values for key, values in candidates.items() if key not in {axis.key for axis in groups}}
+    for choice in grid_points(groups):
         for number in range(max((len(values) for values in others.values()), default=1)):
-            yield chosen | {key: values[number % len(values)] for key, values in others.items()}
+            yield choice | {key: values[number % len(values)] for key, values in others.items()}

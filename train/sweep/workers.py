@@ -1,4 +1,4 @@
-"""Trials in processes of their own, some at a time, each on its share of the cores."""
+"""Worker pool: runs trials in separate processes, several at a time, each on its share of the cores."""
 
 from __future__ import annotations
 
@@ -14,28 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.sweep.trials import Trial
-from train.training.loop import SignalHandler
+from train.training.signals import SignalHandler
 
 PARENT_PID_VARIABLE = "INCEPTION_SWEEP_PROCESS"
-TRACKING_URI_VARIABLE = "INCEPTION_SWEEP_ADDRESS"  # of the store, which may hold a password: it is in no trial's file
-REFERENCES_VARIABLE = (
-    "INCEPTION_SWEEP_REFERENCES"  # to the environment, that were typed: in a trial's file they are only text
-)
+TRACKING_URI_VARIABLE = "INCEPTION_SWEEP_ADDRESS"  # may hold a password, and is therefore not in a trial's file
+REFERENCES_VARIABLE = "INCEPTION_SWEEP_REFERENCES"  # trusted environment references: those in a trial's file are not
 PR_SET_PDEATHSIG = 1
-GPU_DRIVER_DIR = Path("/proc/driver/nvidia/gpus")  # a folder for each
+GPU_DRIVER_DIR = Path("/proc/driver/nvidia/gpus")  # has one folder per GPU
 TIMEOUT_REASON = "it took longer than sweep.minutes allows"
 STOPPED_REASON = "the sweep was stopped"
-GRACE_SECONDS = 30.0  # from asking a trial to stop, which it does at its next batch, to ending it
+GRACE_SECONDS = 30.0  # between SIGTERM, which a trial obeys at its next batch, and SIGKILL
 POLL_SECONDS = 0.1
 OUT_OF_MEMORY_MARKERS = ("ResourceExhaustedError", "MemoryError", "RESOURCE_EXHAUSTED", "Cannot allocate memory")
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial's process ended. code: its exit code, negative for a signal. why: one line, empty where it finished.
-
-    again: whether it may be begun again; memory: whether that was what it lacked.
-    """
+    """How a trial's process ended. exit_code: negative for a signal. reason: one line, empty if the trial finished."""
 
     exit_code: int
     reason: str = ""
@@ -48,30 +43,27 @@ ORPHAN_RESULTS = {"running": None, "finished": TrialResult(0)}
 
 @dataclass
 class Worker:
-    """A place for one trial at a time. cores: what it may run on."""
+    """Runs one trial at a time. cores: the processor cores that the trial may use."""
 
     cores: tuple[int, ...]
     gpu: str | None = None
     trial: Trial | None = None
     process: subprocess.Popen | None = None
-    orphan_pid: int | None = None  # the process of a trial whose launcher died, where it is one of this machine
+    orphan_pid: int | None = None  # process of a trial whose launcher died, if it is on this machine
     started_at: float = 0.0
     deadline: float = float("inf")
-    stop_requested_at: float | None = None  # when it was asked to stop
+    stop_requested_at: float | None = None
     stop_reason: str = ""
 
     def start(self, trial: Trial, time_limit_minutes: float | None) -> None:
-        """The trial's process; what it prints goes to output.txt in its folder.
+        """Starts the trial's process; its output goes to output.txt in the trial's folder.
 
-        One that lives already, because the launcher that began it died, is not begun again but waited for.
+        If the trial is still running because its launcher died, no process is started: the running one is polled.
         """
-        self.trial, self.process, self.orphan_pid, self.stop_requested_at, self.stop_reason = (
-            trial,
-            None,
-            None,
-            None,
-            "",
-        )
+        self.trial = trial
+        self.process = None
+        self.stop_requested_at = None
+        self.stop_reason = ""
         self.started_at = time.time()
         self.deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes else float("inf")
         self.orphan_pid = find_process(trial)
@@ -93,9 +85,10 @@ class Worker:
         os.sched_setaffinity(self.process.pid, self.cores)
 
     def stop(self, reason: str, *, immediate: bool = False) -> None:
-        """Asks for a checkpoint and the end; who does not obey in time is ended."""
+        """Asks the trial to checkpoint and exit; kills it after GRACE_SECONDS, or at once if `immediate`."""
         if self.stop_requested_at is None:
-            self.stop_requested_at, self.stop_reason = time.monotonic(), reason
+            self.stop_requested_at = time.monotonic()
+            self.stop_reason = reason
             self._send(signal.SIGTERM)
         if immediate or time.monotonic() > self.stop_requested_at + GRACE_SECONDS:
             self._send(signal.SIGKILL)
@@ -111,7 +104,7 @@ class Worker:
         return bool(self.orphan_pid and self.trial and is_trial_process(self.orphan_pid, self.trial))
 
     def poll(self) -> TrialResult | None:
-        """How the trial has ended; None as long as it lives."""
+        """Returns the trial's result, or None while it is running."""
         assert self.trial
         if time.monotonic() > self.deadline:
             self.stop(TIMEOUT_REASON)
@@ -120,20 +113,19 @@ class Worker:
         if self.process is None:
             if self._orphan_is_alive():
                 return None
-            gone = (
-                TrialResult(1, self.stop_reason)
-                if self.stop_reason
-                else TrialResult(1, "the process is gone", is_retryable=True)
-            )
-            return ORPHAN_RESULTS.get(self.trial.state(), gone)
-        code = self.process.poll()
-        return None if code is None else classify_exit(code, self.stop_reason, self.trial, self.started_at)
+            if self.stop_reason:
+                disappeared = TrialResult(1, self.stop_reason)
+            else:
+                disappeared = TrialResult(1, "its process disappeared", is_retryable=True)
+            return ORPHAN_RESULTS.get(self.trial.state(), disappeared)
+        exit_code = self.process.poll()
+        return None if exit_code is None else classify_exit(exit_code, self.stop_reason, self.trial, self.started_at)
 
 
 def find_process(trial: Trial) -> int | None:
-    """The process on this machine that runs a trial, also where it has not come so far as to hold its lock."""
-    numbers = (int(place.name) for place in Path("/proc").glob("[0-9]*"))
-    return next((number for number in numbers if is_trial_process(number, trial)), None)
+    """Returns the process on this machine that runs a trial, even if it does not hold the run's lock yet."""
+    pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return next((pid for pid in pids if is_trial_process(pid, trial)), None)
 
 
 def is_trial_process(pid: int, trial: Trial) -> bool:
@@ -144,27 +136,27 @@ def is_trial_process(pid: int, trial: Trial) -> bool:
 
 
 def classify_exit(exit_code: int, stop_reason: str, trial: Trial, started_at: float) -> TrialResult:
-    """What an exit code means. asked: why we asked it to stop, if we did; begun: when it was started, in seconds.
+    """Maps an exit code to a result. stop_reason: why the launcher stopped the trial, if it did. started_at: seconds.
 
-    A trial that has finished may still have waited for its record, which is completed without it.
+    A trial stopped after it finished was only waiting for its upload, which continues without it.
     """
     summary = trial.summary()
     if exit_code == 0 or (summary.get("status") == "finished" and summary["time"] > started_at):
         return TrialResult(0)
     if stop_reason:
         return TrialResult(exit_code, stop_reason)
-    said = last_error_line(trial.folder / "output.txt")
+    error = last_error_line(trial.folder / "output.txt")
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         return TrialResult(exit_code, f"ended by {name}", is_retryable=True, is_out_of_memory=name == "SIGKILL")
     if exit_code in (129, 130, 143):
-        return TrialResult(exit_code, "stopped by somebody else", is_retryable=True)
-    memory = any(word in said for word in OUT_OF_MEMORY_MARKERS)
-    return TrialResult(exit_code, said or f"exit code {exit_code}", is_retryable=memory, is_out_of_memory=memory)
+        return TrialResult(exit_code, "stopped by a signal from outside the sweep", is_retryable=True)
+    memory = any(marker in error for marker in OUT_OF_MEMORY_MARKERS)
+    return TrialResult(exit_code, error or f"exit code {exit_code}", is_retryable=memory, is_out_of_memory=memory)
 
 
 def last_error_line(path: Path) -> str:
-    """The last error that a trial has told, else the last line."""
+    """Returns the last error in a trial's output, else the last line."""
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1].removeprefix("error: ")
@@ -172,7 +164,7 @@ def last_error_line(path: Path) -> str:
 
 @dataclass
 class WorkerPool:
-    """All places. minutes: how long a trial may take."""
+    """A fixed number of workers, each with its share of the cores and GPUs."""
 
     num_workers: int
     time_limit_minutes: float | None = None
@@ -183,15 +175,15 @@ class WorkerPool:
         share = max(1, len(cores) // self.num_workers)
         self.workers = [
             Worker(
-                tuple(cores[(place * share + core) % len(cores)] for core in range(share)),
-                self.gpus[place % len(self.gpus)] if self.gpus else None,
+                tuple(cores[(index * share + core) % len(cores)] for core in range(share)),
+                self.gpus[index % len(self.gpus)] if self.gpus else None,
             )
-            for place in range(self.num_workers)
+            for index in range(self.num_workers)
         ]
 
     @property
     def busy(self) -> list[Worker]:
-        return [slot for slot in self.workers if slot.trial]
+        return [worker for worker in self.workers if worker.trial]
 
     def run(
         self,
@@ -200,49 +192,55 @@ class WorkerPool:
         on_poll: Callable[[], None],
         signals: SweepSignalHandler,
     ) -> None:
-        """Runs what `following` gives until it gives nothing and nothing runs any more.
+        """Runs trials until `next_trial` returns None and no trial is running.
 
-        following: a trial to be run now; None where there is none until another has ended. told: hears how one has
-        ended, and says whether to go on. watch: called ten times a second.
+        next_trial: returns a trial to start now, or None if there is none until another one has ended. on_trial_end:
+        takes a trial and its result, and returns whether to continue. on_poll: called ten times a second.
         """
-        on = True
+        should_continue = True
         try:
             while True:
-                for slot in self.busy:
-                    if ended := slot.poll():
-                        trial, slot.trial = slot.trial, None
-                        on = on_trial_end(trial, ended) and on  # type: ignore[arg-type]
-                on = on and not signals.signal
-                for slot in self.workers:
-                    if on and not slot.trial and (trial := next_trial()):
-                        slot.start(trial, self.time_limit_minutes)
+                for worker in self.busy:
+                    if result := worker.poll():
+                        trial, worker.trial = worker.trial, None
+                        should_continue = on_trial_end(trial, result) and should_continue  # type: ignore[arg-type]
+                should_continue = should_continue and not signals.signal
+                for worker in self.workers:
+                    if should_continue and not worker.trial and (trial := next_trial()):
+                        worker.start(trial, self.time_limit_minutes)
                 if not self.busy:
                     return
-                for slot in () if on else self.busy:
-                    slot.stop(STOPPED_REASON, immediate=signals.immediate)
+                for worker in () if should_continue else self.busy:
+                    worker.stop(STOPPED_REASON, immediate=signals.immediate)
                 on_poll()
                 time.sleep(POLL_SECONDS)
         finally:
-            for slot in self.busy:
-                if slot.process:
-                    slot.process.kill()
+            for worker in self.busy:
+                if worker.process:
+                    worker.process.kill()
 
 
 class SweepSignalHandler:
-    """What a signal asks of a sweep: to stop after a checkpoint, and by a second one at once. See `Stops`."""
+    """Handles signals to a sweep: the first one stops its trials after a checkpoint, a second one at once.
+
+    See `SignalHandler`.
+    """
 
     def __init__(self) -> None:
-        self.signal, self.immediate, self._received_at = 0, False, 0.0
+        self.signal = 0
+        self.immediate = False
+        self._received_at = 0.0
 
     def _handle(self, signum: int, _: object) -> None:
         if self.signal and SignalHandler.is_repeat(signum, self.signal, self._received_at):
             return
         self.immediate = bool(self.signal)
-        self.signal, self._received_at = signum, time.monotonic()
+        self.signal = signum
+        self._received_at = time.monotonic()
 
     @contextmanager
     def installed(self) -> Iterator[SweepSignalHandler]:
-        """Takes the signals over, and gives them back."""
+        """Installs the handler, and restores the previous ones afterwards."""
         with SignalHandler.handler_installed(self._handle):
             yield self
 
@@ -251,15 +249,15 @@ class SweepSignalHandler:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """NVIDIA's, as CUDA_VISIBLE_DEVICES names them; found without loading what would take them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return tuple(name for name in named.split(",") if name not in ("", "-1"))
+    """Returns NVIDIA GPUs as CUDA_VISIBLE_DEVICES names them, without loading a library that would allocate them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(name for name in visible.split(",") if name not in ("", "-1"))
     return tuple(str(number) for number, _ in enumerate(sorted(GPU_DRIVER_DIR.glob("*"))))
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """This process, a child of the launcher's, gets SIGTERM when the launcher dies, however that is."""
+    """Has the kernel send SIGTERM to this process when its parent, the launcher, dies for whatever reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent_pid:  # it died before we could ask
+    if os.getppid() != parent_pid:  # the parent died before the call
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""The record of a run: a folder with a journal on local disk is the truth, MLflow is fed from it by another process."""
+"""Tracking: the run folder on local disk is the source of truth, and a separate process uploads it to MLflow."""

@@ -1,7 +1,7 @@
-"""Where the record of a run goes, when only the run's folder says so.
+"""The MLflow address that a run is uploaded to, when only the run folder states it.
 
-Anybody may have written the folder. An address in it that is not this machine's own is named before anything is sent
-there, and gets none of the credentials that this machine keeps for MLflow.
+A run folder is untrusted. An address in it that differs from this machine's own is printed before anything is sent
+there, and receives none of the MLflow credentials of this machine.
 """
 
 from __future__ import annotations
@@ -25,58 +25,58 @@ CREDENTIALS_FILE = Path("~/.mlflow/credentials")
 
 
 def machine_uri() -> str:
-    """The tracking address of this machine: what conf/ says now, or mlflow.db beside the Makefile."""
+    """The tracking address of this machine: the current value in conf/, or mlflow.db beside the Makefile."""
     return composition.compose([]).tracking.uri or default_uri(ROOT)
 
 
-def run_uri(folder: RunDir, overrides: list[str]) -> str | None:
-    """The address for the record of a run, of the `key=value` words if it was typed.
+def run_uri(run_dir: RunDir, overrides: list[str]) -> str | None:
+    """The address that a run is uploaded to: from the `key=value` overrides if given there, else the stored one.
 
-    None where the folder holds a reference to the environment, which says so: what was asked for can be done without
-    the address, and `make sync` can be told it later.
+    None, with a message, if the folder only holds a reference to the environment: the command does not need the
+    address, and `make sync` can be given it later.
     """
-    if typed := [word for word in overrides if word.partition("=")[0] == URI_KEY]:
-        return composition.compose(typed).tracking.uri or default_uri(ROOT)
+    if uri_overrides := [override for override in overrides if override.partition("=")[0] == URI_KEY]:
+        return composition.compose(uri_overrides).tracking.uri or default_uri(ROOT)
     try:
-        return stored_uri(folder)
+        return stored_uri(run_dir)
     except ValueError as error:
-        print_and_log(f"the record in MLflow has to wait: {error}")
+        print_and_log(f"upload to MLflow postponed: {error}")
         return None
 
 
-def use_stored_uri(folder: RunDir, uri: str | None) -> str:
-    """An address that stands in the folder, None for the default; one that is not this machine's is named."""
+def use_stored_uri(run_dir: RunDir, uri: str | None) -> str:
+    """The address to use for a stored one (None: the default); announces one that is not this machine's own."""
     if uri is None:
         return default_uri(ROOT)
-    own = machine_uri()
-    if uri != own:
+    local_uri = machine_uri()
+    if uri != local_uri:
         withheld = _withhold_credentials()
         print_and_log(
-            f"the record goes to {strip_credentials(uri)}, as {folder.path / 'config.yaml'} says; this machine's is "
-            f"{strip_credentials(own)}"
-            + (f" ({', '.join(withheld)} not sent; type the address to send them)" if withheld else "")
+            f"uploading to {strip_credentials(uri)}, the address in {run_dir.path / 'config.yaml'}; this machine's is "
+            f"{strip_credentials(local_uri)}"
+            + (f" ({', '.join(withheld)} not sent; pass the address to send them)" if withheld else "")
         )
     return uri
 
 
-def stored_uri(folder: RunDir) -> str:
-    """The address that the run was started with; its password was not kept.
+def stored_uri(run_dir: RunDir) -> str:
+    """The address that the run was started with, without its password, which is never stored.
 
-    Raises: ValueError where that is a reference to the environment which conf/ does not hold now.
+    Raises: ValueError if it is a reference to the environment that conf/ does not contain today.
     """
-    uri = folder.config().get("tracking", {}).get("uri")
+    uri = run_dir.config().get("tracking", {}).get("uri")
     if "${" in str(uri) and (URI_KEY, uri) in composition.conf_references({}):
         return machine_uri()
     if uri is not None and ("${" in str(uri) or "://" not in str(uri)):
-        raise ValueError(f"uri must be given, since the run's was {uri}; use make sync uri=ADDRESS")
-    return use_stored_uri(folder, uri)
+        raise ValueError(f"the run's tracking address is stored only as {uri}; use make sync uri=ADDRESS")
+    return use_stored_uri(run_dir, uri)
 
 
 def _withhold_credentials() -> list[str]:
-    """Takes this machine's credentials for MLflow out of this process and those that it starts; their names."""
+    """Hides this machine's MLflow credentials from this process and its children; returns their names."""
     names = [name for name in CREDENTIALS if os.environ.pop(name, None) is not None]
     if CREDENTIALS_FILE.expanduser().exists():
-        # MLflow reads the file where the environment has no user; there is no other way to tell it not to.
+        # MLflow reads the file unless the environment names a user; it has no switch to ignore it.
         os.environ |= {"MLFLOW_TRACKING_USERNAME": "anonymous", "MLFLOW_TRACKING_PASSWORD": "anonymous"}
         names.append(str(CREDENTIALS_FILE))
     return names

@@ -1,4 +1,4 @@
-"""Facts about the code and the machine that a run is tagged with."""
+"""The code, package versions and machine that a run is tagged with."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 NUMERICAL_PACKAGES = ("tensorflow", "keras", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
-NOTE_WIDTH = 100  # characters of a line
-LINE_CONTINUATION = " \\\n  "  # a shell reads on
+NOTE_WIDTH = 100  # characters per line
+LINE_CONTINUATION = " \\\n  "
 PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "hydra-core", "mlflow")
 
 
 def tags(root: Path) -> dict[str, str]:
-    """Git commit and dirtiness, host, Python and package versions."""
-    found = {
+    """MLflow tags: Git commit and dirty flag, host, user, Python and package versions."""
+    tags = {
         "host": socket.gethostname(),
         "mlflow.user": _user(),
         "mlflow.source.name": "train",
@@ -30,20 +30,20 @@ def tags(root: Path) -> dict[str, str]:
     }
     commit = _git(root, "rev-parse", "HEAD")
     if commit:
-        found["git.commit"] = commit
-        found["mlflow.source.git.commit"] = commit
-        found["git.dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
-    return found
+        tags["git.commit"] = commit
+        tags["mlflow.source.git.commit"] = commit
+        tags["git.dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
+    return tags
 
 
 def versions(backend: str) -> dict[str, str]:
-    """Of everything that computes: other versions may give other bits."""
+    """Versions of everything that computes, as other versions may give other bits."""
     names = (*NUMERICAL_PACKAGES, *(("jax", "jaxlib") if backend == "jax" else ()))
     return {"version.python": platform.python_version(), **{f"version.{name}": version(name) for name in names}}
 
 
 def source_hash(package: Path) -> str:
-    """SHA-256 over the package's sources, names and contents."""
+    """The first 16 hex digits of the SHA-256 over names and contents of the package's source files."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -51,29 +51,29 @@ def source_hash(package: Path) -> str:
 
 
 def requirements(packages: tuple[str, ...]) -> list[str]:
-    """`name==version` of what is installed."""
+    """`name==version` for each installed package."""
     return [f"{name}=={version(name)}" for name in packages]
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container without an entry for its user
+    except (OSError, KeyError):  # a container whose user has no passwd entry
         return "unknown"
 
 
 def _git(root: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def command_note(command: str) -> dict[str, str]:
-    """The tag that MLflow shows as a run's description: the command, in lines that a page has room for."""
+    """The tag that MLflow shows as a run's description: the command, wrapped to fit the page."""
     lines = [""]
     for word in map(shlex.quote, shlex.split(command)):
         if lines[-1] and len(lines[-1]) + len(word) > NOTE_WIDTH:

@@ -1,9 +1,9 @@
-"""The journal `metrics.jsonl`, one line per logged step: the truth about a run, on disk before MLflow hears of it.
+"""The journal `metrics.jsonl`, one line per logged step: the source of truth, on disk before anything reaches MLflow.
 
     {"epoch": 0, "step": 40, "time": 1780000000.0, "values": {"train/loss": 2.3, ...}, "branch": [0, 1]}
 
-`branch` counts accepted changes of the config and rollbacks, and is left out while both are 0. Lines of a later branch
-stand in the place of those of an earlier one with the same steps, which stay.
+`branch` counts accepted config changes and rollbacks, and is omitted while both are 0. Lines of a later branch
+supersede those of an earlier branch with the same steps, which are kept.
 """
 
 from __future__ import annotations
@@ -24,26 +24,24 @@ from train.storage.atomic import fsync_folder, open_inside, read_inside
 
 log = logging.getLogger(__name__)
 
-NONDETERMINISTIC = (
-    "images_per_second",
-    "data_wait_fraction",
-    "cost/peak_memory_bytes",
-)  # differ between two equal runs
+# Metrics that differ between two otherwise identical runs.
+NONDETERMINISTIC = ("images_per_second", "data_wait_fraction", "cost/peak_memory_bytes")
 INITIAL_BRANCH = (0, 0)
 
 
 class ReplayError(ArithmeticError):
-    """A step that was done again gave other numbers."""
+    """A replayed step gave different values."""
 
 
 class Journal:
-    """Adds lines. Those that an earlier life has written are compared and not written again."""
+    """Appends lines. A line that an earlier attempt has written already is compared instead."""
 
     def __init__(self, path: Path):
-        """Cuts off a last line that was being written when the machine went down."""
+        """Opens the journal and removes an incomplete last line, as a crash leaves it."""
         self.path = path
-        self.position, self.branch = 0, INITIAL_BRANCH  # where we stand: behind so many of the file's lines
-        self._replay_queue: deque[tuple[int, dict[str, Any]]] = deque()  # lines of earlier lives, with their numbers
+        self.position = 0  # number of lines of the file that precede the next one
+        self.branch = INITIAL_BRANCH
+        self._replay_queue: deque[tuple[int, dict[str, Any]]] = deque()  # (line number, line) of earlier attempts
         self._compare = True
         self._line_count = 0
         if path.exists():
@@ -51,34 +49,38 @@ class Journal:
             self.seek(0, INITIAL_BRANCH, compare=True)
 
     def seek(self, position: int, branch: tuple[int, int], *, compare: bool) -> None:
-        """From behind the first `lines` lines, on `branch`; its lines behind there were written by an earlier life.
+        """Continues after the first `position` lines, on `branch`; later lines of it are those of an earlier attempt.
 
-        `compare`: whether the same bits must come again.
+        `compare`: whether replayed steps must give the same bits.
 
         Raises: ValueError if the journal has fewer lines.
         """
-        known = [line for line, _ in read_journal(self.path)]
-        if position > len(known):
+        lines = [line for line, _ in read_journal(self.path)]
+        if position > len(lines):
             raise ValueError(
-                f"{self.path} must have the {position} lines that the checkpoint knows, got {len(known)}; put it back"
+                f"{self.path} has {len(lines)} lines, but the checkpoint was saved after line {position}; "
+                "restore the journal"
             )
-        self.position, self.branch, self._compare, self._line_count = position, branch, compare, len(known)
+        self.position = position
+        self.branch = branch
+        self._compare = compare
+        self._line_count = len(lines)
         self._replay_queue = deque(
             (number, line)
-            for number, line in enumerate(known)
+            for number, line in enumerate(lines)
             if number >= position and tuple(line.get("branch", INITIAL_BRANCH)) == branch
         )
 
     def append(self, epoch: int, step: int, values: dict[str, float]) -> None:
-        """Has a line on disk before returning.
+        """Writes a line, which is on disk when this returns, or compares it with that of an earlier attempt.
 
-        Raises: ReplayError naming the step, if an earlier life found other numbers there; OSError.
+        Raises: ReplayError naming the step, if the earlier attempt has other values there; OSError.
         """
         line: dict[str, Any] = {"epoch": epoch, "step": step, "time": time.time(), "values": values}
         if self.branch != INITIAL_BRANCH:
             line["branch"] = list(self.branch)
         if self._replay_queue and not self._compare and _line_key(self._replay_queue[0][1]) != _line_key(line):
-            self._replay_queue.clear()  # other bits took another way, such as stopping earlier
+            self._replay_queue.clear()  # other bits may take another course, such as stopping earlier
         if self._replay_queue:
             number, earlier = self._replay_queue.popleft()
             if self._compare:
@@ -92,7 +94,7 @@ class Journal:
 
 
 def _append_line(path: Path, line: bytes) -> None:
-    """The whole line, or nothing of it where the disk is full."""
+    """Appends the whole line, or nothing of it if the disk is full."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     with os.fdopen(descriptor, "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -110,10 +112,10 @@ def _append_line(path: Path, line: bytes) -> None:
 
 def _truncate_partial_line(path: Path) -> None:
     content = read_inside(path.parent, path.name)
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        log.warning("the last line of %s was being written when the run died, and is cut off", path)
-        os.truncate(path, whole)
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        log.warning("removed an incomplete last line from %s: the run died while writing it", path)
+        os.truncate(path, end)
 
 
 def _line_key(line: dict[str, Any]) -> tuple[int, int, set[str]]:
@@ -121,32 +123,37 @@ def _line_key(line: dict[str, Any]) -> tuple[int, int, set[str]]:
 
 
 def _check_identical(recorded: dict[str, Any], replayed: dict[str, Any]) -> None:
-    """What is a function of config, data and code must come again to the last bit; times and rates need not."""
-    before, after = comparable(recorded), comparable(replayed)
-    if before == after:
-        return
-    where = f"epoch {replayed['epoch'] + 1} at step {replayed['step']}"
-    if before[:2] != after[:2]:
-        what = f"the journal goes on at epoch {recorded['epoch'] + 1}, step {recorded['step']}"
+    """Raises: ReplayError unless every value that config, data and code determine is the same, to the last bit."""
+    *recorded_step, recorded_values = comparable(recorded)
+    *replayed_step, replayed_values = comparable(replayed)
+    if recorded_step != replayed_step:
+        difference = f"gave {_describe_step(replayed)}, the journal has {_describe_step(recorded)}"
+    elif recorded_values != replayed_values:
+        names = {*recorded_values, *replayed_values}
+        name = min(name for name in names if recorded_values.get(name) != replayed_values.get(name))
+        difference = (
+            f"{_describe_step(replayed)} gave {name} {replayed_values.get(name)}, "
+            f"the journal has {recorded_values.get(name)}"
+        )
     else:
-        names = sorted(name for name in {*before[2], *after[2]} if before[2].get(name) != after[2].get(name))
-        what = f"{names[0]} was {before[2].get(names[0])}, is {after[2].get(names[0])}"
-    raise ReplayError(
-        f"a step that is done again must give the same bits, but in {where} {what}; "
-        "another machine, driver or library? see train.log"
-    )
+        return
+    raise ReplayError(f"not reproducible: replaying {difference}; did the machine, driver or a library change?")
+
+
+def _describe_step(line: dict[str, Any]) -> str:
+    return f"step {line['step']} (epoch {line['epoch'] + 1})"
 
 
 def comparable(line: dict[str, Any]) -> tuple[int, int, dict[str, str]]:
-    """Epoch, step and the values that two equal runs have in common, as texts: a number that is none equals itself."""
+    """Epoch, step and the values that two equal runs share, as JSON texts, so that NaN equals itself."""
     values = {name: json.dumps(value) for name, value in line["values"].items() if name not in NONDETERMINISTIC}
     return line["epoch"], line["step"], values
 
 
 def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Whole lines from byte `offset` on, each with the offset behind it; a line being written is left for later.
+    """Yields the complete lines from byte `offset` on, each with the offset of its end; skips one still being written.
 
-    Raises: ValueError naming the place of a line that is no JSON.
+    Raises: ValueError naming the byte at which a line is not JSON.
     """
     if not path.exists():
         return
@@ -156,8 +163,10 @@ def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], 
             if not line.endswith(b"\n"):
                 return
             try:
-                found = json.loads(line)
+                record = json.loads(line)
             except ValueError:
-                raise ValueError(f"{path} must hold JSON lines, got {line[:80]!r} at byte {offset}") from None
+                raise ValueError(
+                    f"{path} is not valid JSON at byte {offset}: {line[:80]!r}; restore the journal"
+                ) from None
             offset += len(line)
-            yield found, offset
+            yield record, offset

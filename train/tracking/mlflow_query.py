@@ -1,4 +1,4 @@
-"""Runs as they stand in an MLflow store."""
+"""Reads this project's runs from an MLflow store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.tracking.mlflow_store import RUN_ID_TAG, connect, database_path, pagi
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run of ours. params: as texts, by dotted key; metrics: their last values; time: of its start, in seconds."""
+    """A run of this project. params: texts by dotted key; metrics: last values; start_time: Unix time in seconds."""
 
     name: str
     status: str
@@ -22,28 +22,30 @@ class RunRecord:
 
 
 def list_runs(uri: str, experiment: str) -> list[RunRecord]:
-    """All runs of an experiment that were not deleted, the oldest first.
+    """All runs of an experiment that were not deleted, oldest first.
 
-    Raises: ValueError if there is no such store or it is away, or it has no such experiment, naming those it has.
+    Raises: ValueError if the store does not exist or fails, or for an unknown experiment, naming the existing ones.
     """
     if (database := database_path(uri)) is not None and not database.exists():
-        raise ValueError(f"uri must be a store, got {uri}, where none is; use make train, or uri=ADDRESS")
+        raise ValueError(f"no MLflow store at {uri}; use make train, or uri=ADDRESS")
     try:
-        found, known = _search_runs(uri, experiment)
-    except Exception as fault:  # MLflow has many
-        raise ValueError(f"the store must answer, got {redact_passwords(str(fault), uri)}; use uri=ADDRESS") from None
-    if found is None:
-        raise ValueError(f"experiment must be one of {known or '(there is none yet)'}, got {experiment}")
-    return sorted(found, key=lambda run: run.start_time)
+        runs, experiments = _search_runs(uri, experiment)
+    except Exception as error:  # MLflow raises many types
+        raise ValueError(f"the MLflow store failed: {redact_passwords(str(error), uri)}; use uri=ADDRESS") from None
+    if runs is None:
+        raise ValueError(f"experiment must be one of {experiments or '(none yet)'}, got {experiment}")
+    return sorted(runs, key=lambda run: run.start_time)
 
 
 def _search_runs(uri: str, experiment: str) -> tuple[list[RunRecord] | None, str]:
-    """The experiment's runs, None where there is no such one; and the names of all."""
+    """The experiment's runs, None if it does not exist; and the names of all experiments, comma-separated."""
     client = connect(uri)
-    there = {one.name: one.experiment_id for one in paginate(client.search_experiments)}  # those that were not deleted
-    runs = paginate(client.search_runs, [there[experiment]]) if experiment in there else None
-    found = None if runs is None else [_to_run_record(run) for run in runs if RUN_ID_TAG in run.data.tags]
-    return found, ", ".join(sorted(there.keys() - {"Default"}))
+    ids = {entry.name: entry.experiment_id for entry in paginate(client.search_experiments)}  # without deleted ones
+    experiments = ", ".join(sorted(ids.keys() - {"Default"}))
+    if experiment not in ids:
+        return None, experiments
+    runs = paginate(client.search_runs, [ids[experiment]])
+    return [_to_run_record(run) for run in runs if RUN_ID_TAG in run.data.tags], experiments
 
 
 def _to_run_record(run: Any) -> RunRecord:

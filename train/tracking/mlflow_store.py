@@ -1,4 +1,4 @@
-"""MLflow: the only module that talks to it. Everything here may be called again without adding anything twice."""
+"""The only module that writes to MLflow. Every call may be repeated without storing anything twice."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from train.config.serialization import Redactor, extract_credentials
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-# A server that is away is asked again by the uploader, which knows when to give up; MLflow's own retries would hold
-# it for minutes.
+# The uploader retries an unreachable server itself and knows when to give up; MLflow's retries would block it for
+# minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # between the lines of our commands
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would mix with our own output
 
 
 def _avoid_percent_in_the_path_of_mlflow() -> str | None:
-    """Makes Python find MLflow by another path where the one of the environment has a `%` in it; that path.
+    """Makes Python import MLflow through a link if its path contains a `%`; returns the link.
 
-    MLflow hands the path of its migrations to Alembic unquoted, which takes `%` for the start of a variable and fails:
-    no database could be opened from a project in a folder with such a name.
+    MLflow passes the path of its migrations to Alembic unquoted, which fails on `%` as the start of a variable: no
+    database could be opened from a project in a folder with such a name.
     """
-    for number, entry in enumerate(sys.path):
+    for index, entry in enumerate(sys.path):
         if "%" in entry and Path(entry, "mlflow").is_dir():
             link = Path(mkdtemp(prefix="site-packages-"), "site-packages")
             link.symlink_to(entry)
             atexit.register(shutil.rmtree, link.parent)
-            sys.path[number] = str(link)
+            sys.path[index] = str(link)
             return str(link)
     return None
 
@@ -48,22 +48,23 @@ def _avoid_percent_in_the_path_of_mlflow() -> str | None:
 SITE_PACKAGES = _avoid_percent_in_the_path_of_mlflow()
 
 CHAMPION = "champion"  # alias of a registered model
-ACCURACY_TAG = "validation_accuracy"  # tag of a model version: what the champion is chosen by
-OLD_ACCURACY_TAG = "validation_main_accuracy"  # its name in versions that were registered for runs of format 1
+ACCURACY_TAG = "validation_accuracy"  # tag of a model version, by which the champion is chosen
+OLD_ACCURACY_TAG = "validation_main_accuracy"  # the same tag on versions registered from runs of format 1
 WEIGHTS_TAG = "weights_sha256"  # tag of a logged model
 ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
-RETRYABLE_STATUS_CODES = (408, 409, 429)  # of the statuses from 400 to 499: too slow, in conflict, too many
-# What keeps SQLite from answering now and may be mended meanwhile: in use, full, gone, not writable.
+RETRYABLE_STATUS_CODES = (408, 409, 429)  # of 400 to 499: timeout, conflict, too many requests
+# SQLite result codes that may be temporary: in use, full, missing, not writable.
 SQLITE_OUTAGES = (
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_INTERRUPT,
     sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_PERM,
 )  # fmt: skip
-MAX_METRICS_PER_REQUEST = 1000  # most metrics that one request may hold
-MAX_PARAMS_PER_REQUEST = 100  # most parameters that one request may hold
+# Limits of MLflow's log_batch.
+MAX_METRICS_PER_REQUEST = 1000
+MAX_PARAMS_PER_REQUEST = 100
 RUN_ID_TAG = "run_id"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts, not prompts
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs, not prompts
 HEARTBEAT_TAG = "heartbeat"
-PARENT_TAG = "mlflow.parentRunId"  # the UI shows a run with it below the other
+PARENT_TAG = "mlflow.parentRunId"  # the UI nests the run below its parent
 SUMMARY_TAGS = (
     "config_hash", "data_fingerprint", "weights_sha256", "status", "attempts", "rollbacks", "changes", "pruned",
     "best_trial",
@@ -75,10 +76,11 @@ class Store:
     """One run in an MLflow store."""
 
     def __init__(self, uri: str, identity: dict[str, Any]):
-        """Finds the run by its `run_id` tag, or makes it, with all tags in the one call that creates it."""
+        """Finds the run by its `run_id` tag, or creates it, with all its tags in the same request."""
         import mlflow
 
-        self._mlflow, self.uri = mlflow, use_credentials(uri)
+        self._mlflow = mlflow
+        self.uri = use_credentials(uri)
         with _exclusive(self.uri):
             mlflow.set_tracking_uri(self.uri)
             self.client = connect(uri)
@@ -87,22 +89,22 @@ class Store:
     def _get_or_create_experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             try:
                 return self.client.create_experiment(name, artifact_location(self.uri, name), EXPERIMENT_TAGS)
-            except MlflowException as error:  # another run on the same server was faster
-                found = self.client.get_experiment_by_name(name)
-                if error.error_code != ALREADY_EXISTS or found is None:
+            except MlflowException as error:  # another run has just created it
+                experiment = self.client.get_experiment_by_name(name)
+                if error.error_code != ALREADY_EXISTS or experiment is None:
                     raise
-        if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        return found.experiment_id
+        if experiment.lifecycle_stage == "deleted":
+            self.client.restore_experiment(experiment.experiment_id)
+        return experiment.experiment_id
 
     def _get_or_create_run(self, experiment_id: str, identity: dict[str, Any]) -> str:
-        found = self.client.search_runs([experiment_id], f"tags.{RUN_ID_TAG} = '{identity['run_id']}'", max_results=1)
-        if found:
-            return found[0].info.run_id
+        runs = self.client.search_runs([experiment_id], f"tags.{RUN_ID_TAG} = '{identity['run_id']}'", max_results=1)
+        if runs:
+            return runs[0].info.run_id
         tags = {**identity["tags"], RUN_ID_TAG: identity["run_id"]}
         run = self.client.create_run(
             experiment_id, start_time=int(identity["time"] * 1000), tags=tags, run_name=identity["name"]
@@ -110,15 +112,15 @@ class Store:
         return run.info.run_id
 
     def set_parent(self, sweep_id: str) -> bool:
-        """Makes the run a child of the sweep's; whether that is there already."""
+        """Makes the run a child of the sweep's run; returns whether that exists already."""
         run = self.client.get_run(self.mlflow_id)
-        found = self.client.search_runs([run.info.experiment_id], f"tags.{RUN_ID_TAG} = '{sweep_id}'", max_results=1)
-        if found and run.data.tags.get(PARENT_TAG) != found[0].info.run_id:
-            self.client.set_tag(self.mlflow_id, PARENT_TAG, found[0].info.run_id)
-        return bool(found)
+        parents = self.client.search_runs([run.info.experiment_id], f"tags.{RUN_ID_TAG} = '{sweep_id}'", max_results=1)
+        if parents and run.data.tags.get(PARENT_TAG) != parents[0].info.run_id:
+            self.client.set_tag(self.mlflow_id, PARENT_TAG, parents[0].info.run_id)
+        return bool(parents)
 
     def set_children(self, sweep_id: str) -> None:
-        """Makes all runs of the sweep children of this one; some may have come before it."""
+        """Makes all runs of the sweep children of this one; some may have been created before it."""
         experiment = self.client.get_run(self.mlflow_id).info.experiment_id
         for run in paginate(self.client.search_runs, [experiment], f"tags.sweep = '{sweep_id}'"):
             if run.data.tags.get(PARENT_TAG) != self.mlflow_id:
@@ -132,7 +134,7 @@ class Store:
             self.client.log_batch(self.mlflow_id, params=entries[start : start + MAX_PARAMS_PER_REQUEST])
 
     def log_journal_lines(self, lines: list[dict[str, Any]]) -> None:
-        """Journal lines with their own steps and times; the same line twice is stored once."""
+        """Logs journal lines with their own steps and times; MLflow stores a repeated line once."""
         from mlflow.entities import Metric
 
         metrics = [
@@ -144,13 +146,13 @@ class Store:
             self.client.log_batch(self.mlflow_id, metrics=metrics[start : start + MAX_METRICS_PER_REQUEST])
 
     def log_changed_metrics(self, values: dict[str, float], *, time: float, step: int) -> None:
-        """Metrics, without those that have this value already."""
-        known = self.client.get_run(self.mlflow_id).data.metrics
-        fresh = {name: value for name, value in values.items() if known.get(name) != value}
-        self.log_journal_lines([{"values": fresh, "time": time, "step": step}])
+        """Logs the metrics whose value in MLflow differs."""
+        current = self.client.get_run(self.mlflow_id).data.metrics
+        changed = {name: value for name, value in values.items() if current.get(name) != value}
+        self.log_journal_lines([{"values": changed, "time": time, "step": step}])
 
     def log_dataset(self, dataset: dict[str, Any]) -> None:
-        """The data set with our own digest; MLflow's would walk the whole of it."""
+        """Logs the data set with our own digest; MLflow would read all of it to compute one."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         entity = Dataset(
@@ -166,10 +168,10 @@ class Store:
         self.client.log_artifact(self.mlflow_id, str(path), folder)
 
     def log_model(self, path: Path, weights_sha256: str, requirements: list[str]) -> str:
-        """Uploads the inference model with its signature, once; its id in the store.
+        """Uploads the inference model with its signature, once; returns its id in the store.
 
-        An upload that was cut off is completed in its place, so that no second copy is stored. weights: the SHA-256
-        that tells this model from others of the run. requirements: named, because MLflow takes long to find them.
+        An interrupted upload is completed in place, so that no second copy is stored. weights_sha256: identifies the
+        model among those of the run. requirements: passed because MLflow takes long to infer them.
         """
         model = self._get_or_create_logged_model(weights_sha256)
         if model.status != "READY":
@@ -185,11 +187,11 @@ class Store:
         return model.model_id
 
     def _get_or_create_logged_model(self, weights_sha256: str) -> Any:
-        """The store's entry for these weights of the run, which is made if there is none."""
+        """The store's entry for these weights of the run, created if missing."""
         run = self.client.get_run(self.mlflow_id)
         experiments = [run.info.experiment_id]
-        wanted = f"source_run_id = '{self.mlflow_id}' AND tags.{WEIGHTS_TAG} = '{weights_sha256}'"
-        matches = list(self.client.search_logged_models(experiments, wanted, max_results=1))
+        query = f"source_run_id = '{self.mlflow_id}' AND tags.{WEIGHTS_TAG} = '{weights_sha256}'"
+        matches = list(self.client.search_logged_models(experiments, query, max_results=1))
         if matches:
             return matches[0]
         return self.client.create_logged_model(
@@ -214,21 +216,21 @@ class Store:
         )  # fmt: skip
 
     def register_model(self, model_id: str, model_info: dict[str, Any]) -> None:
-        """A version of the experiment's model, once; CHAMPION names the most accurate one on the data of this run.
+        """Registers a version of the experiment's model, once; CHAMPION is the most accurate one on this run's data.
 
-        card: of best/model.json.
+        model_info: the content of best/model.json.
         """
         run = self.client.get_run(self.mlflow_id)
         experiment = self.client.get_experiment(run.info.experiment_id).name
-        name = f"{experiment}-{run.data.tags['data']}".replace(":", "-")  # which names may not have
-        name = name.replace('"', "'")  # which a filter can't hold: MLflow's grammar has no escapes
+        name = f"{experiment}-{run.data.tags['data']}".replace(":", "-")  # not allowed in names
+        name = name.replace('"', "'")  # MLflow's filter grammar has no escapes
         with _exclusive(self.uri):
             self._create_registered_model(name, f"inference models of {experiment}")
             source = f"models:/{model_id}"
             if source not in {version.source for version in self._versions(name)}:
                 tags = {ACCURACY_TAG: str(model_info["validation"]["accuracy"]), "data": model_info["data_fingerprint"]}
                 self.client.create_model_version(name, source, self.mlflow_id, tags=tags, model_id=model_id)
-            # Of two runs that end at once on a server each may have read before the other one wrote: so until it holds.
+            # Two runs that end at once on a server may each read before the other writes, so repeat until it is stable.
             while (best := self._best_version(name, model_info["data_fingerprint"])) != self._champion_version(name):
                 self.client.set_registered_model_alias(name, CHAMPION, best)
 
@@ -245,7 +247,7 @@ class Store:
         return list(paginate(self.client.search_model_versions, f'name = "{name}"'))
 
     def _best_version(self, name: str, data_fingerprint: str) -> str:
-        """The number of the version with the highest validation accuracy on that data, of equal ones the first."""
+        """The version with the highest validation accuracy on that data; the oldest of equal ones."""
         versions = [version for version in self._versions(name) if version.tags.get("data") == data_fingerprint]
 
         def rank(version: Any) -> tuple[float, int]:
@@ -258,7 +260,7 @@ class Store:
         return self.client.get_registered_model(name).aliases.get(CHAMPION)
 
     def send_heartbeat(self) -> None:
-        """The run's process is alive, whatever was said of its last life."""
+        """Marks the run as running now, and clears the failure of an earlier attempt."""
         self.client.set_tag(self.mlflow_id, HEARTBEAT_TAG, f"{time.time():.0f}")
         if self.client.get_run(self.mlflow_id).info.status != "RUNNING":
             self.client.update_run(self.mlflow_id, status="RUNNING")
@@ -269,7 +271,7 @@ class Store:
             self.client.delete_tag(self.mlflow_id, name)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Tags from the summary, and the run's end."""
+        """Sets tags from the summary, and the run's final status and end time."""
         if not summary.get("failure"):
             self._delete_tags("failure")
         for name in (*SUMMARY_TAGS, "failure"):
@@ -279,10 +281,10 @@ class Store:
 
 
 def is_permanent_error(error: Exception) -> bool:
-    """Whether asking again will be answered in the same way: not an outage, but a permanent no.
+    """Whether a retry would fail in the same way, as for a rejected request and unlike during an outage.
 
-    The server's own answers are told by their status, SQLite's by its result code. What no library of ours classifies
-    is taken for an outage: retries end after a while, and add nothing twice.
+    Errors of a server are classified by HTTP status, SQLite's by result code, programming errors by type. Anything else
+    counts as an outage: retries end after a while, and store nothing twice.
     """
     import requests
     from mlflow.exceptions import InvalidUrlException, MlflowException
@@ -304,7 +306,7 @@ def _is_permanent_status(status: int) -> bool:
 
 
 def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it came from, and the database driver's own that SQLAlchemy wraps."""
+    """Yields the error, its causes, and the database driver's errors that SQLAlchemy wraps."""
     while error is not None:
         yield error
         if isinstance(driver := getattr(error, "orig", None), BaseException):
@@ -313,24 +315,24 @@ def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def mark_stale(client: Any, mlflow_id: str) -> None:
-    """The run's process died without a word."""
+    """Marks a run as failed whose process is gone and left no summary."""
     client.set_tag(mlflow_id, "status", "failed")
     client.set_tag(mlflow_id, "failure", "the training process is gone")
     client.set_terminated(mlflow_id, "FAILED")
 
 
 def list_running(uri: str) -> Iterator[tuple[Any, Any]]:
-    """A client, and every run of ours that the store takes for running."""
+    """Yields a client with every run of this project that the store shows as running."""
     client = connect(uri)
-    experiments = [found.experiment_id for found in paginate(client.search_experiments)]
-    wanted = "attributes.status = 'RUNNING'"
-    for run in paginate(client.search_runs, experiments, wanted) if experiments else ():
+    experiments = [experiment.experiment_id for experiment in paginate(client.search_experiments)]
+    query = "attributes.status = 'RUNNING'"
+    for run in paginate(client.search_runs, experiments, query) if experiments else ():
         if RUN_ID_TAG in run.data.tags:
             yield client, run
 
 
 def paginate(search: Callable, *arguments: Any) -> Iterator[Any]:
-    """All that a search finds; it gives a page at a time."""
+    """Yields all results of a search that returns one page at a time."""
     token = None
     while True:
         page = search(*arguments, page_token=token)
@@ -341,7 +343,7 @@ def paginate(search: Callable, *arguments: Any) -> Iterator[Any]:
 
 
 def connect(uri: str) -> Any:
-    """An MLflow client, with the credentials of the address in the environment."""
+    """An MLflow client; credentials in the address are moved to the environment."""
     from mlflow import MlflowClient
 
     if (path := database_path(uri)) is None:
@@ -350,12 +352,12 @@ def connect(uri: str) -> Any:
         _make_default_experiment(uri, path)
         client = MlflowClient(uri)
         if quote_sqlite_path(str(path)) != str(path):
-            client.search_registered_models(max_results=1)  # the registry, too, opens the address when first asked
+            client.search_registered_models(max_results=1)  # the registry opens the address on first use only
         return client
 
 
 def _make_default_experiment(uri: str, path: Path) -> None:
-    """MLflow's own first experiment, in a new database: it would name the working directory, unquoted, in SQL."""
+    """Creates MLflow's default experiment; MLflow itself would put the unquoted working directory into SQL."""
     if not path.exists() or "'" in str(Path.cwd()):
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -364,7 +366,7 @@ def _make_default_experiment(uri: str, path: Path) -> None:
 
 @contextmanager
 def _without_stray_folder(uri: str, path: Path) -> Iterator[None]:
-    """MLflow makes the folder that an address names before it is unquoted; it is removed again."""
+    """Removes the empty folder that MLflow creates from the still quoted address."""
     stray = Path(uri.removeprefix("sqlite:///")).parent
     is_stray = stray.absolute() != path.parent and not stray.exists()
     yield
@@ -383,23 +385,23 @@ def sqlite_uri(path: Path) -> str:
 
 
 def quote_sqlite_path(path: str) -> str:
-    """A path as it stands in the address of a SQLite file, where `%` and `?` mean something else."""
+    """Quotes a path for the address of a SQLite file, where `%` and `?` are special."""
     return path.replace("%", "%25").replace("?", "%3F")
 
 
 def redact_passwords(text: str, uri: str) -> str:
-    """A message of MLflow's about the store at `uri`, as it may be shown."""
+    """A message of MLflow's without the credentials of `uri`."""
     return Redactor(secrets=dict.fromkeys(extract_credentials(uri), "***")).redact(text)
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
-    """For SQLite, a folder beside the database; a server has its own place."""
+    """A folder beside a SQLite database; None for a server, which has its own location."""
     path = database_path(uri)
     return (path.parent / "mlartifacts" / experiment).as_uri() if path else None
 
 
 def database_path(uri: str) -> Path | None:
-    """The file of a SQLite address."""
+    """The file of a SQLite address; None for any other address."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
@@ -417,7 +419,7 @@ def use_credentials(uri: str) -> str:
 
 @contextmanager
 def _exclusive(uri: str) -> Iterator[None]:
-    """One process at a time makes the database and the experiment: their first creation races."""
+    """Serialises processes that create the database, an experiment or a model version, which would race."""
     path = database_path(uri)
     if path is None:
         yield

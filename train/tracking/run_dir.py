@@ -1,4 +1,4 @@
-"""A run's folder: what it holds, how it is made, how it is found again."""
+"""The run folder: its files, its lock, and functions to create it and find it again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from train.config.serialization import FormatVersionError, check_format_version, format_version
+from train.config.serialization import RUN_FORMAT_VERSION, FormatVersionError, check_format_version, format_version
 from train.storage import fault_injection
 from train.storage.atomic import UnsafePathError, read_inside, replace_symlink, resolve_inside, write_atomically
 from train.tracking import format_1
@@ -36,14 +36,14 @@ class RunDir:
     run_id: str
 
     def inside(self, name: str) -> Path:
-        """The real path of what the folder holds by that name.
+        """The real path of `name` in the folder.
 
-        Raises: OutsideError if a link leads out of the folder.
+        Raises: UnsafePathError for a link out of the folder.
         """
         return resolve_inside(self.path, name)
 
     def read_bytes(self, name: str) -> bytes:
-        """Raises: OutsideError for what is not a regular file of the folder; OSError."""
+        """Raises: UnsafePathError for anything but a regular file of the folder; OSError."""
         return read_inside(self.path, name)
 
     @property
@@ -58,9 +58,9 @@ class RunDir:
         write_atomically(self.path / name, json.dumps(payload, indent=2) + "\n")
 
     def read_json(self, name: str, default: dict[str, Any]) -> dict[str, Any]:
-        """What `write_json` wrote, or `otherwise` where it has not come to that.
+        """The object that `write_json` wrote, or `default` if the file does not exist.
 
-        Raises: ValueError naming a file that is none of ours.
+        Raises: ValueError naming a file that is not JSON.
         """
         try:
             return json.loads(self.read_bytes(name))
@@ -69,7 +69,7 @@ class RunDir:
         except UnsafePathError:
             raise
         except ValueError:
-            raise ValueError(f"{self.path / name} must hold JSON, as it was written; put it back") from None
+            raise ValueError(f"{self.path / name} does not hold valid JSON; restore the file") from None
 
     def write_yaml(self, name: str, payload: dict[str, Any]) -> None:
         write_atomically(self.path / name, yaml.safe_dump(payload, sort_keys=False, allow_unicode=True))
@@ -80,116 +80,117 @@ class RunDir:
     def save_best(
         self, inference: Any, epoch: int, values: dict[str, float], classes: tuple[str, ...], fingerprint: str
     ) -> None:
-        """`best/model.keras`, the inference model, and `best/model.json`, which says what it is.
+        """Writes `best/model.keras`, the inference model, and `best/model.json`, which describes it, atomically.
 
-        Both at once: `best` is a link to one of two folders, and is turned when the other one is whole.
+        `best` is a link to one of two folders, and is switched when the other one is complete.
         """
-        old = self.best.resolve()
-        fresh = self.path / next(name for name in (".best-a", ".best-b") if name != old.name)
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
+        previous = self.best.resolve()
+        target = self.path / next(name for name in (".best-a", ".best-b") if name != previous.name)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
         try:
-            inference.save(fresh / "model.keras")
-            with (fresh / "model.keras").open("rb") as file:
+            inference.save(target / "model.keras")
+            with (target / "model.keras").open("rb") as file:
                 os.fsync(file.fileno())
             fault_injection.fail_point("best/model")
-            content = {
+            model_info = {
                 "classes": list(classes),
                 "input": {"shape": list(inference.input_shape[1:]), "dtype": "uint8", "range": [0, 255]},
                 "epoch": epoch + 1,
                 "validation": {name: values[f"validation/{name}"] for name in ("accuracy", "loss")},
                 "data_fingerprint": fingerprint,
             }
-            write_atomically(fresh / "model.json", json.dumps(content, indent=2) + "\n")
+            write_atomically(target / "model.json", json.dumps(model_info, indent=2) + "\n")
             fault_injection.fail_point("best/card")
-            replace_symlink(self.best, fresh)
-        except Exception:  # h5py has its own for a full disk
-            shutil.rmtree(fresh, ignore_errors=True)
+            replace_symlink(self.best, target)
+        except Exception:  # h5py raises its own types for a full disk
+            shutil.rmtree(target, ignore_errors=True)
             raise
         fault_injection.fail_point("best/turned")
-        if old.name in (".best-a", ".best-b"):
-            shutil.rmtree(old, ignore_errors=True)
+        if previous.name in (".best-a", ".best-b"):
+            shutil.rmtree(previous, ignore_errors=True)
 
     def identity(self) -> dict[str, Any]:
         """run.json."""
         return json.loads(self.read_bytes("run.json"))
 
     def config(self) -> dict[str, Any]:
-        """config.yaml as it stands there: whatever looks like a reference in it is text.
+        """config.yaml without interpolation: a `${...}` in it is plain text.
 
-        Raises: ValueError for a file that holds no config.
+        Raises: ValueError if the file does not hold a config.
         """
         try:
-            content = yaml.safe_load(self.read_bytes("config.yaml"))
+            config = yaml.safe_load(self.read_bytes("config.yaml"))
         except yaml.YAMLError:
-            content = None
-        if not isinstance(content, dict):
-            raise ValueError(f"{self.path / 'config.yaml'} does not hold a config; put back the file of the run")
-        return format_1.current_config(content) if self.format_version() == 1 else content
+            config = None
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path / 'config.yaml'} does not hold a config; restore the run's own file")
+        return format_1.current_config(config) if self.format_version() == 1 else config
 
     def sweep_id(self) -> str | None:
-        """The id of the sweep in whose folder it lies."""
+        """The id of the sweep that the run is a trial of; None outside a sweep folder."""
         try:
             return json.loads((self.path.parent / "sweep.json").read_text())["sweep_id"]
         except FileNotFoundError:
             return None
 
     def trial_label(self) -> str | None:
-        """What makes it differ from the other trials of its sweep."""
+        """The overrides that tell the run from the other trials of its sweep; None outside a sweep."""
         if self.sweep_id() is None:
             return None
         number = self.path.name.partition("-")[0]
         return json.loads((self.path.parent / "trials" / f"{number}.json").read_text())["label"]
 
     def attempt(self) -> int:
-        """The number of the run's newest life."""
+        """The number of the run's latest attempt."""
         return read_heartbeat(self.path / "heartbeat")[1]
 
     def model_info(self) -> dict[str, Any]:
-        """best/model.json in today's form; empty as long as there is none."""
+        """best/model.json in today's form; empty if the file does not exist."""
         return format_1.current_model_info(self.read_json("best/model.json", {}))
 
     def summary(self) -> dict[str, Any]:
-        """summary.json in today's form; empty as long as there is none."""
+        """summary.json in today's form; empty if the file does not exist."""
         summary = self.read_json("summary.json", {})
         return format_1.current_summary(summary) if summary and self.format_version() == 1 else summary
 
     def read_journal(self, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-        """The journal's lines as `journal.read_journal` gives them, with today's names of metrics."""
+        """The lines and offsets of `journal.read_journal`, under today's metric names."""
         is_old = self.journal.exists() and self.format_version() == 1
         for line, end in read_journal(self.journal, offset):
             yield (line | {"values": format_1.current_metrics(line["values"])} if is_old else line), end
 
     def format_version(self) -> int:
-        return format_version(self.identity())
+        """The run format of its files; today's as long as nothing is written."""
+        return format_version(self.identity()) if (self.path / "run.json").exists() else RUN_FORMAT_VERSION
 
     def best_sha256(self) -> str:
-        """Says which network is in best/: of model.json, which names its epoch, accuracy and data."""
+        """SHA-256 of best/model.json, which identifies the best model by its epoch, accuracy and data."""
         return hashlib.sha256(self.read_bytes("best/model.json")).hexdigest()
 
     def status(self) -> str | None:
-        """How the run's last life ended: finished, failed or interrupted; None if it lives, or died without a word."""
+        """How the last attempt ended: finished, failed or interrupted; None if it is running or was killed."""
         return self.summary().get("status")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run's lock; it goes with the process, however that ends.
+        """Holds the run's lock, which the kernel releases when the process ends.
 
-        Raises: ValueError if another process holds it, or the folder has got another run since it was made.
+        Raises: ValueError if another process holds it, or if the folder meanwhile holds another run.
         """
-        with _file_lock(self.path / ".lock", f"run_dir must not be in use, got {self.path}, where a run is alive"):
+        with _file_lock(self.path / ".lock", f"run_dir {self.path} is in use by a running process"):
             if (self.path / "run.json").exists() and self.identity()["run_id"] != self.run_id:
-                raise ValueError(f"run_dir must be a folder without a run, got {self.path}, which holds one")
+                raise ValueError(f"run_dir {self.path} already holds another run; use another run_dir")
             yield
 
     @contextmanager
     def upload_lock(self, *, wait: bool) -> Iterator[None]:
-        """One process at a time feeds the store.
+        """Holds the lock of the one process that may upload the run.
 
-        `wait`: for the one that does to end; otherwise raises ValueError.
+        `wait`: whether to wait for another process to release it, or to raise ValueError.
         """
-        refusal = f"run must not be recorded by two, got {self.path}; wait a moment"
-        with _file_lock(self.path / ".uploader.lock", None if wait else refusal):
+        busy_message = f"another process is uploading run {self.path}; try again in a moment"
+        with _file_lock(self.path / ".uploader.lock", None if wait else busy_message):
             yield
 
     def is_running(self) -> bool:
@@ -199,7 +200,7 @@ class RunDir:
         except FileNotFoundError:
             return False
         try:
-            # Shared: two that ask at the same time don't take each other for the run.
+            # Shared, so that two processes that test the lock do not mistake each other for the run.
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
         except BlockingIOError:
@@ -210,22 +211,22 @@ class RunDir:
 
 @contextmanager
 def _file_lock(path: Path, busy_message: str | None) -> Iterator[None]:
-    """Holds a lock; without a `refusal` it waits for it.
+    """Holds a file lock; waits for it if there is no `busy_message`.
 
-    Raises: ValueError with the refusal if another process holds it, or saying that the file can't be written or locked.
+    Raises: ValueError with `busy_message` if another process holds it, or if the file cannot be written or locked.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as fault:
-        raise ValueError(f"{path.parent} must be a folder that can be written ({fault.strerror})") from None
+    except OSError as error:
+        raise ValueError(f"cannot write to {path.parent} ({error.strerror}); use another run_dir") from None
     try:
         try:
-            taken = _try_lock(descriptor, seconds=math.inf if busy_message is None else 0.5)
-        except OSError as fault:
+            acquired = _try_lock(descriptor, seconds=math.inf if busy_message is None else 0.5)
+        except OSError as error:
             raise ValueError(
-                f"{path.parent} must be on storage where files can be locked ({fault.strerror}); use another run_dir"
+                f"cannot lock files in {path.parent} ({error.strerror}); use a run_dir on storage with file locks"
             ) from None
-        if not taken:
+        if not acquired:
             raise ValueError(busy_message)
         yield
     finally:
@@ -233,7 +234,7 @@ def _file_lock(path: Path, busy_message: str | None) -> Iterator[None]:
 
 
 def _try_lock(descriptor: int, seconds: float) -> bool:
-    """Whether the lock could be had; somebody who only asks about it holds it for a moment, too."""
+    """Whether the lock was acquired; it retries, since `is_running` also holds the lock for a moment."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -247,25 +248,25 @@ def _try_lock(descriptor: int, seconds: float) -> bool:
 
 
 class Heartbeat:
-    """The file `heartbeat`: steps executed in all lives, and lives; its time is that of the last step.
+    """The file `heartbeat`: steps executed over all attempts, and number of attempts; its mtime is the last step's.
 
-    Rewritten in place at every step, which needs no room on the disk and survives the process.
+    It is rewritten in place at every step, which needs no disk space and survives the process.
     """
 
     def __init__(self, path: Path):
-        """A new life begins."""
+        """Counts a new attempt."""
         self.steps, self.attempts = read_heartbeat(path)
         self.attempts += 1
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         self._write()
 
     def tick(self) -> None:
-        """One more step."""
+        """Counts one more step."""
         self.steps += 1
         self._write()
 
     def ensure(self, steps: int) -> None:
-        """What a checkpoint knows, where the machine went down before the file was on disk."""
+        """Raises the count to a checkpoint's, in case the machine crashed before the file reached the disk."""
         self.steps = max(self.steps, steps)
         self._write()
 
@@ -277,15 +278,15 @@ class Heartbeat:
 
 
 def read_heartbeat(path: Path) -> tuple[int, int]:
-    """Steps executed and lives begun so far; noughts where no life has begun."""
-    words = path.read_text().split() if path.exists() else []
-    return (int(words[0]), int(words[1])) if len(words) == 2 and "".join(words).isdigit() else (0, 0)
+    """Steps executed and attempts started so far; zeros before the first attempt."""
+    counts = path.read_text().split() if path.exists() else []
+    return (int(counts[0]), int(counts[1])) if len(counts) == 2 and "".join(counts).isdigit() else (0, 0)
 
 
 def create_run_dir(run_dir: str | None, runs: Path, experiment: str, *, latest: bool) -> RunDir:
-    """Makes `run_dir`, or `<runs>/<experiment>/<time>-<short id>`, and with `latest` points `<runs>/latest` at it.
+    """Creates `run_dir`, or `<runs>/<experiment>/<time>-<short id>`; `latest` also links `<runs>/latest` to it.
 
-    Raises: ValueError if the folder can't be written.
+    Raises: ValueError if the folder cannot be written.
     """
     run_id = uuid.uuid4().hex
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id[:6]}"
@@ -295,17 +296,15 @@ def create_run_dir(run_dir: str | None, runs: Path, experiment: str, *, latest: 
         (path / ".lock").touch()
         if latest and path.is_relative_to(runs):
             replace_symlink(runs / "latest", path)
-    except OSError as fault:
-        raise ValueError(
-            f"run_dir must be a folder that can be written, got {path} ({fault.strerror}); use run_dir=PATH"
-        ) from None
+    except OSError as error:
+        raise ValueError(f"cannot write to run_dir {path} ({error.strerror}); use run_dir=PATH") from None
     return RunDir(path, run_id)
 
 
 def open_run_dir(path: Path) -> RunDir:
-    """The run that lies at `path`.
+    """Opens the run folder at `path`.
 
-    Raises: ValueError if none does, or one that a newer version has written.
+    Raises: ValueError if it is not a run folder, or was written by a newer version.
     """
     try:
         identity = json.loads(read_inside(path, "run.json"))
@@ -314,26 +313,26 @@ def open_run_dir(path: Path) -> RunDir:
     except (FormatVersionError, UnsafePathError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"run must be the folder of a run, got {path}; use e.g. run=runs/latest") from None
+        raise ValueError(f"run must be a run folder, got {path}; use e.g. run=runs/latest") from None
 
 
 def latest_unfinished(runs: Path) -> RunDir:
-    """The run below `runs` that began last of those that are neither finished nor alive.
+    """The run below `runs` that started last, of those that are neither finished nor running.
 
     Raises: ValueError if there is none.
     """
     paths = {path.resolve() for pattern in ("*/run.json", "*/*/run.json") for path in runs.glob(pattern)}
-    waiting = [folder for path in paths if (folder := _open_if_unfinished(path.parent))]
-    if not waiting:
-        raise ValueError(f"there must be an unfinished run, got none below {runs}; use run=FOLDER")
-    return max(waiting, key=lambda folder: folder.identity()["time"])
+    unfinished = [run_dir for path in paths if (run_dir := _open_if_unfinished(path.parent))]
+    if not unfinished:
+        raise ValueError(f"no unfinished run below {runs}; use run=FOLDER")
+    return max(unfinished, key=lambda run_dir: run_dir.identity()["time"])
 
 
 def _open_if_unfinished(path: Path) -> RunDir | None:
-    """The run, if it waits to be gone on with. One that can't be read must not stand in the way of the others."""
+    """The run, if it can be resumed. One that cannot be read is logged and does not block the others."""
     try:
-        folder = open_run_dir(path)
-        return folder if folder.status() != "finished" and not folder.is_running() else None
-    except ValueError as fault:
-        log.warning("left out: %s", fault)
+        run_dir = open_run_dir(path)
+        return run_dir if run_dir.status() != "finished" and not run_dir.is_running() else None
+    except ValueError as error:
+        log.warning("skipped an unreadable run: %s", error)
         return None

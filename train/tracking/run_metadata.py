@@ -1,4 +1,4 @@
-"""What a run writes down about itself, from its first moment to its last."""
+"""Writes what a run records about itself: its log, identity, resolved config, data and cost, summary and failures."""
 
 from __future__ import annotations
 
@@ -28,46 +28,47 @@ from train.tracking.run_dir import Heartbeat, RunDir
 
 log = logging.getLogger(__name__)
 
-GAP = 2  # pixels between the examples of a sheet
-SHEET_PIXELS = 800  # small examples are shown larger, to about this width
+GAP = 2  # pixels between the examples of the batch image
+SHEET_PIXELS = 800  # width up to which a batch image of small examples is enlarged
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
-# The inference model needs these to be loaded; named, because MLflow takes long to find them out.
+# What loading the inference model needs; listed here because MLflow takes long to infer it.
 MODEL_PACKAGES = ("tensorflow", "keras", "numpy")
 
 
 @contextmanager
-def log_to_file(folder: RunDir) -> Iterator[None]:
-    """What is logged goes into the run's train.log, and this project's own warnings to the terminal, too."""
+def log_to_file(run_dir: RunDir) -> Iterator[None]:
+    """Writes the log to the run's train.log, and this project's own warnings to the terminal as well."""
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
     terminal.addFilter(logging.Filter("train"))
-    terminal.addFilter(lambda entry: entry.levelno == logging.WARNING)  # errors are told in one line of their own
+    terminal.addFilter(lambda entry: entry.levelno == logging.WARNING)  # errors are printed as one line each
     terminal.setFormatter(logging.Formatter("warning: %(message)s"))
-    handler = logging.FileHandler(folder.inside("train.log"))
+    handler = logging.FileHandler(run_dir.inside("train.log"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.addHandler(terminal)
-    level, loud = root.level, logging.raiseExceptions
-    logging.raiseExceptions = False  # a full disk is told in one line, by whoever can't do without it
+    level = root.level
+    raise_exceptions = logging.raiseExceptions
+    logging.raiseExceptions = False  # a full disk is reported once, by the code that needs it
     root.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.setLevel(level)
-        logging.raiseExceptions = loud
+        logging.raiseExceptions = raise_exceptions
         root.removeHandler(handler)
         root.removeHandler(terminal)
         handler.close()
 
 
-def initial_summary(folder: RunDir, config: Config) -> dict[str, Any]:
-    """The summary of a run that has done nothing yet."""
+def initial_summary(run_dir: RunDir, config: Config) -> dict[str, Any]:
+    """The summary of a run that has not started training."""
     return {
         "status": "failed",
-        "run_id": folder.run_id,
+        "run_id": run_dir.run_id,
         "model": config.model.name,
         "data": config.data.name,
         "seed": config.seed,
@@ -77,25 +78,25 @@ def initial_summary(folder: RunDir, config: Config) -> dict[str, Any]:
     }
 
 
-def write_run_json(folder: RunDir, config: Config, redactor: Redactor, config_changes: list[dict[str, Any]]) -> None:
-    """Writes run.json and the config as it was typed; for a run that goes on, what was changed on the way."""
-    (folder.path / "summary.json").unlink(missing_ok=True)  # it told of a life that is no longer the last
-    if (folder.path / "run.json").exists():
-        write_resolved_config(folder, config, redactor)
-        identity = folder.identity()
-        now = {"changes": identity["changes"] + config_changes, "log_model": config.tracking.log_model}
-        folder.write_json("run.json", identity | now)
+def write_run_json(run_dir: RunDir, config: Config, redactor: Redactor, config_changes: list[dict[str, Any]]) -> None:
+    """Writes run.json and the config as typed; when resuming, the resolved config and the accepted changes."""
+    (run_dir.path / "summary.json").unlink(missing_ok=True)  # it describes an earlier attempt
+    if (run_dir.path / "run.json").exists():
+        write_resolved_config(run_dir, config, redactor)
+        identity = run_dir.identity()
+        updates = {"changes": identity["changes"] + config_changes, "log_model": config.tracking.log_model}
+        run_dir.write_json("run.json", identity | updates)
         return
-    (folder.path / "params.json").unlink(missing_ok=True)
+    (run_dir.path / "params.json").unlink(missing_ok=True)
     stored = to_dict(config, redactor)
-    folder.write_yaml("config.yaml", stored)
+    run_dir.write_yaml("config.yaml", stored)
     typed = flatten(stored)
-    again = composition.minimal_command(typed)
+    command = composition.minimal_command(typed)
     identity = {
         "format_version": RUN_FORMAT_VERSION,
-        "run_id": folder.run_id,
+        "run_id": run_dir.run_id,
         "experiment": config.tracking.experiment,
-        "name": run_name(folder, config),
+        "name": run_name(run_dir, config),
         "time": time.time(),
         "tags": {
             **environment.tags(ROOT),
@@ -103,39 +104,39 @@ def write_run_json(folder: RunDir, config: Config, redactor: Redactor, config_ch
             "data": config.data.name,
             "seed": str(config.seed),
             "group": variant_id(typed),
-            **environment.command_note(again),
-            "run_dir": stored["run_dir"] or str(folder.path),
-            **({"sweep": folder.sweep_id()} if folder.sweep_id() else {}),
+            **environment.command_note(command),
+            "run_dir": stored["run_dir"] or str(run_dir.path),
+            **({"sweep": run_dir.sweep_id()} if run_dir.sweep_id() else {}),
         },
         "log_model": config.tracking.log_model,
         "requirements": environment.requirements(MODEL_PACKAGES),
         "typed": typed,
-        "command": again,
+        "command": command,
         "changes": [],
     }
-    folder.write_json("run.json", identity)
+    run_dir.write_json("run.json", identity)
 
 
-def run_name(folder: RunDir, config: Config) -> str:
-    """What a person reads in MLflow's lists: what tells runs apart that are likely to stand side by side."""
-    label = folder.trial_label()
+def run_name(run_dir: RunDir, config: Config) -> str:
+    """The name in MLflow's lists: what distinguishes the run from those it is likely to be listed with."""
+    label = run_dir.trial_label()
     if label is None:
         return f"{config.model.name} seed {config.seed}"
     return label.replace("model=", "") if "model=" in label else f"{config.model.name} {label}"
 
 
-def write_resolved_config(folder: RunDir, config: Config, redactor: Redactor) -> None:
-    """The config with every `auto` filled in. MLflow's parameters can't change: they stay those of the first life."""
+def write_resolved_config(run_dir: RunDir, config: Config, redactor: Redactor) -> None:
+    """Writes the config with every `auto` resolved; params.json keeps the first attempt's, as MLflow requires."""
     stored = to_dict(config, redactor)
-    folder.write_yaml("config.yaml", stored)
-    if not (folder.path / "params.json").exists():
-        folder.write_json("params.json", flatten(stored))
+    run_dir.write_yaml("config.yaml", stored)
+    if not (run_dir.path / "params.json").exists():
+        run_dir.write_json("params.json", flatten(stored))
 
 
 def run_provenance(
     config: Config, redactor: Redactor, fingerprint: str, processor: str, input_digests: dict[str, str]
 ) -> dict[str, Any]:
-    """All that the bits of a run depend on, by name; keys that change no bit: `train.config.compatibility.FREE`."""
+    """Everything that a run's bits depend on, by key; `train.config.compatibility.IGNORED_KEYS` do not change any."""
     return {
         **flatten(to_dict(config, redactor)),
         **input_digests,
@@ -152,7 +153,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_metadata(
-    folder: RunDir,
+    run_dir: RunDir,
     summary: dict[str, Any],
     config: Config,
     redactor: Redactor,
@@ -162,7 +163,7 @@ def write_metadata(
     inference: Any,
     cost: dict[str, Any],
 ) -> None:
-    """The data set's digest, the network's size, its summary as text, what it costs, and an example of its input.
+    """Writes data set, model summary, cost and an input example, and adds sizes and fingerprints to the summary.
 
     cost: `blocks`, rows of train.models.cost, and `training_macs`.
     """
@@ -174,11 +175,11 @@ def write_metadata(
         "training_parameters": model.count_params(),
         "training_macs": cost["training_macs"],
     }
-    folder.write_json("cost.json", cost)
+    run_dir.write_json("cost.json", cost)
     stored = to_dict(config, redactor)
     stored["data"]["fingerprint"] = dataset.fingerprint
-    folder.write_yaml("config.yaml", stored)
-    folder.write_json(
+    run_dir.write_yaml("config.yaml", stored)
+    run_dir.write_json(
         "dataset.json",
         {
             "name": dataset.name,
@@ -188,22 +189,22 @@ def write_metadata(
             "counts": dataset.split_sizes,
             "classes": list(dataset.classes),
             "class_counts": dataset.class_counts,
-            "skipped": [{"name": name, "problem": why} for name, why in dataset.skipped],
+            "skipped": [{"name": name, "problem": problem} for name, problem in dataset.skipped],
             "leaks": dataset.leak_counts,
         },
     )
     lines: list[str] = []
     model.summary(line_length=120, print_fn=lambda line, **_: lines.append(line))
-    folder.write_text("model_summary.txt", "\n".join(lines) + "\n")
+    run_dir.write_text("model_summary.txt", "\n".join(lines) + "\n")
     example = io.BytesIO()
     np.save(example, dataset.validation.load_example(0)[None])
-    write_atomically(folder.path / "input_example.npy", example.getvalue())
+    write_atomically(run_dir.path / "input_example.npy", example.getvalue())
 
 
-def write_batch_image(folder: RunDir, images: np.ndarray, mixed: bool) -> None:
-    """The first training batch as the network sees it, `augmented.png`: at most 8 x 8 examples.
+def write_batch_image(run_dir: RunDir, images: np.ndarray, mixed: bool) -> None:
+    """Writes `augmented.png`: up to 8 x 8 examples of the first training batch, as the network sees them.
 
-    images: uint8 [N, S, S, C] in 0..255, or float32 where they are `mixed`.
+    images: uint8 [N, S, S, C] in 0..255, or float32 if `mixed`.
     """
     from PIL import Image
 
@@ -219,98 +220,105 @@ def write_batch_image(folder: RunDir, images: np.ndarray, mixed: bool) -> None:
     image = Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
     data = io.BytesIO()
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(data, "PNG")
-    write_atomically(folder.path / "augmented.png", data.getvalue())
+    write_atomically(run_dir.path / "augmented.png", data.getvalue())
 
 
 def update_summary(
     summary: dict[str, Any], step: Any, run_state: Any, heartbeat: Heartbeat, peak_memory_bytes: int
 ) -> None:
-    """How far the loop came and what it cost."""
-    reached = run_state.progress
-    clock = reached.timer
+    """Adds the loop's progress, speed and memory to the summary."""
+    progress = run_state.progress
+    timer = progress.timer
     summary |= {
-        "epochs": reached.epoch,
-        "steps": reached.steps,
+        "epochs": progress.epoch,
+        "steps": progress.steps,
         "steps_executed": heartbeat.steps,
         "attempts": heartbeat.attempts,
-        "rollbacks": reached.rollbacks,
-        "changes": [f"{c['name']} was {c['was']}, is {c['is']}" for c in run_state.folder.identity()["changes"]],
-        "stopped_early": reached.stopped_early,
-        "train_images_per_second": clock.images_per_second(),
-        "data_wait_fraction": clock.data_wait_fraction(),
+        "rollbacks": progress.rollbacks,
+        "changes": [f"{c['name']} was {c['was']}, is {c['is']}" for c in run_state.run_dir.identity()["changes"]],
+        "stopped_early": progress.stopped_early,
+        "train_images_per_second": timer.images_per_second(),
+        "data_wait_fraction": timer.data_wait_fraction(),
         "checkpoint_stall_seconds": run_state.checkpoints.stall_seconds,
         "peak_memory_bytes": peak_memory_bytes,
     }
-    if reached.best_epoch >= 0:
-        summary["best_epoch"] = reached.best_epoch + 1
-        summary["validation"] = {"accuracy": reached.best_accuracy, "loss": reached.best_loss}
-    summary["weights_sha256"] = step.weights_sha256()  # can't be read where a process of several is gone
+    if progress.best_epoch >= 0:
+        summary["best_epoch"] = progress.best_epoch + 1
+        summary["validation"] = {"accuracy": progress.best_accuracy, "loss": progress.best_loss}
+    summary["weights_sha256"] = step.weights_sha256()  # raises if another process is lost, so it comes last
 
 
-def report_failure(error: Exception, folder: RunDir | None, redactor: Redactor) -> int:
-    """Tells a failure in one line, with the traceback in train.log; exit code 2 where the input was at fault.
+def report_failure(error: Exception, run_dir: RunDir | None, redactor: Redactor) -> int:
+    """Prints a failure as one line, with the traceback in train.log; returns exit code 2 for invalid input, else 1.
 
-    A ValueError that the project itself raised is about the input. Anything else is a defect, and its traceback is
-    shown. folder: None in a process that writes nothing.
+    A ValueError raised by this project is about the input. Any other type is a defect, and its traceback is printed
+    too. run_dir: None in a worker, which writes nothing.
     """
     trace = redactor.redact("".join(traceback.format_exception(error)))
-    if folder:
+    if run_dir:
         log.error("the run failed\n%s", trace)
     frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "train")
-    if ours and isinstance(error, ValueError | ArithmeticError | ConnectionError):
+    is_ours = bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "train")
+    if is_ours and isinstance(error, ValueError | ArithmeticError | ConnectionError):
         code = arguments.print_error(redactor.redact(str(error)))
         return code if isinstance(error, ValueError) else 1
     if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-        where = f" run={shlex.quote(str(folder.path))}" if folder else ""
-        place = error.filename or (folder.path if folder else "the disk")  # prepared data may lie on one of its own
-        arguments.print_error(f"{place} can't be written ({error.strerror}); mend that, then: make resume{where}")
+        run_argument = f" run={shlex.quote(str(run_dir.path))}" if run_dir else ""
+        target = error.filename or (run_dir.path if run_dir else "the disk")  # the data cache may have its own disk
+        arguments.print_error(
+            f"cannot write {target} ({error.strerror}); {_remedy(error)}, then run make resume{run_argument}"
+        )
         return 1
     print(trace, file=sys.stderr)
     arguments.print_error(
-        f"{type(error).__name__}; the whole story is in {folder.path / 'train.log' if folder else 'the lines above'}"
+        f"unexpected {type(error).__name__}; full traceback "
+        + (f"in {run_dir.path / 'train.log'}" if run_dir else "above")
     )
     return 1
 
 
-def write_summary(folder: RunDir, summary: dict[str, Any]) -> int:
-    """The last thing that a run writes; whoever finds it knows that the run has ended. 0, or 1 where it is not."""
+def _remedy(error: OSError) -> str:
+    return "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+
+
+def write_summary(run_dir: RunDir, summary: dict[str, Any]) -> int:
+    """Writes summary.json, the last file of a run, which marks its end; returns exit code 0, or 1 if that fails."""
     summary["time"] = time.time()
     try:
-        if not (folder.path / "params.json").exists():  # it ended before its config was settled
-            stored = yaml.safe_load((folder.path / "config.yaml").read_text())
-            folder.write_json("params.json", flatten(stored))
-        folder.write_json("summary.json", summary)
-    except OSError as fault:
+        if not (run_dir.path / "params.json").exists():  # the run ended before its config was resolved
+            stored = yaml.safe_load((run_dir.path / "config.yaml").read_text())
+            run_dir.write_json("params.json", flatten(stored))
+        run_dir.write_json("summary.json", summary)
+    except OSError as error:
         arguments.print_error(
-            f"the summary could not be written to {folder.path} ({fault.strerror}); mend that, then: make resume"
+            f"cannot write the summary to {run_dir.path} ({error.strerror}); {_remedy(error)}, then run make resume"
         )
         return 1
     return 0
 
 
-def format_summary(summary: dict[str, Any], folder: RunDir) -> str:
-    """The summary as `key=value` words, the folder last."""
-    words = {name: summary[name] for name in ("status", "model", "data", "seed", "epochs", "steps")}
+def format_summary(summary: dict[str, Any], run_dir: RunDir) -> str:
+    """The summary as one line of `key=value`, the run folder last."""
+    figures = {name: summary[name] for name in ("status", "model", "data", "seed", "epochs", "steps")}
     if summary.get("test"):
-        words |= {"test_accuracy": f"{summary['test']['accuracy']:.4f}", "test_examples": summary["test"]["examples"]}
+        figures |= {"test_accuracy": f"{summary['test']['accuracy']:.4f}", "test_examples": summary["test"]["examples"]}
     if summary.get("validation"):
-        words["validation_accuracy"] = f"{summary['validation']['accuracy']:.4f}"
+        figures["validation_accuracy"] = f"{summary['validation']['accuracy']:.4f}"
     for name in ("parameters", "macs"):
         if name in summary:
-            words[name] = summary[name]
+            figures[name] = summary[name]
     if summary.get("attempts", 1) > 1:
-        words |= {"attempts": summary["attempts"], "steps_executed": summary["steps_executed"]}
+        figures |= {"attempts": summary["attempts"], "steps_executed": summary["steps_executed"]}
     if summary.get("train_images_per_second"):
-        words["images_per_second"] = f"{summary['train_images_per_second']:.0f}"
-    return " ".join(f"{name}={value}" for name, value in words.items()) + f" run={relative_path(folder.path)}"
+        figures["images_per_second"] = f"{summary['train_images_per_second']:.0f}"
+    return " ".join(f"{name}={value}" for name, value in figures.items()) + f" run={relative_path(run_dir.path)}"
 
 
 def quote_path(path: Path) -> str:
-    """As one types it in a shell: short, and quoted where it has to be."""
+    """The path as typed in a shell: short, and quoted if necessary."""
     return shlex.quote(str(relative_path(path)))
 
 
 def relative_path(path: Path) -> Path:
-    """Relative to where one stands, if it lies below."""
+    """The path relative to the working directory, if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,8 +1,8 @@
-"""Checkpoints: all state of a run between two batches. Each is a folder that is whole or is not there:
+"""Checkpoints: the whole state of a run between two batches. A checkpoint folder is either complete or absent:
 
 checkpoints/epoch-00003-batch-0000120/
-    arrays.npz      every state tensor once; arrays only, nothing that could run
-    manifest.json   counters, the ground the run stands on, SHA-256 of arrays.npz and of the manifest itself
+    arrays.npz      every state tensor once; arrays only, no pickled objects
+    manifest.json   counters, the run's provenance, SHA-256 of arrays.npz and of the manifest itself
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 ARRAYS, MANIFEST = "arrays.npz", "manifest.json"
 MISSING_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 UNFINISHED_PREFIX, QUARANTINE_PREFIX = ".new-", "damaged-"
-PREEMPTION_SUFFIX = "-stop"  # ends the name of one that was made because somebody stopped the run
+PREEMPTION_SUFFIX = "-stop"  # of a checkpoint that was made because the run was stopped
 
 
 @dataclass
 class Checkpoint:
-    """What one checkpoint holds. `arrays`: state tensors by name; `content`: everything else, as JSON."""
+    """One checkpoint. `arrays`: state tensors by name; `metadata`: everything else, as JSON."""
 
     name: str
     arrays: dict[str, np.ndarray]
@@ -44,19 +44,20 @@ class Checkpoint:
 
 
 class CheckpointManager:
-    """The checkpoints of one run; written in the background, one at a time."""
+    """The checkpoints of one run, written by a background thread, one at a time."""
 
     def __init__(self, folder: Path, keep: int):
-        self.folder, self._keep = folder, keep
+        self.folder = folder
+        self._keep = keep
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self.stall_seconds = 0.0  # how long training has waited for checkpoints
-        self.latest_started: str | None = None  # the newest that is written, or is being written
-        self.latest_complete: str | None = None  # the newest that is known to be whole
+        self.stall_seconds = 0.0  # how long training has waited for checkpoints to be written
+        self.latest_started: str | None = None  # including one that is being written
+        self.latest_complete: str | None = None  # the newest that is known to be complete
 
     @contextmanager
     def measure_stall(self) -> Iterator[None]:
-        """Counts the time within as time that training waits for a checkpoint."""
+        """Adds the time of the block to `stall_seconds`."""
         start = time.perf_counter()
         try:
             yield
@@ -64,23 +65,23 @@ class CheckpointManager:
             self.stall_seconds += time.perf_counter() - start
 
     def save(self, name: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-        """Begins to write; `arrays` must not change any more. Waits only for the one before to be written."""
+        """Starts writing; `arrays` must not change any more. Waits only until the previous checkpoint is written."""
         self.wait()
         self.latest_started = name
         self._pending = self._executor.submit(self._write, name, arrays, metadata)
 
     def wait(self) -> None:
-        """Until what was begun is on disk. A disk that is full costs the checkpoint, not the run; the log says so."""
-        writing, self._pending = self._pending, None
-        if writing is None:
+        """Waits for the checkpoint being written. A full disk costs the checkpoint, not the run, and logs a warning."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
         try:
-            self.latest_complete = writing.result()
-        except OSError as fault:
+            self.latest_complete = pending.result()
+        except OSError as error:
             self.latest_started = self.latest_complete
             log.warning(
-                "a checkpoint could not be written to %s (%s); the one before stays: %s",
-                self.folder, fault.strerror or fault, self.latest_complete or "none",
+                "cannot write a checkpoint to %s (%s); the latest complete one is %s",
+                self.folder, error.strerror or error, self.latest_complete or "none",
             )  # fmt: skip
 
     def close(self) -> None:
@@ -90,65 +91,66 @@ class CheckpointManager:
             self._executor.shutdown()
 
     def load_latest(self, *, periodic_only: bool = False) -> Checkpoint | None:
-        """The newest that is whole. Those found damaged on the way are put aside under another name, with a warning.
+        """The newest complete checkpoint. Damaged ones that are newer are renamed, with a warning.
 
-        `planned`: only those that every run of the same config makes, stopped or not.
+        `periodic_only`: ignores those that exist only because the run was stopped.
         """
         for path in reversed(self._paths()):
             if periodic_only and path.name.endswith(PREEMPTION_SUFFIX):
                 continue
             try:
-                found = read_checkpoint(path)
-            except CorruptCheckpointError as fault:
-                log.warning("checkpoint %s is damaged: %s; taking the one before", path.name, fault)
+                checkpoint = read_checkpoint(path)
+            except CorruptCheckpointError as error:
+                log.warning("checkpoint %s is damaged: %s; using the previous one", path.name, error)
                 _quarantine(path)
             else:
-                self.latest_complete = found.name
-                return found
+                self.latest_complete = checkpoint.name
+                return checkpoint
         return None
 
     def _paths(self) -> list[Path]:
-        """Whole checkpoints by their names, the oldest first."""
+        """Checkpoint folders, the oldest first."""
         return sorted(path for path in self.folder.glob("epoch-*") if path.is_dir())
 
     def _write(self, name: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> str:
-        target, fresh = self.folder / name, self.folder / f"{UNFINISHED_PREFIX}{name}"
-        if target.exists():  # an earlier life came to this very place
+        target = self.folder / name
+        unfinished = self.folder / f"{UNFINISHED_PREFIX}{name}"
+        if target.exists():  # an earlier attempt saved this very position
             return name
         try:
             self._clear_unfinished()
-            fresh.mkdir(parents=True)
+            unfinished.mkdir(parents=True)
             fault_injection.fail_point("save/begun")
-            with (fresh / ARRAYS).open("wb") as file:
+            with (unfinished / ARRAYS).open("wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
                 fault_injection.fail_point("save/written")
                 file.flush()
                 os.fsync(file.fileno())
             fault_injection.fail_point("save/arrays")
-            write_and_fsync(fresh / MANIFEST, _manifest(metadata, fresh / ARRAYS))
-            fsync_folder(fresh)
+            write_and_fsync(unfinished / MANIFEST, _manifest(metadata, unfinished / ARRAYS))
+            fsync_folder(unfinished)
             fault_injection.fail_point("save/manifest")
-            fresh.rename(target)
+            unfinished.rename(target)
             fault_injection.fail_point("save/renamed")
             fsync_folder(self.folder)
             fsync_folder(self.folder.parent)
         except OSError:
-            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise
         self._prune()
         fault_injection.fail_point("save/done")
         return name
 
     def _prune(self) -> None:
-        """The newest planned ones stay, and whatever is newer than all of them."""
+        """Removes all but the newest `keep` periodic checkpoints and those newer than the newest periodic one."""
         paths = self._paths()
-        planned = [path for path in paths if not path.name.endswith(PREEMPTION_SUFFIX)]
-        staying = planned[-self._keep :]
-        for old in [path for path in paths if path not in staying and planned and path < planned[-1]]:
+        periodic = [path for path in paths if not path.name.endswith(PREEMPTION_SUFFIX)]
+        kept = periodic[-self._keep :]
+        for old in [path for path in paths if path not in kept and periodic and path < periodic[-1]]:
             try:
                 shutil.rmtree(old)
-            except OSError as fault:  # the new one is whole all the same
-                log.warning("an old checkpoint could not be removed: %s (%s)", old, fault.strerror)
+            except OSError as error:  # the new checkpoint is complete all the same
+                log.warning("cannot remove the old checkpoint %s (%s)", old, error.strerror)
             fault_injection.fail_point("save/pruned")
 
     def _clear_unfinished(self) -> None:
@@ -157,36 +159,37 @@ class CheckpointManager:
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint is not what was written."""
+    """A checkpoint does not contain what was written."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint, every byte verified.
+    """Reads a checkpoint and verifies every byte.
 
-    Raises: DamagedError saying what is wrong, OSError where that can't be told.
+    Raises: CorruptCheckpointError saying what is wrong; OSError where the file may be intact but cannot be read.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        content, expected = manifest["content"], manifest["arrays_sha256"]
-        if manifest["sha256"] != _digest(content, expected):
-            raise CorruptCheckpointError(f"{MANIFEST} has another SHA-256 than it names")
+        metadata = manifest["content"]
+        expected = manifest["arrays_sha256"]
+        if manifest["sha256"] != _digest(metadata, expected):
+            raise CorruptCheckpointError(f"{MANIFEST} does not match its own SHA-256")
         with (path / ARRAYS).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise CorruptCheckpointError(f"{ARRAYS} has another SHA-256 than {MANIFEST} names")
+                raise CorruptCheckpointError(f"{ARRAYS} does not match the SHA-256 in {MANIFEST}")
         with np.load(path / ARRAYS, allow_pickle=False) as arrays:
-            return Checkpoint(path.name, dict(arrays), content)
-    except (*MISSING_ERRORS, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as fault:
-        raise CorruptCheckpointError(f"{type(fault).__name__}: {fault}") from None
-    except OSError as fault:
-        if fault.errno != errno.EIO:
-            raise  # it may be whole: a lack of rights, memory or descriptors says nothing of it
-        raise CorruptCheckpointError(str(fault)) from None
+            return Checkpoint(path.name, dict(arrays), metadata)
+    except (*MISSING_ERRORS, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptCheckpointError(f"{type(error).__name__}: {error}") from None
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise  # it may be intact: permissions, memory or descriptors may be missing
+        raise CorruptCheckpointError(str(error)) from None
 
 
 def _manifest(metadata: dict[str, Any], arrays: Path) -> bytes:
     with arrays.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    metadata = json.loads(json.dumps(metadata))  # as it will be read: with texts for keys
+    metadata = json.loads(json.dumps(metadata))  # as it will be read: with strings as keys
     manifest = {"content": metadata, "arrays_sha256": digest, "sha256": _digest(metadata, digest)}
     return (json.dumps(manifest, indent=1) + "\n").encode()
 
@@ -196,10 +199,10 @@ def _digest(metadata: dict[str, Any], arrays_sha256: str) -> str:
 
 
 def _quarantine(path: Path) -> None:
-    """Somebody may want to look at it; of several with the same name the last one stays."""
+    """Renames a damaged checkpoint instead of deleting it, for inspection; replaces an older one of that name."""
     target = path.with_name(f"{QUARANTINE_PREFIX}{path.name}")
     shutil.rmtree(target, ignore_errors=True)
-    with suppress(OSError):  # on a disk that can only be read it stays, and is stepped over again
+    with suppress(OSError):  # on a read-only disk it stays, and is skipped again next time
         path.rename(target)
 
 
@@ -208,7 +211,7 @@ def _quarantine(path: Path) -> None:
 
 @dataclass
 class CheckpointPolicy:
-    """When to save: after so many epochs, steps or minutes, exactly one of which is set; none: every epoch."""
+    """When to save: every so many epochs, steps or minutes. At most one may be set; with none, every epoch."""
 
     every_epochs: int | None = None
     every_steps: int | None = None
@@ -220,7 +223,7 @@ class CheckpointPolicy:
         self._saved_at = time.monotonic()
 
     def should_save(self, epoch: int, step: int, epoch_end: bool) -> bool:
-        """Whether to save after step `step` of the run; at an epoch's end `epoch` epochs are behind us."""
+        """Whether to save after step `step` of the run. `epoch`: number of finished epochs, at an epoch's end."""
         if self.every_epochs is not None:
             return epoch_end and epoch % self.every_epochs == 0
         if self.every_steps is not None:

@@ -1,6 +1,6 @@
-"""The training loss: `main` plus `aux_weight` times each auxiliary loss, and the metrics beside it.
+"""The training loss, `main` plus `aux_weight` times each auxiliary loss, and the training metrics.
 
-With a teacher the labels of `main` are [N, 2 x classes]: the true ones, then the teacher's logits.
+With a teacher the labels of `main` are [N, 2 x classes]: the true labels, followed by the teacher's logits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from keras import ops
 def build_losses(
     outputs: Sequence[str], aux_weight: float, label_smoothing: float, distillation: tuple[float, float] | None = None
 ) -> tuple[dict, dict]:
-    """Losses and their weights by output name.
+    """Builds the losses and their weights, by output name.
 
     Source: Szegedy et al. 2015, section 5 (auxiliary losses weighted 0.3); label smoothing: Szegedy et al. 2016,
     section 7. Every loss takes dense labels float32 [N, classes] and logits float32 [N, classes].
 
-    teaching: with a teacher its weight and temperature (see `Taught`).
+    distillation: with a teacher, weight and temperature of DistillationLoss.
 
     Raises: ValueError if there is no output `main`.
     """
@@ -36,7 +36,7 @@ def build_losses(
 
 
 class DistillationLoss(keras.losses.Loss):
-    """`weight` of the loss is how far the answers are from a teacher's, both softened by `temperature`.
+    """`(1 - weight)` times the label loss plus `weight` times the divergence from a teacher, at `temperature`.
 
     Source: Hinton et al. 2015 (Distilling the Knowledge in a Neural Network), section 2, with its factor of the
     temperature squared, which keeps gradients as large as those of the labels.
@@ -49,13 +49,13 @@ class DistillationLoss(keras.losses.Loss):
     def call(self, y_true, y_pred):
         """y_true: float32 [N, 2 x classes]. y_pred: logits [N, classes]. Returns [N]."""
         labels, teacher = ops.split(y_true, 2, axis=-1)
-        wanted = ops.log_softmax(teacher / self.temperature)
-        distance = ops.sum(ops.exp(wanted) * (wanted - ops.log_softmax(y_pred / self.temperature)), axis=-1)
-        return (1 - self.weight) * self.label_loss.call(labels, y_pred) + self.weight * self.temperature**2 * distance
+        target = ops.log_softmax(teacher / self.temperature)
+        divergence = ops.sum(ops.exp(target) * (target - ops.log_softmax(y_pred / self.temperature)), axis=-1)
+        return (1 - self.weight) * self.label_loss.call(labels, y_pred) + self.weight * self.temperature**2 * divergence
 
 
 class DistillationAccuracy(keras.metrics.CategoricalAccuracy):
-    """Top-1 accuracy where the teacher's logits stand behind the labels."""
+    """Top-1 accuracy for labels that are followed by the teacher's logits."""
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         labels, _ = ops.split(y_true, 2, axis=-1)

@@ -1,10 +1,10 @@
-"""A network of ours as plain data, for programs that know nothing of it: its layers, values, and what it answers.
+"""Exports one of our networks as plain data for the baselines: its layers, weights and reference outputs.
 
     python scripts/benchmarks/baselines/export_network.py vgg16_inception 32 1 FOLDER  (model, side in pixels, channels)
 
-network.json: the layers in the order of the data, each with its kind, settings and inputs; the outputs; parameters and
-multiply-accumulates of the network in training. values.npz: every tensor, `layer/name`. asked.npz: a few images and,
-in float32, the logits they have to give.
+network.json: the layers in topological order, each with its kind, settings and inputs; the outputs; parameters and
+multiply-accumulates of the training network. values.npz: every tensor, `layer/name`. asked.npz: a few images and
+their expected logits in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 CLASSES = 10
-ASKED = 32  # images: fewer make statistics that blow rounding up
+ASKED = 32  # images: with fewer, batch statistics amplify rounding errors
 
 
 def description(model: Any) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def description(model: Any) -> dict[str, Any]:
             "name": layer.name,
             "kind": type(layer).__name__,
             "inputs": [tensor._keras_history.operation.name for tensor in inputs(layer)],
-            "settings": {name: value for name, value in layer.get_config().items() if plain(value)},
+            "settings": {name: value for name, value in layer.get_config().items() if is_plain(value)},
         }
         for layer in model.layers
     ]
@@ -40,20 +40,20 @@ def inputs(layer: Any) -> list[Any]:
     return [] if isinstance(layer, keras.layers.InputLayer) else keras.tree.flatten(layer.input)
 
 
-def plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     return isinstance(value, int | float | str | bool | list | tuple | None)
 
 
-def know(model: Any, images: Any) -> None:
-    """Lets batch normalisation know these images: else the logits of a fresh network are next to 0, and all alike."""
+def calibrate_batch_norm(model: Any, images: Any) -> None:
+    """Sets the batch-norm statistics to those of `images`: else all logits of an untrained network are close to 0."""
     import keras
 
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
-    usual = [layer.momentum for layer in layers]
+    momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
     model(images, training=True)
-    for layer, momentum in zip(layers, usual, strict=True):
+    for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
 
 
@@ -70,11 +70,11 @@ def main() -> None:
     keras.utils.set_random_seed(0)
     model = models.build(name, (side, side, channels), CLASSES)
     images = np.random.default_rng(0).integers(0, 256, (ASKED, side, side, channels), dtype=np.uint8)
-    know(model, images)
-    whole = total_cost(model)
-    found = {**description(model), "parameters": whole.parameters, "macs": whole.macs}
+    calibrate_batch_norm(model, images)
+    cost = total_cost(model)
+    network = {**description(model), "parameters": cost.parameters, "macs": cost.macs}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "network.json").write_text(json.dumps(found, indent=1))
+    (folder / "network.json").write_text(json.dumps(network, indent=1))
     np.savez(
         folder / "values.npz", **{v.path.split("/", v.path.count("/") - 1)[-1]: v.numpy() for v in model.variables}
     )

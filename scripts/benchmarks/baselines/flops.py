@@ -1,4 +1,4 @@
-"""What the machine gives at best: multiply-accumulates per second of one large matrix product, by precision; JSON."""
+"""Prints the machine's peak rate as JSON: multiply-accumulates per second of a large matrix product, by precision."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def main() -> None:
 
     gpu = bool(tf.config.list_physical_devices("GPU"))
     side = 8192 if gpu else 2048
-    found = {}
-    for precision in ("float32", "bfloat16", *(["float16"] if gpu else [])):  # processors are very slow in the last
+    rates = {}
+    for precision in ("float32", "bfloat16", *(["float16"] if gpu else [])):  # CPUs are very slow in float16
         x = tf.cast(tf.random.normal((side, side)), precision)
         product = tf.function(lambda x=x: tf.reduce_sum(tf.linalg.matmul(x, x)))
         product().numpy()
@@ -25,8 +25,8 @@ def main() -> None:
             start = time.perf_counter()
             product().numpy()
             best = min(best, time.perf_counter() - start)
-        found[precision] = side**3 / best
-    print(json.dumps(found))
+        rates[precision] = side**3 / best
+    print(json.dumps(rates))
 
 
 if __name__ == "__main__":

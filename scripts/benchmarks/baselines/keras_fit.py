@@ -1,9 +1,9 @@
-"""Keras's own `fit` on arrays in memory, as its documentation shows it. Prints one line of JSON.
+"""Baseline: Keras's own `fit` on arrays in memory, as in its documentation. Prints one line of JSON.
 
     KERAS_BACKEND=tensorflow python .../keras_fit.py FOLDER vgg16_inception 64 mixed_bfloat16 40
 
-FOLDER is what export_network.py wrote; then the model, the batch, the precision and the steps. A last word `start`
-leaves out what a person's own script would not do, so that the time to the first step is that of such a script.
+FOLDER is the output of export_network.py, followed by model, batch size, precision and steps. A last argument `start`
+skips the parity check, so that the time to the first step is that of an ordinary script.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from protocol import AUX_WEIGHT, LEARNING_RATE, MOMENTUM, agree, tell
+from protocol import AUX_WEIGHT, LEARNING_RATE, MOMENTUM, check_parity, print_results
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def parity(model: Any, folder: Path) -> float:
-    """The largest difference in the logits. Raises: AssertionError where this is not the network that was given."""
+    """Returns the largest difference in the logits. Raises: AssertionError if the number of parameters differs."""
     import numpy as np
 
-    given, values = json.loads((folder / "network.json").read_text()), np.load(folder / "values.npz")
-    assert model.count_params() == given["parameters"], f"{model.count_params()} parameters"
+    network = json.loads((folder / "network.json").read_text())
+    values = np.load(folder / "values.npz")
+    assert model.count_params() == network["parameters"], f"{model.count_params()} parameters"
     for variable in model.variables:
         variable.assign(values["/".join(variable.path.split("/")[-2:])])
-    asked = np.load(folder / "asked.npz")
-    found = model(asked["images"], training=False)
-    return max(float(np.abs(np.asarray(found[name], "float32") - asked[name]).max()) for name in found)
+    expected = np.load(folder / "asked.npz")
+    logits = model(expected["images"], training=False)
+    return max(float(np.abs(np.asarray(logits[name], "float32") - expected[name]).max()) for name in logits)
 
 
 def main() -> None:
@@ -42,12 +43,13 @@ def main() -> None:
 
     from train import models
 
-    given = np.load(folder / "asked.npz")
-    shape, classes = given["images"].shape[1:], given["main"].shape[-1]
+    expected = np.load(folder / "asked.npz")
+    shape = expected["images"].shape[1:]
+    classes = expected["main"].shape[-1]
     worst = None
-    if "start" not in sys.argv:  # it would count as part of the start
+    if "start" not in sys.argv:  # the check would count as part of the start
         worst = parity(models.build(name, shape, classes), folder)
-        agree(worst)
+        check_parity(worst)
     keras.utils.clear_session()
     keras.config.set_dtype_policy(precision)
     model = models.build(name, shape, classes)
@@ -63,15 +65,15 @@ def main() -> None:
     images = draw.integers(0, 256, (count, *shape), dtype=np.uint8)
     labels = np.eye(classes, dtype=np.float32)[draw.integers(0, classes, count)]
 
-    ends: list[float] = []
+    step_ends: list[float] = []
 
-    class Ends(keras.callbacks.Callback):
+    class StepTimer(keras.callbacks.Callback):
         def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.time())
+            step_ends.append(time.time())
 
-    begun = float(os.environ.get("BENCH_BEGUN", time.time()))
-    model.fit(images, dict.fromkeys(outputs, labels), batch_size=int(batch), verbose=0, callbacks=[Ends()])
-    tell(int(batch), ends, begun=begun, worst=worst)
+    start = float(os.environ.get("BENCH_BEGUN", time.time()))
+    model.fit(images, dict.fromkeys(outputs, labels), batch_size=int(batch), verbose=0, callbacks=[StepTimer()])
+    print_results(int(batch), step_ends, start=start, worst=worst)
 
 
 if __name__ == "__main__":

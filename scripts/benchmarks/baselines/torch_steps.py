@@ -1,9 +1,9 @@
-"""The same network in PyTorch, channels last, trained on arrays in memory. Prints one line of JSON.
+"""Baseline: the same network in PyTorch, channels last, trained on arrays in memory. Prints one line of JSON.
 
     python scripts/benchmarks/baselines/torch_steps.py FOLDER 64 bfloat16 compiled 40
 
-FOLDER is what export_network.py wrote; then the batch, the precision (float32, or bfloat16 by autocast), eager or
-compiled, and the steps. Needs PyTorch and NumPy, and nothing of ours.
+FOLDER is the output of export_network.py, followed by batch size, precision (float32, or bfloat16 by autocast), eager
+or compiled, and steps. Needs only PyTorch and NumPy, not this project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch  # type: ignore[import-not-found]
 import torch.nn.functional as F  # type: ignore[import-not-found]
-from protocol import AUX_WEIGHT, LEARNING_RATE, MOMENTUM, WARM_UP, agree, tell
+from protocol import AUX_WEIGHT, LEARNING_RATE, MOMENTUM, WARM_UP, check_parity, print_results
 from torch import Tensor, nn
 
 Settings = dict[str, Any]
@@ -45,9 +45,9 @@ def normalisation(settings: Settings, values: Values) -> nn.Module:
     layer = nn.BatchNorm2d(len(values["beta"]), settings["epsilon"], 1 - settings["momentum"])
     layer.bias.data = torch.from_numpy(values["beta"])
     layer.weight.requires_grad = "gamma" in values
-    for place, name in (("weight", "gamma"), ("running_mean", "moving_mean"), ("running_var", "moving_variance")):
+    for attribute, name in (("weight", "gamma"), ("running_mean", "moving_mean"), ("running_var", "moving_variance")):
         if name in values:
-            getattr(layer, place).data = torch.from_numpy(values[name])
+            getattr(layer, attribute).data = torch.from_numpy(values[name])
     return layer
 
 
@@ -64,8 +64,8 @@ def dense(settings: Settings, values: Values) -> nn.Module:
     return nn.Sequential(layer, nn.ReLU(inplace=True)) if settings["activation"] == "relu" else layer
 
 
-class Scaled(nn.Module):
-    """0..255 -> what the network is fed with; three channels in the order that the settings say."""
+class Rescale(nn.Module):
+    """Maps pixels 0..255 to the network's input range. flip: from RGB to BGR."""
 
     def __init__(self, scale: float, offset: Any, *, flip: bool = False):
         super().__init__()
@@ -76,19 +76,19 @@ class Scaled(nn.Module):
         return (x.flip(1) if self.flip else x).float() * self.scale + self.offset
 
 
-class Flat(nn.Module):
-    """In the order height, width, channels."""
+class Flatten(nn.Module):
+    """Flattens in the order height, width, channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).flatten(1) if x.ndim == 4 else x
 
 
-class Together(nn.Module):
+class Concatenate(nn.Module):
     def forward(self, *parts: Tensor) -> Tensor:
         return torch.cat(parts, 1)
 
 
-class Pooled(nn.Module):
+class GlobalPooling(nn.Module):
     def __init__(self, kind: Callable[[Tensor], Tensor]):
         super().__init__()
         self.kind = kind
@@ -97,93 +97,95 @@ class Pooled(nn.Module):
         return self.kind(x)
 
 
-MEAN_BGR = [-103.939, -116.779, -123.68]  # of ImageNet, where a network of VGG's has three channels
+MEAN_BGR = [-103.939, -116.779, -123.68]  # of ImageNet, for VGG networks with three channels
 KINDS: dict[str, Callable[[Settings, Values], nn.Module]] = {
-    "Rescaling": lambda settings, _: Scaled(settings["scale"], settings["offset"]),
-    "Functional": lambda *_: Scaled(1.0, MEAN_BGR, flip=True),
+    "Rescaling": lambda settings, _: Rescale(settings["scale"], settings["offset"]),
+    "Functional": lambda *_: Rescale(1.0, MEAN_BGR, flip=True),
     "Conv2D": convolution,
     "BatchNormalization": normalisation,
     "Activation": lambda *_: nn.ReLU(inplace=True),
     "MaxPooling2D": lambda settings, _: pooling(settings, nn.MaxPool2d),
     "AveragePooling2D": lambda settings, _: pooling(settings, nn.AvgPool2d, count_include_pad=False),
-    "GlobalAveragePooling2D": lambda *_: Pooled(lambda x: x.mean((2, 3))),
-    "GlobalMaxPooling2D": lambda *_: Pooled(lambda x: x.amax((2, 3))),
-    "Concatenate": lambda *_: Together(),
-    "Flatten": lambda *_: Flat(),
+    "GlobalAveragePooling2D": lambda *_: GlobalPooling(lambda x: x.mean((2, 3))),
+    "GlobalMaxPooling2D": lambda *_: GlobalPooling(lambda x: x.amax((2, 3))),
+    "Concatenate": lambda *_: Concatenate(),
+    "Flatten": lambda *_: Flatten(),
     "Dense": dense,
     "Dropout": lambda settings, _: nn.Dropout(settings["rate"]),
 }
 
 
 class Network(nn.Module):
-    """Runs the layers of network.json in their order. Images uint8 [N, C, H, W] -> logits by output."""
+    """Runs the layers of network.json in order. Images uint8 [N, C, H, W] -> logits by output."""
 
-    def __init__(self, given: dict[str, Any], values: Values):
+    def __init__(self, description: dict[str, Any], values: Values):
         super().__init__()
-        self.outputs, self.plan = given["outputs"], []
-        self.parts = nn.ModuleList()
-        self.images = given["layers"][0]["name"]
-        for layer in given["layers"][1:]:
-            own = {
+        self.outputs = description["outputs"]
+        self.graph = []
+        self.layers = nn.ModuleList()
+        self.input_name = description["layers"][0]["name"]
+        for layer in description["layers"][1:]:
+            weights = {
                 name.rpartition("/")[2]: value for name, value in values.items() if name.startswith(layer["name"] + "/")
             }
-            self.parts.append(KINDS[layer["kind"]](layer["settings"], own))
-            self.plan.append((layer["name"], layer["inputs"]))
+            self.layers.append(KINDS[layer["kind"]](layer["settings"], weights))
+            self.graph.append((layer["name"], layer["inputs"]))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        found = {self.images: images}
-        for part, (name, inputs) in zip(self.parts, self.plan, strict=True):
-            found[name] = part(*(found[wanted] for wanted in inputs))
-        return {output: found[name] for output, name in self.outputs.items()}
+        tensors = {self.input_name: images}
+        for layer, (name, inputs) in zip(self.layers, self.graph, strict=True):
+            tensors[name] = layer(*(tensors[input_name] for input_name in inputs))
+        return {output: tensors[name] for output, name in self.outputs.items()}
 
 
 def read(folder: Path) -> Network:
-    """The network that was given. Raises: AssertionError where it is another one."""
-    given, values = json.loads((folder / "network.json").read_text()), dict(np.load(folder / "values.npz"))
-    network = Network(given, values)
-    learned = [p for p in network.parameters() if p.requires_grad]
+    """Reads an exported network. Raises: AssertionError if the number of parameters differs."""
+    description = json.loads((folder / "network.json").read_text())
+    network = Network(description, dict(np.load(folder / "values.npz")))
+    trainable = [p for p in network.parameters() if p.requires_grad]
     statistics = [b for name, b in network.named_buffers() if "running_" in name]
-    count = sum(tensor.numel() for tensor in [*learned, *statistics])
-    assert count == given["parameters"], f"{count} parameters, and not {given['parameters']}"
+    count = sum(tensor.numel() for tensor in [*trainable, *statistics])
+    assert count == description["parameters"], f"{count} parameters, expected {description['parameters']}"
     return network
 
 
 def parity(network: Network, folder: Path) -> float:
-    """The largest difference in the logits, in float32."""
-    asked = np.load(folder / "asked.npz")
+    """Returns the largest difference in the logits, in float32. Raises: AssertionError if it exceeds rounding."""
+    expected = np.load(folder / "asked.npz")
     with torch.no_grad():
-        found = network.eval()(torch.from_numpy(asked["images"]).permute(0, 3, 1, 2))
-    worst = max(float((found[name] - torch.from_numpy(asked[name])).abs().max()) for name in found)
-    agree(worst)
+        logits = network.eval()(torch.from_numpy(expected["images"]).permute(0, 3, 1, 2))
+    worst = max(float((logits[name] - torch.from_numpy(expected[name])).abs().max()) for name in logits)
+    check_parity(worst)
     return worst
 
 
 def main() -> None:
-    folder, batch, precision, way, steps = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
-    begun = float(os.environ.get("BENCH_BEGUN", time.time()))
+    folder, batch, precision, mode, steps = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
+    start = float(os.environ.get("BENCH_BEGUN", time.time()))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = read(folder)
     worst = parity(network, folder)
     network.to(device, memory_format=torch.channels_last).train()
-    model = torch.compile(network) if way == "compiled" else network
-    learned = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learned, LEARNING_RATE, MOMENTUM, nesterov=True)
-    asked = np.load(folder / "asked.npz")
-    shape, classes = asked["images"].shape[1:], asked["main"].shape[-1]
+    model = torch.compile(network) if mode == "compiled" else network
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, LEARNING_RATE, MOMENTUM, nesterov=True)
+    expected = np.load(folder / "asked.npz")
+    shape = expected["images"].shape[1:]
+    classes = expected["main"].shape[-1]
     draw = np.random.default_rng(0)
     all_images = torch.from_numpy(draw.integers(0, 256, (batch * steps, *shape), dtype=np.uint8)).permute(0, 3, 1, 2)
     all_labels = torch.from_numpy(draw.integers(0, classes, batch * steps))
     ends, loss = [], torch.zeros(())
     for step in range(steps):
-        part = slice(step * batch, (step + 1) * batch)
-        images = all_images[part].to(device, memory_format=torch.channels_last, non_blocking=True)
-        labels = all_labels[part].to(device, non_blocking=True)
+        indices = slice(step * batch, (step + 1) * batch)
+        images = all_images[indices].to(device, memory_format=torch.channels_last, non_blocking=True)
+        labels = all_labels[indices].to(device, non_blocking=True)
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-            found = model(images)
+            outputs = model(images)
             loss = sum(
                 (1.0 if name == "main" else AUX_WEIGHT) * F.cross_entropy(logits.float(), labels)
-                for name, logits in found.items()
+                for name, logits in outputs.items()
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -192,7 +194,7 @@ def main() -> None:
             loss.item()  # waits for the device
         ends.append(time.time())
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    tell(batch, ends, begun=begun, worst=worst, memory=memory)
+    print_results(batch, ends, start=start, worst=worst, memory=memory)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Augmentations by name. Every change is a function of an example's pixels and of its own draws.
+"""Augmentation policies by name. Every operation is a function of an example's pixels and of its own draws.
 
-The draws belong to (seed, purpose, epoch, index), so that an example is changed in the same way wherever it comes in a
-batch and wherever a run goes on. There are four places where something can be done to it, in this order:
+Draws belong to (seed, purpose, epoch, index): an example is augmented in the same way at any position in a batch, and
+after a resume. There are four stages, in this order:
 
-    crop   an encoded image -> uint8 [S, S, C]       fused with decoding (crop.py)
-    paint  uint8 [S, S, C] -> uint8 [S, S, C]        one image at a time, by Pillow (paint.py)
-    move   uint8 [B, S, S, C] -> uint8 [B, S, S, C]  whole batches (here)
-    mix    images and labels of a batch -> float32   with their neighbours, after everything has been rounded (mix.py)
+    random_resized_crop  encoded image -> uint8 [S, S, C]          fused with decoding (random_resized_crop.py)
+    randaugment          uint8 [S, S, C] -> uint8 [S, S, C]        one image at a time, by Pillow (randaugment.py)
+    batch_ops            uint8 [B, S, S, C] -> uint8 [B, S, S, C]  whole batches (this file)
+    mixup_cutmix         images and labels of a batch -> float32   pairs of examples, after all rounding
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from train.data.augmentation.random_resized_crop import RandomResizedCrop
 
 @dataclass(frozen=True)
 class BatchOp:
-    """A change of whole batches: apply(images uint8 [B, S, S, C], draws float32 [B, columns] in [0, 1)) -> images."""
+    """An operation on batches: apply(images uint8 [B, S, S, C], draws float32 [B, num_draws] in [0, 1)) -> images."""
 
     purpose: str
     num_draws: int
@@ -32,7 +32,7 @@ class BatchOp:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to the examples of the training split."""
+    """The operations applied to the examples of the training split."""
 
     random_resized_crop: RandomResizedCrop | None = None
     randaugment: RandAugment | None = None
@@ -41,23 +41,23 @@ class Augmentation:
 
 
 def build(name: str, *, erase: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, **options: Any) -> Augmentation:
-    """The augmentation of that name.
+    """Builds the augmentation with this name.
 
-    erase: in [0, 1], probability of erasing a rectangle. mixup, cutmix: alpha of their Beta distributions, 0: without.
-    options: of the function behind the name.
+    erase: in [0, 1], probability of erasing a rectangle. mixup, cutmix: alpha of their Beta distributions; 0 disables.
+    options: arguments of the function registered under the name.
 
-    Raises: ValueError for a name that is none.
+    Raises: ValueError for an unknown name.
     """
     if name not in AUGMENTS:
         raise ValueError(f"augment must be one of {', '.join(AUGMENTS)}, got {name}; use augment=crop")
-    found = AUGMENTS[name](**options)
+    policy = AUGMENTS[name](**options)
     erasing = (BatchOp("erase", ERASE_DRAWS, partial(random_erasing, probability=erase)),) if erase else ()
     mixing = MixupCutmix(mixup, cutmix) if mixup or cutmix else None
-    return Augmentation(found.random_resized_crop, found.randaugment, (*found.batch_ops, *erasing), mixing)
+    return Augmentation(policy.random_resized_crop, policy.randaugment, (*policy.batch_ops, *erasing), mixing)
 
 
 def none() -> Augmentation:
-    """The images as they are."""
+    """No augmentation."""
     return Augmentation()
 
 
@@ -67,19 +67,19 @@ def crop(pad: float = 1 / 8) -> Augmentation:
 
 
 def flip_crop(pad: float = 1 / 8) -> Augmentation:
-    """Padded crop, and every second image mirrored."""
+    """Padded crop, and horizontal flip of every second image."""
     return Augmentation(batch_ops=(BatchOp("augment", SHIFT_DRAWS, partial(random_shift, pad=pad, mirror=True)),))
 
 
 def inception(
     least_area: float = 0.08, most_stretch: float = 4 / 3, color: float = 1.0, mirror: bool = True
 ) -> Augmentation:
-    """Random resized crop with distorted colours, mirrored: see crop.py."""
+    """Random resized crop with colour distortion and horizontal flip: see random_resized_crop.py."""
     return Augmentation(random_resized_crop=RandomResizedCrop(least_area, most_stretch, color, mirror))
 
 
 def randaugment(ops: int = 2, magnitude: float = 9.0, pad: float = 1 / 8, mirror: bool = True) -> Augmentation:
-    """RandAugment after a padded crop would cut off what it moves in, so it comes before; see paint.py."""
+    """RandAugment (see randaugment.py), then a padded crop; in this order, so that the crop hides no translation."""
     return Augmentation(
         randaugment=RandAugment(ops, magnitude),
         batch_ops=(BatchOp("augment", SHIFT_DRAWS, partial(random_shift, pad=pad, mirror=mirror)),),
@@ -94,18 +94,18 @@ AUGMENTS: dict[str, Callable[..., Augmentation]] = {
     "randaugment": randaugment,
 }
 
-# ------------------------------------------------------------------------------------------------ changes of batches
+# -------------------------------------------------------------------------------------------------- batch operations
 
 SHIFT_DRAWS = 3  # vertical, horizontal, mirror
 
 
 def random_shift(images: Any, draws: Any, *, pad: float, mirror: bool) -> Any:
-    """Shifts every image by up to `pad` of its side in each direction; what comes in at an edge is its reflection.
+    """Shifts every image by up to `pad` of its side in each direction; the edges are filled by reflection.
 
     Source: padded crop of He et al., "Deep Residual Learning for Image Recognition" (2015), section 4.2, which pads 4
-    pixels at 32. Reflected instead of filled, so that no data set gets edges that it does not have. Pixels are only
-    moved, never mixed: no rounding.
-    pad: in [0, 0.5]. mirror: turns every second image left to right, for images whose mirror image is one of the same
+    pixels at 32. Reflected instead of zero-padded, so that no artificial edges appear. Pixels are moved, not
+    interpolated: no rounding.
+    pad: in [0, 0.5]. mirror: flips every second image horizontally; for data whose mirror images belong to the same
     class.
     """
     rows = _shifted_indices(images.shape[1], draws[:, 0], pad)
@@ -116,7 +116,7 @@ def random_shift(images: Any, draws: Any, *, pad: float, mirror: bool) -> Any:
 
 
 def _shifted_indices(side: int, draws: Any, pad: float) -> Any:
-    """Source index of every output row: int32 [B, side], shifted by -border..border, reflected at the edges."""
+    """Source index of each output row, shifted by -border..border and reflected at the edges: int32 [B, side]."""
     if not 0 <= pad <= 0.5:
         raise ValueError(f"pad must be a fraction of the side in 0..0.5, got {pad}; use augment.pad=0.125")
     border = min(round(pad * side), side - 1)
@@ -126,22 +126,22 @@ def _shifted_indices(side: int, draws: Any, pad: float) -> Any:
     return (side - 1) - tf.abs((side - 1) - index)
 
 
-ERASE_DRAWS = 8  # whether, area, stretch, place (2), colour (3)
+ERASE_DRAWS = 8  # decision, area, aspect ratio, position (2), colour (3)
 ERASED_AREA = (0.02, 0.4)
 ERASED_ASPECT_RATIO = (0.3, 1 / 0.3)
 
 
 def random_erasing(images: Any, draws: Any, *, probability: float) -> Any:
-    """Covers a rectangle of some images with one colour.
+    """Covers a rectangle of each image with a random colour, with the given probability.
 
-    Source: Zhong et al., "Random Erasing Data Augmentation" (2017), section 3.2, whose areas and stretches these are; a
+    Source: Zhong et al., "Random Erasing Data Augmentation" (2017), section 3.2, with its areas and aspect ratios; one
     random colour per rectangle instead of one per pixel.
     """
     side, channels = images.shape[1], images.shape[3]
     area = ERASED_AREA[0] + draws[:, 1] * (ERASED_AREA[1] - ERASED_AREA[0])
-    stretch = ERASED_ASPECT_RATIO[0] * (ERASED_ASPECT_RATIO[1] / ERASED_ASPECT_RATIO[0]) ** draws[:, 2]
-    height = tf.minimum(tf.sqrt(area * stretch), 1.0) * side
-    width = tf.minimum(tf.sqrt(area / stretch), 1.0) * side
+    aspect_ratio = ERASED_ASPECT_RATIO[0] * (ERASED_ASPECT_RATIO[1] / ERASED_ASPECT_RATIO[0]) ** draws[:, 2]
+    height = tf.minimum(tf.sqrt(area * aspect_ratio), 1.0) * side
+    width = tf.minimum(tf.sqrt(area / aspect_ratio), 1.0) * side
     inside = tf.logical_and(
         _interval_mask(side, draws[:, 3] * (side - height), height)[:, :, None],
         _interval_mask(side, draws[:, 4] * (side - width), width)[:, None, :],
@@ -152,6 +152,6 @@ def random_erasing(images: Any, draws: Any, *, probability: float) -> Any:
 
 
 def _interval_mask(side: int, start: Any, length: Any) -> Any:
-    """bool [B, side]: whether the middle of a pixel lies in start..start+length."""
-    middle = tf.range(side, dtype=tf.float32)[None, :] + 0.5
-    return tf.logical_and(middle >= start[:, None], middle < (start + length)[:, None])
+    """Mask of the pixels whose centre is in start..start+length: bool [B, side]."""
+    center = tf.range(side, dtype=tf.float32)[None, :] + 0.5
+    return tf.logical_and(center >= start[:, None], center < (start + length)[:, None])

@@ -1,4 +1,4 @@
-"""RandAugment: some of fourteen changes, drawn for each image, all of one strength; done by Pillow."""
+"""RandAugment: operations drawn per image from a list of fourteen, all with one magnitude; executed by Pillow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 PURPOSE = "paint"
-MAX_MAGNITUDE = 30.0  # the scale of the magnitude
-FILL_GREY = 128  # what comes in from outside
+MAX_MAGNITUDE = 30.0  # upper end of the magnitude scale
+FILL_GREY = 128  # fills areas outside the image
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`ops` changes one after the other, of `magnitude` in 0..30.
+    """Applies `ops` random operations in sequence, with `magnitude` in 0..30.
 
     Source: Cubuk et al., "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space" (2019),
-    section 3; ranges of its changes: Cubuk et al., "AutoAugment" (2018), table 6. Those with a direction take either
-    one with the same probability.
+    section 3; ranges of the operations: Cubuk et al., "AutoAugment" (2018), table 6. Operations with a direction take
+    either one with equal probability.
     """
 
     ops: int
@@ -25,29 +25,27 @@ class RandAugment:
 
     @property
     def num_draws(self) -> int:
-        """Draws per example: which change and which direction, each time."""
+        """Draws per example: operation and direction of each step."""
         return 2 * self.ops
 
     def apply(self, pixels: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """pixels: uint8 [S, S, C] in 0..255, C = 1 or 3; draws: float32 [columns] in [0, 1). The same shape."""
-        image, strength = (
-            Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels),
-            self.magnitude / MAX_MAGNITUDE,
-        )
-        names = tuple(OPERATIONS)
-        for which, direction in draws.reshape(-1, 2).tolist():
-            change = OPERATIONS[names[min(int(which * len(names)), len(names) - 1)]]
-            image = change(image, strength if direction < 0.5 else -strength)
+        """Augments pixels uint8 [S, S, C] in 0..255, C = 1 or 3, by draws float32 [num_draws] in [0, 1); same shape."""
+        image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels)
+        strength = self.magnitude / MAX_MAGNITUDE
+        operations = tuple(OPERATIONS.values())
+        for choice, direction in draws.reshape(-1, 2).tolist():
+            operation = operations[min(int(choice * len(operations)), len(operations) - 1)]
+            image = operation(image, strength if direction < 0.5 else -strength)
         return np.asarray(image).reshape(pixels.shape)
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    """`matrix`: where in the source a pixel comes from, x' = a x + b y + c, y' = d x + e y + f, about the middle."""
+    """Applies an affine map about the centre. matrix: output to source, x' = a x + b y + c, y' = d x + e y + f."""
     a, b, c, d, e, f = matrix
     x, y = image.width / 2, image.height / 2
-    about = (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y)
+    about_center = (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y)
     grey = FILL_GREY if image.mode == "L" else (FILL_GREY,) * 3
-    return image.transform(image.size, Image.Transform.AFFINE, about, Image.Resampling.BILINEAR, fillcolor=grey)
+    return image.transform(image.size, Image.Transform.AFFINE, about_center, Image.Resampling.BILINEAR, fillcolor=grey)
 
 
 def _rotate(image: Image.Image, strength: float) -> Image.Image:
@@ -55,9 +53,9 @@ def _rotate(image: Image.Image, strength: float) -> Image.Image:
     return image.rotate(30 * strength, Image.Resampling.BILINEAR, fillcolor=grey)
 
 
-def _enhance(kind: Callable) -> Callable[[Image.Image, float], Image.Image]:
-    """From 0.1 to 1.9 of what there is."""
-    return lambda image, strength: kind(image).enhance(1 + 0.9 * strength)
+def _enhance(enhancer: Callable) -> Callable[[Image.Image, float], Image.Image]:
+    """Returns an operation that scales a property of the image by 0.1 to 1.9."""
+    return lambda image, strength: enhancer(image).enhance(1 + 0.9 * strength)
 
 
 def _posterize(image: Image.Image, strength: float) -> Image.Image:

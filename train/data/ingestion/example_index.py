@@ -1,18 +1,18 @@
-"""What was found out about every example of a data set: a table on disk, looked up there and not held in memory.
+"""Index of a data set's validated examples: a memory-mapped table on disk.
 
-An Arrow file that `pandas.read_feather` and DuckDB open, one row per example, broken ones too:
+An Arrow file that `pandas.read_feather` and DuckDB open, with one row per example, including broken ones:
 
-    path    string   TFDS part and number, or the path relative to the root
-    split   string   train, validation, test, or empty where the set does not say
+    path    string   TFDS split and number, or the path relative to the root
+    split   string   train, validation, test, or empty if the data set defines no splits
     label   int32    index of the class
-    size, time  int64  bytes; when the file was last changed, in nanoseconds (0: not a file of its own)
+    size, time  int64  bytes; modification time of the file in nanoseconds (0: not a file of its own)
     sha256  64 hexadecimal digits, of the encoded bytes
     format  string   JPEG, PNG, GIF, BMP, WEBP
     width, height  int32  pixels as stored
     plain   bool     an upright JPEG that simplejpeg decodes to the same pixels as Pillow
-    likeness  uint64  difference hash of the picture; 0 where it is too small or too flat to be compared
-    thumbnail  64 bytes  8x8 mean greys of the picture
-    problem string   why it can't be used; empty: it can
+    likeness  uint64  difference hash of the image; 0 if it is too small or too uniform to be compared
+    thumbnail  64 bytes  8x8 mean grey levels of the image
+    problem string   reason why it can't be used; empty for a valid example
 """
 
 import contextlib
@@ -27,26 +27,26 @@ import numpy as np
 
 from train.storage import checksummed
 
-# Arrow's own allocator reserves 1 GiB of addresses, which a process under a limit may not have.
+# Arrow's own allocator reserves 1 GiB of address space, which fails in a process with a memory limit.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
-VERSION = 5  # raised when what the table says, or how it is found out, changes
+VERSION = 5  # increase it when the contents of the table, or how they are computed, change
 IDENTITY = b"identity"
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleIndex:
-    """identity: of what was looked at; another identity means that it has to be looked at again."""
+    """Table of examples. identity: of the validated data and limits; an index with another identity is outdated."""
 
     identity: str
-    table: Any  # read out of its buffers: Arrow's own conversions load pandas, which takes longer than all the rest
-    _column_cache: dict[str, np.ndarray] = field(default_factory=dict)  # views of columns, which take a while to make
+    table: Any  # read through its buffers: Arrow's own conversions import pandas, which takes longer than all the rest
+    _column_cache: dict[str, np.ndarray] = field(default_factory=dict)  # views of columns, which are slow to create
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def numeric_column(self, name: str) -> np.ndarray:
-        """A column of numbers, [N]; not copied, except that of truths."""
+        """Returns a numeric column [N] without copying it (except booleans)."""
         if name not in self._column_cache:
             data = self.table[name].chunk(0).buffers()[1]
             if NUMERIC_COLUMNS[name] is np.bool_:
@@ -59,7 +59,7 @@ class ExampleIndex:
 
     @property
     def sha256(self) -> np.ndarray:
-        """S64 [N]; not copied."""
+        """Hexadecimal digests, S64 [N]; not copied."""
         return self.bytes_column("sha256").view("S64").reshape(-1)
 
     @property
@@ -68,54 +68,56 @@ class ExampleIndex:
         return self.bytes_column("thumbnail")
 
     def bytes_column(self, name: str) -> np.ndarray:
-        """A column of 64 bytes each, uint8 [N, 64]; not copied."""
+        """Returns a column with 64 bytes per row, uint8 [N, 64], without copying it."""
         if name not in self._column_cache:
             data = np.frombuffer(self.table[name].chunk(0).buffers()[1], np.uint8)
             self._column_cache[name] = data[: 64 * len(self)].reshape(-1, 64)
         return self._column_cache[name]
 
     def text_at(self, name: str, row: int) -> str:
-        """The entry of a column of texts."""
+        """Returns an entry of a text column."""
         return self.table[name][int(row)].as_py()
 
     def texts_at(self, name: str, rows: np.ndarray) -> list[str]:
-        """The entries of several rows; many times quicker than one by one."""
+        """Returns several entries of a text column; many times faster than one by one."""
         _, ends, texts = self.table[name].chunk(0).buffers()
-        bounds, data = np.frombuffer(ends, np.int64), memoryview(texts)
-        places = zip(bounds[rows].tolist(), bounds[rows + 1].tolist(), strict=True)
-        return [str(data[start:end], "utf-8") for start, end in places]
+        bounds = np.frombuffer(ends, np.int64)
+        data = memoryview(texts)
+        spans = zip(bounds[rows].tolist(), bounds[rows + 1].tolist(), strict=True)
+        return [str(data[start:end], "utf-8") for start, end in spans]
 
     def text_equals(self, name: str, text: str) -> np.ndarray:
-        """bool [N]: where a column of texts has this one."""
-        chunk, wanted = self.table[name].chunk(0), np.frombuffer(text.encode(), np.uint8)
+        """Whether each entry of a text column equals `text`: bool [N]."""
+        chunk = self.table[name].chunk(0)
+        encoded = np.frombuffer(text.encode(), np.uint8)
         ends = np.frombuffer(chunk.buffers()[1], np.int64)[: len(self) + 1]
-        found = np.diff(ends) == len(wanted)
-        if len(wanted) and found.any():
-            rows = np.flatnonzero(found)
-            texts = np.frombuffer(chunk.buffers()[2], np.uint8)[ends[rows, None] + np.arange(len(wanted))]
-            found[rows] = (texts == wanted).all(1)
-        return found
+        matches = np.diff(ends) == len(encoded)
+        if len(encoded) and matches.any():
+            rows = np.flatnonzero(matches)
+            texts = np.frombuffer(chunk.buffers()[2], np.uint8)[ends[rows, None] + np.arange(len(encoded))]
+            matches[rows] = (texts == encoded).all(1)
+        return matches
 
     def valid_mask(self) -> np.ndarray:
-        """bool [N]: without a problem."""
+        """Whether each example is valid: bool [N]."""
         return self.text_equals("problem", "")
 
     def rows_in_split(self, split: str) -> np.ndarray:
-        """int64: rows of a split without a problem, in order."""
+        """Rows of the valid examples of a split, ascending: int64."""
         return np.flatnonzero(self.text_equals("split", split) & self.valid_mask())
 
     def has_split(self, split: str) -> bool:
-        """Whether any example is of this split, broken ones too."""
+        """Whether the split has any example, including broken ones."""
         return bool(self.text_equals("split", split).any())
 
     def problems(self) -> list[tuple[int, str]]:
-        """(row, reason) of every example that can't be used."""
+        """Lists (row, reason) of each broken example."""
         rows = np.flatnonzero(~self.valid_mask())
         return [(row, self.text_at("problem", row)) for row in rows.tolist()]
 
 
 class TextColumn(Sequence[str]):
-    """A column of texts, looked up where it lies."""
+    """A text column of an index, read from disk entry by entry."""
 
     def __init__(self, index: ExampleIndex, name: str):
         self._column = index.table[name]
@@ -136,17 +138,17 @@ TEXT_COLUMNS = ("format", "problem")
 
 
 class ExampleIndexBuilder:
-    """Verdicts in the making, all columns but the names' and the splits'; a million rows take 200 MB."""
+    """Collects the columns of an index, except names and splits; a million rows take 200 MB."""
 
     def __init__(self, rows: int):
         self.numeric_columns: dict[str, np.ndarray] = {
-            name: np.zeros(rows, kind) for name, kind in NUMERIC_COLUMNS.items()
+            name: np.zeros(rows, dtype) for name, dtype in NUMERIC_COLUMNS.items()
         }
         self.bytes_columns = {name: np.zeros((rows, 64), np.uint8) for name in BYTES_COLUMNS}
         self.text_columns = {name: [""] * rows for name in TEXT_COLUMNS}
 
     def set_row(self, row: int, **entries: Any) -> None:
-        """Entries by column; the others stay as they are."""
+        """Sets some columns of a row."""
         for name, entry in entries.items():
             if name in BYTES_COLUMNS:
                 self.bytes_columns[name][row] = np.frombuffer(entry, np.uint8)
@@ -154,7 +156,7 @@ class ExampleIndexBuilder:
                 (self.numeric_columns if name in NUMERIC_COLUMNS else self.text_columns)[name][row] = entry
 
     def copy_rows(self, rows: np.ndarray, previous: ExampleIndex, previous_rows: np.ndarray) -> None:
-        """Takes the entries of earlier rows over."""
+        """Copies rows from a previous index."""
         for name, column in self.numeric_columns.items():
             column[rows] = previous.numeric_column(name)[previous_rows]
         for name, fixed in self.bytes_columns.items():
@@ -177,13 +179,13 @@ class ExampleIndexBuilder:
 
 
 def index_path_for(data_dir: str, name: str, source_path: Path) -> Path:
-    """Where the verdicts over the data set `name`, read from `where`, are kept."""
-    place = hashlib.sha256(os.fsencode(source_path.resolve())).hexdigest()[:16]
-    return Path(data_dir) / ".index" / f"{name}-{place}.v{VERSION}.arrow"
+    """Path of the index of the data set `name` that is read from `source_path`."""
+    digest = hashlib.sha256(os.fsencode(source_path.resolve())).hexdigest()[:16]
+    return Path(data_dir) / ".index" / f"{name}-{digest}.v{VERSION}.arrow"
 
 
 def read(path: Path) -> ExampleIndex | None:
-    """The stored verdicts, mapped into memory; None when there are none or the file is not what was written."""
+    """Memory-maps a stored index; returns None if there is none or the file is damaged."""
     import pyarrow as pa
 
     if not checksummed.is_intact(path):
@@ -193,7 +195,7 @@ def read(path: Path) -> ExampleIndex | None:
 
 
 def write(path: Path, index: ExampleIndex) -> ExampleIndex:
-    """Stores them and gives them back mapped; where nothing can be written, as they are."""
+    """Writes an index and returns it memory-mapped, or unchanged if it can't be written."""
     import pyarrow as pa
 
     def fill(file: Any) -> None:

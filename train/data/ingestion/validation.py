@@ -1,4 +1,4 @@
-"""Every example opened once, under limits; the verdicts are kept, and only what changed is looked at again."""
+"""Validates every example once, under limits; results are stored, and only changed examples are validated again."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from train.data.sources.listing import Listing
 from train.runtime.setup import cores
 from train.storage import checksummed
 
-CHUNK = 64  # examples that a thread looks at before it reports
+CHUNK = 64  # examples that a thread inspects per task
 MAX_NAMED = 10  # how many broken examples an error names; it counts them all
-MIN_HASHED_SIDE = 64  # smaller pictures of different things look alike
-MIN_HASH_BITS = 8  # a difference hash with fewer bits set, or unset, is that of a flat picture
+MIN_HASHED_SIDE = 64  # the hashes of smaller images say too little
+MIN_HASH_BITS = 8  # a difference hash with fewer bits set, or unset, belongs to a nearly uniform image
 
 
 @dataclass(frozen=True)
 class Limits:
-    """max_bytes: encoded; max_pixels: width times height. on_error: `raise`, or `skip` at most `max_skipped`."""
+    """max_bytes: encoded; max_pixels: width times height. on_error: `raise`, or `skip` for up to `max_skipped`."""
 
     max_bytes: int = 2**26
     max_pixels: int = MAX_PIXELS
@@ -33,7 +33,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ExampleInfo:
-    """What is known of one example after a look at its bytes; the columns of verdicts.py that come from them."""
+    """The properties of one example that come from its bytes: columns of the example index."""
 
     size: int
     label: int = -1
@@ -48,21 +48,21 @@ class ExampleInfo:
 
 
 def ingest(listing: Listing, limits: Limits) -> ExampleIndex:
-    """Verdicts over every row of the listing, from the last look where nothing has changed since.
+    """Returns the index of all examples in the listing; reuses stored results for what has not changed.
 
-    Raises: ValueError that names the first broken examples, and counts them all, unless they are to be skipped.
+    Raises: ValueError that names the first broken examples and counts them all, unless they may be skipped.
     """
     identity = _index_identity(listing, limits)
-    found = example_index.read(listing.index_path)
-    if found is None or not _is_up_to_date(found, listing, identity):
+    index = example_index.read(listing.index_path)
+    if index is None or not _is_up_to_date(index, listing, identity):
         with checksummed.exclusive(listing.index_path):
-            found = example_index.read(listing.index_path)  # of another process, perhaps, for which this one waited
-            if found is None or not _is_up_to_date(found, listing, identity):
-                now = _build_index(listing, limits, identity, found)
-                if found is None or not now.table.equals(found.table, check_metadata=True):
-                    found = example_index.write(listing.index_path, now)
-    check_readable(found, listing, limits)
-    return found
+            index = example_index.read(listing.index_path)  # another process may have written it in the meantime
+            if index is None or not _is_up_to_date(index, listing, identity):
+                new_index = _build_index(listing, limits, identity, index)
+                if index is None or not new_index.table.equals(index.table, check_metadata=True):
+                    index = example_index.write(listing.index_path, new_index)
+    check_readable(index, listing, limits)
+    return index
 
 
 def _is_up_to_date(index: ExampleIndex, listing: Listing, identity: str) -> bool:
@@ -70,38 +70,37 @@ def _is_up_to_date(index: ExampleIndex, listing: Listing, identity: str) -> bool
 
 
 def check_readable(index: ExampleIndex, listing: Listing, limits: Limits) -> None:
-    """Raises: ValueError, as `ingest`."""
+    """Checks that no example is broken, or that few enough are to skip them. Raises: ValueError, see `ingest`."""
     broken = index.problems()
     if not broken or (limits.on_error == "skip" and len(broken) <= limits.max_skipped):
         return
-    named = "; ".join(f"{listing.error_prefix}{index.text_at('path', row)} ({why})" for row, why in broken[:MAX_NAMED])
-    more = f" and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
-    way = (
-        f"use data.on_error=skip data.max_skipped={len(broken)} to leave them out"
-        if limits.on_error == "raise"
-        else f"data.max_skipped={len(broken)} would leave them all out"
+    named = "; ".join(
+        f"{listing.error_prefix}{index.text_at('path', row)} ({reason})" for row, reason in broken[:MAX_NAMED]
     )
+    more = f" and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
+    settings = f"data.max_skipped={len(broken)} to leave them out"
+    if limits.on_error == "raise":
+        settings = f"data.on_error=skip {settings}"
     raise ValueError(
-        f"the data must be readable images, got {len(broken)} of {len(index)} that are not: {named}{more}; "
-        f"mend or remove them, or {way}"
+        f"{len(broken)} of {len(index)} images cannot be read: {named}{more}; fix or remove them, or set {settings}"
     )
 
 
 def inspect(data: bytes, label: int, limits: Limits) -> ExampleInfo:
-    """One example, whatever its bytes are; never raises."""
-    content = hashlib.sha256(data).hexdigest().encode()
+    """Inspects one example; never raises, whatever its bytes are."""
+    sha256 = hashlib.sha256(data).hexdigest().encode()
     if len(data) > limits.max_bytes:
-        return ExampleInfo(len(data), label, content, problem=_too_large_message(len(data), limits))
+        return ExampleInfo(len(data), label, sha256, problem=_too_large_message(len(data), limits))
     try:
         header = read_header(data, limits.max_pixels)
-        known = (len(data), label, content, header.format, header.width, header.height)
+        properties = (len(data), label, sha256, header.format, header.width, header.height)
     except ValueError as error:
-        return ExampleInfo(len(data), label, content, problem=str(error))
+        return ExampleInfo(len(data), label, sha256, problem=str(error))
     try:
         pixels = decode(data, 3, max_pixels=limits.max_pixels)
     except ValueError as error:
-        return ExampleInfo(*known, problem=str(error))
-    return ExampleInfo(*known, _is_fast_jpeg(header, data, pixels), *perceptual_hash(pixels))
+        return ExampleInfo(*properties, problem=str(error))
+    return ExampleInfo(*properties, _is_fast_jpeg(header, data, pixels), *perceptual_hash(pixels))
 
 
 def _is_fast_jpeg(header: Header, data: bytes, pixels: np.ndarray) -> bool:
@@ -114,10 +113,10 @@ def _is_fast_jpeg(header: Header, data: bytes, pixels: np.ndarray) -> bool:
 
 
 def perceptual_hash(pixels: np.ndarray) -> tuple[int, bytes]:
-    """What a picture uint8 [H, W, 3] is compared by: a difference hash, and a thumbnail.
+    """Computes the difference hash and the thumbnail of an image uint8 [H, W, 3].
 
-    The hash: 64 bits, whether each of 8x8 places is darker than its right neighbour; 0 for pictures that are too small
-    or too flat to be told apart by it. The thumbnail: 8x8 mean greys.
+    Hash: 64 bits, one for each of 8x8 cells that is darker than its right neighbour; 0 for images that are too small
+    or too uniform. Thumbnail: 8x8 mean grey levels.
     Source: N. Krawetz, "Kind of Like That" (2013).
     """
     if min(pixels.shape[:2]) < MIN_HASHED_SIDE:
@@ -125,15 +124,15 @@ def perceptual_hash(pixels: np.ndarray) -> tuple[int, bytes]:
     grey = Image.fromarray(pixels).convert("L")
     rows = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
     bits = np.packbits(rows[:, 1:] > rows[:, :-1])
-    flat = not MIN_HASH_BITS <= np.bitwise_count(bits).sum() <= 64 - MIN_HASH_BITS
-    return 0 if flat else int.from_bytes(bits.tobytes(), "big"), grey.resize((8, 8), Image.Resampling.BOX).tobytes()
+    uniform = not MIN_HASH_BITS <= np.bitwise_count(bits).sum() <= 64 - MIN_HASH_BITS
+    return 0 if uniform else int.from_bytes(bits.tobytes(), "big"), grey.resize((8, 8), Image.Resampling.BOX).tobytes()
 
 
 def _too_large_message(size: int, limits: Limits) -> str:
     return f"{size:,} bytes are more than the limit of {limits.max_bytes:,}"
 
 
-# ---------------------------------------------------------------------------------------------------- all of a listing
+# ------------------------------------------------------------------------------------------------------ whole listing
 
 
 def _index_identity(listing: Listing, limits: Limits) -> str:
@@ -141,73 +140,72 @@ def _index_identity(listing: Listing, limits: Limits) -> str:
 
 
 def _may_be_repaired(index: ExampleIndex, listing: Listing) -> bool:
-    """What can't be read today may be readable tomorrow, with the same size and time."""
+    """Whether broken files need another try: they may be readable now, with the same size and time."""
     return listing.file_stats is not None and not index.valid_mask().all()
 
 
 def _matches_listing(index: ExampleIndex, listing: Listing, identity: str) -> bool:
-    """Whether these are verdicts over just this listing as it is now."""
+    """Whether the index covers exactly this listing in its current state."""
     if index.identity != identity or len(index) != len(listing):
         return False
-    if listing.file_stats is None:  # the identity stands for all
+    if listing.file_stats is None:  # the identity covers everything
         return True
     import pyarrow as pa
 
     size, time = listing.file_stats.T
-    now = {"path": listing.names, "split": listing.splits, "label": listing.labels, "size": size, "time": time}
+    expected = {"path": listing.names, "split": listing.splits, "label": listing.labels, "size": size, "time": time}
     return all(
         index.table[name].chunk(0).equals(pa.array(entries, index.table.schema.field(name).type))
-        for name, entries in now.items()
+        for name, entries in expected.items()
     )
 
 
 def _build_index(listing: Listing, limits: Limits, identity: str, previous: ExampleIndex | None) -> ExampleIndex:
-    draft = ExampleIndexBuilder(len(listing))
-    rows, earlier = _unchanged_rows(
-        listing, previous if previous is not None and previous.identity == identity else None
-    )
+    builder = ExampleIndexBuilder(len(listing))
+    reusable = previous if previous is not None and previous.identity == identity else None
+    rows, previous_rows = _unchanged_rows(listing, reusable)
     if previous is not None:
-        draft.copy_rows(rows, previous, earlier)
+        builder.copy_rows(rows, previous, previous_rows)
     for row, problem in listing.problems.items():
-        draft.set_row(row, problem=problem)
-    fresh = np.setdiff1d(np.arange(len(listing)), [*rows, *listing.problems])
-    if len(fresh):
-        _inspect_rows(listing, fresh, limits, draft)
+        builder.set_row(row, problem=problem)
+    changed = np.setdiff1d(np.arange(len(listing)), [*rows, *listing.problems])
+    if len(changed):
+        _inspect_rows(listing, changed, limits, builder)
     if listing.file_stats is not None:
-        draft.numeric_columns["size"][:], draft.numeric_columns["time"][:] = listing.file_stats.T
+        builder.numeric_columns["size"][:], builder.numeric_columns["time"][:] = listing.file_stats.T
     if listing.labels is not None:
-        draft.numeric_columns["label"][:] = listing.labels
-    return draft.build(identity, listing.names, listing.splits)
+        builder.numeric_columns["label"][:] = listing.labels
+    return builder.build(identity, listing.names, listing.splits)
 
 
 def _unchanged_rows(listing: Listing, previous: ExampleIndex | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of files that have the size and time of the last look, and their rows then. Broken ones are seen again."""
+    """Rows of valid files with unchanged size and time, and their rows in the previous index."""
     if listing.file_stats is None or previous is None:
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    then = {name: row for row, name in enumerate(previous.table["path"].to_pylist())}
-    pairs = np.array([(row, then[name]) for row, name in enumerate(listing.names) if name in then], np.int64)
-    rows, earlier = pairs.reshape(-1, 2).T
-    stamps = np.stack([previous.numeric_column("size"), previous.numeric_column("time")], axis=1)
-    same = (listing.file_stats[rows] == stamps[earlier]).all(axis=1) & previous.valid_mask()[earlier]
-    same &= ~np.isin(rows, list(listing.problems))
-    return rows[same], earlier[same]
+    row_of = {name: row for row, name in enumerate(previous.table["path"].to_pylist())}
+    pairs = np.array([(row, row_of[name]) for row, name in enumerate(listing.names) if name in row_of], np.int64)
+    rows, previous_rows = pairs.reshape(-1, 2).T
+    previous_stats = np.stack([previous.numeric_column("size"), previous.numeric_column("time")], axis=1)
+    unchanged = (listing.file_stats[rows] == previous_stats[previous_rows]).all(axis=1)
+    unchanged &= previous.valid_mask()[previous_rows]
+    unchanged &= ~np.isin(rows, list(listing.problems))
+    return rows[unchanged], previous_rows[unchanged]
 
 
 def _inspect_rows(listing: Listing, rows: np.ndarray, limits: Limits, builder: ExampleIndexBuilder) -> None:
-    """In threads, with a bar on a terminal where it takes a while."""
+    """Inspects rows in threads, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     chunks = [rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK)]
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("looking at the data, once", total=len(rows))
-        for looks in parallel_map.map_in_order(
-            partial(_inspect_chunk, listing, limits), chunks, _num_workers(listing, rows)
-        ):
-            for row, found in looks:
-                builder.set_row(row, **vars(found))
-            bar.advance(task, len(looks))
+        task = bar.add_task("indexing images (first run only)", total=len(rows))
+        inspect_chunk = partial(_inspect_chunk, listing, limits)
+        for results in parallel_map.map_in_order(inspect_chunk, chunks, _num_workers(listing, rows)):
+            for row, info in results:
+                builder.set_row(row, **vars(info))
+            bar.advance(task, len(results))
 
 
 def _num_workers(listing: Listing, rows: np.ndarray) -> int:
@@ -221,11 +219,11 @@ def _num_workers(listing: Listing, rows: np.ndarray) -> int:
 
 def _inspect_chunk(listing: Listing, limits: Limits, rows: list[int]) -> list[tuple[int, ExampleInfo]]:
     try:
-        read = listing.store.read_labelled(rows) if not _any_too_large(listing, rows, limits) else None
+        examples = listing.store.read_labelled(rows) if not _any_too_large(listing, rows, limits) else None
     except OSError:
-        read = None  # one by one then, to know which
-    if read is not None:
-        return [(row, inspect(data, label, limits)) for row, (data, label) in zip(rows, read, strict=True)]
+        examples = None  # read one by one below, to find out which one failed
+    if examples is not None:
+        return [(row, inspect(data, label, limits)) for row, (data, label) in zip(rows, examples, strict=True)]
     return [(row, _inspect_row(listing, row, limits)) for row in rows]
 
 
@@ -234,11 +232,10 @@ def _any_too_large(listing: Listing, rows: list[int], limits: Limits) -> bool:
 
 
 def _inspect_row(listing: Listing, row: int, limits: Limits) -> ExampleInfo:
-    if _any_too_large(listing, [row], limits):  # not even read
+    if _any_too_large(listing, [row], limits):  # do not even read it
         assert listing.file_stats is not None
-        return ExampleInfo(
-            int(listing.file_stats[row, 0]), problem=_too_large_message(int(listing.file_stats[row, 0]), limits)
-        )
+        size = int(listing.file_stats[row, 0])
+        return ExampleInfo(size, problem=_too_large_message(size, limits))
     try:
         [(data, label)] = listing.store.read_labelled([row])
     except OSError as error:

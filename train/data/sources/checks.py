@@ -1,4 +1,4 @@
-"""What can be said about the data before TensorFlow is imported. Standard library only."""
+"""Checks of data settings that need no TensorFlow. Standard library only."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ def check(
     file: str | None = None,
     data_dir: str = "data",
 ) -> None:
-    """Refuses settings that can't work: an unknown name; a root, table or manual folder missing, empty or misplaced.
+    """Rejects unusable settings: an unknown name; a missing, empty or misplaced root, table or manual folder.
 
-    Reads folder listings and the first bytes of one file per class, no more.
+    Reads only folder listings and the first bytes of one file per class.
     Raises: ValueError in one line.
     """
-    chosen = get_source(name)
+    source = get_source(name)
     if name == "folder":
         _check_no_manual_dir(name, manual_dir)
         check_root(root)
@@ -31,15 +31,15 @@ def check(
         return
     if root is not None:
         raise ValueError(f"data.root must be left out for data={name}, got {root}; use data=folder data.root={root}")
-    if not chosen.manual_files:
+    if not source.manual_files:
         _check_no_manual_dir(name, manual_dir)
     else:
-        _check_manual_dir(name, chosen, manual_dir, is_prepared(chosen, data_dir))
+        _check_manual_dir(name, source, manual_dir, is_prepared(source, data_dir))
 
 
 def _check_table(file: str | None, root: str | None) -> None:
     if file is None or not Path(file).is_file():
-        got = "none" if file is None else f"{file}, which is no file"
+        got = "none" if file is None else f"{file}, which is not a file"
         raise ValueError(f"data.file must be a CSV or JSON lines file of path and label, got {got}; use data.file=PATH")
     if Path(file).suffix.lower() not in TABLE_SUFFIXES:
         raise ValueError(
@@ -50,7 +50,7 @@ def _check_table(file: str | None, root: str | None) -> None:
 
 
 def is_prepared(tfds_source: Source, data_dir: str) -> bool:
-    """Whether the set was prepared earlier. The folder gets its name by a rename, when it is complete."""
+    """Whether the data set has been prepared. TFDS renames its folder to this name once it is complete."""
     return any((Path(data_dir) / tfds_source.tfds_name).glob("*/dataset_info.json"))
 
 
@@ -65,10 +65,10 @@ def _check_manual_dir(name: str, tfds_source: Source, manual_dir: str | None, pr
     needed = f"data.manual_dir must be a folder with {', '.join(tfds_source.manual_files)} for data={name}"
     if manual_dir is None:
         if tfds_source.requires_manual_download and not prepared:
-            raise ValueError(f"{needed}, got none; use data.manual_dir=PATH, the files need an account at their origin")
+            raise ValueError(f"{needed}, got none; use data.manual_dir=PATH, the download requires an account")
         return
     if not Path(manual_dir).is_dir():
-        raise ValueError(f"{needed}, got {manual_dir}, which is no folder; use data.manual_dir=PATH")
+        raise ValueError(f"{needed}, got {manual_dir}, which is not a folder; use data.manual_dir=PATH")
     missing = [file for file in tfds_source.manual_files if not (Path(manual_dir) / file).is_file()]
     if missing and not prepared:
         raise ValueError(f"{needed}, got {manual_dir} without {', '.join(missing)}; use a folder that holds them all")

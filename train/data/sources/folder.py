@@ -1,4 +1,4 @@
-"""Own images: class folders on disk."""
+"""Lists image files in class folders."""
 
 import os
 import stat
@@ -12,54 +12,59 @@ from train.data.sources.listing import FileStore, Listing
 
 
 def list_folder(root: str, data_dir: str) -> Listing:
-    """Every entry of the class folders, by class, then by name; classes sorted.
+    """Lists every entry of the class folders, sorted by class, then by name.
 
-    Raises: ValueError where the layout is not one.
+    Raises: ValueError for an invalid layout.
     """
     folders = split_folders(root)
     classes = class_names(folders["train"])
     names: list[str] = []
     splits: list[str] = []
     labels: list[int] = []
-    for part, folder in folders.items():
+    for split, folder in folders.items():
         unknown = sorted(set(class_names(folder)) - set(classes))
         if unknown:
             raise ValueError(
-                f"data.root must have the classes of train in every part, got {folder / unknown[0]}; use those"
+                f"data.root must have the same classes in every split, got {folder / unknown[0]}, "
+                "which train does not have; rename or remove it"
             )
         for label, name in enumerate(classes):
             if (folder / name).exists():
-                inner, found = (folder / name).relative_to(root).as_posix(), list_entries(folder / name)
-                names += [f"{inner}/{entry}" for entry in found]
-                splits += [part if len(folders) > 1 else ""] * len(found)
-                labels += [label] * len(found)
+                prefix = (folder / name).relative_to(root).as_posix()
+                entries = list_entries(folder / name)
+                names += [f"{prefix}/{entry}" for entry in entries]
+                splits += [split if len(folders) > 1 else ""] * len(entries)
+                labels += [label] * len(entries)
     return list_files(Path(root), names, splits, labels, tuple(classes), index_path_for(data_dir, "folder", Path(root)))
 
 
 def list_files(
     root: Path, names: list[str], splits: list[str], labels: list[int], classes: tuple[str, ...], index_path: Path
 ) -> Listing:
-    """Files below `root`, each with its size and time, or the reason why it will not be opened."""
-    stamps, problems = np.zeros((len(names), 2), np.int64), {}
-    real_root, inside = root.resolve(), _RootMembership(root.resolve())
+    """Lists files below `root`, each with its size and time, or the reason why it can't be used."""
+    file_stats = np.zeros((len(names), 2), np.int64)
+    problems: dict[int, str] = {}
+    real_root = root.resolve()
+    membership = _RootMembership(real_root)
     for row, name in enumerate(names):
         try:
-            stamps[row] = _file_stat(os.path.join(root, name), inside)  # noqa: PTH118 - a Path takes longer than the stamp
+            file_stats[row] = _file_stat(os.path.join(root, name), membership)  # noqa: PTH118 - a Path takes longer than stat
             name.encode()
         except UnicodeEncodeError:
-            problems[row], names[row] = "the name is no UTF-8", name.encode(errors="backslashreplace").decode()
+            problems[row] = "the name is not UTF-8"
+            names[row] = name.encode(errors="backslashreplace").decode()
         except OSError as error:
             problems[row] = error.strerror or str(error)
         except ValueError as error:
             problems[row] = str(error)
     return Listing(
         classes, names, splits, FileStore(root, names, labels), f"{root}/", index_path,
-        identity=str(real_root), labels=labels, file_stats=stamps, problems=problems,
+        identity=str(real_root), labels=labels, file_stats=file_stats, problems=problems,
     )  # fmt: skip
 
 
 class _RootMembership(dict[str, bool]):
-    """Whether a folder lies below the root, links followed; asked once for each."""
+    """Caches whether a folder is below the root after following links."""
 
     def __init__(self, root: Path):
         super().__init__()
@@ -74,17 +79,17 @@ class _RootMembership(dict[str, bool]):
 
 
 def _file_stat(path: str, membership: _RootMembership) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns. Raises: OSError; ValueError for what is no file of the root."""
+    """Size in bytes and modification time in ns. Raises: OSError; ValueError for anything but a file below the root."""
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
-        within = membership.contains(path)
-        status = os.stat(path) if within else status  # noqa: PTH116
+        inside = membership.contains(path)
+        status = os.stat(path) if inside else status  # noqa: PTH116
     else:
-        within = membership[path.rpartition("/")[0]]
-    if not within:
-        raise ValueError(f"leads out of {membership.root}")
+        inside = membership[path.rpartition("/")[0]]
+    if not inside:
+        raise ValueError(f"is outside {membership.root}")
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("a folder")
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("no regular file")
+        raise ValueError("not a regular file")
     return status.st_size, status.st_mtime_ns

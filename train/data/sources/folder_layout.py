@@ -1,14 +1,14 @@
-"""How a folder of images is laid out. Standard library only, so that it can be checked before TensorFlow is imported.
+"""Layout of an image folder. Standard library only, so that it can be checked before TensorFlow is imported.
 
-root/CLASS/image                                   flat; the parts are cut by content
-root/{train,validation|val,test}/CLASS/image       parts already cut; those missing are cut from train
+root/CLASS/image                                   flat; splits are assigned by content
+root/{train,validation|val,test}/CLASS/image       predefined splits; missing ones are taken from train
 """
 
 import os
 from pathlib import Path
 
 SPLIT_ALIASES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-IGNORED = ("thumbs.db", "desktop.ini")  # and hidden files: what file managers leave behind
+IGNORED = ("thumbs.db", "desktop.ini")  # files of file managers; hidden files are ignored, too
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
 
 ROOT_ADVICE = "use data.root=PATH"
@@ -16,19 +16,19 @@ EXPECTED = "data.root must be a folder with one sub-folder of images per class"
 
 
 def check_root(root: str | None) -> None:
-    """Refuses a root without at least two classes that each hold an image. Raises: ValueError in one line."""
-    for part in split_folders(root).values():
-        for name in class_names(part):
-            if not any(_looks_like_image(part / name / entry) for entry in list_entries(part / name)):
-                raise ValueError(f"{EXPECTED}, got {part / name} with no images; {ROOT_ADVICE}")
+    """Checks that a root has at least two classes, each with an image. Raises: ValueError in one line."""
+    for folder in split_folders(root).values():
+        for name in class_names(folder):
+            if not any(_looks_like_image(folder / name / entry) for entry in list_entries(folder / name)):
+                raise ValueError(f"{EXPECTED}, got {folder / name} with no images; {ROOT_ADVICE}")
 
 
 def split_folders(root: str | None) -> dict[str, Path]:
-    """The folders that hold the classes, by part: only `train` when the layout is flat."""
+    """Returns the parent folders of the class folders by split: only `train` for a flat layout."""
     if root is None:
         raise ValueError(f"{EXPECTED}, got none; {ROOT_ADVICE}")
     if not Path(root).is_dir():
-        raise ValueError(f"{EXPECTED}, got {root}, which is no folder; {ROOT_ADVICE}")
+        raise ValueError(f"{EXPECTED}, got {root}, which is not a folder; {ROOT_ADVICE}")
     names = _sub_folders(Path(root))
     if (
         "train" not in names
@@ -37,12 +37,14 @@ def split_folders(root: str | None) -> dict[str, Path]:
     ):
         return {"train": Path(root)}
     if {"val", "validation"} <= set(names):
-        raise ValueError(f"data.root must have one of validation and val, got both in {root}; use one of them")
+        raise ValueError(
+            f"data.root must have one validation folder, got both val and validation in {root}; use one of them"
+        )
     return {SPLIT_ALIASES[name]: Path(root) / name for name in names}
 
 
 def class_names(folder: Path) -> list[str]:
-    """The sorted names of the class folders. Raises: ValueError when there are fewer than two, or files beside them."""
+    """Returns the sorted names of the class folders. Raises: ValueError for fewer than two, or files beside them."""
     names = _sub_folders(folder)
     if not names:
         raise ValueError(f"{EXPECTED}, got {folder}, which has no sub-folders; {ROOT_ADVICE}")
@@ -52,7 +54,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def list_entries(class_folder: Path) -> list[str]:
-    """Names of whatever lies in a class folder, sorted; hidden files and those of file managers left out."""
+    """Returns the sorted names of all entries of a class folder, without ignored and hidden files."""
     return [entry.name for entry in _scan_entries(class_folder)]
 
 
@@ -61,15 +63,15 @@ def _sub_folders(folder: Path, strict: bool = True) -> list[str]:
     stray = [entry.path for entry, is_folder in entries if not is_folder]
     if stray and strict:
         raise ValueError(
-            f"data.root must hold only folders beside each other, got the file {stray[0]}; use a class folder"
+            f"data.root must contain only folders above the images, got {stray[0]}; move it into a class folder"
         )
     return [entry.name for entry, is_folder in entries if is_folder]
 
 
 def _scan_entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as found:
-            return sorted((entry for entry in found if not _is_ignored(entry.name)), key=lambda entry: entry.name)
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not _is_ignored(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(f"data.root must be readable, got {folder} ({error.strerror}); {ROOT_ADVICE}") from error
 
@@ -80,10 +82,10 @@ def _is_ignored(name: str) -> bool:
 
 def _looks_like_image(path: Path) -> bool:
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # opening a pipe would block
             return False
         with path.open("rb") as file:
             head = file.read(12)
     except OSError:
-        return True  # the reading of all files names it, with the reason
+        return True  # validation reports it later, with the reason
     return head.startswith(IMAGE_SIGNATURES) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")

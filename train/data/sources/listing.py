@@ -1,4 +1,4 @@
-"""What every source hands over before anything is looked at: a list of examples that can be read by row."""
+"""The common interface of all sources: a list of examples that can be read by row."""
 
 import bisect
 import itertools
@@ -14,24 +14,24 @@ SPLITS = ("train", "validation", "test")
 
 
 class Store(Protocol):
-    """Encoded images by row; may be read by several threads at once."""
+    """Reads encoded images by row; thread-safe."""
 
     def read(self, rows: Sequence[int]) -> list[bytes]:
-        """The encoded bytes of several rows, in their order. Raises: OSError."""
+        """Reads the encoded bytes of several rows, in this order. Raises: OSError."""
 
     def read_labelled(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
-        """The same with their labels."""
+        """Reads (encoded bytes, label) of several rows, in this order. Raises: OSError."""
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """N examples by row, of which nothing is known yet but their names.
+    """N examples by row, before any of them has been read.
 
-    classes: names in the order of the labels. names: ids of the examples. splits: each one's official part, "" where
-    the set does not say. origin: what an error puts before a name. index: where verdicts over it are kept. labels:
-    [N], where they do not come with the data. stamps: int64 [N, 2], size in bytes and time of the last change in ns, of
-    files of their own. identity: of everything that these do not cover. problems: reasons why a row need not even be
-    read.
+    classes: names in the order of the labels. names: ids of the examples. splits: official split of each example, or
+    "" if there are none. error_prefix: precedes an example's name in errors. index_path: where its example index is
+    stored. labels: [N], None if they are stored with the data. file_stats: int64 [N, 2], size in bytes and modification
+    time in ns; None if examples are not files. identity: identifies the data beyond file_stats. problems: rows that
+    can't be read, with the reason.
     """
 
     classes: tuple[str, ...]
@@ -50,11 +50,12 @@ class Listing:
 
 
 class LazySequence(Sequence[str]):
-    """What `say` tells of every row of parts that lie one after the other; nothing is held in memory."""
+    """Sequence over consecutive parts whose entries are computed on access, to save memory."""
 
     def __init__(self, counts: dict[str, int], make_entry: Callable[[str, int], str]):
-        """say: (part, number within the part) -> entry."""
-        self._make_entry, self._parts = make_entry, list(counts)
+        """counts: entries per part. make_entry: (part, number within the part) -> entry."""
+        self._make_entry = make_entry
+        self._parts = list(counts)
         self._ends = list(itertools.accumulate(counts.values()))
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ class LazySequence(Sequence[str]):
 
 
 class FileStore:
-    """Images under a root by their relative path."""
+    """Reads image files by their path relative to a root."""
 
     def __init__(self, root: Path, names: Sequence[str], labels: Any):
         self.root, self.names, self.labels = root, names, labels

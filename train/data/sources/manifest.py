@@ -1,10 +1,10 @@
-"""Own images: a table of paths and labels, CSV with a head line or JSON lines.
+"""Lists images from a table of paths and labels: CSV with a header line, or JSON lines.
 
     path,label,split
     cats/one.jpg,cat,train
 
-`split` may be left out, for the whole table or in single lines: train, validation (or val), test. Paths are relative to
-`data.root`, by default the table's own folder.
+`split` is optional, for the whole table or in single lines: train, validation (or val), test. Paths are relative to
+`data.root`, by default the folder of the table.
 """
 
 import csv
@@ -21,39 +21,39 @@ COLUMNS = ("path", "label", "split")
 
 
 def list_manifest(file: str, root: str | None, data_dir: str) -> Listing:
-    """Every line, in the table's order; classes are the sorted labels.
+    """Lists every line in the order of the table; classes are the sorted labels.
 
-    Raises: ValueError that names the line, in one line.
+    Raises: ValueError that names the line of the table.
     """
-    place = Path(file)
+    path = Path(file)
     try:
-        lines = list(_parse_lines(place))
+        lines = list(_parse_lines(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.file must be readable, got {file} ({_reason(error)}); use data.file=PATH") from error
     seen: dict[str, int] = {}
-    for number, path, _, _ in lines:
-        if path in seen:
-            raise _manifest_error(place, number, f"{path} once more, as in line {seen[path]}", "each path once")
-        seen[path] = number
+    for number, name, _, _ in lines:
+        if name in seen:
+            raise _manifest_error(path, number, f"{name} again, first in line {seen[name]}", "each path once")
+        seen[name] = number
     classes = tuple(sorted({label for _, _, label, _ in lines}))
     if len(classes) < 2:
         raise ValueError(f"data.file must have at least two labels, got {len(classes)} in {file}; use a full table")
     splits = [split for _, _, _, split in lines]
     if any(splits) and "train" not in splits:
         raise ValueError(f"data.file must have lines of split train, got none in {file}; use split=train")
-    number_of = {name: label for label, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
     return list_files(
-        Path(root) if root else place.parent,
-        [path for _, path, _, _ in lines],
+        Path(root) if root else path.parent,
+        [name for _, name, _, _ in lines],
         [split or ("train" if any(splits) else "") for split in splits],
-        [number_of[label] for _, _, label, _ in lines],
+        [label_of[label] for _, _, label, _ in lines],
         classes,
-        index_path_for(data_dir, "manifest", place),
+        index_path_for(data_dir, "manifest", path),
     )
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[int, str, str, str]]:
-    """(number of the line, path, label, split or "")."""
+    """Yields (line number, path, label, split or "")."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         for number, entry in _parse_csv(path, file) if path.suffix.lower() == ".csv" else _parse_json(path, file):
             _check_columns(path, number, entry)
@@ -69,16 +69,15 @@ def _parse_lines(path: Path) -> Iterator[tuple[int, str, str, str]]:
 def _parse_csv(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
     lines = csv.reader(file, strict=True)
     try:
-        head = next(lines, [])
-        _check_columns(path, 1, head)
+        header = next(lines, [])
+        _check_columns(path, 1, header)
         for entry in filter(None, lines):
-            if len(entry) > len(head):
-                raise _manifest_error(
-                    path, lines.line_num, f"{entry[len(head)]} behind the last column", "as many as above"
-                )
-            yield lines.line_num, dict(zip(head, entry, strict=False))
+            if len(entry) > len(header):
+                surplus = f"{entry[len(header)]} after the last column"
+                raise _manifest_error(path, lines.line_num, surplus, "as many fields as in the header line")
+            yield lines.line_num, dict(zip(header, entry, strict=False))
     except csv.Error as error:
-        raise _manifest_error(path, lines.line_num, str(error), "CSV with a head line path,label") from error
+        raise _manifest_error(path, lines.line_num, str(error), "CSV with a header line path,label") from error
 
 
 def _parse_json(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
@@ -95,9 +94,9 @@ def _parse_json(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
 
 
 def _check_columns(path: Path, line_number: int, names: Iterable[str]) -> None:
-    strange = sorted(set(names) - set(COLUMNS))
-    if strange:
-        raise _manifest_error(path, line_number, strange[0], f"the columns {', '.join(COLUMNS)}")
+    unknown = sorted(set(names) - set(COLUMNS))
+    if unknown:
+        raise _manifest_error(path, line_number, unknown[0], f"the columns {', '.join(COLUMNS)}")
 
 
 def _manifest_error(path: Path, line_number: int, got: str, use: str) -> ValueError:
@@ -107,4 +106,4 @@ def _manifest_error(path: Path, line_number: int, got: str, use: str) -> ValueEr
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or "no UTF-8"
+    return getattr(error, "strerror", None) or "not UTF-8"

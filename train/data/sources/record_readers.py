@@ -1,4 +1,4 @@
-"""Prepared TFDS examples by row, from either of its file formats."""
+"""Readers of prepared TFDS data by row, for ArrayRecord and TFRecord."""
 
 import contextlib
 import os
@@ -12,42 +12,45 @@ import numpy as np
 
 from train.storage import checksummed
 
-CHUNK = 1024
+CHUNK = 1024  # records that are verified at once
 
 
 class ArrayRecords:
-    """Parts one after the other; ArrayRecord is made for reading by index and checks what it reads."""
+    """Reads concatenated ArrayRecord splits; the format has an index and verifies checksums on reading."""
 
     def __init__(self, data_sources: Sequence[Any]):
-        """parts: TFDS data sources whose examples have `image` (encoded bytes) and `label`."""
-        self._data_sources, self._ends = data_sources, np.cumsum([len(part) for part in data_sources])
+        """data_sources: TFDS data sources whose examples have `image` (encoded bytes) and `label`."""
+        self._data_sources = data_sources
+        self._ends = np.cumsum([len(source) for source in data_sources])
 
     def read(self, rows: Sequence[int]) -> list[bytes]:
         return [data for data, _ in self.read_labelled(rows)]
 
     def read_labelled(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
-        places = np.asarray(rows, np.int64)
-        which = np.searchsorted(self._ends, places, side="right")
-        found: list[tuple[bytes, int]] = [(b"", -1)] * len(places)
-        for part in np.unique(which):
-            here = np.flatnonzero(which == part)
-            start = self._ends[part - 1] if part else 0
-            for place, example in zip(here, self._read_part(part, places[here] - start), strict=True):
-                found[place] = example["image"], int(example["label"])
-        return found
+        row_array = np.asarray(rows, np.int64)
+        source_of_row = np.searchsorted(self._ends, row_array, side="right")
+        examples: list[tuple[bytes, int]] = [(b"", -1)] * len(row_array)
+        for source in np.unique(source_of_row):
+            positions = np.flatnonzero(source_of_row == source)
+            start = self._ends[source - 1] if source else 0
+            records = self._read_source(source, row_array[positions] - start)
+            for position, record in zip(positions, records, strict=True):
+                examples[position] = record["image"], int(record["label"])
+        return examples
 
-    def _read_part(self, part: int, rows: np.ndarray) -> list[dict[str, Any]]:
+    def _read_source(self, source: int, rows: np.ndarray) -> list[dict[str, Any]]:
         try:
-            return self._data_sources[part].__getitems__(rows.tolist())
-        except RuntimeError as error:  # ArrayRecord's own checksums
+            return self._data_sources[source].__getitems__(rows.tolist())
+        except RuntimeError as error:  # a checksum of ArrayRecord does not match
             raise OSError(short_message(error)) from error
 
 
 class TfRecords:
-    """TFRecord shards. The format knows no index; theirs is made once, and kept as [N, 3]: shard, offset, length."""
+    """Reads TFRecord shards. The format has no index; `load_or_build_index` provides one: shard, offset, length."""
 
     def __init__(self, shards: Sequence[Path], record_index: np.ndarray):
-        self._shards, self._record_index = shards, record_index
+        self._shards = shards
+        self._record_index = record_index
         self._files = [os.open(path, os.O_RDONLY) for path in shards]
 
     def read(self, rows: Sequence[int]) -> list[bytes]:
@@ -69,10 +72,10 @@ class TfRecords:
 
 
 def load_or_build_index(shards: Sequence[Path], num_records: int, index_path: Path) -> np.ndarray:
-    """int64 [N, 3] (shard, offset of the data, its length) of every record; made and kept at `place` the first time.
+    """Returns int64 [N, 3] (shard, offset of the data, length) of all records; built and stored the first time.
 
-    Raises: OSError for a damaged shard (every record is read once and held against its checksum), and where there are
-    not as many as the set says.
+    Raises: OSError for a damaged shard (building the index verifies the checksums of all records) or a wrong number of
+    records.
     """
     with checksummed.exclusive(index_path):
         return (
@@ -88,26 +91,28 @@ def _load_index(index_path: Path) -> np.ndarray:
 
 def _build_index(shards: Sequence[Path], num_records: int, index_path: Path) -> np.ndarray:
     _verify_checksums(shards)
-    found = np.array([entry for shard, path in enumerate(shards) for entry in _scan_shard(shard, path)], np.int64)
-    found = found.reshape(-1, 3)
-    if len(found) != num_records:
-        raise OSError(f"{len(found):,} records instead of {num_records:,} in {', '.join(map(str, shards[:1]))}")
-    with contextlib.suppress(OSError):  # where nothing can be written the next start takes longer, no more
-        checksummed.write(index_path, lambda file: np.save(file, found))
+    entries = [entry for shard, path in enumerate(shards) for entry in _scan_shard(shard, path)]
+    index = np.array(entries, np.int64).reshape(-1, 3)
+    if len(index) != num_records:
+        raise OSError(f"{len(index):,} records instead of {num_records:,} in {', '.join(map(str, shards[:1]))}")
+    with contextlib.suppress(OSError):  # if it can't be written, the next start just takes longer
+        checksummed.write(index_path, lambda file: np.save(file, index))
         return _load_index(index_path)
-    return found
+    return index
 
 
 def _scan_shard(shard: int, path: Path) -> list[tuple[int, int, int]]:
-    """A record is its length (8 bytes), a checksum (4), the data, and another checksum (4)."""
-    found, offset, size = [], 0, path.stat().st_size
+    """Lists (shard, offset, length). A record is its length (8 bytes), a checksum (4), the data and a checksum (4)."""
+    entries = []
+    offset = 0
+    size = path.stat().st_size
     with path.open("rb") as file:
         while offset < size:
             file.seek(offset)
             [length] = struct.unpack("<Q", file.read(8))
-            found.append((shard, offset + 12, length))
+            entries.append((shard, offset + 12, length))
             offset += length + 16
-    return found
+    return entries
 
 
 def _verify_checksums(shards: Sequence[Path]) -> None:
@@ -122,6 +127,6 @@ def _verify_checksums(shards: Sequence[Path]) -> None:
 
 
 def short_message(error: Exception) -> str:
-    """The first line of a library's many, without TensorFlow's names of its own functions."""
+    """Returns the first line of a library's error, without TensorFlow's function names."""
     lines = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", str(error)).strip().splitlines()
     return lines[0].rstrip(":.") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""TFDS sets: prepared once as ArrayRecord, then read by index."""
+"""Lists TFDS data sets: prepared once as ArrayRecord, then read by index."""
 
 import contextlib
 import errno
@@ -24,30 +24,29 @@ TIMEOUT_SECONDS = 5
 
 
 def list_tfds(name: str, data_dir: str, manual_dir: str | None) -> Listing:
-    """The official parts that serve as train and test; prepares the set the first time.
+    """Lists the official splits that serve as train and test; prepares the data set the first time.
 
     Raises: ValueError in one line: no network (and where to put the files), no space, wrong files.
     """
-    chosen = get_source(name)
-    builder = _make_builder(name, chosen, data_dir)
+    source = get_source(name)
+    builder = _make_builder(name, source, data_dir)
     if not _is_prepared(builder):
         with _lock(name, data_dir):
-            _prepare(name, chosen, builder, data_dir, manual_dir)
-        builder = _make_builder(name, chosen, data_dir)  # one that knows what was prepared, by whichever process
-    official = {"train": chosen.train} | ({"test": chosen.test} if chosen.test else {})
+            _prepare(name, source, builder, data_dir, manual_dir)
+        builder = _make_builder(name, source, data_dir)  # a new one, which reads the metadata of the prepared data
+    official = {"train": source.train} | ({"test": source.test} if source.test else {})
     folder = Path(builder.data_dir)
     try:
         store = _open_store(builder, list(official.values()), data_dir)
-    except (NotImplementedError, RuntimeError, OSError) as error:  # damaged; not readable
+    except (NotImplementedError, RuntimeError, OSError) as error:  # damaged or unreadable
         raise ValueError(
-            f"data={name} must be readable in {folder}, got: {short_message(error)}; "
-            "use a new copy: remove that folder and it is prepared again"
+            f"cannot read data={name} in {folder}: {short_message(error)}; remove that folder to prepare it again"
         ) from error
-    counts = {ours: builder.info.splits[theirs].num_examples for ours, theirs in official.items()}
+    counts = {split: builder.info.splits[tfds_split].num_examples for split, tfds_split in official.items()}
     return Listing(
         classes=tuple(builder.info.features["label"].names),
-        names=LazySequence(counts, lambda part, row: f"{official[part]}/{row}"),
-        splits=LazySequence(counts, lambda part, _: part if len(official) > 1 else ""),
+        names=LazySequence(counts, lambda split, row: f"{official[split]}/{row}"),
+        splits=LazySequence(counts, lambda split, _: split if len(official) > 1 else ""),
         store=store,
         error_prefix=f"{name} ",
         index_path=index_path_for(data_dir, name, folder),
@@ -58,30 +57,29 @@ def list_tfds(name: str, data_dir: str, manual_dir: str | None) -> Listing:
 def _open_store(builder: Any, split_names: list[str], data_dir: str) -> Store:
     import tensorflow_datasets as tfds
 
-    shards = [Path(path) for part in split_names for path in builder.info.splits[part].filepaths]
+    shards = [Path(path) for split in split_names for path in builder.info.splits[split].filepaths]
     if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
         version = hashlib.sha256(" ".join(_file_identities(Path(builder.data_dir))).encode()).hexdigest()[:16]
-        count = sum(builder.info.splits[part].num_examples for part in split_names)
-        return TfRecords(
-            shards, load_or_build_index(shards, count, Path(data_dir) / ".index" / f"records-{version}.npy")
-        )
+        count = sum(builder.info.splits[split].num_examples for split in split_names)
+        index_path = Path(data_dir) / ".index" / f"records-{version}.npy"
+        return TfRecords(shards, load_or_build_index(shards, count, index_path))
     skip = {"image": tfds.decode.SkipDecoding()}
-    return ArrayRecords([builder.as_data_source(split=part, decoders=skip) for part in split_names])
+    return ArrayRecords([builder.as_data_source(split=split, decoders=skip) for split in split_names])
 
 
 def _make_builder(name: str, tfds_source: Source, data_dir: str) -> Any:
-    """Of what is there, in whichever format; what is not there will be ArrayRecord."""
+    """Returns a builder of the prepared data in its file format, or one that will prepare ArrayRecord."""
     import tensorflow_datasets as tfds
 
-    def make(**words: Any) -> Any:
+    def make(**options: Any) -> Any:
         if name == "digits":
             from train.data.digits.digits_dataset_builder import Builder
 
-            return Builder(data_dir=data_dir, **words)
-        return tfds.builder(tfds_source.tfds_name, data_dir=data_dir, **words)
+            return Builder(data_dir=data_dir, **options)
+        return tfds.builder(tfds_source.tfds_name, data_dir=data_dir, **options)
 
-    found = make()
-    return found if _is_prepared(found) else make(file_format="array_record")
+    builder = make()
+    return builder if _is_prepared(builder) else make(file_format="array_record")
 
 
 # ------------------------------------------------------------------------------------------------------ preparing
@@ -89,11 +87,11 @@ def _make_builder(name: str, tfds_source: Source, data_dir: str) -> Any:
 
 @contextlib.contextmanager
 def _lock(name: str, data_dir: str) -> Iterator[None]:
-    """One process prepares, the others wait. The kernel lets go of the lock when its holder dies."""
-    place = Path(data_dir) / f".{name}.lock"
+    """Lets one process prepare while others wait. The kernel releases the lock when its holder dies."""
+    path = Path(data_dir) / f".{name}.lock"
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file = place.open("w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
     except OSError as error:
         raise ValueError(f"the data folder must be writable, got {data_dir} ({error.strerror}); use another") from error
     with file:
@@ -104,7 +102,8 @@ def _lock(name: str, data_dir: str) -> Iterator[None]:
 def _prepare(name: str, tfds_source: Source, builder: Any, data_dir: str, manual_dir: str | None) -> None:
     if _is_prepared(builder):
         return  # another process did it while this one waited
-    downloads = Path(data_dir) / "downloads" / name  # its own: TFDS tells unpacked files by name, not by content
+    # One folder per data set, because TFDS identifies unpacked files by name, not by content.
+    downloads = Path(data_dir) / "downloads" / name
     _remove_leftovers(tfds_source, data_dir, downloads)
     urls = {} if manual_dir else _missing_downloads(tfds_source, builder, downloads)
     needed = tfds_source.prepared_bytes + 2 * sum(urls.values())  # downloaded, then unpacked
@@ -112,22 +111,22 @@ def _prepare(name: str, tfds_source: Source, builder: Any, data_dir: str, manual
     _check_network(name, tfds_source, list(urls))
     try:
         _download_and_prepare(builder, downloads, manual_dir)
-    except Exception as error:  # TFDS and what it downloads with raise many kinds
+    except Exception as error:  # TFDS and its download libraries raise many types
         raise _preparation_error(name, tfds_source, error, needed, data_dir, manual_dir) from error
     finally:
         _remove_leftovers(tfds_source, data_dir, downloads)
 
 
 def _is_prepared(builder: Any) -> bool:
-    # The folder gets its name by a rename, when it is complete.
+    # TFDS renames the folder to this name once it is complete.
     return (Path(builder.data_dir) / "dataset_info.json").is_file()
 
 
 def _remove_leftovers(tfds_source: Source, data_dir: str, downloads: Path) -> None:
-    """What a killed process left (the lock says that nobody is at it), and unpacked files, needed only meanwhile."""
-    half = [*(Path(data_dir) / tfds_source.tfds_name).glob("incomplete.*"), *downloads.glob("**/*.tmp.*")]
-    for left in (*half, downloads / "extracted"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Removes unpacked files and what a killed process left behind (the lock is held, so nobody is using it)."""
+    incomplete = [*(Path(data_dir) / tfds_source.tfds_name).glob("incomplete.*"), *downloads.glob("**/*.tmp.*")]
+    for path in (*incomplete, downloads / "extracted"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _preparation_error(
@@ -136,12 +135,11 @@ def _preparation_error(
     if _is_no_space(error):
         return _no_space_error(name, needed, data_dir)
     if not tfds_source.manual_files:
-        return ValueError(
-            f"data={name} must be preparable in {data_dir}, got: {short_message(error)}; use another data folder"
-        )
-    place = manual_dir or "none"
+        return ValueError(f"cannot prepare data={name} in {data_dir}: {short_message(error)}; use another data folder")
     advice = "use the original files" if manual_dir else "use data.manual_dir=PATH with the original files"
-    return ValueError(f"{_manual_dir_message(name, tfds_source)}, got {place} ({short_message(error)}); {advice}")
+    return ValueError(
+        f"{_manual_dir_message(name, tfds_source)}, got {manual_dir or 'none'} ({short_message(error)}); {advice}"
+    )
 
 
 def _download_and_prepare(builder: Any, downloads: Path, manual_dir: str | None) -> None:
@@ -150,16 +148,16 @@ def _download_and_prepare(builder: Any, downloads: Path, manual_dir: str | None)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes that it doesn't know
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes even when they are unknown
         builder.download_and_prepare(download_dir=str(downloads), download_config=config)
 
 
 def _missing_downloads(tfds_source: Source, builder: Any, downloads: Path) -> dict[str, int]:
-    """Addresses still to be fetched, with sizes in bytes."""
+    """Returns the URLs that have not been downloaded, with sizes in bytes."""
     fetched = {url for info in downloads.glob("**/*.INFO") for url in _downloaded_urls(info)}
-    known = builder.url_infos or {}
-    wanted = {url: int(info.size) for url, info in known.items() if info.filename in tfds_source.manual_files}
-    return {url: size for url, size in wanted.items() if url not in fetched}
+    url_infos = builder.url_infos or {}
+    needed = {url: int(info.size) for url, info in url_infos.items() if info.filename in tfds_source.manual_files}
+    return {url: size for url, size in needed.items() if url not in fetched}
 
 
 def _downloaded_urls(info: Path) -> list[str]:
@@ -170,15 +168,15 @@ def _downloaded_urls(info: Path) -> list[str]:
 
 
 def _check_network(name: str, tfds_source: Source, urls: Sequence[str]) -> None:
-    """One quick question first, because TFDS asks ten times with growing pauses."""
+    """Sends one quick request first, because TFDS retries ten times with growing delays."""
     if not urls:
         return
     try:
         urllib.request.urlopen(urllib.request.Request(urls[0], method="HEAD"), timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
-        return  # somebody answered; what the download itself meets, it reports
+        return  # the server is reachable; the download reports its own errors
     except OSError as error:
-        reason = f"{urlsplit(urls[0]).hostname} is out of reach: {getattr(error, 'reason', error)}"
+        reason = f"{urlsplit(urls[0]).hostname} is unreachable: {getattr(error, 'reason', error)}"
         raise ValueError(
             f"{_manual_dir_message(name, tfds_source)}, got none ({reason}); {_download_advice(urls)}"
         ) from error
@@ -186,7 +184,7 @@ def _check_network(name: str, tfds_source: Source, urls: Sequence[str]) -> None:
 
 def _manual_dir_message(name: str, tfds_source: Source) -> str:
     files = ", ".join(tfds_source.manual_files)
-    return f"data.manual_dir must be a folder with {files} where data={name} can't be downloaded"
+    return f"data.manual_dir must be a folder with {files} if data={name} can't be downloaded"
 
 
 def _download_advice(urls: Iterable[str]) -> str:
@@ -205,8 +203,8 @@ def _check_space(name: str, needed: int, data_dir: str) -> None:
 def _no_space_error(name: str, needed: int, data_dir: str) -> ValueError:
     free = shutil.disk_usage(data_dir).free
     return ValueError(
-        f"data={name} must have about {-(-needed // MIB)} MiB of free space in {Path(data_dir).resolve()}, "
-        f"got {free // MIB} MiB; use a disk with more room or free some"
+        f"data={name} needs about {-(-needed // MIB)} MiB of free space in {Path(data_dir).resolve()}, "
+        f"got {free // MIB} MiB; free some space or use a larger disk"
     )
 
 
@@ -215,6 +213,6 @@ def _is_no_space(error: BaseException) -> bool:
 
 
 def _file_identities(folder: Path) -> list[str]:
-    """What changes when somebody touches the prepared files."""
-    found = sorted((path.name, path.stat()) for path in folder.iterdir())
-    return [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in found]
+    """Returns name, size and time of each prepared file, to detect changes."""
+    stats = sorted((path.name, path.stat()) for path in folder.iterdir())
+    return [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in stats]

@@ -1,4 +1,4 @@
-"""Pictures of a run: from numbers and images to figures. Nothing here reads or writes a run.
+"""Plots of a run: functions from numbers and images to figures. Nothing here reads or writes a run.
 
-Colours are those of Okabe & Ito (Color Universal Design), and cividis for maps: both can be told apart by everybody.
+The palette is that of Okabe & Ito (Color Universal Design), the colour map cividis; both suit colour-blind readers.
 """

@@ -1,4 +1,4 @@
-"""How training went: losses, accuracies and the learning rate over the epochs."""
+"""Learning curves: losses, accuracies and the learning rate over the epochs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ ACCURACY_CURVES = {
 
 
 def plot_learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> dict[str, Figure]:
-    """Draws `loss`, `accuracy` and `learning_rate` over the epochs, which count from 1, and marks the best one.
+    """Draws `loss`, `accuracy` and `learning_rate` over the epochs, counted from 1, and marks the best epoch.
 
-    lines: the journal's, in order; their epochs count from 0. best_epoch: counts from 1.
+    lines: of the journal, in order; their epochs count from 0. best_epoch: counts from 1.
     """
     epochs = [line for line in lines if "validation/loss" in line["values"]]
     seen = {name for line in epochs for name in line["values"]}
     auxiliary = sorted(name for name in seen if name.startswith("train/aux"))
-    found = {}
+    figures = {}
     for name, title in TITLES.items():
-        found[name], ((axes,),) = make_figure(4.6, 3.4)
+        figures[name], ((axes,),) = make_figure(4.6, 3.4)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -42,8 +42,8 @@ def plot_learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) ->
             _plot_learning_rate(axes, lines)
         else:
             _plot_metrics(axes, epochs, LOSS_CURVES if name == "loss" else ACCURACY_CURVES)
-            for number, own in enumerate(one for one in auxiliary if one.endswith(f"_{name}")):
-                _plot_metric(axes, epochs, own, own.removesuffix(f"_{name}"), PALETTE[2 + number % 6], "--")
+            for number, metric in enumerate(metric for metric in auxiliary if metric.endswith(f"_{name}")):
+                _plot_metric(axes, epochs, metric, metric.removesuffix(f"_{name}"), PALETTE[2 + number % 6], "--")
             axes.legend(fontsize=7)
         if name != "accuracy":
             axes.set_ylim(bottom=0)
@@ -53,7 +53,7 @@ def plot_learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) ->
                 f"best: {best_epoch}", (best_epoch, 0.02), xycoords=("data", "axes fraction"), fontsize=7,
                 xytext=(-3, 0), textcoords="offset points", color="#555555", ha="right",
             )  # fmt: skip
-    return found
+    return figures
 
 
 def _plot_metrics(axes: Any, epochs: list[dict[str, Any]], curves: dict[str, tuple[str, str]]) -> None:
@@ -62,19 +62,21 @@ def _plot_metrics(axes: Any, epochs: list[dict[str, Any]], curves: dict[str, tup
 
 
 def _plot_metric(axes: Any, epochs: list[dict[str, Any]], name: str, label: str, colour: str, style: str) -> None:
-    there = [(line["epoch"] + 1, line["values"][name]) for line in epochs if name in line["values"]]
-    if there:
-        marker = "o" if len(there) == 1 else None
-        axes.plot(*zip(*there, strict=True), style, label=label, color=colour, linewidth=1.5, marker=marker)
+    points = [(line["epoch"] + 1, line["values"][name]) for line in epochs if name in line["values"]]
+    if points:
+        marker = "o" if len(points) == 1 else None
+        axes.plot(*zip(*points, strict=True), style, label=label, color=colour, linewidth=1.5, marker=marker)
 
 
 def _plot_learning_rate(axes: Any, lines: list[dict[str, Any]]) -> None:
-    """Over the steps between the epochs too, where they were logged."""
+    """Draws the learning rate at every logged step, also within epochs."""
     ends = [line for line in lines if "validation/loss" in line["values"]]
     if not ends:
         return
-    steps = ends[0]["step"] / (ends[0]["epoch"] + 1)
-    there = [
-        (line["step"] / steps, line["values"]["learning_rate"]) for line in lines if "learning_rate" in line["values"]
+    steps_per_epoch = ends[0]["step"] / (ends[0]["epoch"] + 1)
+    points = [
+        (line["step"] / steps_per_epoch, line["values"]["learning_rate"])
+        for line in lines
+        if "learning_rate" in line["values"]
     ]
-    axes.plot(*zip(*there, strict=True), color=PALETTE[2], linewidth=1.5)
+    axes.plot(*zip(*points, strict=True), color=PALETTE[2], linewidth=1.5)

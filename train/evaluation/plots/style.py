@@ -1,4 +1,4 @@
-"""What all pictures look like."""
+"""The common style of all plots."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000", "#999999")
 GREY = "#999999"
-COLORMAP = "cividis"  # of one colour scale, dark to light
+COLORMAP = "cividis"  # dark to light
 DPI = 110
 STYLE = {
     "font.size": 9,
-    "font.family": "DejaVu Sans",  # comes with matplotlib, and knows most scripts
+    "font.family": "DejaVu Sans",  # comes with matplotlib and covers most scripts
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -24,7 +24,7 @@ STYLE = {
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "legend.frameon": False,
-    "text.parse_math": False,  # a class may be called $1
+    "text.parse_math": False,  # a class name may contain $
     "figure.constrained_layout.use": True,
 }
 
@@ -33,25 +33,25 @@ mpl.rcParams.update(STYLE)
 
 
 def make_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes as an array [rows, columns]."""
-    made = Figure(figsize=(width, height), dpi=DPI)
-    return made, made.subplots(rows, columns, squeeze=False, **options)
+    """Makes a figure, its size in inches, and its axes as an array [rows, columns]."""
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a file."""
+    """Encodes the figure as a PNG."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
 
 
 def shorten(name: str, max_length: int = 18) -> str:
-    """A name that has room beside an axis."""
+    """Shortens a name so that it fits beside an axis."""
     return name if len(name) <= max_length else f"{name[: max_length - 1]}…"
 
 
 def draw_image(axes: Any, image: Any, title: str = "") -> None:
-    """An image [H, W, 1 or 3] without axes, its pixels as they are."""
+    """Draws an image [H, W, 1 or 3] in 0..255, unscaled and without axes."""
     grey = image.shape[-1] == 1
     axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=255)
     axes.set_title(title, fontsize=7, loc="center")

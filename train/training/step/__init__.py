@@ -1,4 +1,4 @@
-"""One training step on the device, and the state that it changes; a module for each backend."""
+"""The training step on the device, and its state; one module for each backend."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def get_step_class(backend: str) -> Any:
-    """The class of a backend's step (`train.training.step.base.Step`)."""
+    """The backend's subclass of `train.training.step.base.Step`."""
     return importlib.import_module(f"train.training.step.{backend}").Step

@@ -1,4 +1,4 @@
-"""A training step, as far as it is the same on every backend: what its state is called, and what is read from it."""
+"""The backend-independent part of a training step: the names of its state, metrics, divergence checks, EMA."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ from train.training.step.layerwise_lr import FreezeSchedule
 
 Tensor = Any
 
-CHECKED_TENSORS = ("the loss", "the gradients", "the statistics of batch normalisation")
-GRADIENT_NORMS = ("all", "first_layer")  # of gradients, where they are measured
+CHECKED_TENSORS = ("loss", "gradients", "batch normalisation statistics")
+GRADIENT_NORMS = ("all", "first_layer")
 MIN_LOSS_SCALE = 1.0  # mixed_float16 starts at 32,768 and halves at every skipped step
 
 
 class Step(ABC):
-    """Trains `model` on one batch per call; losses, weights, metrics and loss scaling stay Keras's.
+    """Trains a compiled model with dict outputs, one batch per call; losses, metrics and loss scaling are Keras's.
 
-    The model is compiled and has dict outputs. Metrics gather on the device and are read by `metrics()`, so that the
-    host does not wait for the device at every step.
+    Metrics accumulate on the device and are read by `metrics()`, so that the host need not wait for every step.
     """
 
-    COUNTER_DTYPE: str  # dtype of what counts steps
+    COUNTER_DTYPE: str  # of step counters
 
     def __init__(
         self, model: keras.Model, inference: keras.Model, schedule: Any, batch_size: int, jit: bool,
         *, float_images: bool = False, example_weights: bool = False, measure_gradients: bool = False,
         freeze_schedule: FreezeSchedule | None = None, teacher: keras.Model | None = None,
     ):  # fmt: skip
-        """`rate`: the learning rate schedule (optim.Rate); batches have `batch_size` examples.
+        """`inference`: shares the variables of `model`. `schedule`: a train.training.schedules.ScaledSchedule.
 
-        mixed: images come as float32. weighted: a weight per example comes with them. gradients: measure them, too.
-        plan: None where all of the network learns all of the time. teacher: from images to logits; what it says stands
-        behind the labels of `main` (losses.Taught).
+        `float_images`: images are float32, not uint8. `example_weights`: batches have a weight for each example.
+        `measure_gradients`: adds gradient norms to the metrics. `freeze_schedule`: None to train all layers all the
+        time. `teacher`: images -> logits, which are appended to the labels of `main` (losses.DistillationLoss).
         """
         self.model, self.schedule, self._freeze_schedule = model, schedule, freeze_schedule
         self._teacher: Any = teacher
@@ -47,13 +46,13 @@ class Step(ABC):
         self._uses_loss_scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         # Under mixed_float16 Keras wraps the optimizer, and the averages belong to the one inside.
         self._optimizer = model.optimizer.inner_optimizer if self._uses_loss_scaling else model.optimizer
-        self._trainable_variables = model.trainable_variables  # all that learn in one stage or another
+        self._trainable_variables = model.trainable_variables  # all that are trained in some stage
         model.optimizer.build(self._trainable_variables)
-        self._step_count = self._make_variable((), "count")  # steps of the run, skipped ones too
+        self._step_count = self._make_variable((), "count")  # of the whole run, including skipped steps
         self._first_non_finite = self._make_variable((len(CHECKED_TENSORS),), "first_bad")  # 0: none
         self._gradient_norms = (
             self._make_variable((len(GRADIENT_NORMS),), "norms", "float32") if measure_gradients else None
-        )  # of the last step
+        )
         self._moving_statistics = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
         labels = (batch_size, model.output["main"].shape[-1])
         self._input_specs = [
@@ -63,10 +62,10 @@ class Step(ABC):
         self._input_specs += [((batch_size,), "float32")] if example_weights else []
         self._make_metrics(labels)
         self._jit = jit
-        self.local_signal: Callable[[], int] = lambda: 0  # what this process wants all to hear; 0: nothing
-        self._traced_stage: int | None = None  # that is traced
-        moved = [*self._trainable_variables, *self._optimizer.variables]
-        self._updated_variables = [v for v in moved if keras.backend.is_float_dtype(v.dtype)]
+        self.local_signal: Callable[[], int] = lambda: 0  # sent to all processes; 0: none
+        self._traced_stage: int | None = None
+        updated = [*self._trainable_variables, *self._optimizer.variables]
+        self._updated_variables = [v for v in updated if keras.backend.is_float_dtype(v.dtype)]
         self.predict = self.make_predictor(inference, jit)  # logits of the main output, float32 [N, classes]
 
     def _make_variable(self, shape: tuple[int, ...], name: str, dtype: str = "") -> keras.Variable:
@@ -75,29 +74,29 @@ class Step(ABC):
     @staticmethod
     @abstractmethod
     def make_predictor(model: keras.Model, jit: bool) -> Callable[[Any], np.ndarray]:
-        """Images uint8 [N, H, W, C] -> the single output of `model` as an array."""
+        """A function from images uint8 [N, H, W, C] to the single output of `model` as an array."""
 
     @abstractmethod
     def __call__(self, images: Tensor, labels: Tensor, *weights: Tensor) -> None:
         """images: uint8 (or float32) [N, H, W, C] in 0..255; labels: float32 [N, classes], used for every output.
 
-        weights: one float32 [N] where the step is weighted; of the loss, not of the metrics.
+        weights: one float32 [N] with `example_weights`; they apply to the loss, not to the metrics.
         """
 
     @abstractmethod
     def _trace(self, stage: int) -> Callable:
-        """The step of a stage, of batches as `_given` says."""
+        """Traces the training step of a stage, for batches of `_input_specs`."""
 
     @abstractmethod
     def _weights_finite(self) -> bool:
-        """Whether all that learns is finite."""
+        """Whether weights and optimizer state are finite."""
 
     @abstractmethod
     def _teacher_logits(self, images: Tensor) -> Tensor:
-        """The teacher's logits, within a step."""
+        """The teacher's logits, computed inside a traced step."""
 
     def begin_epoch(self, epoch: int) -> bool:
-        """Freezes what does not learn in this epoch; whether the next step is slow, because its graph is new."""
+        """Freezes the layers of this epoch's stage; returns whether the step was retraced, so that it is slow once."""
         stage = self._freeze_schedule.stage_of(epoch) if self._freeze_schedule else 0
         if stage == self._traced_stage:
             return False
@@ -108,7 +107,7 @@ class Step(ABC):
 
     @contextmanager
     def unfrozen(self) -> Iterator[None]:
-        """Nothing is marked as frozen, as long as the network is written down for others."""
+        """Marks all layers as trainable while the model is saved, so that no file contains the freezing of a stage."""
         if self._freeze_schedule and self._traced_stage is not None:
             for layer in (layer for layers in self._freeze_schedule.layer_groups.values() for layer in layers):
                 layer.trainable = True
@@ -119,23 +118,23 @@ class Step(ABC):
                 self._freeze_schedule.freeze(self._traced_stage)
 
     def _make_metrics(self, labels: tuple[int, int]) -> None:
-        """Lets Keras make the metrics' variables, which `load` fills. Made in a trace they would take a second one."""
+        """Creates the metrics' variables, which `load` needs. Creating them in a trace would cost a second trace."""
         empty = dict.fromkeys(self._output_names, ops.zeros(labels))
-        truth = self._with_teacher_logits(empty, None)
-        self.model.compute_loss(y=truth, y_pred=empty)
-        self.model.compute_metrics(None, truth, empty, None)
+        targets = self._with_teacher_logits(empty, None)
+        self.model.compute_loss(y=targets, y_pred=empty)
+        self.model.compute_metrics(None, targets, empty, None)
         self.model.reset_metrics()
 
     def _with_teacher_logits(self, labels_by_output: dict[str, Tensor], images: Tensor | None) -> dict[str, Tensor]:
-        """The labels by output, those of `main` with what a teacher says of the images behind them, or zeros."""
+        """Appends the teacher's logits to the labels of `main`, or zeros where there are no images."""
         if self._teacher is None:
             return labels_by_output
         labels = labels_by_output["main"]
-        said = ops.zeros_like(labels) if images is None else ops.cast(self._teacher_logits(images), "float32")
-        return {**labels_by_output, "main": ops.concatenate([labels, said], axis=-1)}
+        logits = ops.zeros_like(labels) if images is None else ops.cast(self._teacher_logits(images), "float32")
+        return {**labels_by_output, "main": ops.concatenate([labels, logits], axis=-1)}
 
     def non_finite(self) -> tuple[str, int] | None:
-        """What was not finite first, and in which step of the run; None as long as all is well."""
+        """The first tensor that was NaN or infinite, and the step of the run; None if all were finite."""
         first = {
             name: int(step)
             for name, step in zip(CHECKED_TENSORS, np.asarray(self._first_non_finite), strict=True)
@@ -144,29 +143,29 @@ class Step(ABC):
         if first:
             return min(first.items(), key=lambda item: item[1])
         if self._uses_loss_scaling and float(self.model.optimizer.dynamic_scale) < MIN_LOSS_SCALE:
-            return f"the gradients (loss scale below {MIN_LOSS_SCALE:g})", int(self._step_count)
-        if not self._weights_finite():  # an update may break what it is given whole: the next loss would tell
-            return "the weights", int(self._step_count)
+            return f"gradients (loss scale below {MIN_LOSS_SCALE:g})", int(self._step_count)
+        if not self._weights_finite():  # finite gradients may overflow them; the next loss would be too late
+            return "weights", int(self._step_count)
         return None
 
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of every state tensor by name, each once: the model's with its seeds, the optimizer's, the metrics'.
+        """Copies every state tensor once, by name: of the model, its seed generators, the optimizer and the metrics.
 
-        The optimizer's have its averages, accumulated gradients and loss scale among them.
+        The optimizer's state includes averaged weights, accumulated gradients and the loss scale.
         """
         return {name: np.array(variable.value) for name, variable in self._variables().items()}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        """Puts back what `state` gave.
+        """Restores the tensors that `state` returned.
 
         Raises: ValueError naming the first tensor that is missing, unknown, or of another shape or type.
         """
         variables = self._variables()
         for name in sorted({*variables, *state}):
-            has = _dtype_and_shape(variables[name]) if name in variables else "none"
+            expected = _dtype_and_shape(variables[name]) if name in variables else "none"
             got = _dtype_and_shape(state[name]) if name in state else "none"
-            if has != got:
-                raise ValueError(f"{name} must be as the network and its optimizer have it ({has}), got {got}")
+            if expected != got:
+                raise ValueError(f"{name} must match the model and its optimizer ({expected}), got {got}")
         for name, variable in variables.items():
             self._assign(variable, state[name])
         self._assign(self._first_non_finite, np.zeros(len(CHECKED_TENSORS), self.COUNTER_DTYPE))
@@ -175,44 +174,44 @@ class Step(ABC):
         variable.assign(value)
 
     def _variables(self) -> dict[str, keras.Variable]:
-        """Numbered within their kind, since Keras gives some metrics the same path."""
+        """All state variables by name; numbered within their kind, since Keras gives some metrics the same path."""
         kinds = {
             "model": self.model.variables,
             "optimizer": self.model.optimizer.variables,
             "metrics": self.model.metrics_variables,
         }
-        found = {
+        numbered = {
             f"{kind}/{number:04d}/{variable.path}": variable
             for kind, variables in kinds.items()
             for number, variable in enumerate(variables)
         }
-        return found | {"count": self._step_count, "learning_rate_factor": self.schedule.scale}
+        return numbered | {"count": self._step_count, "learning_rate_factor": self.schedule.scale}
 
     def metrics(self) -> dict[str, float]:
         """Means since the last `reset_metrics`: `total_loss`, which is minimised; `loss` and `accuracy` of the main
         head; `aux_loss` and `aux_accuracy` of the auxiliary head, or `aux_1_loss`, ... of several.
 
-        Where gradients are measured also their norms in the last step, `gradient_norm/...`.
+        With `measure_gradients` also the norms of the last step, `gradient_norm/...`.
         """
-        found = {name: float(value) for name, value in self.model.get_metrics_result().items()}
-        total_loss = found.pop("loss")
-        # Keras leaves the output's name away where there is only one.
-        own = {name: found.pop(f"main_{name}", found.get(name, total_loss)) for name in ("loss", "accuracy")}
-        found = {**own, "total_loss": total_loss, **found}
+        results = {name: float(value) for name, value in self.model.get_metrics_result().items()}
+        total_loss = results.pop("loss")
+        # Keras omits the output's name where there is only one.
+        main = {name: results.pop(f"main_{name}", results.get(name, total_loss)) for name in ("loss", "accuracy")}
+        results = {**main, "total_loss": total_loss, **results}
         if self._uses_loss_scaling:
-            found["loss_scale"] = float(self.model.optimizer.dynamic_scale)
-            # The public counter is divided by the steps that are accumulated.
-            found["skipped_steps"] = float(int(self._step_count) - int(self._optimizer._iterations))
+            results["loss_scale"] = float(self.model.optimizer.dynamic_scale)
+            # The public counter is divided by the number of accumulated steps.
+            results["skipped_steps"] = float(int(self._step_count) - int(self._optimizer._iterations))
         if self._gradient_norms is not None:
             norms = np.asarray(self._gradient_norms)
-            found |= {f"gradient_norm/{name}": float(norm) for name, norm in zip(GRADIENT_NORMS, norms, strict=True)}
-        return found
+            results |= {f"gradient_norm/{name}": float(norm) for name, norm in zip(GRADIENT_NORMS, norms, strict=True)}
+        return results
 
     def reset_metrics(self) -> None:
         self.model.reset_metrics()
 
     def agreed_signal(self) -> int:
-        """The largest of what the processes of the run noted (`notes`), the same in all after the same step."""
+        """The largest `local_signal` of all processes of the run; the same in all of them after the same step."""
         return self.local_signal()
 
     def learning_rate(self) -> float:
@@ -220,35 +219,35 @@ class Step(ABC):
         return float(self.model.optimizer.learning_rate)
 
     def set_lr_scale(self, scale: float) -> None:
-        """Multiplies all learning rates from now on by `factor`, in place of what was given before."""
+        """Multiplies all learning rates from now on by `scale`, which replaces the previous scale."""
         self._assign(self.schedule.scale, np.array(scale))
 
     def lr_scale(self) -> float:
-        """What `slow_down` was given."""
+        """The current factor of all learning rates."""
         return float(self.schedule.scale)
 
     @contextmanager
     def using_ema_weights(self) -> Iterator[None]:
-        """The averaged weights in the model's place, where the optimizer keeps some; put back by copy, to the bit."""
+        """Swaps in the averaged weights, if the optimizer has any; restores the weights from a copy, to the bit."""
         if not self._optimizer.use_ema:
             yield
             return
         weights = self._trainable_variables
-        kept = [np.array(weight.value) for weight in weights]
+        copies = [np.array(weight.value) for weight in weights]
         for weight, average in zip(weights, self._optimizer._model_variables_moving_average, strict=True):
             self._assign(weight, np.array(average.value))
         try:
             yield
         finally:
-            for weight, value in zip(weights, kept, strict=True):
-                self._assign(weight, value)
+            for weight, copy in zip(weights, copies, strict=True):
+                self._assign(weight, copy)
 
     def weights_sha256(self) -> str:
         return weights_sha256(self.model)
 
 
 def weights_sha256(model: keras.Model) -> str:
-    """SHA-256 over all model variables sorted by path: path, dtype, shape, bytes."""
+    """SHA-256 of path, dtype, shape and bytes of all model variables, sorted by path."""
     digest = hashlib.sha256()
     for variable in sorted(model.variables, key=lambda v: v.path):
         value = np.asarray(variable)
@@ -258,15 +257,15 @@ def weights_sha256(model: keras.Model) -> str:
 
 
 def all_finite(tensors: list[Tensor]) -> Tensor:
-    """A sum is finite only if all its parts are; summing reads a tensor once and writes nothing."""
+    """Whether all tensors are finite: a sum is finite only if its terms are, and takes one pass without writing."""
     return ops.all(ops.stack([ops.isfinite(ops.sum(tensor)) for tensor in tensors if tensor is not None]))
 
 
 def gradient_norms(gradients: list[Tensor], variables: list[keras.Variable]) -> Tensor:
-    """float32 [2], Euclidean: of all gradients together, and of the first kernel's."""
+    """Euclidean norms of all gradients together and of the first kernel's gradient, float32 [2]."""
     squares = [ops.sum(ops.square(ops.cast(gradient, "float32"))) for gradient in gradients]
-    first = next(number for number, variable in enumerate(variables) if variable.path.endswith("kernel"))
-    return ops.sqrt(ops.stack([sum(squares), squares[first]]))
+    first_kernel = next(number for number, variable in enumerate(variables) if variable.path.endswith("kernel"))
+    return ops.sqrt(ops.stack([sum(squares), squares[first_kernel]]))
 
 
 def _dtype_and_shape(value: Any) -> str:

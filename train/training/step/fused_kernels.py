@@ -1,6 +1,6 @@
-"""The same mathematics in kernels that take less time, for a step that is traced.
+"""Faster TensorFlow kernels for batch normalisation, convolution gradients and optimizer updates.
 
-The layers stay Keras's, with their names, weights and files; only how a step computes them meanwhile is ours.
+They replace methods of Keras's layers and optimizers while a step is traced; names, weights and files stay Keras's.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import tensorflow as tf
 
 @contextmanager
 def fused_kernels(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """While it lasts, a training step of `model` is traced with these kernels. Batches have to have a known size.
+    """Traces a training step of `model` with these kernels inside the block. The batch size must be static.
 
-    Results are those of Keras within rounding: of float32, or of the 16 bits that a policy computes in.
+    Results equal Keras's up to the rounding of float32, or of the policy's 16-bit type.
     """
-    ours: list[tuple[Any, str, Any]] = []
+    replacements: list[tuple[Any, str, Any]] = []
     if update := FUSED_UPDATES.get(type(optimizer)):
-        ours.append((optimizer, "update_step", partial(update, optimizer)))
+        replacements.append((optimizer, "update_step", partial(update, optimizer)))
     for layer in model._flatten_layers():
         if can_fuse_batchnorm(layer):
-            ours.append((layer, "call", partial(fused_batchnorm, layer)))
+            replacements.append((layer, "call", partial(fused_batchnorm, layer)))
         elif (
             type(layer) is keras.layers.Conv2D and can_replace_conv(layer) and not tf.config.get_visible_devices("GPU")
         ):
-            ours.append((layer, "call", partial(conv_with_matmul_gradient, layer)))
-    for owner, name, function in ours:
+            replacements.append((layer, "call", partial(conv_with_matmul_gradient, layer)))
+    for owner, name, function in replacements:
         setattr(owner, name, function)
     try:
         yield
     finally:
-        for owner, name, _ in ours:
+        for owner, name, _ in replacements:
             delattr(owner, name)
 
 
@@ -44,7 +44,7 @@ def fused_kernels(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> 
 
 
 def can_fuse_batchnorm(layer: keras.Layer) -> bool:
-    """Whether the fused kernel can do what the layer does: normalise channels that come last, over this device."""
+    """Whether the fused kernel computes what the layer does: channels last, statistics of this device only."""
     if type(layer) is not keras.layers.BatchNormalization or layer.renorm or layer.synchronized:
         return False
     return layer.input.ndim == 4 and layer.axis in (-1, 3)
@@ -53,9 +53,9 @@ def can_fuse_batchnorm(layer: keras.Layer) -> bool:
 def fused_batchnorm(
     layer: keras.layers.BatchNormalization, inputs: tf.Tensor, training: Any = None, mask: Any = None
 ) -> Any:
-    """What the layer's own `call` does, by TensorFlow's fused kernel: one pass where Keras's operations take several.
+    """Replaces the layer's `call` by TensorFlow's fused kernel: one pass where Keras's operations take several.
 
-    inputs: [N, H, W, C], in the precision of the policy, as is what comes out; sums are made in float32.
+    inputs, outputs: [N, H, W, C], in the precision of the policy; sums are computed in float32.
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
     if not (training and layer.trainable) or mask is not None:
@@ -66,35 +66,36 @@ def fused_batchnorm(
     outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=inputs, scale=scale, offset=offset, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=layer.epsilon
     )
-    # The kernel estimates the variance of the population that the batch was drawn from; Keras keeps the batch's own.
-    for moving, now in ((layer.moving_mean, mean), (layer.moving_variance, variance * ((examples - 1) / examples))):
-        moving.assign(moving * layer.momentum + now * (1.0 - layer.momentum))
+    # The kernel returns the unbiased variance; Keras averages the biased variance of the batch.
+    biased_variance = variance * ((examples - 1) / examples)
+    for moving, current in ((layer.moving_mean, mean), (layer.moving_variance, biased_variance)):
+        moving.assign(moving * layer.momentum + current * (1.0 - layer.momentum))
     return outputs
 
 
 # ----------------------------------------------------------------------------------------------------- convolution
 
-# On processors, oneDNN's kernel for the filter gradient spends most of its time on the filters themselves where there
-# are few positions to sum over. There, the matrix product of all image patches with the output gradients is faster, by
-# up to ten times: up to this many positions per filter in scripts/benchmarks/kernels.py. In bfloat16 it was always
+# On CPUs, oneDNN's kernel for the filter gradient spends most of its time on the filters themselves if there are few
+# positions to sum over. The matrix product of all image patches with the output gradients is then up to ten times as
+# fast: up to this many positions per filter, measured by scripts/benchmarks/kernels.py. In bfloat16 it was always
 # faster for 1x1 kernels, whose patches are the images.
 MAX_POSITIONS_PER_FILTER = {"bfloat16": 16, "float32": 2}
 
 
 def is_matmul_faster(precision: str, kernel: tuple[int, int], positions: int, filters: int) -> bool:
-    """Whether the gradient of the filters is. positions: of all images of a batch, in the outputs."""
+    """Whether the filter gradient is faster as a matrix product. positions: output pixels of all images of a batch."""
     if (precision, kernel) == ("bfloat16", (1, 1)):
         return True
     return positions <= MAX_POSITIONS_PER_FILTER.get(precision, 0) * filters
 
 
 def can_replace_conv(layer: keras.layers.Conv2D) -> bool:
-    """A convolution that steps by one position, without gaps and groups."""
+    """Whether the convolution has stride 1, no dilation and no groups."""
     return (layer.strides, layer.dilation_rate, layer.groups) == ((1, 1), (1, 1), 1)
 
 
 def conv_with_matmul_gradient(layer: keras.layers.Conv2D, inputs: tf.Tensor) -> tf.Tensor:
-    """What the layer's own `call` does. inputs: [N, H, W, C]."""
+    """Replaces the layer's `call`, with `filter_gradient` where that is faster. inputs: [N, H, W, C]."""
     padding, positions = layer.padding.upper(), math.prod(layer.compute_output_shape(inputs.shape)[:-1])
     if not is_matmul_faster(inputs.dtype.name, layer.kernel_size, positions, layer.filters):
         return type(layer).call(layer, inputs)
@@ -102,10 +103,10 @@ def conv_with_matmul_gradient(layer: keras.layers.Conv2D, inputs: tf.Tensor) -> 
     @tf.custom_gradient
     def convolution(images: tf.Tensor, filters: tf.Tensor, *bias: tf.Tensor) -> tuple[tf.Tensor, Any]:
         def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            towards = tf.nn.conv2d_transpose(upstream, filters, images.shape, 1, padding)
-            # TensorFlow's own gradient of a bias adds up 16 bits in 16 bits and was wrong by a tenth.
-            sums = [tf.reduce_sum(upstream, (0, 1, 2)) for _ in bias]
-            return towards, filter_gradient(images, upstream, filters.shape, padding), *sums
+            image_gradient = tf.nn.conv2d_transpose(upstream, filters, images.shape, 1, padding)
+            # TensorFlow's own bias gradient accumulates 16-bit values in 16 bits, with errors of 10%.
+            bias_gradient = [tf.reduce_sum(upstream, (0, 1, 2)) for _ in bias]
+            return image_gradient, filter_gradient(images, upstream, filters.shape, padding), *bias_gradient
 
         outputs = tf.nn.conv2d(images, filters, 1, padding)
         return (tf.nn.bias_add(outputs, *bias) if bias else outputs), gradients
@@ -115,14 +116,14 @@ def conv_with_matmul_gradient(layer: keras.layers.Conv2D, inputs: tf.Tensor) -> 
 
 
 def filter_gradient(images: tf.Tensor, upstream: tf.Tensor, shape: Any, padding: str) -> tf.Tensor:
-    """The gradient of a convolution's filters as one matrix product.
+    """The gradient of a convolution's filters, as one matrix product.
 
     images: [N, H, W, C]; upstream: the gradient of the outputs, [N, h, w, filters]; shape: [height, width, C, filters].
     """
     (height, width, channels, filters), (_, rows, columns, _) = shape, upstream.shape
     if padding == "SAME":
-        around = [[(size - 1) // 2, size // 2] for size in (height, width)]
-        images = tf.pad(images, [[0, 0], *around, [0, 0]])
+        margins = [[(size - 1) // 2, size // 2] for size in (height, width)]
+        images = tf.pad(images, [[0, 0], *margins, [0, 0]])
     shifted = [images[:, y : y + rows, x : x + columns] for y in range(height) for x in range(width)]
     patches = tf.reshape(tf.concat(shifted, -1), (-1, height * width * channels))
     product = tf.matmul(patches, tf.reshape(upstream, (-1, filters)), transpose_a=True)
@@ -131,11 +132,11 @@ def filter_gradient(images: tf.Tensor, upstream: tf.Tensor, shape: Any, padding:
 
 # --------------------------------------------------------------------------------------------------------- updates
 #
-# A weight's update in one kernel, which reads and writes everything once, where Keras's operations do so several times.
+# The update of a weight in one kernel, which reads and writes everything once; Keras's operations do so several times.
 
 
 def momentum_step(optimizer: keras.optimizers.SGD, gradient: tf.Tensor, variable: Any, learning_rate: Any) -> None:
-    """What the optimizer's own `update_step` does. Source: Sutskever et al. 2013, section 2."""
+    """Replaces SGD's `update_step` with momentum. Source: Sutskever et al. 2013, section 2."""
     if not optimizer.momentum:
         return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
     tf.raw_ops.ResourceApplyKerasMomentum(
@@ -150,10 +151,11 @@ def momentum_step(optimizer: keras.optimizers.SGD, gradient: tf.Tensor, variable
 
 
 def adam_step(optimizer: keras.optimizers.AdamW, gradient: tf.Tensor, variable: Any, learning_rate: Any) -> None:
-    """What the optimizer's own `update_step` does. Source: Kingma & Ba 2015, algorithm 1."""
+    """Replaces AdamW's `update_step`. Source: Kingma & Ba 2015, algorithm 1."""
     if optimizer.amsgrad:
         return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
-    index, step = optimizer._get_variable_index(variable), tf.cast(optimizer.iterations + 1, variable.dtype)
+    index = optimizer._get_variable_index(variable)
+    step = tf.cast(optimizer.iterations + 1, variable.dtype)
     beta_1, beta_2 = (tf.cast(beta, variable.dtype) for beta in (optimizer.beta_1, optimizer.beta_2))
     tf.raw_ops.ResourceApplyAdam(
         var=resource_handle(variable),
@@ -171,7 +173,7 @@ def adam_step(optimizer: keras.optimizers.AdamW, gradient: tf.Tensor, variable: 
 
 
 def rmsprop_step(optimizer: keras.optimizers.RMSprop, gradient: tf.Tensor, variable: Any, learning_rate: Any) -> None:
-    """What the optimizer's own `update_step` does. Source: Szegedy et al. 2016, section 8."""
+    """Replaces RMSprop's `update_step` with momentum. Source: Szegedy et al. 2016, section 8."""
     if optimizer.centered or not optimizer.momentum:
         return type(optimizer).update_step(optimizer, gradient, variable, learning_rate)
     index = optimizer._get_variable_index(variable)
@@ -196,5 +198,5 @@ FUSED_UPDATES: dict[type, Any] = {
 
 
 def resource_handle(variable: Any) -> tf.Tensor:
-    """What a kernel is given for a variable of Keras or TensorFlow."""
+    """The resource handle of a Keras or TensorFlow variable."""
     return (variable.value if isinstance(variable, keras.Variable) else variable).handle

@@ -1,7 +1,7 @@
-"""Keras's own `train_step` inside a `jax.jit`.
+"""The training step on JAX: Keras's own `train_step` inside a `jax.jit`.
 
-On several devices, of one process or more, every batch is spread over them and all else is on each: XLA computes what
-one device would, the statistics of batch normalisation too, and adds up gradients across devices.
+On several devices, of one process or more, batches are sharded and all state is replicated: XLA computes what one
+device would, including the batch normalisation statistics, and sums gradients across devices.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from train.training.step.layerwise_lr import layerwise_lr
 
 Arrays = list[jax.Array]
 
-SIGNAL_DELAY_STEPS = 2  # steps that may be under way on the devices when the host looks at what came of one
+SIGNAL_DELAY_STEPS = 2  # steps that may still run on the devices when the host reads the signal of an earlier one
 
 
 class Step(base.Step):
-    """See the base; a step is a function from state to state, and Keras's variables hold the state between two."""
+    """See the base class. A step is a pure function of the state, which Keras's variables hold between two steps."""
 
-    COUNTER_DTYPE = "int32"  # of 64 bits JAX has none unless all numbers may be
+    COUNTER_DTYPE = "int32"  # JAX has 64-bit types only if they are enabled for all arrays
 
     def __init__(self, model: keras.Model, inference: keras.Model, *args: Any, **kwargs: Any):
         super().__init__(model, inference, *args, **kwargs)
@@ -51,7 +51,7 @@ class Step(base.Step):
             self.predict = self._make_distributed_predictor(inference, self._mesh)
 
     def _replicate(self, variables: list[keras.Variable]) -> None:
-        """On every device."""
+        """Copies variables to every device."""
         for variable in variables:
             self._assign(variable, np.asarray(variable.value))
 
@@ -73,79 +73,83 @@ class Step(base.Step):
         return int(self._agreed_signals[0]) if len(self._agreed_signals) > SIGNAL_DELAY_STEPS else 0
 
     def _global_batch(self, local: np.ndarray) -> jax.Array:
-        """Of what is spread over all devices, from the part that this process has."""
+        """The array sharded over all devices, from this process's share of it."""
         return jax.make_array_from_process_local_data(self._batch_sharded, local)
 
     def _signal_per_device(self) -> jax.Array:
-        """What all are to hear, once for each device."""
+        """This process's signal, once for each of its devices."""
         return self._global_batch(np.full(self._local_device_count, self.local_signal(), "int32"))
 
     def _make_distributed_predictor(self, model: keras.Model, device_mesh: Mesh) -> Callable[[Any], np.ndarray]:
-        """This process's images uint8 [n, H, W, C] of a batch -> the single output for those of all processes.
+        """A function from this process's images uint8 [n, H, W, C] of a batch to the output for all processes' images.
 
-        Fewer than its share are filled up, and so is what comes of them.
+        Fewer images than its share are padded, and so is the output.
         """
-        (batch, *shape), dtype = self._input_specs[0][0], "uint8"
-        share = batch // device_mesh.size * len(device_mesh.local_devices)
+        batch_size, *image_shape = self._input_specs[0][0]
+        local_batch_size = batch_size // device_mesh.size * len(device_mesh.local_devices)
 
-        def answer(learned: Arrays, others: Arrays, images: jax.Array, noted: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return model.stateless_call(learned, others, images, training=False)[0], jnp.max(noted)
+        def forward(
+            trainable: Arrays, non_trainable: Arrays, images: jax.Array, signals: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            return model.stateless_call(trainable, non_trainable, images, training=False)[0], jnp.max(signals)
 
-        run = jax.jit(answer, out_shardings=self._replicated)
+        run = jax.jit(forward, out_shardings=self._replicated)
 
         def predict(images: Any) -> np.ndarray:
-            filled = np.zeros((share, *shape), dtype)
-            filled[: len(images)] = images
-            held = variable_values(model.trainable_variables), variable_values(model.non_trainable_variables)
-            found, said = run(*held, self._global_batch(filled), self._signal_per_device())
-            self._agreed_signals.append(said)
-            return np.array(found)
+            padded = np.zeros((local_batch_size, *image_shape), "uint8")
+            padded[: len(images)] = images
+            weights = variable_values(model.trainable_variables), variable_values(model.non_trainable_variables)
+            outputs, signal = run(*weights, self._global_batch(padded), self._signal_per_device())
+            self._agreed_signals.append(signal)
+            return np.array(outputs)
 
         return predict
 
     @staticmethod
     def make_predictor(model: keras.Model, jit: bool) -> Callable[[Any], np.ndarray]:  # noqa: ARG004 - always compiled
-        run = jax.jit(lambda *given: model.stateless_call(*given, training=False)[0])
+        run = jax.jit(lambda *arguments: model.stateless_call(*arguments, training=False)[0])
         largest = 0
 
         def predict(images: Any) -> np.ndarray:
             nonlocal largest
             images = np.asarray(images)
-            largest, missing = max(largest, len(images)), max(0, largest - len(images))
-            # The last batch of a split is filled up, so that nothing is compiled for its size.
-            filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
-            held = variable_values(model.trainable_variables), variable_values(model.non_trainable_variables)
-            return np.array(run(*held, filled))[: len(images)]
+            missing = max(0, largest - len(images))
+            largest = max(largest, len(images))
+            # The last batch of a split is padded, so that nothing is compiled for its size.
+            padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+            weights = variable_values(model.trainable_variables), variable_values(model.non_trainable_variables)
+            return np.array(run(*weights, padded))[: len(images)]
 
         return predict
 
     def __call__(self, images: Any, labels: Any, *weights: Any) -> None:
         if self._traced_stage is None:
             self.begin_epoch(0)
-        state, watch = (
-            [variable_values(kind) for kind in self._state_variables()],
-            variable_values(self._monitor_variables),
-        )
-        batch, held = (
-            [np.asarray(given) for given in (images, labels, *weights)],
-            [self.schedule.scale, *self._teacher_variables],
-        )
+        state = [variable_values(variables) for variables in self._state_variables()]
+        monitors = variable_values(self._monitor_variables)
+        extra_inputs = variable_values([self.schedule.scale, *self._teacher_variables])
+        batch = [np.asarray(array) for array in (images, labels, *weights)]
         if self._mesh is None:
-            found = self._train(state, watch, variable_values(held), *batch)
+            new_state, new_monitors = self._train(state, monitors, extra_inputs, *batch)
         else:
-            *found, said = self._train(
-                state, watch, variable_values(held), *map(self._global_batch, batch), noted=self._signal_per_device()
+            new_state, new_monitors, signal = self._train(
+                state, monitors, extra_inputs, *map(self._global_batch, batch), signals=self._signal_per_device()
             )
-            self._agreed_signals.append(said)
-        for kind, new in zip((*self._state_variables(), self._monitor_variables), (*found[0], found[1]), strict=True):
-            for variable, value in zip(kind, new, strict=True):
-                variable._value = value  # `assign` would look at each of them anew, which takes as long as a small step
+            self._agreed_signals.append(signal)
+        kinds = (*self._state_variables(), self._monitor_variables)
+        for variables, values in zip(kinds, (*new_state, new_monitors), strict=True):
+            for variable, value in zip(variables, values, strict=True):
+                variable._value = value  # `assign` would check each value, which takes as long as a small step
 
     def _state_variables(self) -> tuple[list[keras.Variable], ...]:
-        """As Keras's `train_step` wants them."""
+        """The four kinds of variables, in the order of Keras's `train_step`."""
         model = self.model
-        own = model.trainable_variables, model.non_trainable_variables
-        return (*own, model.optimizer.variables, model.metrics_variables)
+        return (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
 
     def _trace(self, stage: int) -> Callable:
         if self._mesh is None:
@@ -153,17 +157,16 @@ class Step(base.Step):
         else:
             step = jax.jit(self._step_with_signal, donate_argnums=(0, 1), out_shardings=self._replicated)
 
-        def train(*given: Any, **noted: Any) -> Any:
-            with layerwise_lr(
-                self._optimizer, self._freeze_schedule, stage
-            ):  # matters when it is compiled, at the first call
-                return step(*given, **noted)
+        def train(*arguments: Any, **signals: Any) -> Any:
+            # It takes effect when the step is compiled, at the first call.
+            with layerwise_lr(self._optimizer, self._freeze_schedule, stage):
+                return step(*arguments, **signals)
 
         return train
 
-    def _step_with_signal(self, *args: Any, noted: jax.Array) -> tuple[tuple[Arrays, ...], Arrays, jax.Array]:
-        """The step, and the largest of what the processes noted."""
-        return *self._checked_step(*args), jnp.max(noted)
+    def _step_with_signal(self, *args: Any, signals: jax.Array) -> tuple[tuple[Arrays, ...], Arrays, jax.Array]:
+        """The step, and the largest signal of all processes."""
+        return *self._checked_step(*args), jnp.max(signals)
 
     def _checked_step(
         self,
@@ -174,72 +177,79 @@ class Step(base.Step):
         labels: jax.Array,
         *weights: jax.Array,
     ) -> tuple[tuple[Arrays, ...], Arrays]:
-        """Keras's own step, and beside it which step was the first with something not finite."""
-        count, first_bad = monitors[0] + 1, monitors[1]
-        factor, *self._teacher_values = extra_inputs  # for `_teach`, which the base calls
+        """Keras's own step; the monitors also record the first step with a non-finite tensor of each kind."""
+        count = monitors[0] + 1
+        first_non_finite = monitors[1]
+        lr_scale, *self._teacher_values = extra_inputs  # the values are for `_teacher_logits`
         optimizer = self.model.optimizer
-        scale = _value_of(optimizer.dynamic_scale, optimizer.variables, state[2]) if self._uses_loss_scaling else 1.0
-        truth, *weighing = (dict.fromkeys(self._output_names, given) for given in (labels, *weights))
-        truth = self._with_teacher_logits(truth, images)
-        with self._capture_gradients(factor, state[1]) as gradients:
-            found, new = self.model.train_step(state, (images, truth, *weighing))
-        everything = [*self.model.trainable_variables, *self.model.non_trainable_variables]
-        moving = [_value_of(variable, everything, [*new[0], *new[1]]) for variable in self._moving_statistics]
+        loss_scale = 1.0
+        if self._uses_loss_scaling:
+            loss_scale = _value_of(optimizer.dynamic_scale, optimizer.variables, state[2])
+        targets, *example_weights = (dict.fromkeys(self._output_names, array) for array in (labels, *weights))
+        targets = self._with_teacher_logits(targets, images)
+        with self._capture_gradients(lr_scale, state[1]) as gradients:
+            results, new_state = self.model.train_step(state, (images, targets, *example_weights))
+        model_variables = [*self.model.trainable_variables, *self.model.non_trainable_variables]
+        model_values = [*new_state[0], *new_state[1]]
+        statistics = [_value_of(variable, model_variables, model_values) for variable in self._moving_statistics]
         finite = [
-            base.all_finite([found["loss"]]),  # the mean so far: one bad loss makes it bad
-            # Of scaled gradients some are infinite by design: the step is skipped and the scale halved.
+            base.all_finite([results["loss"]]),  # a mean over steps: it stays non-finite once one loss was
+            # Scaled gradients may overflow by design: the step is then skipped and the scale halved.
             jnp.array(True) if self._uses_loss_scaling else base.all_finite(gradients),
-            base.all_finite(moving) if moving else jnp.array(True),
+            base.all_finite(statistics) if statistics else jnp.array(True),
         ]
-        fresh = jnp.logical_and(jnp.logical_not(jnp.stack(finite)), first_bad == 0)
-        monitors = [count, jnp.where(fresh, count, first_bad)]
+        is_first = jnp.logical_and(jnp.logical_not(jnp.stack(finite)), first_non_finite == 0)
+        monitors = [count, jnp.where(is_first, count, first_non_finite)]
         if self._gradient_norms is not None:
-            monitors.append(base.gradient_norms(gradients, self.model.trainable_variables) / scale)
-        return new, monitors
+            monitors.append(base.gradient_norms(gradients, self.model.trainable_variables) / loss_scale)
+        return new_state, monitors
 
     @contextmanager
     def _capture_gradients(self, lr_scale: jax.Array, non_trainable_values: Arrays) -> Iterator[Arrays]:
-        """Collects the gradients of a step that is traced, and lets the optimizer move only what learns now.
+        """Collects the gradients of a traced step, and lets the optimizer update only the unfrozen variables.
 
-        Keras's own `stateless_apply` moves everything that the optimizer was built with, and takes the learning rate's
-        factor for a constant.
+        Keras's own `stateless_apply` updates everything that the optimizer was built with, and would compile the
+        learning rate scale as a constant.
         """
-        seen: Arrays = []
-        model, inner, outer = self.model, self._optimizer, self.model.optimizer
-        learning, rest = model.trainable_variables, model.non_trainable_variables
+        captured: Arrays = []
+        inner = self._optimizer
+        outer = self.model.optimizer
+        trainable = self.model.trainable_variables
+        non_trainable = self.model.non_trainable_variables
 
         def apply(optimizer_values: Arrays, gradients: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
-            known = [(learning, weights), (rest, non_trainable_values), (inner.variables, optimizer_values)]
-            mapping = [pair for variables, found in known for pair in zip(variables, found, strict=True)]
+            kinds = [(trainable, weights), (non_trainable, non_trainable_values), (inner.variables, optimizer_values)]
+            mapping = [pair for variables, values in kinds for pair in zip(variables, values, strict=True)]
             with keras.StatelessScope(state_mapping=[*mapping, (self.schedule.scale, lr_scale)]) as scope:
-                inner.apply(gradients, learning)
-            moved = ([scope.get_current_value(v) for v in variables] for variables in (learning, inner.variables))
-            return next(moved), next(moved)
+                inner.apply(gradients, trainable)
+            new_weights = [scope.get_current_value(variable) for variable in trainable]
+            return new_weights, [scope.get_current_value(variable) for variable in inner.variables]
 
-        own = outer.stateless_apply if self._uses_loss_scaling else apply
+        original = outer.stateless_apply if self._uses_loss_scaling else apply
 
-        def watch(optimizer_values: Arrays, gradients: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
-            seen.extend(gradients)
-            return own(optimizer_values, gradients, weights)
+        def capture(optimizer_values: Arrays, gradients: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
+            captured.extend(gradients)
+            return original(optimizer_values, gradients, weights)
 
         inner.stateless_apply = apply
-        outer.stateless_apply = watch
+        outer.stateless_apply = capture
         try:
-            yield seen
+            yield captured
         finally:
-            for one in {id(each): each for each in (inner, outer)}.values():
-                del one.stateless_apply
+            for optimizer in {id(optimizer): optimizer for optimizer in (inner, outer)}.values():
+                del optimizer.stateless_apply
 
     def _teacher_logits(self, images: jax.Array) -> jax.Array:
         teacher = self._teacher
-        learned = len(teacher.trainable_variables)
-        by_kind = self._teacher_values
-        return teacher.stateless_call(by_kind[:learned], by_kind[learned:], images, training=False)[0]
+        values = self._teacher_values
+        trainable_count = len(teacher.trainable_variables)
+        return teacher.stateless_call(values[:trainable_count], values[trainable_count:], images, training=False)[0]
 
     def _weights_finite(self) -> bool:
-        found = variable_values(self._updated_variables)
-        # Every process has a copy of its own to look at, and need not wait for the others.
-        return bool(self._all_finite([value.addressable_data(0) for value in found] if self._mesh else found))
+        values = variable_values(self._updated_variables)
+        if self._mesh:  # every process checks its own copy, and need not wait for the others
+            values = [value.addressable_data(0) for value in values]
+        return bool(self._all_finite(values))
 
 
 def variable_values(variables: list[keras.Variable]) -> Arrays:
@@ -247,5 +257,5 @@ def variable_values(variables: list[keras.Variable]) -> Arrays:
 
 
 def _value_of(variable: keras.Variable, variables: list[keras.Variable], values: Arrays) -> jax.Array:
-    """The value of one of the variables."""
-    return next(value for one, value in zip(variables, values, strict=True) if one is variable)
+    """The value that belongs to `variable`, one of `variables`."""
+    return next(value for candidate, value in zip(variables, values, strict=True) if candidate is variable)

@@ -1,4 +1,4 @@
-"""Keras's own `train_step` inside a `tf.function`."""
+"""The training step on TensorFlow: Keras's own `train_step` inside a `tf.function`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.training.step.layerwise_lr import layerwise_lr
 
 
 class Step(base.Step):
-    """See the base; state lives in variables, which the graph changes in place."""
+    """See the base class. The graph updates the variables in place."""
 
     COUNTER_DTYPE = "int64"
 
@@ -28,7 +28,7 @@ class Step(base.Step):
 
     @staticmethod
     def make_predictor(model: keras.Model, jit: bool) -> Callable[[tf.Tensor], np.ndarray]:
-        # One graph for every batch size: the last batch of a split is smaller, and tracing a deep one takes seconds.
+        # One graph for every batch size: the last batch of a split is smaller, and tracing a deep model takes seconds.
         signature = [tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)]
         run = tf.function(
             lambda images: model(images, training=False), input_signature=signature, jit_compile=jit, autograph=False
@@ -41,29 +41,29 @@ class Step(base.Step):
         self._train(images, labels, *weights)
 
     def _trace(self, stage: int) -> Callable:
-        # Nothing here is Python that would have to be turned into a graph, and looking for it takes as long as tracing.
+        # Autograph would find no Python control flow here, and looking for it takes as long as tracing.
         step = tf.function(self._checked_step, jit_compile=self._jit, autograph=False)
         with fused_kernels(self.model, self._optimizer), layerwise_lr(self._optimizer, self._freeze_schedule, stage):
-            return step.get_concrete_function(*(tf.TensorSpec(*given) for given in self._input_specs))
+            return step.get_concrete_function(*(tf.TensorSpec(*spec) for spec in self._input_specs))
 
     def _checked_step(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
-        """Keras's own step, and beside it, on the device, which step was the first with something not finite."""
+        """Keras's own step; also records, on the device, the first step with a non-finite tensor of each kind."""
         self._step_count.assign_add(1)
-        scale = self.model.optimizer.dynamic_scale.value if self._uses_loss_scaling else 1.0
+        loss_scale = self.model.optimizer.dynamic_scale.value if self._uses_loss_scaling else 1.0
         with _capture_gradients(self.model.optimizer) as gradients:
-            truth, *weighing = (dict.fromkeys(self._output_names, values) for values in (labels, *weights))
-            truth = self._with_teacher_logits(truth, images)
-            found = self.model.train_step((images, truth, *weighing))
+            targets, *example_weights = (dict.fromkeys(self._output_names, tensor) for tensor in (labels, *weights))
+            targets = self._with_teacher_logits(targets, images)
+            results = self.model.train_step((images, targets, *example_weights))
         if self._gradient_norms is not None:
-            self._gradient_norms.assign(base.gradient_norms(gradients, self.model.trainable_variables) / scale)
+            self._gradient_norms.assign(base.gradient_norms(gradients, self.model.trainable_variables) / loss_scale)
         finite = [
-            base.all_finite([found["loss"]]),  # the mean so far: one bad loss makes it bad
-            # Of scaled gradients some are infinite by design: the step is skipped and the scale halved.
+            base.all_finite([results["loss"]]),  # a mean over steps: it stays non-finite once one loss was
+            # Scaled gradients may overflow by design: the step is then skipped and the scale halved.
             tf.constant(True) if self._uses_loss_scaling else base.all_finite(gradients),
             base.all_finite([v.value for v in self._moving_statistics]),
         ]
-        fresh = tf.logical_and(tf.logical_not(tf.stack(finite)), self._first_non_finite.value == 0)
-        self._first_non_finite.assign(tf.where(fresh, self._step_count.value, self._first_non_finite.value))
+        is_first = tf.logical_and(tf.logical_not(tf.stack(finite)), self._first_non_finite.value == 0)
+        self._first_non_finite.assign(tf.where(is_first, self._step_count.value, self._first_non_finite.value))
 
     def _teacher_logits(self, images: tf.Tensor) -> tf.Tensor:
         return self._teacher(images, training=False)
@@ -74,16 +74,16 @@ class Step(base.Step):
 
 @contextmanager
 def _capture_gradients(optimizer: keras.optimizers.Optimizer) -> Iterator[list[tf.Tensor]]:
-    """Collects what the optimizer is given while a step is traced."""
-    seen: list[tf.Tensor] = []
-    apply = optimizer.apply
+    """Collects the gradients that the optimizer receives while a step is traced."""
+    captured: list[tf.Tensor] = []
+    original = optimizer.apply
 
-    def watch(grads: Any, trainable_variables: Any = None) -> None:
-        seen.extend(grads)
-        apply(grads, trainable_variables)
+    def capture(grads: Any, trainable_variables: Any = None) -> None:
+        captured.extend(grads)
+        original(grads, trainable_variables)
 
-    optimizer.apply = watch
+    optimizer.apply = capture
     try:
-        yield seen
+        yield captured
     finally:
         del optimizer.apply

@@ -1,0 +1,90 @@
+"""Checking a source: what is refused before anything is read, and by which message."""
+
+import subprocess
+import sys
+
+import pytest
+
+import train.data
+from support.commands import message
+from support.image_folders import MNIST_FILES, load_digits
+
+
+def test_importing_and_checking_load_no_library(folder):
+    code = (
+        "import sys; before = set(sys.modules); import train.data as d;"
+        "d.check('folder', root=sys.argv[1]); d.check('digits');"
+        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before};"
+        "print(sorted(loaded - sys.stdlib_module_names))"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output == "['train']\n"  # neither TensorFlow nor NumPy nor Pillow
+
+
+EXPECTED_ROOT = "data.root must be a folder with one sub-folder of images per class"
+
+
+def test_unknown_source_is_rejected():
+    assert message(train.data.check, "digit") == (
+        "data must be one of digits, mnist, fashion_mnist, cifar10, imagenette, tf_flowers, imagenet2012, folder, "
+        "manifest, got digit; use data=digits"
+    )
+
+
+def test_unusable_root_is_rejected(tmp_path, folder):
+    check, use = train.data.check, "use data.root=PATH"
+    assert message(check, "folder") == f"{EXPECTED_ROOT}, got none; {use}"
+    assert message(check, "folder", root="/nowhere") == f"{EXPECTED_ROOT}, got /nowhere, which is not a folder; {use}"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert message(check, "folder", root=str(empty)) == f"{EXPECTED_ROOT}, got {empty}, which has no sub-folders; {use}"
+    (empty / "cat").mkdir()
+    one = f"{EXPECTED_ROOT}, at least two, got only cat in {empty}; {use}"
+    assert message(check, "folder", root=str(empty)) == one
+    (empty / "dog").mkdir()
+    assert message(check, "folder", root=str(empty)) == f"{EXPECTED_ROOT}, got {empty / 'cat'} with no images; {use}"
+    (empty / "cat" / "notes.jpg").write_text("no image, whatever it is called")
+    assert message(check, "folder", root=str(empty)) == f"{EXPECTED_ROOT}, got {empty / 'cat'} with no images; {use}"
+    assert message(check, "digits", root=str(folder)) == (
+        f"data.root must be left out for data=digits, got {folder}; use data=folder data.root={folder}"
+    )
+    check("folder", root=str(folder))
+
+
+def test_unusable_manual_dir_is_rejected(tmp_path):
+    check = train.data.check
+    assert message(check, "mnist", manual_dir="/nowhere") == (
+        f"{MNIST_FILES} for data=mnist, got /nowhere, which is not a folder; use data.manual_dir=PATH"
+    )
+    (tmp_path / "train-images-idx3-ubyte.gz").touch()
+    assert message(check, "mnist", manual_dir=str(tmp_path), data_dir=str(tmp_path)) == (
+        f"{MNIST_FILES} for data=mnist, got {tmp_path} without train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, "
+        "t10k-labels-idx1-ubyte.gz; use a folder that holds them all"
+    )
+    assert message(check, "imagenet2012", data_dir=str(tmp_path)) == (
+        "data.manual_dir must be a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar for data=imagenet2012, "
+        "got none; use data.manual_dir=PATH, the download requires an account"
+    )
+    assert message(check, "digits", manual_dir=str(tmp_path)) == (
+        f"data.manual_dir must be left out for data=digits, got {tmp_path}; use data.manual_dir=null"
+    )
+    done = tmp_path / "mnist" / "3.0.1"
+    done.mkdir(parents=True)
+    (done / "dataset_info.json").touch()
+    check("mnist", manual_dir=str(tmp_path), data_dir=str(tmp_path))  # prepared: the files are not needed any more
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"channels": 2}, "data.channels must be 1 or 3, got 2; use data.channels=1"),
+        ({"image_size": 0}, "data.image_size must be at least 1 pixel, got 0; use data.image_size=32"),
+        (
+            {"validation_fraction": 0.5, "test_fraction": 0.5},
+            "validation and test fraction must be above 0 and their sum below 1, got 0.5 and 0.5; use 0.1 and 0.2",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_rejected(data_dir, options, expected):
+    assert message(load_digits, data_dir, **options) == expected

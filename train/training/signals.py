@@ -1,0 +1,158 @@
+"""SIGINT, SIGTERM and SIGHUP during training: deferred to the next batch boundary, and obeyed by all processes."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop by `signal_number`; `immediate`: without saving a checkpoint first.
+
+    `all_processes`: all processes of the run stop at this step.
+    """
+
+    def __init__(self, signal_number: int, *, immediate: bool = False, all_processes: bool = False):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+        self.immediate = immediate
+        self.all_processes = all_processes
+
+
+class SignalExchange(Protocol):
+    """The part of a training step that passes signals between the processes of a run."""
+
+    local_signal: Callable[[], int]
+
+    def agreed_signal(self) -> int: ...
+
+
+class SignalHandler:
+    """Raises Interrupted at once, or between two batches within `deferred`, where an abort would lose work.
+
+    A second signal always raises at once. If Python cannot run its handler because a long step does not return, the
+    process exits a moment later, which loses no more than a kill would.
+    """
+
+    GRACE_SECONDS = 3.0
+    REPEAT_SECONDS = 1.0  # the same signal within this time is one request: make and its children all get it
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._signal_number: int | None = None
+        self._received_at = 0.0
+        self._deferring = False
+        self._poll_signal = self.received_signal
+
+    def _handle(self, number: int, _: Any) -> None:
+        is_first = self._signal_number is None
+        if not is_first and self.is_repeat(number, self._signal_number, self._received_at):
+            return
+        self._signal_number, self._received_at = number, time.monotonic()
+        if not (is_first and self._deferring):
+            raise Interrupted(number, immediate=not is_first)
+
+    @classmethod
+    def is_repeat(cls, number: int, previous: int | None, received_at: float) -> bool:
+        """Whether a signal repeats the request of the previous one, which was received at `received_at`.
+
+        When a terminal closes, the kernel and the shell each send SIGHUP, and the session manager may send SIGTERM.
+        SIGHUP is never a person in a hurry, so that it never counts as the second signal.
+        """
+        if number == signal.SIGHUP:
+            return True
+        return previous in (number, signal.SIGHUP) and time.monotonic() - received_at < cls.REPEAT_SECONDS
+
+    @classmethod
+    @contextmanager
+    def handler_installed(cls, handler: Callable[[int, Any], None]) -> Iterator[None]:
+        """Installs `handler`, and restores the previous ones. An ignored SIGHUP stays ignored: nohup works by that."""
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in cls.SIGNALS if not (nohup and number == signal.SIGHUP)]
+        previous_handlers = {number: signal.signal(number, handler) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, previous in previous_handlers.items():
+                signal.signal(number, previous)
+
+    def received_signal(self) -> int:
+        """The number of the received signal; 0 for none."""
+        return self._signal_number or 0
+
+    def exit_code(self) -> int:
+        """The exit code for the received signal; 0 for none."""
+        return 128 + self._signal_number if self._signal_number is not None else 0
+
+    @contextmanager
+    def installed(self) -> Iterator[SignalHandler]:
+        """Handles the signals with this object until the block ends."""
+        with self.handler_installed(self._handle):
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            threading.Thread(target=self._exit_on_second_signal, args=(reader,), daemon=True).start()
+            try:
+                yield self
+            finally:
+                signal.set_wakeup_fd(previous)
+                os.close(writer)
+
+    def _exit_on_second_signal(self, reader: int) -> None:
+        """Runs in a thread: a pipe delivers the number of every signal, even while the main thread is busy."""
+        first: tuple[int, float] | None = None
+        while byte := os.read(reader, 1):
+            number = byte[0]
+            if number not in self.SIGNALS:
+                continue
+            if first is None:
+                first = number, time.monotonic()
+            elif not self.is_repeat(number, *first) and not _wait_for_close(reader, self.GRACE_SECONDS):
+                os._exit(128 + number)
+        os.close(reader)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within this block signals are only recorded; `raise_if_requested` raises them."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    @contextmanager
+    def synchronized(self, step: SignalExchange) -> Iterator[None]:
+        """Within this block a signal to one process stops all, after the same step, which passes the signal on."""
+        step.local_signal, self._poll_signal = self.received_signal, step.agreed_signal
+        try:
+            yield
+        finally:
+            self._poll_signal = self.received_signal
+
+    def raise_if_requested(self) -> None:
+        """Raises: Interrupted if a signal has been received."""
+        if number := self._poll_signal():
+            raise Interrupted(number, all_processes=self._poll_signal != self.received_signal)
+
+    def guard(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yields the batches. Raises: Interrupted before the next one, if a signal has been received."""
+        for batch in batches:
+            self.raise_if_requested()
+            yield batch
+
+
+def _wait_for_close(reader: int, seconds: float) -> bool:
+    """Waits until the other end of the pipe is closed, at most `seconds`; whether it was closed."""
+    deadline = time.monotonic() + seconds
+    while (remaining := deadline - time.monotonic()) > 0:
+        if select.select([reader], [], [], remaining)[0] and not os.read(reader, 1):
+            return True
+    return False
