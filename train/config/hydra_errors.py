@@ -60,7 +60,7 @@ def _missing_option_message(group: str, option: str, options: list[str], _: list
 
 
 def _match_wrong_stage(_: Exception, text: str) -> tuple | None:
-    """OmegaConf names the key within the list element, which says nothing by itself."""
+    """OmegaConf names only the key within the element of the list, not the list."""
     return () if re.search(rf"reference_type=(List\[)?{schema.FineTuneStage.__name__}\b", text) else None
 
 

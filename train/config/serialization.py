@@ -22,7 +22,7 @@ class FormatVersionError(ValueError):
 
 def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
     """Raises: FormatVersionError if the folder was written in a newer format."""
-    version = format_version(run_json)
+    version = run_format_version(run_json)
     if version > RUN_FORMAT_VERSION:
         raise FormatVersionError(
             f"run {run_dir} was written by a newer version (format {version}, this version reads up to "
@@ -30,7 +30,7 @@ def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
         )
 
 
-def format_version(run_json: dict[str, Any]) -> int:
+def run_format_version(run_json: dict[str, Any]) -> int:
     """The format of a run folder, from its run.json."""
     return run_json.get("format_version", 1)
 

@@ -149,8 +149,8 @@ def input_digests(config: Config, teacher: Any) -> dict[str, str]:
     return digests
 
 
-def run_provenance(config: Config, redactor: Redactor, dataset: Any, teacher: Any) -> dict[str, Any]:
-    """Everything that the bits of a run depend on, by name."""
+def collect_provenance(config: Config, redactor: Redactor, dataset: Any, teacher: Any) -> dict[str, Any]:
+    """`run_metadata.run_provenance` of this config, data set and machine."""
     processor = setup.processor_name(config.backend, config.device)
     return run_metadata.run_provenance(config, redactor, dataset.fingerprint, processor, input_digests(config, teacher))
 

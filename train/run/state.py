@@ -199,7 +199,7 @@ class WorkerState:
         fault_injection.fail_point("step", progress.steps)
 
     def should_checkpoint(self, progress: Progress) -> bool:
-        """The answer of process 0, since saving checks for divergence, which all processes must find together."""
+        """The answer is that of process 0, as saving checks for divergence, which all processes must find together."""
         return self._policy.should_save(progress.epoch, progress.steps, epoch_end=progress.batch == 0)
 
     def save(self, progress: Progress, *, periodic: bool) -> None:

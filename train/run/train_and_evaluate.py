@@ -147,7 +147,7 @@ def train_as_worker(config: Config, redactor: Redactor, signals: SignalHandler, 
     step = factory.make_training_step(config, model, inference, steps_per_epoch, teacher)
     signals.raise_if_requested()
     with process_group.translate_connection_errors(), factory.surface_example_errors():
-        process_group.verify_same_config(factory.run_provenance(config, redactor, dataset, teacher))
+        process_group.verify_same_config(factory.collect_provenance(config, redactor, dataset, teacher))
         worker_state = WorkerState(config, step, process_group)
         worker_state.receive_state()
         batches = functools.partial(factory.train_batches, config, dataset, augmentation, steps_per_epoch)
@@ -191,14 +191,14 @@ def train_and_evaluate(session: RunSession) -> None:
         closing(RunState(run_dir, config, step, inference, dataset, session.process_group)) as run_state,
     ):
         provenance = session.process_group.verify_same_config(
-            factory.run_provenance(config, session.redactor, dataset, teacher)
+            factory.collect_provenance(config, session.redactor, dataset, teacher)
         )
         changes = [] if is_new else run_state.config_changes(provenance, session.accepted_changes)
         run_state.restore(len(run_dir.identity()["changes"]) + len(changes))
         if not is_new:
             session.start(changes)
         run_state.begin_attempt(provenance, session.heartbeat)
-        run_metadata.write_metadata(
+        run_metadata.write_data_and_model_files(
             run_dir, summary, config, session.redactor, dataset, factory.data_source(config, session.redactor),
             model, inference, factory.compute_cost(model, inference),
         )  # fmt: skip

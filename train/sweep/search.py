@@ -106,14 +106,14 @@ class OptunaSearch:
         if self._exhausted or len(self._points) >= self._settings.trials:
             return []
         for _ in range(MAX_ASK_ATTEMPTS):
-            if trials := self._ask_new_point():
+            if trials := self._try_one_point():
                 return trials
         self._exhausted = True
         print_and_log(f"found only {len(self._points)} distinct points, of sweep.trials={self._settings.trials}")
         self.expected = len(self._points) * self._settings.seeds
         return []
 
-    def _ask_new_point(self) -> list[Trial]:
+    def _try_one_point(self) -> list[Trial]:
         """Asks Optuna for a point and freezes its trials; returns none if the point has been tried."""
         number = len(self._study.get_trials(deepcopy=False))
         digest = hashlib.sha256(f"{self._folder.manifest['seed']} {number}".encode()).digest()

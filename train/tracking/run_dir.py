@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from train.config.serialization import RUN_FORMAT_VERSION, FormatVersionError, check_format_version, format_version
+from train.config.serialization import RUN_FORMAT_VERSION, FormatVersionError, check_format_version, run_format_version
 from train.storage import fault_injection
 from train.storage.atomic import UnsafePathError, read_inside, replace_symlink, resolve_inside, write_atomically
 from train.tracking import format_1
@@ -162,7 +162,7 @@ class RunDir:
 
     def format_version(self) -> int:
         """The run format of its files; today's as long as nothing is written."""
-        return format_version(self.identity()) if (self.path / "run.json").exists() else RUN_FORMAT_VERSION
+        return run_format_version(self.identity()) if (self.path / "run.json").exists() else RUN_FORMAT_VERSION
 
     def best_sha256(self) -> str:
         """SHA-256 of best/model.json, which identifies the best model by its epoch, accuracy and data."""

@@ -152,7 +152,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_metadata(
+def write_data_and_model_files(
     run_dir: RunDir,
     summary: dict[str, Any],
     config: Config,
@@ -163,7 +163,8 @@ def write_metadata(
     inference: Any,
     cost: dict[str, Any],
 ) -> None:
-    """Writes data set, model summary, cost and an input example, and adds sizes and fingerprints to the summary.
+    """Writes what data and model are: dataset.json, cost.json, model_summary.txt, input_example.npy, and the data's
+    fingerprint into config.yaml; adds sizes and fingerprints to the summary.
 
     cost: `blocks`, rows of train.models.cost, and `training_macs`.
     """

@@ -1,4 +1,4 @@
-"""The backend-independent part of a training step: the names of its state, metrics, divergence checks, EMA."""
+"""The backend-independent part of a training step: EMA, metrics, divergence checks, and how its state is named."""
 
 from __future__ import annotations
 
