@@ -59,7 +59,7 @@ def test_model_of_a_format_1_run_is_exported_and_classifies(run: Path):
     uri = f"tracking.uri=sqlite:///{run.parent}/mlflow.db"
     done = command("export", run, "format=keras", "tracking.wait_seconds=0", uri)
     assert done.code == 0, done.err
-    assert "(0.0852, epoch 1)" in (run / "export/keras/README.md").read_text()
+    assert "(accuracy 0.0852, epoch 1)" in (run / "export/keras/README.md").read_text()
     shown = command(
         "predict", run, f"images={Path(__file__).parents[2] / 'scripts/results/claims.png'}", "output=jsonl"
     )
