@@ -148,7 +148,7 @@ def test_pods_of_a_job_train_together(tmp_path: Path):
     assert [pod.code for pod in done] == [0, 0], done[0].err + done[1].err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 12)
-    assert "cpu in 2 processes" in done[0].out
+    assert "CPU in 2 processes" in done[0].out
 
 
 @pytest.mark.slow
