@@ -30,7 +30,7 @@ SMALL = [
     "evaluate.test=true",
 ]  # fmt: skip
 SWEEP = ["model=vgg16,vgg16_inception"]
-CHARTS = "(train|validation)/main"
+CHARTS = "(train|validation)/accuracy"
 SIZE = (1500, 1000)
 PATIENCE_SECONDS = 180
 
