@@ -29,6 +29,7 @@ from train.evaluation.html import format_compact
 from train.runtime import setup
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts/claims"))  # whose modules import each other by their plain names
 README = ROOT / "README.md"
 FIGURES = ROOT / "scripts/results"  # stored measurements
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
