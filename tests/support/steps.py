@@ -136,7 +136,16 @@ def make_step(case: str, policy: str, **changes: Any) -> Any:
     model.compile(optimizer, weighted, loss_weights=weights, metrics=metrics, jit_compile=False)
     plan = FreezeSchedule(models.group_layers(model), stages, 0.75, 1.0) if stages else None
     kind = step.get_step_class(keras.backend.backend())
-    made = kind(model, models.inference_model(model), rate, EXAMPLES, False, gradients=True, plan=plan, teacher=teacher)
+    made = kind(
+        model,
+        models.inference_model(model),
+        rate,
+        EXAMPLES,
+        False,
+        measure_gradients=True,
+        freeze_schedule=plan,
+        teacher=teacher,
+    )
     made.set_lr_scale(slow)
     return made
 
