@@ -173,3 +173,22 @@ def test_files_that_import_each_other_are_found(sources: Sources):
     changed = sources | {name: f"{sources[name]}\ndef late():\n    from train.data import dataset\n"}
     assert name in cycles(changed)[0]
     assert "train.data.dataset" in cycles(changed)[0]
+
+
+PATH = r"(?<![\w/.])(?:train|tests|scripts|docs|conf|requirements)/[\w/-]+\.(?:py|json|ya?ml|md|sh|csv|lock|html|zip)\b"
+
+
+def missing_paths(text: str) -> list[str]:
+    """Files of this project that a text names and that do not exist."""
+    return [path for path in re.findall(PATH, text) if not (ROOT / path).exists()]
+
+
+def test_files_named_in_texts_exist():
+    folders = [ROOT / name for name in ("train", "scripts", "docs", "conf")]
+    pages = [ROOT / "README.md", ROOT / "Makefile", ROOT / "data/README.md", ROOT / "pyproject.toml"]
+    pages += [path for folder in folders for kind in ("*.py", "*.md", "*.yaml", "*.sh") for path in folder.rglob(kind)]
+    assert {str(path): missing for path in pages if (missing := missing_paths(path.read_text()))} == {}
+
+
+def test_file_that_does_not_exist_is_found():
+    assert missing_paths("see train/losses.py and docs/architecture.md") == ["train/losses.py"]

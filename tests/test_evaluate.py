@@ -126,7 +126,7 @@ def test_invalid_evaluation_is_rejected(finished: Finished, photos: Path, tmp_pa
     assert "the run was not trained on zebra" in done.err
     for overrides, expected in (
         (("split=half",), "split must be one of train, validation, test, all, got half"),
-        (("optimizer.beauty=1",), 'unknown key "optimizer.beauty"; valid keys: run, '),
+        (("optimizer.beauty=1",), 'unknown key "optimizer.beauty"; valid keys: run, split, '),
         (("evaluate.views=five",), "evaluate.views must be one of one, mirror, ten_crop, got five"),
     ):
         assert expected in message(evaluate, [f"run={path}", *overrides])

@@ -109,7 +109,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     table = Table(box=None, header_style="dim", pad_edge=False, show_header=False)
     low, high = metrics["accuracy_interval"]
     table.add_row("accuracy", f"{metrics['accuracy']:.4f}", f"95 % interval {low:.4f} to {high:.4f}")
-    for name in report.HEADLINE_METRICS[1:]:
+    for name in uploader.EVALUATION_METRICS[1:]:
         value = metrics[name]
         table.add_row(name.replace("_", " "), "-" if value is None else f"{value:.4f}", "")
     missing = [row["name"] for row in metrics["classes"] if not row["examples"]]

@@ -42,7 +42,7 @@ def resume_run(
 ) -> int:
     """Starts another attempt at a run; returns the exit code. sweep: replaces the sweep settings of the config."""
     stored = run_dir.config()
-    node = composition.from_stored(stored, overrides)
+    node = composition.from_stored(stored, overrides, command_keys=COMMAND_KEYS)
     redactor = composition.make_redactor(node)
     with composition.redacting_errors(redactor):
         config = composition.to_config(node, is_stored=True)

@@ -26,7 +26,7 @@ def test_rejected_changes_name_the_override_that_accepts_them():
         check_compatible(WAS, IS, frozenset({"come", "gone"}))
     assert str(refused.value) == (
         "cannot resume: batch_size changed from 32 to 64; code changed from abc to def; "
-        "restore them, or allow the changes with accept=batch_size,code,come,gone"
+        "restore them, or allow the changes: make resume accept=batch_size,code,come,gone"
     )
     check_compatible(WAS, IS, frozenset(str(refused.value).partition("accept=")[2].split(",")))
     check_compatible(WAS, dict(WAS), frozenset())

@@ -489,7 +489,7 @@ def test_process_with_other_code_is_rejected(tmp_path: Path):
     for name in ("train", "conf"):
         shutil.copytree(ROOT / name, copy / name)
     (copy / "data").symlink_to(ROOT / "data")
-    with (copy / "train/losses.py").open("a") as file:
+    with (copy / "train/training/losses.py").open("a") as file:
         file.write("# another line\n")
     overrides = [f"{name}={value}" for name, value in TINY.items()]
     overrides += [f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]

@@ -59,8 +59,8 @@ def file_contents(folder: Path) -> dict[str, bytes]:
         (["epochs=1"], "epochs is 2 in this run, got 1"),
         (["epochs=two"], "epochs must be a whole number, got two; use e.g. epochs=12"),
         (["precision=float16"], "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got float16"),
-        (["colour=red"], 'unknown key "colour"; valid keys: run, augment.cutmix, '),
-        (["model=vgg16"], 'unknown key "model"; valid keys: run, '),
+        (["colour=red"], 'unknown key "colour"; valid keys: run, accept, augment.cutmix, '),
+        (["model=vgg16"], 'unknown key "model"; valid keys: run, accept, '),
         (["again"], "expected key=value, got again; use e.g. run=runs/latest"),
     ],
 )
@@ -94,7 +94,8 @@ def test_changed_provenance_is_rejected_and_named(name: str, value: str, killed_
     with pytest.raises(ConfigError) as caught:
         check_compatible(provenance | {name: value}, provenance, frozenset())
     assert str(caught.value) == (
-        f"cannot resume: {name} changed from {value} to {value_now}; restore it, or allow the change with accept={name}"
+        f"cannot resume: {name} changed from {value} to {value_now}; restore it, or allow the change: "
+        f"make resume accept={name}"
     )
 
 
@@ -107,11 +108,14 @@ def test_accepted_change_of_provenance_is_recorded_and_starts_a_branch(killed_ru
         json.dumps(saved.metadata["provenance"] | {"code": "0123", "version.keras": "3.0"})
     )
     before = file_contents(folder)
-    expected = r"code changed from 0123 to \w+; version.keras changed from 3.0 to .* accept=code,version.keras$"
+    expected = (
+        r"code changed from 0123 to \w+; version.keras changed from 3.0 to .* make resume accept=code,version.keras$"
+    )
     with pytest.raises(ConfigError, match=expected):
         resume_run(folder)
     with pytest.raises(
-        ConfigError, match=r"^cannot resume: version.keras changed from 3.0 to .* accept=code,version.keras$"
+        ConfigError,
+        match=r"^cannot resume: version.keras changed from 3.0 to .* make resume accept=code,version.keras$",
     ):
         resume_run(folder, accepted="code")
     assert file_contents(folder) == before

@@ -1,26 +1,14 @@
 """scripts/benchmarks/training.py and its baselines: what can be tested without PyTorch, JAX and a quiet machine."""
 
 import ast
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from support.commands import ROOT
+from support.scripts import load_script
 from train import models
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / "scripts" / name)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def kinds_of_torch() -> set[str]:
@@ -34,7 +22,7 @@ def kinds_of_torch() -> set[str]:
 def test_baseline_supports_every_layer_of_the_networks(name: str):
     side = models.MIN_IMAGE_SIZE[name]
     model = models.build(name, (side, side, 1), 10, width=0.05)
-    description = json.loads(json.dumps(script("benchmarks/baselines/export_network.py").description(model)))
+    description = json.loads(json.dumps(load_script("benchmarks/baselines/export_network.py").description(model)))
     assert {layer["kind"] for layer in description["layers"]} - {"InputLayer"} <= kinds_of_torch()
     names = [layer["name"] for layer in description["layers"]]
     for number, layer in enumerate(description["layers"]):
@@ -47,7 +35,7 @@ def test_baseline_supports_every_layer_of_the_networks(name: str):
 def test_guard_tolerates_only_noise(
     now: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    bench = script("benchmarks/training.py")
+    bench = load_script("benchmarks/training.py")
 
     def figures(ratio: float) -> dict:
         model, name = bench.GUARDED
@@ -61,7 +49,7 @@ def test_guard_tolerates_only_noise(
 
 @pytest.mark.slow
 def test_missing_baseline_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
-    bench = script("benchmarks/training.py")
+    bench = load_script("benchmarks/training.py")
     none = tmp_path / "python"
     none.write_text("#!/bin/sh\nexit 1\n")
     none.chmod(0o755)
@@ -76,7 +64,7 @@ def test_missing_baseline_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_baseline_uses_the_precision_of_the_run():
-    bench = script("benchmarks/training.py")
+    bench = load_script("benchmarks/training.py")
 
     def rounds(precision: str, *speeds: float) -> list[dict]:
         return [{"precision": precision, "images_per_second": speed} for speed in speeds]
@@ -95,7 +83,7 @@ def test_baseline_uses_the_precision_of_the_run():
 
 
 def test_contestants_alternate_in_reversing_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    bench, order = script("benchmarks/training.py"), []
+    bench, order = load_script("benchmarks/training.py"), []
 
     def contestant(name: str):
         def measure(_: object) -> dict:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
-from support.commands import ROOT
+from support.scripts import load_script
 
 CHECKPOINT = "checkpoints/epoch-00002-batch-0000000"
 ARRAYS = {"model/kernel": np.arange(6, dtype="float32").reshape(2, 3), "optimizer/iteration": np.array(4)}
@@ -46,13 +44,7 @@ OLD_SUMMARY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("script_compare_commits", ROOT / "scripts/compare_commits.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare_commits.py")
 
 
 def new_journal() -> list[dict[str, Any]]:

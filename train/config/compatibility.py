@@ -48,4 +48,4 @@ def check_compatible(previous: dict[str, Any], current: dict[str, Any], accepted
     changes = "; ".join(f"{name} changed from {previous.get(name)} to {current.get(name)}" for name in unaccepted)
     it, the_change = ("it", "the change") if len(unaccepted) == 1 else ("them", "the changes")
     names = ",".join(sorted({*unaccepted, *accepted}))
-    raise ConfigError(f"cannot resume: {changes}; restore {it}, or allow {the_change} with accept={names}")
+    raise ConfigError(f"cannot resume: {changes}; restore {it}, or allow {the_change}: make resume accept={names}")

@@ -121,8 +121,16 @@ def isolated_hydra() -> Iterator[None]:
         global_hydra.hydra = previous
 
 
-def from_stored(stored_config: dict[str, Any], overrides: list[str], trusted: References | None = None) -> DictConfig:
+def from_stored(
+    stored_config: dict[str, Any],
+    overrides: list[str],
+    trusted: References | None = None,
+    *,
+    command_keys: tuple[str, ...] = (),
+) -> DictConfig:
     """The config that a run folder holds, with these overrides applied.
+
+    command_keys: keys of the command itself, which the error for an unknown key lists, too.
 
     Anybody may have written the folder, and `${oc.env:SECRET}` in an address would send the secret there. A stored
     reference is resolved only if `trusted` holds the same one: it was typed, or is in conf/ (the default).
@@ -133,7 +141,7 @@ def from_stored(stored_config: dict[str, Any], overrides: list[str], trusted: Re
     overridden = [override.partition("=")[0] for override in overrides]
     for name in overridden:
         if name not in stored_keys:
-            raise ConfigError(f'unknown key "{name}"; valid keys: run, {", ".join(sorted(stored_keys))}')
+            raise ConfigError(f'unknown key "{name}"; valid keys: {", ".join((*command_keys, *sorted(stored_keys)))}')
     try:
         names = {group: stored_config[group]["name"] for group in schema.GROUPS}
         node_types = {group: schema.GROUPS[group][name] for group, name in names.items()}

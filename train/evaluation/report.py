@@ -10,6 +10,7 @@ from train.config.serialization import flatten
 from train.evaluation.html import render_template, to_data_uri
 from train.storage.atomic import write_atomically
 from train.tracking.run_dir import RunDir
+from train.tracking.uploader import EVALUATION_METRICS
 
 REPORT_FILE = "report.html"
 # Plots and their captions, in the order of the page.
@@ -27,16 +28,6 @@ RUN_PLOTS = {
     "augmented.png": "The first training batch after augmentation.",
     "filters.png": "Filters of the first convolution, each scaled to its own range.",
 }
-HEADLINE_METRICS = (
-    "accuracy",
-    "top5_accuracy",
-    "loss",
-    "macro_f1",
-    "macro_precision",
-    "macro_recall",
-    "roc_auc",
-    "ece",
-)
 MAX_TABLE_CLASSES = 50  # rows of the per-class table
 
 
@@ -75,7 +66,7 @@ def report_context(run_dir: RunDir, summary: dict[str, Any], lines: list[dict[st
         "evaluations": read_evaluations(run_dir),
         "plots": embed_plots(run_dir, "", RUN_PLOTS),
         "max_classes": MAX_TABLE_CLASSES,
-        "headlines": HEADLINE_METRICS,
+        "headlines": EVALUATION_METRICS,
     }
 
 

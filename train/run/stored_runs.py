@@ -21,7 +21,8 @@ def evaluation_config(run_dir: RunDir, model_info: dict[str, Any], overrides: li
         data: Data = composition.compose([f"model={stored['model']['name']}", *data_overrides]).data
         stored["data"] = vars(data)
         overrides = [override for override in overrides if override not in data_overrides]
-    config = composition.to_config(composition.from_stored(stored, overrides), is_stored=True)
+    node = composition.from_stored(stored, overrides, command_keys=("run", "split"))
+    config = composition.to_config(node, is_stored=True)
     side, _, channels = model_info["input"]["shape"]
     fingerprint = None if is_other_data else model_info["data_fingerprint"]
     config.data = replace(config.data, image_size=side, channels=channels, fingerprint=fingerprint)
