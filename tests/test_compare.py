@@ -138,7 +138,7 @@ def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[str, Path])
 
 
 def test_pareto_front_is_what_nothing_beats_at_its_cost(lab: tuple[str, Path]):
-    assert [row["best_buy"] for row in lines_of(lab[1])] == ["1", "0", "1"]
+    assert [row["on_pareto_front"] for row in lines_of(lab[1])] == ["1", "0", "1"]
     assert pareto_front([(1, 0.5), (1, 0.5), (2, 0.5), (3, 0.9), (3, 0.8)]) == [True, True, False, True, False]
     assert pareto_front([(float("nan"), 0.9), (1, 0.5)]) == [False, True]
 

@@ -147,6 +147,10 @@ def test_report_is_written_again_even_without_test_results(finished: Finished, t
     text = (path / "report.html").read_text()
     assert "The run was not evaluated on the test split" in text
     assert "failed: &lt;b&gt;boom&lt;/b&gt;" in text
+    (path / "summary.json").unlink()  # as in a run that is still running, or was killed
+    done = run_command(sys.executable, "-m", "train.report", f"run={path}")
+    assert (done.code, done.err) == (0, "")
+    assert "not finished" in (path / "report.html").read_text()
     (path / "metrics.jsonl").write_text("")
     done = run_command(sys.executable, "-m", "train.report", f"run={path}")
     assert (done.code, len(done.err.splitlines())) == (2, 1)

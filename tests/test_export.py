@@ -249,7 +249,7 @@ def test_unfinished_run_is_not_exported(finished: Finished, tmp_path: Path):
     shutil.copytree(finished.path, run, symlinks=True)
     for status in ("interrupted", "failed"):
         (run / "summary.json").write_text(json.dumps(finished.summary | {"status": status}))
-        assert f"run {run} is not finished (status: {status}); finish it with make resume" in message(
+        assert f"run {run} is not finished (status: {status}); run make resume run={run}" in message(
             export, [f"run={run}"]
         )
     assert not (run / "export").exists()

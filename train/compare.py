@@ -348,7 +348,7 @@ def format_known(value: float, formatter: Callable[[float], str]) -> str:
 
 CSV_COLUMNS = (
     "data", "data_fingerprint", "row", "n", "mean", "deviation", "low", "high", "difference", "difference_low",
-    "difference_high", "p", *COST_METRICS, "best_buy", "seeds",
+    "difference_high", "p", *COST_METRICS, "on_pareto_front", "seeds",
 )  # fmt: skip
 
 

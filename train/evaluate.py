@@ -9,6 +9,7 @@ The results are written to the run's folder under evaluation/, to its report and
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def evaluate(argv: list[str]) -> None:
     run_dir = open_run_dir(Path(keys.run))
     model_info = run_dir.model_info()
     if not model_info:
-        raise ValueError(f"run {keys.run} has no saved weights yet; continue it with make resume")
+        raise ValueError(f"run {keys.run} has no saved weights yet; run make resume run={shlex.quote(keys.run)}")
     config, is_other_data = stored_runs.evaluation_config(run_dir, model_info, overrides)
     uri = address.run_uri(run_dir, overrides)
     factory.check_files(config)

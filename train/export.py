@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import shlex
 import shutil
 import statistics
 import time
@@ -97,7 +98,8 @@ def export(argv: list[str]) -> int:
     run_dir = open_run_dir(Path(keys.run))
     if run_dir.status() != "finished" or not run_dir.model_info():
         raise ValueError(
-            f"run {keys.run} is not finished (status: {run_dir.status() or 'none'}); finish it with make resume"
+            f"run {keys.run} is not finished (status: {run_dir.status() or 'none'}); "
+            f"run make resume run={shlex.quote(keys.run)}"
         )
     config = load_config(run_dir, overrides)
     uri = address.run_uri(run_dir, overrides)

@@ -37,7 +37,7 @@ def reap(argv: list[str]) -> int:
                 marked += 1
     except Exception as error:  # MLflow raises many types
         raise ValueError(f"the MLflow store failed: {mlflow_store.redact_passwords(str(error), uri)}") from None
-    print(f"{marked} runs marked as failed")
+    print(f"{marked} run{'' if marked == 1 else 's'} marked as failed")
     return 0
 
 

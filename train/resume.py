@@ -41,6 +41,8 @@ def resume_run(
     run_dir: RunDir, overrides: list[str], accepted_changes: frozenset[str], sweep: Sweep | None = None
 ) -> int:
     """Starts another attempt at a run; returns the exit code. sweep: replaces the sweep settings of the config."""
+    if run_dir.format_version() < RUN_FORMAT_VERSION:
+        return report_old_format(run_dir)
     stored = run_dir.config()
     node = composition.from_stored(stored, overrides, command_keys=COMMAND_KEYS)
     redactor = composition.make_redactor(node)
@@ -57,11 +59,6 @@ def resume_run(
         command = f"make resume run={shlex.quote(str(run_dir.path))} epochs=NUMBER"
         print(f"the run is finished: {run_dir.path}; to train longer: {command}")
         return 0
-    if run_dir.format_version() < RUN_FORMAT_VERSION:
-        raise ConfigError(
-            f"cannot resume {run_dir.path}: it was written by an older version (run format {run_dir.format_version()}, "
-            f"this version resumes format {RUN_FORMAT_VERSION}); use that version, or start a new run"
-        )
     if is_leader and "tracking.uri" not in {split_override(override)[0] for override in overrides}:
         address.use_stored_uri(run_dir, config.tracking.uri)
     from train.run import factory, train_and_evaluate
@@ -71,6 +68,17 @@ def resume_run(
     if is_leader:
         return train_and_evaluate.run_session(run_dir, config, redactor, accepted_changes)
     return train_and_evaluate.run_worker(config, redactor)
+
+
+def report_old_format(run_dir: RunDir) -> int:
+    """Says that a run is finished. Raises: ConfigError if it is not: only the version that wrote it can resume it."""
+    if run_dir.status() == "finished":
+        print(f"the run is finished: {run_dir.path}")
+        return 0
+    raise ConfigError(
+        f"cannot resume {run_dir.path}: it was written by an older version (run format {run_dir.format_version()}, "
+        f"this version resumes format {RUN_FORMAT_VERSION}); use that version, or start a new run"
+    )
 
 
 def is_complete(run_dir: RunDir, previous: dict[str, Any], current: dict[str, Any]) -> bool:
@@ -84,6 +92,8 @@ def resume_if_same_config(run_dir: RunDir, config: Config, redactor: Redactor) -
 
     Raises: ConfigError naming the differences.
     """
+    if run_dir.format_version() < RUN_FORMAT_VERSION:
+        return report_old_format(run_dir)
     if differences := config_differences(run_dir, config, redactor):
         raise ConfigError(
             f"run_dir {run_dir.path} contains a run with another config ({'; '.join(differences)}); "

@@ -376,7 +376,7 @@ def _difference(results: dict) -> str:
 
 
 TABLES = {
-    "config": config_table, "models": models_table, "torture": stress_table, "safeguards": safeguards_table,
+    "config": config_table, "models": models_table, "stress": stress_table, "safeguards": safeguards_table,
     "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
     "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
     "variants": variants_table, "export": export_table, "predict": predict_table, "serve": serve_table,

@@ -114,7 +114,7 @@ def stress_sweep(root: Path, trials: int, kills: int, seed: int, *, quick: bool 
     # Two trials at a time: this is twice the duration of a trial.
     minutes = max(4 * reference_seconds / trials, 20 if quick else 60) / 60
     overrides.append(f"sweep.minutes={minutes:.2f}")
-    launcher = Launcher(root / "tortured", root / "tortured.db", overrides, quick=quick)
+    launcher = Launcher(root / "killed", root / "killed.db", overrides, quick=quick)
     failing, killed, hanging = (index % trials for index in FAULTY_TRIALS.values())
     (launcher.folder / f"{failing:03d}" / "metrics.jsonl").mkdir(parents=True)
     survivors = 0
@@ -144,7 +144,7 @@ def stress_sweep(root: Path, trials: int, kills: int, seed: int, *, quick: bool 
         comparable_result(reference.folder / f"{number:03d}") == comparable_result(launcher.folder / f"{number:03d}")
         for number in range(trials)
     )
-    runs, children = count_mlflow_runs(root / "tortured.db")
+    runs, children = count_mlflow_runs(root / "killed.db")
     require(identical == trials, f"{identical} of {trials} trials are identical")
     require((runs, children) == (trials + 1, trials), f"{runs} runs in MLflow, {children} of them below the sweep's")
     return {

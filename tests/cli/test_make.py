@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,17 @@ def made_by(plan: str) -> str:
 
 def test_setup_does_nothing_when_the_environment_exists():
     assert "pip install" not in plan_setup(ROOT)
+
+
+@pytest.mark.parametrize("name", ["ui", "sync", "reap"])
+def test_former_module_name_of_a_command_is_answered(name: str):
+    done = run_command(sys.executable, "-m", f"train.tracking.{name}", "run=x")
+    assert (done.code, done.err) == (
+        2,
+        f"error: python -m train.tracking.{name} is now called python -m train.{name}\n",
+    )
+
+
+def test_unknown_key_of_a_command_is_named():
+    done = run_command(sys.executable, "-m", "train.report", "colour=red")
+    assert (done.code, done.err) == (2, 'error: unknown key "colour"; valid keys: run\n')

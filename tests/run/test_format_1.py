@@ -69,7 +69,7 @@ def test_model_of_a_format_1_run_is_exported_and_classifies(run: Path):
 
 def test_format_1_run_is_not_resumed(run: Path):
     done = command("resume", run)
-    assert (done.code, done.out.startswith("the run is finished")) == (0, True), done.err
+    assert (done.code, done.out) == (0, f"the run is finished: {run}\n"), done.err
     (run / "summary.json").unlink()
     done = command("resume", run)
     assert (done.code, done.err) == (
@@ -77,6 +77,19 @@ def test_format_1_run_is_not_resumed(run: Path):
         f"error: cannot resume {run}: it was written by an older version (run format 1, this version resumes "
         "format 2); use that version, or start a new run\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("stored", "read"),
+    [
+        ({"metric": "train/loss"}, {"metric": "train/loss"}),
+        ({"metric": "train/main_accuracy"}, {"metric": "train/accuracy"}),
+        ({"metric": None}, {"metric": None}),
+        (None, None),
+    ],
+)
+def test_early_stopping_of_a_format_1_config_stays_valid(stored: dict | None, read: dict | None):
+    assert format_1.current_config({"early_stopping": stored}) == {"early_stopping": read}
 
 
 def test_metrics_of_format_1_runs_in_mlflow_get_the_current_names():

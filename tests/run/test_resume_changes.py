@@ -92,10 +92,10 @@ def test_changed_provenance_is_rejected_and_named(name: str, value: str, killed_
     provenance = checkpoint.read_checkpoint(path).metadata["provenance"]
     value_now = provenance[name]
     with pytest.raises(ConfigError) as caught:
-        check_compatible(provenance | {name: value}, provenance, frozenset())
+        check_compatible(provenance | {name: value}, provenance, frozenset(), Path("runs/one"))
     assert str(caught.value) == (
         f"cannot resume: {name} changed from {value} to {value_now}; restore it, or allow the change: "
-        f"make resume accept={name}"
+        f"make resume run=runs/one accept={name}"
     )
 
 
@@ -108,14 +108,12 @@ def test_accepted_change_of_provenance_is_recorded_and_starts_a_branch(killed_ru
         json.dumps(saved.metadata["provenance"] | {"code": "0123", "version.keras": "3.0"})
     )
     before = file_contents(folder)
-    expected = (
-        r"code changed from 0123 to \w+; version.keras changed from 3.0 to .* make resume accept=code,version.keras$"
-    )
+    expected = r"code changed from 0123 to \w+; version.keras changed from 3.0 to .* run=\S+ accept=code,version.keras$"
     with pytest.raises(ConfigError, match=expected):
         resume_run(folder)
     with pytest.raises(
         ConfigError,
-        match=r"^cannot resume: version.keras changed from 3.0 to .* make resume accept=code,version.keras$",
+        match=r"^cannot resume: version.keras changed from 3.0 to .* make resume run=\S+ accept=code,version.keras$",
     ):
         resume_run(folder, accepted="code")
     assert file_contents(folder) == before

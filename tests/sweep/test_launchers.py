@@ -93,5 +93,8 @@ def test_ray_runs_the_trials(tmp_path: Path):
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_missing_ray_is_reported(tmp_path: Path):
     done = run_train("-m", *TINY, "sweep.engine=ray", f"run_dir={tmp_path / 'sweep'}")
-    expected = "error: sweep.engine=ray needs Ray, which is not installed; run .venv/bin/pip install ray\n"
+    expected = (
+        "error: sweep.engine=ray needs Ray, which is not installed; install the extra: .venv/bin/python -m uv pip "
+    )
+    expected += "install --python .venv/bin/python -r requirements/ray.lock\n"
     assert (done.code, done.out, done.err) == (2, "", expected)

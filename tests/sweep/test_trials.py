@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_run_dir_of_another_sweep_is_rejected(tmp_path: Path):
     )
     assert message(trials.find_sweep, tmp_path, ["seed=0,1"], path, fresh=True) == (
         f"run_dir {path} already holds a sweep; use another run_dir for a fresh one"
+    )
+
+
+def test_sweep_of_an_older_version_is_not_continued(tmp_path: Path):
+    folder = make_sweep(tmp_path, 1)
+    manifest = {name: value for name, value in folder.manifest.items() if name != "format_version"}
+    (folder.path / "sweep.json").write_text(json.dumps(manifest))
+    assert message(trials.find_sweep, tmp_path, ["seed=0,1"], str(folder.path), fresh=False) == (
+        f"cannot continue sweep {folder.path}: it was written by an older version (run format 1, this version continues "
+        "format 2); start a new one with sweep.fresh=true, without its run_dir"
     )
 
 

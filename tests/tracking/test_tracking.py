@@ -430,7 +430,8 @@ def test_sync_uses_the_store_of_the_run(finished: Finished, tmp_path: Path):
     assert address.stored_uri(folder) == "sqlite:////place/mlflow.db"
     folder.write_yaml("config.yaml", {"tracking": {"uri": None}})
     assert address.stored_uri(folder) == mlflow_store.default_uri(ROOT)
-    expected = "the run's tracking address is stored only as ${oc.env:INCEPTION_TEST_STORE}; use make sync uri=ADDRESS"
+    expected = "the run's tracking address is stored only as ${oc.env:INCEPTION_TEST_STORE}; "
+    expected += f"use make sync run='{finished.path}' uri=ADDRESS"
     assert message(address.stored_uri, open_run_dir(finished.path)) == expected
 
 

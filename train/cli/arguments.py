@@ -21,8 +21,10 @@ def parse(keys: type[Keys], argv: list[str]) -> Keys:
     values: dict[str, Any] = {}
     for argument in argv:
         name, equals, text = argument.partition("=")
-        if not equals or name not in fields_by_name:
+        if not equals:
             raise ValueError(f"arguments must be key=value, got {argument}; valid keys: {', '.join(fields_by_name)}")
+        if name not in fields_by_name:
+            raise ValueError(f'unknown key "{name}"; valid keys: {", ".join(fields_by_name)}')
         item = fields_by_name[name]
         values[item.name] = _convert(name, text, item.default)
     return keys(**values)

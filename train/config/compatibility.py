@@ -6,6 +6,8 @@ the same provenance; each difference is reported by name and has to be accepted 
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 from train.config.schema import ConfigError
@@ -37,7 +39,9 @@ def unaccepted_changes(previous: dict[str, Any], current: dict[str, Any], accept
     ]
 
 
-def check_compatible(previous: dict[str, Any], current: dict[str, Any], accepted: frozenset[str]) -> None:
+def check_compatible(
+    previous: dict[str, Any], current: dict[str, Any], accepted: frozenset[str], run_dir: Path
+) -> None:
     """Raises: ConfigError naming every change that was not accepted, and the argument that accepts them."""
     unknown = sorted(accepted - {*previous, *current})
     if unknown:
@@ -48,4 +52,5 @@ def check_compatible(previous: dict[str, Any], current: dict[str, Any], accepted
     changes = "; ".join(f"{name} changed from {previous.get(name)} to {current.get(name)}" for name in unaccepted)
     it, the_change = ("it", "the change") if len(unaccepted) == 1 else ("them", "the changes")
     names = ",".join(sorted({*unaccepted, *accepted}))
-    raise ConfigError(f"cannot resume: {changes}; restore {it}, or allow {the_change}: make resume accept={names}")
+    command = f"make resume run={shlex.quote(str(run_dir))} accept={names}"
+    raise ConfigError(f"cannot resume: {changes}; restore {it}, or allow {the_change}: {command}")

@@ -131,7 +131,8 @@ def _match_multiple_values(_: Exception, text: str) -> tuple | None:
 def _multiple_values_message(name: str, value: str, overrides: list[str]) -> str:
     value = dict(override.split("=", 1) for override in overrides if "=" in override).get(name, value).strip("[]")
     all_of_them = "both" if value.count(",") == 1 else "all"
-    value = "..." if name == "tracking.uri" else value  # it may hold a password
+    if name == "tracking.uri":  # it may hold a password
+        return f"{name} takes a single value, got several"
     return f"{name} takes a single value, got {value}; to run {all_of_them}: make sweep {name}={value}"
 
 

@@ -311,7 +311,9 @@ class StepSchedule(Schedule):
 
 @dataclass
 class EarlyStopping:
-    metric: str | None = setting(None, "stop when this metric no longer improves; null: never", choices=METRICS)
+    metric: str | None = setting(
+        None, "stop when this metric of the main head no longer improves; null: never", choices=METRICS
+    )
     patience_epochs: int = setting(10, "maximum time without improvement", unit="epochs", ge=1)
     min_delta: float = setting(0.0, "smallest change that counts as an improvement", ge=0)
 

@@ -96,7 +96,8 @@ def _handle_duplicates(
     labels = example_index.numeric_column("label")
     certain, likely = describe(duplicates, name_and_split, lambda row: listing.classes[labels[row]])
     if certain and on_leak == "raise":
-        raise ValueError(f"data leakage: {'; '.join(certain)}; remove the duplicates, or set data.on_leak=drop")
+        problem = "data leakage" if duplicates.shared else "conflicting labels"
+        raise ValueError(f"{problem}: {'; '.join(certain)}; remove the duplicates, or set data.on_leak=drop")
     warnings = [f"warning: {sentence}" for sentence in likely]
     if not certain or on_leak == "warn":
         leaks = [f"warning: {sentence}; set data.on_leak=drop to leave them out" for sentence in certain]

@@ -127,7 +127,9 @@ class ProcessGroup:
         except JaxRuntimeError as error:
             if not any(word in str(error) for word in ("Gloo", "NCCL", "coordination", "Connection")):
                 raise
-            raise WorkerLostError("lost contact with another process; see its log, then run make resume") from error
+            raise WorkerLostError(
+                "lost contact with another process; see its log, then run make resume run=FOLDER for each process"
+            ) from error
 
     def shutdown(self, exit_code: int, *, all_processes: bool) -> int:
         """Leaves the group; returns the exit code. all_processes: waits until all are here and process 0 has written

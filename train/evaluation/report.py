@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def write_report(run_dir: RunDir, summary: dict[str, Any]) -> Path:
 
     lines = [line for line, _ in run_dir.read_journal()]
     if not any("validation/loss" in line["values"] for line in lines):
-        raise ValueError(f"run {run_dir.path} has no finished epoch; continue it with make resume run=...")
+        raise ValueError(
+            f"run {run_dir.path} has no finished epoch; run make resume run={shlex.quote(str(run_dir.path))}"
+        )
     for name, curve in plot_learning_curves(lines, summary.get("best_epoch")).items():
         write_atomically(run_dir.path / f"{name}.png", to_png(curve))
     page = render_template("report.html", **report_context(run_dir, summary, lines))
@@ -52,11 +55,13 @@ def write_report(run_dir: RunDir, summary: dict[str, Any]) -> Path:
 def report_context(run_dir: RunDir, summary: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Collects the variables of the template."""
     identity = run_dir.identity()
+    # A run that is still running, or was killed, has no summary yet.
+    started = {"run_id": run_dir.run_id, "status": "not finished", "data": identity["tags"].get("data", "")}
     return {
         "name": identity["name"],
         "command": identity.get("command", ""),
         "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(identity["time"])),
-        "summary": summary,
+        "summary": started | summary,
         "tags": identity["tags"],
         "config": flatten(run_dir.config()),
         "data": run_dir.read_json("dataset.json", {}),

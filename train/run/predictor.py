@@ -107,7 +107,12 @@ def load_onnx_export(run: Path) -> Callable[[np.ndarray], np.ndarray]:
     export_command = f"make export run={shlex.quote(str(run))} format=onnx"
     if not path.exists():
         raise ValueError(f"runtime=onnx needs {path}, which does not exist; run {export_command}")
-    exported = json.loads(read_inside(run, "export/onnx/summary.json"))["network"]
+    try:
+        exported = json.loads(read_inside(run, "export/onnx/summary.json"))["network"]
+    except UnsafePathError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"cannot read export/onnx/summary.json of {run}; run {export_command}") from None
     if exported != hashlib.sha256(read_inside(run, "best/model.json")).hexdigest():
         raise ValueError(f"{path} was exported from an older model than the run's best; run {export_command}")
     try:

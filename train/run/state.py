@@ -47,7 +47,7 @@ class RunState:
         """
         checkpointed = self.checkpoint.metadata["provenance"] if self.checkpoint else provenance
         previous = self.run_dir.read_json("provenance.json", checkpointed)
-        check_compatible(previous, provenance, accepted_changes)
+        check_compatible(previous, provenance, accepted_changes, self.run_dir.path)
         line = self._start_position()["journal_lines"]
         recorded = self.run_dir.identity()["changes"]
         changes = [
@@ -150,7 +150,7 @@ class RunState:
         rule = self.config.rollback
         rollbacks = self.progress.rollbacks
         if self.config.on_divergence != "rollback" or rollbacks >= rule.at_most or checkpoint is None:
-            times = f" after {rollbacks} rollbacks" if rollbacks else ""
+            times = f" after {rollbacks} rollback{'s' if rollbacks > 1 else ''}" if rollbacks else ""
             error.args = (
                 f"{error}{times}; the last good checkpoint is {checkpoint.name if checkpoint else 'none'}; use a lower "
                 "optimizer.learning_rate, a gradient_clip, on_divergence=rollback, or precision=float32",

@@ -234,7 +234,8 @@ def train_and_evaluate(session: RunSession) -> None:
                 raise TrialPausedError(f"paused after epoch {progress.epoch} of {config.epochs}")
             if progress.stopped_early:
                 rule = config.early_stopping
-                print_and_log(f"stopped early: {rule.metric} has not improved for {rule.patience_epochs} epochs")
+                patience = f"{rule.patience_epochs} epoch{'' if rule.patience_epochs == 1 else 's'}"
+                print_and_log(f"stopped early: {rule.metric} has not improved for {patience}")
             print_and_log(input_bound_warning(progress.timer.data_wait_fraction()))
             run_state.log_metrics(last_epoch, progress.steps, {"cost/peak_memory_bytes": summary["peak_memory_bytes"]})
             if config.evaluate.test:

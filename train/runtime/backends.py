@@ -1,6 +1,6 @@
 """The backends: one module each for devices, threads and determinism, with the same functions in all.
 
-Only `train.runtime.setup` calls them, before anything is computed.
+`train.runtime.setup` calls them; the JAX step also takes its mesh from there.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from train.sweep.trials import SweepDir, Trial
 from train.sweep.workers import TrialResult, WorkerPool
 
 REFRESH_SECONDS = 1.0
-MAX_ENDED_SHOWN = 8  # the most recent ones
 
 
 class LiveTable:

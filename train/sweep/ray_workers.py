@@ -15,7 +15,10 @@ from train.sweep.workers import TRACKING_URI_VARIABLE
 def check_installed() -> None:
     """Raises: ConfigError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("sweep.engine=ray needs Ray, which is not installed; run .venv/bin/pip install ray")
+        raise ConfigError(
+            "sweep.engine=ray needs Ray, which is not installed; install the extra: .venv/bin/python -m uv pip install "
+            "--python .venv/bin/python -r requirements/ray.lock"
+        )
 
 
 def launch(trial_overrides: list[list[str]], first_number: int, folder: str, *, cores: int) -> None:

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from train.config.schema import ConfigError
-from train.config.serialization import quote_value
+from train.config.serialization import RUN_FORMAT_VERSION, quote_value, run_format_version
 from train.storage.atomic import write_atomically
-from train.tracking.journal import read_journal
 from train.tracking.run_dir import RunDir, open_run_dir
 
 METRIC = "validation/accuracy"
@@ -101,8 +100,8 @@ class Trial:
 
     def validation_accuracies(self) -> list[float]:
         """Returns the validation accuracy of every completed epoch."""
-        path = self.folder / "metrics.jsonl"
-        lines = (line["values"] for line, _ in read_journal(path)) if path.exists() else ()
+        run_dir = self.run()
+        lines = (line["values"] for line, _ in run_dir.read_journal()) if run_dir else ()
         return [values[METRIC] for values in lines if METRIC in values]
 
     def epochs_done(self) -> int:
@@ -177,9 +176,16 @@ def find_sweep(runs: Path, overrides: Iterable[str], run_dir: str | None, *, fre
         if existing and existing.manifest["identity"] != identity:
             other = " ".join(existing.manifest["identity"])
             raise ConfigError(f"run_dir {run_dir} already holds another sweep ({other}); use another run_dir")
-        return existing
-    files = sorted(runs.glob(f"sweep-*-{_short_hash(identity)}/sweep.json"))
-    return _open_sweep(files[-1].parent) if files and not fresh else None
+    else:
+        files = sorted(runs.glob(f"sweep-*-{_short_hash(identity)}/sweep.json"))
+        existing = _open_sweep(files[-1].parent) if files and not fresh else None
+    if existing and run_format_version(existing.manifest) < RUN_FORMAT_VERSION:
+        raise ConfigError(
+            f"cannot continue sweep {existing.path}: it was written by an older version (run format "
+            f"{run_format_version(existing.manifest)}, this version continues format {RUN_FORMAT_VERSION}); "
+            "start a new one with sweep.fresh=true, without its run_dir"
+        )
+    return existing
 
 
 def create_sweep(
@@ -188,7 +194,10 @@ def create_sweep(
     """Creates the folder of a new sweep with its frozen trials. Raises: ConfigError if it cannot be written."""
     identity = identifying_overrides(overrides)
     path = Path(run_dir) if run_dir else runs / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}-{_short_hash(identity)}"
-    full_manifest = {"sweep_id": uuid.uuid4().hex, "time": time.time(), "identity": identity, **manifest}
+    full_manifest = {
+        "format_version": RUN_FORMAT_VERSION, "sweep_id": uuid.uuid4().hex, "time": time.time(),
+        "identity": identity, **manifest,
+    }  # fmt: skip
     try:
         path.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(path / "trials", ignore_errors=True)  # from a launcher that was killed before it wrote sweep.json

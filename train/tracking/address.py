@@ -7,6 +7,7 @@ there, and receives none of the MLflow credentials of this machine.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from train.cli.progress import print_and_log
@@ -68,7 +69,10 @@ def stored_uri(run_dir: RunDir) -> str:
     if "${" in str(uri) and (URI_KEY, uri) in composition.conf_references({}):
         return machine_uri()
     if uri is not None and ("${" in str(uri) or "://" not in str(uri)):
-        raise ValueError(f"the run's tracking address is stored only as {uri}; use make sync uri=ADDRESS")
+        raise ValueError(
+            f"the run's tracking address is stored only as {uri}; "
+            f"use make sync run={shlex.quote(str(run_dir.path))} uri=ADDRESS"
+        )
     return use_stored_uri(run_dir, uri)
 
 

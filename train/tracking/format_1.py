@@ -38,7 +38,8 @@ def current_model_info(model_info: dict[str, Any]) -> dict[str, Any]:
 
 
 def current_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.yaml with today's name of the early-stopping metric."""
-    early_stopping = config.get("early_stopping", {})
-    metric = early_stopping.get("metric")
-    return config | {"early_stopping": early_stopping | {"metric": METRICS.get(metric, metric)}}
+    """config.yaml with today's name of the early-stopping metric. `train/loss` stays: its new name is no valid choice."""
+    rule = config.get("early_stopping")
+    if not isinstance(rule, dict) or rule.get("metric") not in METRICS.keys() - {"train/loss"}:
+        return config
+    return config | {"early_stopping": rule | {"metric": METRICS[rule["metric"]]}}

@@ -292,7 +292,8 @@ def write_summary(run_dir: RunDir, summary: dict[str, Any]) -> int:
         run_dir.write_json("summary.json", summary)
     except OSError as error:
         arguments.print_error(
-            f"cannot write the summary to {run_dir.path} ({error.strerror}); {_remedy(error)}, then run make resume"
+            f"cannot write the summary to {run_dir.path} ({error.strerror}); {_remedy(error)}, then run "
+            f"make resume run={quote_path(run_dir.path)}"
         )
         return 1
     return 0

@@ -181,6 +181,9 @@ class Uploader:
     def _send_metrics(self) -> None:
         assert self.store
         lines = list(self.run_dir.read_journal(self.journal_offset))
+        if lines and self.run_dir.format_version() == 1:  # MLflow may hold the total loss of the run by this name
+            for line, _ in lines:
+                line["values"].pop("train/loss", None)
         if lines:
             self.store.log_journal_lines([self._with_best(line) for line, _ in lines])
             self.journal_offset = lines[-1][1]

@@ -15,7 +15,7 @@ It replaces Keras's `fit` because it has to be able to stop, and to resume, betw
 #   1. divergence check, before anything is recorded
 #   2. training metrics are read, then validation; all processes adopt the metrics of process 0
 #   3. the journal line
-#   4. the best weights, then best_epoch and best_accuracy, which a resumed run reads from best/model.json
+#   4. the best weights, then best_epoch, best_accuracy and best_loss, which a resumed run reads from best/model.json
 #   5. early stopping, then Progress moves on to the next epoch
 #   6. the checkpoint, if one is due
 # Metrics are reset when an epoch's first batch begins, not when the last one ends: a checkpoint between two epochs
