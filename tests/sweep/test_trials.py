@@ -46,8 +46,8 @@ def test_sweep_of_an_older_version_is_not_continued(tmp_path: Path):
     manifest = {name: value for name, value in folder.manifest.items() if name != "format_version"}
     (folder.path / "sweep.json").write_text(json.dumps(manifest))
     assert message(trials.find_sweep, tmp_path, ["seed=0,1"], str(folder.path), fresh=False) == (
-        f"cannot continue sweep {folder.path}: it was written by an older version (run format 1, this version continues "
-        "format 2); start a new one with sweep.fresh=true, without its run_dir"
+        f"cannot continue sweep {folder.path}: it was written by an older version "
+        "(run format 1, this version continues format 2); start a new one with sweep.fresh=true, without its run_dir"
     )
 
 
