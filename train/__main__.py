@@ -63,7 +63,7 @@ def run(node: DictConfig) -> int:
     with composition.redacting_errors(redactor):
         config = composition.to_config(node, is_stored=node.sweep.trial is not None)
         from train import resume
-        from train.run import factory, train_and_evaluate  # imported late: typing errors are reported at once
+        from train.run import factory, lifecycle  # imported late: typing errors are reported at once
 
         factory.check_files(config)
         factory.check_sources(config)
@@ -77,8 +77,8 @@ def run(node: DictConfig) -> int:
         if is_leader or not resume.config_differences(run_dir, config, redactor):
             return resume.resume_if_same_config(run_dir, config, redactor)
     if is_leader:
-        return train_and_evaluate.train(config, redactor, latest=config.sweep.trial is None)
-    return train_and_evaluate.run_worker(config, redactor)
+        return lifecycle.start_run(config, redactor, latest=config.sweep.trial is None)
+    return lifecycle.run_worker(config, redactor)
 
 
 def main() -> None:

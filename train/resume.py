@@ -61,13 +61,13 @@ def resume_run(
         return 0
     if is_leader and "tracking.uri" not in {split_override(override)[0] for override in overrides}:
         address.use_stored_uri(run_dir, config.tracking.uri)
-    from train.run import factory, train_and_evaluate
+    from train.run import factory, lifecycle
 
     factory.check_files(config)
     factory.check_sources(config)
     if is_leader:
-        return train_and_evaluate.run_session(run_dir, config, redactor, accepted_changes)
-    return train_and_evaluate.run_worker(config, redactor)
+        return lifecycle.continue_run(run_dir, config, redactor, accepted_changes)
+    return lifecycle.run_worker(config, redactor)
 
 
 def report_old_format(run_dir: RunDir) -> int:

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 from support.commands import ROOT, THREADS, Done, run_command
+from support.runs import train_session
 from train.cli import terminal
 from train.config import composition
 from train.config.serialization import Redactor
-from train.run import train_and_evaluate
 from train.sweep.workers import SweepSignalHandler, classify_exit
-from train.tracking import run_metadata, uploader
+from train.tracking import uploader
 from train.tracking.run_dir import create_run_dir
 from train.training import checkpoint
 from train.training.signals import Interrupted, SignalHandler
@@ -400,13 +400,9 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("untouched") / "run"
     config = composition.compose([*TINY, f"run_dir={folder}"])
     run_dir = create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
-    session = train_and_evaluate.RunSession(
-        run_dir, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(run_dir, config)
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploader, "start", lambda *_: None)
-        train_and_evaluate.train_and_evaluate(session)
-    return session.summary
+        return train_session(run_dir, config, Redactor())
 
 
 def uploaders(folder: Path) -> list[int]:

@@ -291,11 +291,11 @@ def test_every_key_has_a_reader():
 
 
 def test_config_hash_covers_exactly_what_decides_the_result():
-    base = config_hash(compose([]), Redactor())
+    base = config_hash(to_dict(compose([]), Redactor()))
     same = compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])
-    assert config_hash(same, Redactor()) == base
+    assert config_hash(to_dict(same, Redactor())) == base
     for word in ("seed=1", "model.width=0.5", "augment=none", "precision=float32", "data.channels=3"):
-        assert config_hash(compose([word]), Redactor()) != base, word
+        assert config_hash(to_dict(compose([word]), Redactor())) != base, word
 
 
 def test_secrets_are_not_stored():
@@ -408,7 +408,7 @@ def test_completion_offers_groups_and_keys():
 
 def test_trainer_does_not_import_mlflow():
     """Nothing that training imports brings it in; the modules of the uploader import it when they need it."""
-    script = "import sys, train.run.train_and_evaluate, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
+    script = "import sys, train.run.lifecycle, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
     assert run_command(sys.executable, "-c", script).code == 0
 
 

@@ -23,7 +23,7 @@ from support.commands import FROM_MAKE, ROOT, Done, message
 from support.shared import once
 from train.config.composition import compose
 from train.config.schema import ConfigError, Distributed
-from train.config.serialization import Redactor, config_hash
+from train.config.serialization import Redactor, config_hash, to_dict
 from train.distributed import rendezvous
 from train.distributed.process_group import ProcessGroup
 from train.training import checkpoint
@@ -220,9 +220,9 @@ def test_coordinator_does_not_change_the_config_hash():
         compose([*overrides, f"distributed.coordinator={address}"]) for address in ("node1:4711", "node9:4712")
     )
     assert (
-        config_hash(first, Redactor())
-        == config_hash(second, Redactor())
-        != config_hash(compose(overrides[:1]), Redactor())
+        config_hash(to_dict(first, Redactor()))
+        == config_hash(to_dict(second, Redactor()))
+        != config_hash(to_dict(compose(overrides[:1]), Redactor()))
     )
 
 

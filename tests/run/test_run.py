@@ -23,15 +23,15 @@ import yaml
 from PIL import Image
 
 from support.commands import ROOT, THREADS, run_command, run_train
+from support.runs import train_session
 from support.shared import SECRET, Finished
 from train.config.composition import compose
 from train.config.schema import ConfigError
 from train.config.serialization import Redactor
-from train.run import factory, train_and_evaluate
+from train.run import factory, recorder
 from train.runtime import setup
 from train.tracking import run_metadata
 from train.tracking.run_dir import create_run_dir, open_run_dir
-from train.training.signals import SignalHandler
 
 pytestmark = pytest.mark.usefixtures("no_uploads")
 
@@ -41,11 +41,7 @@ def in_process(path: Path, *overrides: str) -> dict[str, Any]:
     config = compose([f"run_dir={path}", f"threads={THREADS}", "evaluate.report=false", *overrides])
     exists = (path / "run.json").exists()
     run_dir = open_run_dir(path) if exists else create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
-    session = train_and_evaluate.RunSession(
-        run_dir, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(run_dir, config)
-    )
-    train_and_evaluate.train_and_evaluate(session)
-    return session.summary
+    return train_session(run_dir, config, Redactor())
 
 
 # ------------------------------------------------------------------------------------------- what a run leaves behind
@@ -159,8 +155,8 @@ def test_data_with_another_fingerprint_is_rejected(tmp_path: Path):
 
 
 def test_input_bound_run_prints_a_warning():
-    assert train_and_evaluate.input_bound_warning(0.049) == ""
-    assert train_and_evaluate.input_bound_warning(0.314) == (
+    assert recorder.input_bound_warning(0.049) == ""
+    assert recorder.input_bound_warning(0.314) == (
         "training was input-bound (31% of the time waiting for data); try a larger "
         "data.ram_budget, data.cache=disk, a cheaper augment, smaller files, or more processor cores"
     )

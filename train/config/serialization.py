@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from train.config.schema import Config
+from train.storage.json_types import JsonObject
 
 RUN_FORMAT_VERSION = 2  # of a run folder; raised when older versions of the project can no longer read it
 
@@ -94,10 +95,12 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_hash(config: Config, redactor: Redactor) -> str:
-    """SHA-256 over all keys but `run_dir`, `tracking`, `data.fingerprint` and RENDEZVOUS_KEYS; references as typed."""
-    payload = to_dict(config, redactor)
-    flat = flatten({name: value for name, value in payload.items() if name not in ("run_dir", "tracking")})
+def config_hash(stored: JsonObject) -> str:
+    """SHA-256 over all keys but `run_dir`, `tracking`, `data.fingerprint` and RENDEZVOUS_KEYS.
+
+    stored: the config as `to_dict` returns it.
+    """
+    flat = flatten({name: value for name, value in stored.items() if name not in ("run_dir", "tracking")})
     for name in ("data.fingerprint", *RENDEZVOUS_KEYS):
         del flat[name]
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()

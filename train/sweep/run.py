@@ -461,9 +461,10 @@ def freeze_trial(
         check_files(config)
         check_sources(config)
     stored = to_dict(config, redactor)
+    key = config_hash(stored)
     stored["run_dir"] = None
     label = " ".join(f"{name}={format_value(value)}" for name, value in point.items()) or "unchanged"
-    return {"label": label, "key": config_hash(config, redactor), "values": point, "config": stored}
+    return {"label": label, "key": key, "values": point, "config": stored}
 
 
 def format_value(value: Any) -> str:

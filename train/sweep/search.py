@@ -130,7 +130,7 @@ class OptunaSearch:
         return trials
 
     def on_trial_end(self, trial: Trial) -> None:
-        if trial.state() not in ("finished", "interrupted"):
+        if trial.state() not in ("finished", "interrupted", "paused"):
             self._failed_points.add(trial.point)
         self._tell(trial.point)
 

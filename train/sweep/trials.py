@@ -66,7 +66,7 @@ class Trial:
         return open_run_dir(self.folder) if (self.folder / "run.json").exists() else None
 
     def state(self) -> str:
-        """Returns waiting, running, finished, failed or interrupted; an interrupted trial can be resumed."""
+        """Returns waiting, running, finished, failed, interrupted or paused; the last two can be resumed."""
         run_dir = self.run()
         if run_dir is None:
             return "waiting"
@@ -81,7 +81,7 @@ class Trial:
 
     def is_paused(self) -> bool:
         """Whether the trial has reached sweep.until and paused."""
-        return self.summary().get("failure", "").startswith("paused")
+        return self.summary().get("status") == "paused"
 
     def summary(self) -> dict[str, Any]:
         """Returns the summary of the trial's run, empty if there is none."""

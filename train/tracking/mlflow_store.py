@@ -69,7 +69,7 @@ SUMMARY_TAGS = (
     "config_hash", "data_fingerprint", "weights_sha256", "status", "attempts", "rollbacks", "changes", "pruned",
     "best_trial",
 )  # fmt: skip
-MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "paused": "KILLED"}
 
 
 class Store:

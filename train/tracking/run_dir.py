@@ -169,7 +169,7 @@ class RunDir:
         return hashlib.sha256(self.read_bytes("best/model.json")).hexdigest()
 
     def status(self) -> str | None:
-        """How the last attempt ended: finished, failed or interrupted; None if it is running or was killed."""
+        """How the last attempt ended: finished, failed, interrupted or paused; None if it is running or was killed."""
         return self.summary().get("status")
 
     @contextmanager
