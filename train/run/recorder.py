@@ -106,7 +106,7 @@ class RunRecorder(Recorder):
         self.redactor = redactor
         self.accepted_changes = accepted_changes
         self.library_log = run_dir.path / "train.log"
-        self.is_new = not (run_dir.path / "run.json").exists()
+        self.is_new = False
         self.summary = run_metadata.initial_summary(run_dir.run_id, self._stored_config())
         self.heartbeat: Heartbeat | None = None
         self._state: RunState
@@ -121,6 +121,7 @@ class RunRecorder(Recorder):
             yield
 
     def begin(self) -> None:
+        self.is_new = not (self.run_dir.path / "run.json").exists()
         if self.is_new:
             self._start([])
         fault_injection.fail_point("life/begun")
