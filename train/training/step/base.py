@@ -13,7 +13,8 @@ from keras import ops
 
 from train.training.schedules import ScaledSchedule
 from train.training.step.layerwise_lr import FreezeSchedule
-from train.training.step.staged_optimizer import EMA_SLOT, StagedOptimizer, Tensor
+from train.training.step.staged_optimizer import EMA_SLOT, StagedOptimizer
+from train.training.tensors import Tensor
 
 CHECKED_TENSORS = ("loss", "gradients", "batch normalisation statistics")
 GRADIENT_NORMS = ("all", "first_layer")

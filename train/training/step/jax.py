@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.runtime.jax import mesh
 from train.training.step import base
+from train.training.tensors import Tensor
 
 Arrays = list[jax.Array]
 ArraysByName = dict[str, jax.Array]  # by output, or metrics by name
@@ -78,7 +79,7 @@ class Step(base.Step):
         """This process's signal, once for each of its devices."""
         return self._global_batch(np.full(self._local_device_count, self.local_signal(), "int32"))
 
-    def _make_distributed_predictor(self, model: keras.Model, device_mesh: Mesh) -> Callable[[base.Tensor], np.ndarray]:
+    def _make_distributed_predictor(self, model: keras.Model, device_mesh: Mesh) -> Callable[[Tensor], np.ndarray]:
         """A function from this process's images uint8 [n, H, W, C] of a batch to the output for all processes' images.
 
         Fewer images than its share are padded, and so is the output.
@@ -93,7 +94,7 @@ class Step(base.Step):
 
         run = jax.jit(forward, out_shardings=self._replicated)
 
-        def predict(images: base.Tensor) -> np.ndarray:
+        def predict(images: Tensor) -> np.ndarray:
             padded = np.zeros((local_batch_size, *image_shape), "uint8")
             padded[: len(images)] = images
             weights = variable_values(model.trainable_variables), variable_values(model.non_trainable_variables)
@@ -104,11 +105,11 @@ class Step(base.Step):
         return predict
 
     @staticmethod
-    def make_predictor(model: keras.Model, jit: bool) -> Callable[[base.Tensor], np.ndarray]:  # noqa: ARG004 - always compiled
+    def make_predictor(model: keras.Model, jit: bool) -> Callable[[Tensor], np.ndarray]:  # noqa: ARG004 - always compiled
         run = jax.jit(lambda *arguments: model.stateless_call(*arguments, training=False)[0])
         largest = 0
 
-        def predict(images: base.Tensor) -> np.ndarray:
+        def predict(images: Tensor) -> np.ndarray:
             nonlocal largest
             images = np.asarray(images)
             missing = max(0, largest - len(images))
@@ -120,7 +121,7 @@ class Step(base.Step):
 
         return predict
 
-    def __call__(self, images: base.Tensor, labels: base.Tensor, *weights: base.Tensor) -> None:
+    def __call__(self, images: Tensor, labels: Tensor, *weights: Tensor) -> None:
         if self._traced_stage is None:
             self.begin_epoch(0)
         state = [variable_values(variables) for variables in self._state_variables()]
@@ -149,12 +150,12 @@ class Step(base.Step):
             model.metrics_variables,
         )
 
-    def _trace(self) -> Callable[..., base.Tensor]:
+    def _trace(self) -> Callable[..., Tensor]:
         if self._mesh is None:
             return jax.jit(self._checked_step, donate_argnums=(0, 1))
         return jax.jit(self._step_with_signal, donate_argnums=(0, 1), out_shardings=self._replicated)
 
-    def _step_with_signal(self, *args: base.Tensor, signals: jax.Array) -> tuple[State, Arrays, jax.Array]:
+    def _step_with_signal(self, *args: Tensor, signals: jax.Array) -> tuple[State, Arrays, jax.Array]:
         """The step, and the largest signal of all processes."""
         return *self._checked_step(*args), jnp.max(signals)
 

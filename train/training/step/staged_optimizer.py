@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import keras
 from keras import ops
 
 from train.training.step.layerwise_lr import LayerRate
-
-Tensor = Any  # a tensor of the backend, or its own variable; the backends have no type in common
+from train.training.tensors import Tensor
 
 NO_DECAY = ("bias", "beta", "gamma")
 EMA_SLOT = "average"  # Keras's name
