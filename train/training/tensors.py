@@ -2,6 +2,4 @@
 
 from typing import Any
 
-Tensor = (
-    Any  # TensorFlow's tensors and variables and JAX's arrays have no type in common, and Keras names none for them
-)
+Tensor = Any  # TensorFlow and JAX have no type of tensors in common, and Keras publishes none for the two

@@ -13,6 +13,8 @@ from functools import partial
 import keras
 import tensorflow as tf
 
+Gradients = Callable[[tf.Tensor], tuple[tf.Tensor, ...]]  # of the inputs of an operation, from that of its output
+
 
 @contextmanager
 def fused_kernels(model: keras.Model) -> Iterator[None]:
@@ -103,7 +105,7 @@ def conv_with_matmul_gradient(layer: keras.layers.Conv2D, inputs: tf.Tensor) -> 
         return type(layer).call(layer, inputs)
 
     @tf.custom_gradient
-    def convolution(images: tf.Tensor, filters: tf.Tensor, *bias: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    def convolution(images: tf.Tensor, filters: tf.Tensor, *bias: tf.Tensor) -> tuple[tf.Tensor, Gradients]:
         def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
             image_gradient = tf.nn.conv2d_transpose(upstream, filters, images.shape, 1, padding)
             # TensorFlow's own bias gradient accumulates 16-bit values in 16 bits, with errors of 10%.
