@@ -142,6 +142,8 @@ def make_step(case: str, policy: str, **changes: Any) -> Any:
         rate,
         EXAMPLES,
         False,
+        float_images=False,
+        example_weights=False,
         measure_gradients=True,
         freeze_schedule=plan,
         teacher=teacher,
