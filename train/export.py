@@ -142,10 +142,9 @@ def measure_reference(run_dir: RunDir, config: Config) -> ReferenceResult:
     classes = tuple(run_dir.model_info()["classes"])
     print_and_log(*dataset.notes, f"reference: {len(dataset.test):,} test examples of {dataset.name}, unexported")
     network, predict = factory.load_best(run_dir, config)
-    with factory.surface_example_errors():
-        logits, labels = factory.predict_split(config, dataset.test, len(classes), predict, SignalHandler())
-        predict_float32 = Step.make_predictor(to_float32(network), jit=False)
-        float32_logits, _ = factory.predict_split(config, dataset.test, len(classes), predict_float32, SignalHandler())
+    logits, labels = factory.predict_split(config, dataset.test, len(classes), predict, SignalHandler())
+    predict_float32 = Step.make_predictor(to_float32(network), jit=False)
+    float32_logits, _ = factory.predict_split(config, dataset.test, len(classes), predict_float32, SignalHandler())
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     deployed = deployment_model(network, config.data.crop_fraction)
     return ReferenceResult(deployed, dataset, classes, labels, accuracy, np.exp(log_softmax(float32_logits)))

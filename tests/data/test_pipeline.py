@@ -223,7 +223,7 @@ def test_prefetching_to_a_device_does_not_change_batches(train_split):
         "split = d.load('folder', sys.argv[2], image_size=8, channels=3, root=sys.argv[1]).train;"
         "there = pipeline.train_batches(split, augmentation=policy.crop(), batch_size=16, seed=1, epoch=0,"
         " num_classes=3).take(2);"
-        "pairs = list(zip(pipeline.prefetch_to_device(there, 'CPU:1'), there, strict=True));"
+        "pairs = list(zip(there.prefetch_to_device('CPU:1'), there, strict=True));"
         "print(len(pairs), {t.device[-5:] for pair in pairs for t in pair[0]},"
         " {t.device[-5:] for pair in pairs for t in pair[1]},"
         " all((a.numpy() == b.numpy()).all() for one, two in pairs for a, b in zip(one, two)))"

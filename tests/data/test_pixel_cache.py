@@ -16,6 +16,7 @@ import train.data
 from support.commands import message
 from train.data import dataset, parallel_map, pipeline, pixel_cache
 from train.data.augmentation import policy
+from train.data.example_error import ExampleError
 from train.data.sources.listing import FileStore
 from train.storage import checksummed
 
@@ -331,9 +332,10 @@ def test_flipped_bit_is_named_by_the_stream(opened):
 
     assert len(stream()) == 3
     flip(split, 7)
-    with pytest.raises(Exception, match="cannot read") as caught:
+    with pytest.raises(ExampleError) as caught:
         stream()
-    assert pipeline.extract_example_error(caught.value) == damaged(split, 7)
+    assert str(caught.value) == damaged(split, 7)
+    assert (caught.value.split, caught.value.example_id) == ("test", split.example_id(7))
     flip(split, 7)
     assert len(stream()) == 3
 
@@ -356,7 +358,7 @@ def test_truncated_cache_file_is_named(opened, name, size):
     with (path / name).open("r+b") as file:
         file.truncate(size)
     error = message(lambda: pixel_cache.DiskCache(split).read(np.arange(10)))
-    assert error == f"cannot read {split.name}: pixel cache {path} is truncated; to rebuild it: rm -r {path}"
+    assert error == f"pixel cache {path} of the test split is truncated; to rebuild it: rm -r {path}"
 
 
 def test_broken_example_is_named_and_nothing_is_cached(root, tmp_path):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,25 +243,9 @@ def shard(config: Config) -> tuple[int, int]:
 
 def prefetch_to_device(config: Config, stream: Any) -> Any:
     """Copies batches to the device ahead of time, where the backend does not do so itself."""
-    from train.data import pipeline
-
     # JAX copies a batch to its device while the device still computes the previous one.
     needs_prefetch = config.device == "gpu" and config.backend == "tensorflow"
-    return pipeline.prefetch_to_device(stream, "GPU:0") if needs_prefetch else stream
-
-
-@contextmanager
-def surface_example_errors() -> Iterator[None]:
-    """Re-raises TensorFlow's wrapper around an unreadable example as a ValueError with the example's own message."""
-    from train.data import pipeline
-
-    try:
-        yield
-    except Exception as error:
-        message = pipeline.extract_example_error(error)
-        if message is None:
-            raise
-        raise ValueError(message) from error
+    return stream.prefetch_to_device("GPU:0") if needs_prefetch else stream
 
 
 def load_best(run_dir: RunDir, config: Config) -> tuple[Any, Callable]:

@@ -146,7 +146,7 @@ def train_as_worker(config: Config, redactor: Redactor, signals: SignalHandler, 
     teacher = factory.load_teacher(config, dataset)
     step = factory.make_training_step(config, model, inference, steps_per_epoch, teacher)
     signals.raise_if_requested()
-    with process_group.translate_connection_errors(), factory.surface_example_errors():
+    with process_group.translate_connection_errors():
         process_group.verify_same_config(factory.collect_provenance(config, redactor, dataset, teacher))
         worker_state = WorkerState(config, step, process_group)
         worker_state.receive_state()
@@ -221,32 +221,31 @@ def train_and_evaluate(session: RunSession) -> None:
 
         run_state.broadcast_state()
         make_display = functools.partial(TerminalProgressDisplay, config.epochs, steps_per_epoch, config.batch_size)
-        with factory.surface_example_errors():
-            try:
-                fit(config, signals, dataset, batches, steps_per_epoch, step, run_state, make_display)
-            finally:
-                peak_memory_bytes = setup.peak_memory_bytes(config.backend)
-                run_metadata.update_summary(summary, step, run_state, session.heartbeat, peak_memory_bytes)
+        try:
+            fit(config, signals, dataset, batches, steps_per_epoch, step, run_state, make_display)
+        finally:
+            peak_memory_bytes = setup.peak_memory_bytes(config.backend)
+            run_metadata.update_summary(summary, step, run_state, session.heartbeat, peak_memory_bytes)
 
-            progress = run_state.progress
-            last_epoch = progress.epoch - 1
-            if progress.epoch < config.epochs and not progress.stopped_early:
-                raise TrialPausedError(f"paused after epoch {progress.epoch} of {config.epochs}")
-            if progress.stopped_early:
-                rule = config.early_stopping
-                patience = f"{rule.patience_epochs} epoch{'' if rule.patience_epochs == 1 else 's'}"
-                print_and_log(f"stopped early: {rule.metric} has not improved for {patience}")
-            print_and_log(input_bound_warning(progress.timer.data_wait_fraction()))
-            run_state.log_metrics(last_epoch, progress.steps, {"cost/peak_memory_bytes": summary["peak_memory_bytes"]})
-            if config.evaluate.test:
-                print_and_log("test: evaluating the best checkpoint on the held-out test split")
-                summary["test"] = evaluate_best(session, dataset, dataset.test)
-                test_metrics = {f"test/{name}": summary["test"][name] for name in ("accuracy", "top5_accuracy", "loss")}
-                run_state.log_metrics(last_epoch, progress.steps, test_metrics)
-            if config.evaluate.report:
-                if not config.evaluate.test:
-                    evaluate_best(session, dataset, dataset.validation)
-                write_report(session)
+        progress = run_state.progress
+        last_epoch = progress.epoch - 1
+        if progress.epoch < config.epochs and not progress.stopped_early:
+            raise TrialPausedError(f"paused after epoch {progress.epoch} of {config.epochs}")
+        if progress.stopped_early:
+            rule = config.early_stopping
+            patience = f"{rule.patience_epochs} epoch{'' if rule.patience_epochs == 1 else 's'}"
+            print_and_log(f"stopped early: {rule.metric} has not improved for {patience}")
+        print_and_log(input_bound_warning(progress.timer.data_wait_fraction()))
+        run_state.log_metrics(last_epoch, progress.steps, {"cost/peak_memory_bytes": summary["peak_memory_bytes"]})
+        if config.evaluate.test:
+            print_and_log("test: evaluating the best checkpoint on the held-out test split")
+            summary["test"] = evaluate_best(session, dataset, dataset.test)
+            test_metrics = {f"test/{name}": summary["test"][name] for name in ("accuracy", "top5_accuracy", "loss")}
+            run_state.log_metrics(last_epoch, progress.steps, test_metrics)
+        if config.evaluate.report:
+            if not config.evaluate.test:
+                evaluate_best(session, dataset, dataset.validation)
+            write_report(session)
 
 
 # ------------------------------------------------------------------------------------------------- parts of the above
