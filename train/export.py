@@ -262,7 +262,7 @@ def sample_calibration_images(split: Any, crop_fraction: float) -> np.ndarray:
     indices = np.linspace(0, len(split) - 1, min(CALIBRATION_IMAGES, len(split))).astype(int).tolist()
     side = round(split.image_spec.image_size / crop_fraction)
     full_size = (split.decode_full(index, data) for index, data in zip(indices, split.read(indices), strict=True))
-    return np.stack([resize(image, side) for image in full_size])
+    return np.stack([resize(image, side, crop_fraction=1) for image in full_size])
 
 
 def render_model_card(run_dir: RunDir, summary: dict[str, Any], crop_fraction: float) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.data
 from support.commands import message
+from support.image_folders import load_dataset
 from train.data.ingestion import duplicates, example_index
 from train.data.ingestion.validation import perceptual_hash
 
@@ -44,7 +44,7 @@ def share(root, one, *others):
 
 def load(root, on_leak="warn", **options):
     options = {"image_size": 4, "channels": 3} | options
-    return train.data.load("folder", str(root.parent / "data"), root=str(root), on_leak=on_leak, **options)
+    return load_dataset("folder", str(root.parent / "data"), root=str(root), on_leak=on_leak, **options)
 
 
 def ids(split):

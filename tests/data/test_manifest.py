@@ -11,6 +11,7 @@ from PIL import Image
 
 import train.data
 from support.commands import message
+from support.image_folders import load_dataset
 from train.data.ingestion import validation
 
 TABLE = "data.file must be a table of path, label and split, got"
@@ -68,7 +69,7 @@ def write_table(manifest, lines):
 
 def load(manifest, root=None, **options):
     data_dir = (root or manifest.parent).parent / "data"
-    return train.data.load(
+    return load_dataset(
         "manifest",
         str(data_dir),
         image_size=4,
@@ -93,7 +94,7 @@ def where(loaded):
 
 def test_manifest_is_checked_before_any_import(tmp_path):
     def check(file, **options):
-        return message(train.data.check, "manifest", file=file, **options)
+        return message(train.data.check, "manifest", data_dir="data", file=file, **options)
 
     needed = "data.file must be a CSV or JSON lines file of path and label, got"
     assert check(None) == f"{needed} none; use data.file=PATH"
@@ -105,7 +106,7 @@ def test_manifest_is_checked_before_any_import(tmp_path):
     )
     for name in ("table.csv", "table.jsonl", "table.ndjson", "TABLE.CSV"):
         (tmp_path / name).touch()
-        train.data.check("manifest", file=f"{tmp_path}/{name}", root=str(tmp_path))
+        train.data.check("manifest", data_dir="data", file=f"{tmp_path}/{name}", root=str(tmp_path))
     assert check(f"{tmp_path}/table.csv", root=f"{tmp_path}/none") == (
         f"data.root must be the folder that paths are relative to, got {tmp_path}/none; use data.root=PATH"
     )

@@ -9,10 +9,18 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-import train.data
-from support.batches import INCEPTION, make_noise_folder, square_noise, to_numpy
+from support.batches import (
+    INCEPTION,
+    eval_stream,
+    make_augmentation,
+    make_noise_folder,
+    square_noise,
+    to_numpy,
+    train_stream,
+)
 from support.commands import message
-from train.data import dataset, pipeline, pixel_cache, sampling
+from support.image_folders import load_dataset
+from train.data import dataset, pixel_cache, sampling
 from train.data.augmentation import policy
 from train.data.example_error import ExampleError
 
@@ -25,7 +33,7 @@ def folder(tmp_path):
 
 
 def load_noise_folder(root, tmp_path, **options):
-    return train.data.load("folder", str(tmp_path / "data"), image_size=8, channels=3, root=str(root), **options)
+    return load_dataset("folder", str(tmp_path / "data"), image_size=8, channels=3, root=str(root), **options)
 
 
 def error_of(stream):
@@ -37,11 +45,10 @@ def error_of(stream):
 
 def streams_of(split):
     """The three kinds of streams that read encoded bytes."""
-    options = {"batch_size": BATCH_SIZE, "seed": 0, "epoch": 0, "num_classes": 3}
     none, files = replace(split, cache_mode="none"), replace(split, cache_mode="files")
-    yield pipeline.eval_batches(none, batch_size=BATCH_SIZE, num_classes=3)
-    yield pipeline.train_batches(none, augmentation=policy.randaugment(), **options)
-    yield pipeline.train_batches(files, augmentation=policy.inception(), **options)
+    yield eval_stream(none, batch_size=BATCH_SIZE)
+    yield train_stream(none, batch_size=BATCH_SIZE, augmentation=make_augmentation("randaugment"))
+    yield train_stream(files, batch_size=BATCH_SIZE, augmentation=INCEPTION)
 
 
 def test_broken_file_is_named(folder, tmp_path):
@@ -69,9 +76,7 @@ def test_replaced_image_is_named(folder, tmp_path):
 def test_jpeg_that_the_fast_decoder_rejects_is_named(photos, monkeypatch):
     refusal = ValueError("no such marker")
     monkeypatch.setattr(dataset, "decode_jpeg", Mock(side_effect=refusal))
-    error = error_of(
-        pipeline.train_batches(photos, augmentation=INCEPTION, batch_size=4, seed=0, epoch=0, num_classes=3)
-    )
+    error = error_of(train_stream(photos, batch_size=4, augmentation=INCEPTION))
     assert error.endswith(".jpg: no such marker; restore the file")
 
 
@@ -115,10 +120,13 @@ def failing_split(split, errors, **events):
     return replace(split, store=FailingStore(split.store, rows, **by_row), cache_mode="none")
 
 
-def train_stream(split, **options):
-    return pipeline.train_batches(
-        split, augmentation=policy.none(), batch_size=BATCH_SIZE, seed=0, epoch=0, num_classes=3, **options
-    )
+def in_order(split):
+    """The indices of a training epoch."""
+    return sampling.permutation(1, 0, len(split))
+
+
+def small_batches(split, **options):
+    return train_stream(split, batch_size=BATCH_SIZE, augmentation=policy.none(), **options)
 
 
 def batches_before(stream, error_type):
@@ -134,7 +142,7 @@ def test_error_carries_the_example(folder, tmp_path):
     validation = load_noise_folder(folder, tmp_path).validation
     broken = folder / validation.example_id(6)
     broken.unlink()
-    stream = pipeline.eval_batches(replace(validation, cache_mode="none"), batch_size=BATCH_SIZE, num_classes=3)
+    stream = eval_stream(replace(validation, cache_mode="none"), batch_size=BATCH_SIZE)
     count, error = batches_before(stream, ExampleError)
     assert count == 1  # the batch before is delivered
     assert (error.name, error.split, error.example_id) == (str(broken), "validation", "validation/dog/02.png")
@@ -146,45 +154,44 @@ def test_error_carries_the_example(folder, tmp_path):
 @pytest.mark.parametrize("missing_first", [False, True])
 def test_first_of_two_unreadable_examples_in_a_batch_is_reported(folder, tmp_path, missing_first):
     split = load_noise_folder(folder, tmp_path).train
-    first, second = sampling.permutation(0, 0, len(split))[[BATCH_SIZE + 1, BATCH_SIZE + 3]]
+    first, second = in_order(split)[[BATCH_SIZE + 1, BATCH_SIZE + 3]]
     missing, changed = (first, second) if missing_first else (second, first)
     (folder / split.example_id(missing)).unlink()
     (folder / split.example_id(changed)).write_bytes(b"gone")
     reason = "No such file or directory" if missing_first else "changed since it was indexed"
-    count, error = batches_before(train_stream(replace(split, cache_mode="none")), ExampleError)
+    count, error = batches_before(small_batches(replace(split, cache_mode="none")), ExampleError)
     assert (count, error.example_id, error.reason) == (1, split.example_id(first), reason)
 
 
 def test_first_unreadable_batch_is_reported_though_a_later_one_fails_before(folder, tmp_path):
     split = load_noise_folder(folder, tmp_path).train
-    order = sampling.permutation(0, 0, len(split))
+    order = in_order(split)
     early, late = order[2 * BATCH_SIZE + 1], order[3 * BATCH_SIZE]
     late_failed = threading.Event()
     failing = failing_split(
         split, {early: OSError("early"), late: OSError("late")}, waits={early: late_failed}, sets={late: late_failed}
     )
-    count, error = batches_before(train_stream(failing, threads=2), ExampleError)
+    count, error = batches_before(small_batches(failing, threads=2), ExampleError)
     assert late_failed.is_set()
     assert (count, error.example_id, error.reason) == (2, split.example_id(early), "early")
 
 
 def test_unreadable_examples_are_reported_in_shards_and_resumed_epochs(folder, tmp_path):
     split = load_noise_folder(folder, tmp_path).train
-    order = sampling.permutation(0, 0, len(split))
+    order = in_order(split)
     broken = order[5 * BATCH_SIZE + 3]  # in the second half of its batch
     failing = failing_split(split, {broken: OSError("broken")})
-    assert len(to_numpy(train_stream(failing, shard=(0, 2)))) == 9
+    assert len(to_numpy(small_batches(failing, shard=(0, 2)))) == 9
     for options, expected in (
         ({"shard": (1, 2)}, 5),
         ({"first_batch": 4}, 1),
         ({"shard": (1, 2), "first_batch": 5}, 0),
     ):
-        count, error = batches_before(train_stream(failing, **options), ExampleError)
+        count, error = batches_before(small_batches(failing, **options), ExampleError)
         assert (count, error.example_id) == (expected, split.example_id(broken))
     evaluated = failing_split(split, {7: OSError("broken")})
-    options = {"batch_size": BATCH_SIZE, "num_classes": 3}
-    assert len(to_numpy(pipeline.eval_batches(evaluated, shard=(0, 2), **options))) == 9
-    count, error = batches_before(pipeline.eval_batches(evaluated, shard=(1, 2), **options), ExampleError)
+    assert len(to_numpy(eval_stream(evaluated, batch_size=BATCH_SIZE, shard=(0, 2)))) == 9
+    count, error = batches_before(eval_stream(evaluated, batch_size=BATCH_SIZE, shard=(1, 2)), ExampleError)
     assert (count, error.example_id) == (1, split.example_id(7))
 
 
@@ -199,13 +206,13 @@ OTHER_ERRORS = (
 def test_other_errors_of_a_loader_are_no_example_errors(folder, tmp_path, other):
     """Also where another thread has met an unreadable example, in a later batch."""
     split = load_noise_folder(folder, tmp_path).train
-    order = sampling.permutation(0, 0, len(split))
+    order = in_order(split)
     early, late = order[0], order[BATCH_SIZE]
     late_failed = threading.Event()
     failing = failing_split(
         split, {early: other, late: OSError("late")}, waits={early: late_failed}, sets={late: late_failed}
     )
-    count, error = batches_before(train_stream(failing, threads=2), tf.errors.OpError)
+    count, error = batches_before(small_batches(failing, threads=2), tf.errors.OpError)
     assert late_failed.is_set()
     assert count == 0
     assert type(other).__name__ in str(error)
@@ -214,7 +221,7 @@ def test_other_errors_of_a_loader_are_no_example_errors(folder, tmp_path, other)
 def test_interruption_of_the_consumer_passes(folder, tmp_path):
     split = load_noise_folder(folder, tmp_path).train
     failing = failing_split(split, {index: OSError("broken") for index in range(BATCH_SIZE, len(split))})
-    stream = iter(pipeline.eval_batches(failing, batch_size=BATCH_SIZE, num_classes=3))
+    stream = iter(eval_stream(failing, batch_size=BATCH_SIZE))
     next(stream)
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt())
@@ -223,7 +230,7 @@ def test_interruption_of_the_consumer_passes(folder, tmp_path):
 def test_a_stream_that_was_repaired_can_be_read_again(folder, tmp_path):
     split = load_noise_folder(folder, tmp_path).train
     failing = failing_split(split, {5: OSError("broken")})
-    stream = pipeline.eval_batches(failing, batch_size=BATCH_SIZE, num_classes=3)
+    stream = eval_stream(failing, batch_size=BATCH_SIZE)
     assert batches_before(stream, ExampleError)[0] == 1
     failing.store.errors = {int(split.indices[5]): RuntimeError("another")}
     assert batches_before(stream, tf.errors.OpError)[0] == 1  # not the earlier error of the same batch

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -13,7 +14,7 @@ from support.image_folders import MNIST_FILES, load_digits
 def test_importing_and_checking_load_no_library(folder):
     code = (
         "import sys; before = set(sys.modules); import train.data as d;"
-        "d.check('folder', root=sys.argv[1]); d.check('digits');"
+        "d.check('folder', data_dir='data', root=sys.argv[1]); d.check('digits', data_dir='data');"
         "loaded = {name.partition('.')[0] for name in set(sys.modules) - before};"
         "print(sorted(loaded - sys.stdlib_module_names))"
     )
@@ -26,14 +27,15 @@ EXPECTED_ROOT = "data.root must be a folder with one sub-folder of images per cl
 
 
 def test_unknown_source_is_rejected():
-    assert message(train.data.check, "digit") == (
+    assert message(train.data.check, "digit", data_dir="data") == (
         "data must be one of digits, mnist, fashion_mnist, cifar10, imagenette, tf_flowers, imagenet2012, folder, "
         "manifest, got digit; use data=digits"
     )
 
 
 def test_unusable_root_is_rejected(tmp_path, folder):
-    check, use = train.data.check, "use data.root=PATH"
+    check = partial(train.data.check, data_dir="data")
+    use = "use data.root=PATH"
     assert message(check, "folder") == f"{EXPECTED_ROOT}, got none; {use}"
     assert message(check, "folder", root="/nowhere") == f"{EXPECTED_ROOT}, got /nowhere, which is not a folder; {use}"
     empty = tmp_path / "empty"
@@ -53,16 +55,16 @@ def test_unusable_root_is_rejected(tmp_path, folder):
 
 
 def test_unusable_manual_dir_is_rejected(tmp_path):
-    check = train.data.check
+    check = partial(train.data.check, data_dir=str(tmp_path))
     assert message(check, "mnist", manual_dir="/nowhere") == (
         f"{MNIST_FILES} for data=mnist, got /nowhere, which is not a folder; use data.manual_dir=PATH"
     )
     (tmp_path / "train-images-idx3-ubyte.gz").touch()
-    assert message(check, "mnist", manual_dir=str(tmp_path), data_dir=str(tmp_path)) == (
+    assert message(check, "mnist", manual_dir=str(tmp_path)) == (
         f"{MNIST_FILES} for data=mnist, got {tmp_path} without train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, "
         "t10k-labels-idx1-ubyte.gz; use a folder that holds them all"
     )
-    assert message(check, "imagenet2012", data_dir=str(tmp_path)) == (
+    assert message(check, "imagenet2012") == (
         "data.manual_dir must be a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar for data=imagenet2012, "
         "got none; use data.manual_dir=PATH, the download requires an account"
     )
@@ -72,7 +74,7 @@ def test_unusable_manual_dir_is_rejected(tmp_path):
     done = tmp_path / "mnist" / "3.0.1"
     done.mkdir(parents=True)
     (done / "dataset_info.json").touch()
-    check("mnist", manual_dir=str(tmp_path), data_dir=str(tmp_path))  # prepared: the files are not needed any more
+    check("mnist", manual_dir=str(tmp_path))  # prepared: the files are not needed any more
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from support.batches import make_noise_folder
+from support.image_folders import load_dataset
 from support.runs import start_run
 from train.config.serialization import Redactor
-from train.data import load
 from train.data.example_error import ExampleError
 from train.tracking import run_metadata
 
@@ -28,7 +28,7 @@ def replace_unnoticed(path: Path):
 def test_run_fails_with_the_line_that_names_the_example(split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Training itself needs only the train split; validation follows an epoch of it, and the test the last one."""
     root = make_noise_folder(tmp_path / "root", {"train": (6, 6, 6), "validation": (2, 2, 2), "test": (2, 2, 2)})
-    loaded = load("folder", str(tmp_path / "data"), image_size=32, channels=3, root=str(root))
+    loaded = load_dataset("folder", tmp_path / "data", image_size=32, channels=3, root=str(root))
     broken = root / loaded.splits[split].example_id(3)
     replace_unnoticed(broken)
     with pytest.raises(ExampleError) as caught:

@@ -21,7 +21,7 @@ from train.data.pixel_cache import empty_aligned, make_reader
 from train.runtime.setup import cores
 
 Shard = tuple[int, int]  # (index, count): part `index` of every batch, cut into `count` equal parts
-SINGLE_SHARD: Shard = (0, 1)
+SINGLE_SHARD: Shard = (0, 1)  # whole batches
 ReadImages = Callable[[np.ndarray], np.ndarray]  # index pairs int64 [B, 2] -> uint8 [B, S, S, C]
 LoadImages = Callable[[tf.Tensor], tf.Tensor]  # the same, of tensors
 MakeBatch = Callable[[tf.Tensor], Batch]  # index pairs int64 [B, 2] -> a batch
@@ -45,11 +45,11 @@ def train_batches(
     seed: int,
     epoch: int,
     augmentation: Augmentation,
-    first_batch: int = 0,
+    first_batch: int,
     num_classes: int,
-    balanced: bool = False,
-    class_weights: bool = False,
-    shard: Shard = SINGLE_SHARD,
+    balanced: bool,
+    class_weights: bool,
+    shard: Shard,
     threads: int | None = None,
 ) -> Batches:
     """Returns one epoch in the order of (seed, epoch), from batch `first_batch` on, without a last incomplete batch.
@@ -91,7 +91,7 @@ def train_batches(
 
 
 def eval_batches(
-    split: Split, *, batch_size: int, num_classes: int, shard: Shard = SINGLE_SHARD, threads: int | None = None
+    split: Split, *, batch_size: int, num_classes: int, shard: Shard, threads: int | None = None
 ) -> Batches:
     """Returns the whole split in order, every example once; elements as in training, the last batch may be smaller.
 
@@ -180,11 +180,13 @@ def _make_cropper(split: Split, random_crop: RandomResizedCrop, randomness: Epoc
         indices = index_pairs[:, 0]
         draws = epoch_draws[index_pairs[:, 1]]
         images = empty_aligned((len(index_pairs), *spec.shape))
-        decoded, sizes = [], []
         encoded = split.read(indices)
-        for index, data in zip(indices, encoded, strict=True):  # anything but a fast JPEG is decoded at full size
-            decoded.append(None if split.is_fast_jpeg(index) else split.decode_full(index, data))
-            sizes.append(split.stored_size(index) if decoded[-1] is None else decoded[-1].shape[:2])
+        decoded: list[np.ndarray | None] = []  # None for a fast JPEG: it is decoded below, at the scale of its crop
+        sizes: list[tuple[int, int]] = []
+        for index, data in zip(indices, encoded, strict=True):
+            full = None if split.is_fast_jpeg(index) else split.decode_full(index, data)
+            decoded.append(full)
+            sizes.append(split.stored_size(index) if full is None else (full.shape[0], full.shape[1]))
         boxes = random_crop.sample_boxes(np.array(sizes), draws)
         mirrored = random_crop.mirror_mask(draws)
         colors = random_crop.color_matrices(draws, spec.channels)

@@ -54,7 +54,8 @@ def choose_cache(dataset: Dataset, cache: str, ram_budget: float, crops: bool) -
         splits[name] = replace(split, cache_mode=mode)
         sizes_by_mode.setdefault(mode, []).append((name, size))
     sentence = "; ".join(_cache_message(mode, sizes) for mode, sizes in sizes_by_mode.items())
-    return replace(dataset, **splits), f"pixel cache: {sentence}"  # type: ignore[arg-type]
+    chosen = replace(dataset, train=splits["train"], validation=splits["validation"], test=splits["test"])
+    return chosen, f"pixel cache: {sentence}"
 
 
 def _cache_message(cache_mode: str, sizes: list[tuple[str, int]]) -> str:

@@ -267,7 +267,9 @@ def predict_split(
     from train.data import pipeline
     from train.evaluation import metrics
 
-    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=num_classes)
+    batches = pipeline.eval_batches(
+        split, batch_size=config.batch_size, num_classes=num_classes, shard=pipeline.SINGLE_SHARD
+    )
     return metrics.predict_all(predict, signals.guard(prefetch_to_device(config, batches)), len(split))
 
 

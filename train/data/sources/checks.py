@@ -10,10 +10,11 @@ TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson")
 
 def check(
     name: str,
+    *,
+    data_dir: str,
     root: str | None = None,
     manual_dir: str | None = None,
     file: str | None = None,
-    data_dir: str = "data",
 ) -> None:
     """Rejects unusable settings: an unknown name; a missing, empty or misplaced root, table or manual folder.
 

@@ -9,7 +9,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from train.data.ingestion.example_index import index_path_for
@@ -66,7 +66,7 @@ def _parse_lines(path: Path) -> Iterator[tuple[int, str, str, str]]:
             yield number, str(entry["path"]), str(entry["label"]), SPLIT_ALIASES.get(split, "")
 
 
-def _parse_csv(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
+def _parse_csv(path: Path, file: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
     lines = csv.reader(file, strict=True)
     try:
         header = next(lines, [])
@@ -80,7 +80,7 @@ def _parse_csv(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
         raise _manifest_error(path, lines.line_num, str(error), "CSV with a header line path,label") from error
 
 
-def _parse_json(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
+def _parse_json(path: Path, file: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
