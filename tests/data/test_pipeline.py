@@ -122,7 +122,10 @@ def test_shards_of_all_processes_make_up_the_epoch(train_split, augmentation):
         ]
         together = [tuple(map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
         assert equal_batches(whole, together)
-    assert "shard must be a part of a batch of 16, got 1 of 3" in message(train_epoch, train_split, shard=(1, 3))
+    assert message(train_epoch, train_split, shard=(1, 3)) == (
+        "batch_size must be a multiple of the number of shards, got 16 for shard 1 of 3; "
+        "use another batch_size, or another number of processes"
+    )
 
 
 @pytest.mark.parametrize("where", CACHE_MODES)

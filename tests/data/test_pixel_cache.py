@@ -147,10 +147,10 @@ def test_cache_choice_is_reported(root, tiny_disk):
 def test_too_little_memory_is_rejected(root, tmp_path):
     opened = load(root, tmp_path / "data", image_size=4096)
     template = (
-        "data.cache=memory has no room for {}: {} GiB of data.ram_budget left, {} GiB needed; "
+        "data.cache=memory is too small for the {} split: it needs {} GiB, {} GiB of data.ram_budget are left; "
         "use data.cache=auto, or data.ram_budget={}"
     )
-    for crops, values in ((False, ("train", "0.50", "0.94")), (True, ("test", "0.22", "0.47"))):
+    for crops, values in ((False, ("train", "0.94", "0.50")), (True, ("test", "0.47", "0.22"))):
         refused = message(pixel_cache.choose_cache, opened, "memory", 0.5, crops=crops)
         assert refused == template.format(*values, refused.rpartition("=")[2])  # the number: see the next test
 
@@ -168,8 +168,8 @@ def test_too_little_disk_is_rejected(root, tiny_disk):
     disk = tiny_disk("400k")
     opened = load(root, disk)
     assert message(pixel_cache.choose_cache, opened, "disk", 1.0, crops=False).startswith(
-        "data.cache=disk has no room for train: 0.00 GiB of half of the free disk left, 0.00 GiB needed; "
-        "use data.cache=auto"
+        "data.cache=disk is too small for the train split: it needs 0.00 GiB, "
+        "0.00 GiB of half of the free disk are left; use data.cache=auto"
     )
     assert cache_modes(pixel_cache.choose_cache(opened, "auto", 1.0, crops=False)[0]) == all_splits("memory")
     assert cache_modes(pixel_cache.choose_cache(opened, "none", 1.0, crops=False)[0]) == all_splits("none")

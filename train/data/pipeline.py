@@ -114,7 +114,10 @@ def _shard_slice(shard: Shard, batch_size: int) -> slice:
     """Returns the rows of a batch that belong to the shard. Raises: ValueError if the batch can't be divided."""
     index, count = shard
     if batch_size % count or not 0 <= index < count:
-        raise ValueError(f"shard must be a part of a batch of {batch_size}, got {index} of {count}")
+        raise ValueError(
+            f"batch_size must be a multiple of the number of shards, got {batch_size} for shard {index} of {count}; "
+            "use another batch_size, or another number of processes"
+        )
     size = batch_size // count
     return slice(index * size, (index + 1) * size)
 

@@ -84,8 +84,8 @@ def _choose_mode(
     needed = -(-sum(map(decoded_bytes, cached_splits.values())) // GIB)
     alternative = f", or data.ram_budget={needed}" if cache == "memory" else ""
     raise ValueError(
-        f"data.cache={cache} has no room for {name}: {max(available_bytes[cache], 0) / GIB:.2f} GiB of {limit} left, "
-        f"{size / GIB:.2f} GiB needed; use data.cache=auto{alternative}"
+        f"data.cache={cache} is too small for the {name} split: it needs {size / GIB:.2f} GiB, "
+        f"{max(available_bytes[cache], 0) / GIB:.2f} GiB of {limit} are left; use data.cache=auto{alternative}"
     )
 
 

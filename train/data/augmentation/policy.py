@@ -115,7 +115,7 @@ def random_shift(images: tf.Tensor, draws: tf.Tensor, *, pad: float, mirror: boo
 def _shifted_indices(side: int, draws: tf.Tensor, pad: float) -> tf.Tensor:
     """Source index of each output row, shifted by -border..border and reflected at the edges: int32 [B, side]."""
     if not 0 <= pad <= 0.5:
-        raise ValueError(f"pad must be a fraction of the side in 0..0.5, got {pad}; use augment.pad=0.125")
+        raise ValueError(f"augment.pad must be in 0..0.5 (fraction of the side), got {pad}; use augment.pad=0.125")
     border = min(round(pad * side), side - 1)
     choices = 2 * border + 1
     offset = tf.minimum(tf.cast(draws * choices, tf.int32), choices - 1) - border
