@@ -46,9 +46,9 @@ HEAVY = (
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first forty test digits in several folders, and files that are not valid images."""
     folder = tmp_path_factory.mktemp("pictures")
-    from train import data
+    from support.image_folders import load_digits
 
-    test = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).test
+    test = load_digits(ROOT / "data", image_size=32).test
     for index in range(40):
         path = folder / "digits" / str(index % 3) / f"{index:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

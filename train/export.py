@@ -142,10 +142,9 @@ def measure_reference(run_dir: RunDir, config: Config) -> ReferenceResult:
     classes = tuple(run_dir.model_info()["classes"])
     print_and_log(*dataset.notes, f"reference: {len(dataset.test):,} test examples of {dataset.name}, unexported")
     network, predict = factory.load_best(run_dir, config)
-    with factory.surface_example_errors():
-        logits, labels = factory.predict_split(config, dataset.test, len(classes), predict, SignalHandler())
-        predict_float32 = Step.make_predictor(to_float32(network), jit=False)
-        float32_logits, _ = factory.predict_split(config, dataset.test, len(classes), predict_float32, SignalHandler())
+    logits, labels = factory.predict_split(config, dataset.test, len(classes), predict, SignalHandler())
+    predict_float32 = Step.make_predictor(to_float32(network), jit=False)
+    float32_logits, _ = factory.predict_split(config, dataset.test, len(classes), predict_float32, SignalHandler())
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     deployed = deployment_model(network, config.data.crop_fraction)
     return ReferenceResult(deployed, dataset, classes, labels, accuracy, np.exp(log_softmax(float32_logits)))
@@ -263,7 +262,7 @@ def sample_calibration_images(split: Any, crop_fraction: float) -> np.ndarray:
     indices = np.linspace(0, len(split) - 1, min(CALIBRATION_IMAGES, len(split))).astype(int).tolist()
     side = round(split.image_spec.image_size / crop_fraction)
     full_size = (split.decode_full(index, data) for index, data in zip(indices, split.read(indices), strict=True))
-    return np.stack([resize(image, side) for image in full_size])
+    return np.stack([resize(image, side, crop_fraction=1) for image in full_size])
 
 
 def render_model_card(run_dir: RunDir, summary: dict[str, Any], crop_fraction: float) -> str:

@@ -360,7 +360,7 @@ def test_check_accepts_a_valid_config_without_training(tmp_path: Path):
 def test_data_errors_are_found_before_tensorflow_is_imported(tmp_path: Path):
     done = run_train("data=folder", "--check")
     assert done.code == 2
-    assert "data.root must be a folder with one sub-folder of images per class, got" in done.err
+    assert "data.root is missing; use data.root=PATH, a folder with one sub-folder of images per class" in done.err
     (tmp_path / "only").mkdir()
     done = run_train("data=folder", f"data.root={tmp_path}", "--check")
     assert done.code == 2

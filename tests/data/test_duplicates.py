@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.data
 from support.commands import message
+from support.image_folders import load_dataset
 from train.data.ingestion import duplicates, example_index
 from train.data.ingestion.validation import perceptual_hash
 
 SPLITS = ("train", "validation", "test")
 DROP = "set data.on_leak=drop to leave them out"
 REFUSED = "data leakage:"
+CONFLICTING = "conflicting labels:"
 MEND = "remove the duplicates, or set data.on_leak=drop"
 
 
@@ -43,7 +44,7 @@ def share(root, one, *others):
 
 def load(root, on_leak="warn", **options):
     options = {"image_size": 4, "channels": 3} | options
-    return train.data.load("folder", str(root.parent / "data"), root=str(root), on_leak=on_leak, **options)
+    return load_dataset("folder", str(root.parent / "data"), root=str(root), on_leak=on_leak, **options)
 
 
 def ids(split):
@@ -140,7 +141,7 @@ def test_split_emptied_by_dropping_is_rejected(root):
     for path in sorted((root / "validation").rglob("*.png")):
         share(root, path.relative_to(root), f"test/{path.parent.name}/v{path.name}")
     assert load(root).split_sizes == {"train": 24, "validation": 8, "test": 16}
-    assert message(load, root, "drop").startswith("data.validation must have at least one example, got none of 48; ")
+    assert message(load, root, "drop").startswith("the validation split is empty (0 of 48 examples); ")
 
 
 def test_leaks_change_the_fingerprint_only_by_what_is_dropped(root, tmp_path):
@@ -157,7 +158,7 @@ def test_leaks_change_the_fingerprint_only_by_what_is_dropped(root, tmp_path):
 def test_image_with_two_labels_is_named(root):
     share(root, "train/cat/3.png", "train/dog/same.png")
     sentence = "1 image has several labels (train/cat/3.png in train as cat and train/dog/same.png in train as dog)"
-    assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"
+    assert message(load, root, "raise") == f"{CONFLICTING} {sentence}; {MEND}"
     warned = load(root)
     assert warned.notes == (f"warning: {sentence}; {DROP}",)
     assert warned.leak_counts == leak_counts(conflicts=1)
@@ -195,7 +196,7 @@ def test_image_with_two_labels_in_a_folder_without_splits_is_named(tmp_path):
     share(root, "cat/3.png", "dog/same.png")
     split = next(name for name, found in whole.splits.items() if "cat/3.png" in ids(found))
     sentence = f"1 image has several labels (cat/3.png in {split} as cat and dog/same.png in {split} as dog)"
-    assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"  # one content, one split: no other fault
+    assert message(load, root, "raise") == f"{CONFLICTING} {sentence}; {MEND}"  # one content, one split: no other fault
     assert load(root).notes[0] == f"warning: {sentence}; {DROP}"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import train.data
 from support.commands import message
-from support.image_folders import DIGITS_FINGERPRINT, MNIST_FILES, load_digits
+from support.image_folders import DIGITS_FINGERPRINT, MNIST_FILES, load_dataset, load_digits
 from train.data.sources import tfds
 
 
@@ -82,7 +82,7 @@ def test_missing_network_is_reported(tmp_path, monkeypatch):
         raise OSError(f"asked {request.get_method()} with {timeout} s")
 
     monkeypatch.setattr(tfds.urllib.request, "urlopen", unreachable)
-    assert message(train.data.load, "mnist", str(tmp_path), image_size=28, channels=1) == (
+    assert message(load_dataset, "mnist", tmp_path, image_size=28, channels=1) == (
         f"{MNIST_FILES} if data=mnist can't be downloaded, got none "
         "(storage.googleapis.com is unreachable: asked HEAD with 5 s); "
         "use data.manual_dir=PATH with the files fetched from https://storage.googleapis.com/cvdf-datasets/mnist"
@@ -95,7 +95,7 @@ def test_wrong_manual_files_are_rejected(tmp_path):
     by_hand.mkdir()
     for name in train.data.SOURCES["mnist"].manual_files:
         (by_hand / name).write_bytes(b"something else")
-    error = message(train.data.load, "mnist", str(tmp_path), image_size=28, channels=1, manual_dir=str(by_hand))
+    error = message(load_dataset, "mnist", tmp_path, image_size=28, channels=1, manual_dir=str(by_hand))
     assert error.startswith(f"{MNIST_FILES} if data=mnist can't be downloaded, got {by_hand} (Artifact ")
     assert error.endswith("has wrong checksum); use the original files")
     assert not list((tmp_path / "mnist").iterdir())
@@ -103,7 +103,7 @@ def test_wrong_manual_files_are_rejected(tmp_path):
 
 def test_too_little_disk_space_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 2**20))
-    error = message(train.data.load, "mnist", str(tmp_path), image_size=28, channels=1)
+    error = message(load_dataset, "mnist", tmp_path, image_size=28, channels=1)
     assert error == (
         f"data=mnist needs about 45 MiB of free space in {tmp_path}, got 5 MiB; free some space or use a larger disk"
     )

@@ -127,15 +127,12 @@ def test_dataset_json_describes_the_data(finished: Finished):
 
 def test_first_batch_is_drawn_as_network_input(finished: Finished):
     """augmented.png shows its 32 examples on white, each pixel as 2x2."""
-    from train import data
-    from train.data import pipeline
-    from train.data.augmentation import policy
+    from support.batches import train_stream
+    from support.image_folders import load_digits
 
     sheet = np.asarray(Image.open(finished.path / "augmented.png").resize((270, 134), Image.Resampling.NEAREST))
-    split = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).train
-    [(images, _)] = pipeline.train_batches(
-        split, batch_size=32, seed=0, epoch=0, augmentation=policy.build("crop"), num_classes=10
-    ).take(1)
+    split = load_digits(ROOT / "data", image_size=32).train
+    [(images, _)] = train_stream(split, batch_size=32, seed=0, num_classes=10).take(1)
     for number, image in enumerate(images.numpy()):
         top, left = 34 * (number // 8), 34 * (number % 8)
         np.testing.assert_array_equal(sheet[top : top + 32, left : left + 32], image[..., 0])
@@ -191,9 +188,9 @@ def test_every_input_pipeline_trains_and_resumes_to_the_same_bits(overrides: lis
 
 def test_stored_model_gives_the_measured_metrics(finished: Finished, tmp_path: Path):
     """In a process without this project, its accuracy on the test split is that of the summary."""
-    from train import data
+    from support.image_folders import load_digits
 
-    split = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).test
+    split = load_digits(ROOT / "data", image_size=32).test
     pixels = np.stack([split.load_example(index) for index in range(len(split))])
     np.savez(tmp_path / "test.npz", images=pixels, labels=split.labels)
     script = (

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -254,25 +253,9 @@ def shard(config: Config) -> tuple[int, int]:
 
 def prefetch_to_device(config: Config, stream: tf.data.Dataset) -> tf.data.Dataset:
     """Copies batches to the device ahead of time, where the backend does not do so itself."""
-    from train.data import pipeline
-
     # JAX copies a batch to its device while the device still computes the previous one.
     needs_prefetch = config.device == "gpu" and config.backend == "tensorflow"
-    return pipeline.prefetch_to_device(stream, "GPU:0") if needs_prefetch else stream
-
-
-@contextmanager
-def surface_example_errors() -> Iterator[None]:
-    """Re-raises TensorFlow's wrapper around an unreadable example as a ValueError with the example's own message."""
-    from train.data import pipeline
-
-    try:
-        yield
-    except Exception as error:
-        message = pipeline.extract_example_error(error)
-        if message is None:
-            raise
-        raise ValueError(message) from error
+    return stream.prefetch_to_device("GPU:0") if needs_prefetch else stream
 
 
 def load_best(run_dir: RunDir, config: Config) -> tuple[keras.Model, Predict]:
@@ -294,7 +277,9 @@ def predict_split(
     from train.data import pipeline
     from train.evaluation import metrics
 
-    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=num_classes)
+    batches = pipeline.eval_batches(
+        split, batch_size=config.batch_size, num_classes=num_classes, shard=pipeline.SINGLE_SHARD
+    )
     return metrics.predict_all(predict, signals.guard(prefetch_to_device(config, batches)), len(split))
 
 

@@ -87,7 +87,6 @@ def train_and_evaluate(session: RunSession) -> None:
 
     with (
         process_group.translate_connection_errors(),
-        factory.surface_example_errors(),
         closing(recorder.open_state(step, inference, dataset, process_group)) as state,
     ):
         provenance = factory.collect_provenance(config, session.redactor, dataset, teacher)
