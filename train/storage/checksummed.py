@@ -4,13 +4,14 @@ A file that is expensive to create is created by one process, while the others w
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from train.storage import locks
 
 
 @contextlib.contextmanager
@@ -22,8 +23,7 @@ def exclusive(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.with_name(f".{path.name}.lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.enter_context(locks.acquire(path.with_name(f".{path.name}.lock")))
         yield
 
 

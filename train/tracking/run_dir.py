@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,12 +19,14 @@ from typing import Any
 import yaml
 
 from train.config.serialization import RUN_FORMAT_VERSION, FormatVersionError, check_format_version, run_format_version
-from train.storage import fault_injection
+from train.storage import fault_injection, locks
 from train.storage.atomic import UnsafePathError, read_inside, replace_symlink, resolve_inside, write_atomically
 from train.tracking import format_1
 from train.tracking.journal import read_journal
 
 log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 0.5  # to wait for a lock that another process only tests: `is_running` holds it for a moment
 
 
 @dataclass
@@ -178,73 +179,36 @@ class RunDir:
 
         Raises: ValueError if another process holds it, or if the folder meanwhile holds another run.
         """
-        with _file_lock(self.path / ".lock", f"run_dir {self.path} is in use by a running process"):
+        with _acquire_lock(self.path / ".lock", f"run_dir {self.path} is in use by a running process"):
             if (self.path / "run.json").exists() and self.identity()["run_id"] != self.run_id:
                 raise ValueError(f"run_dir {self.path} already holds another run; use another run_dir")
             yield
 
-    @contextmanager
-    def upload_lock(self, *, wait: bool) -> Iterator[None]:
-        """Holds the lock of the one process that may upload the run.
+    def upload_lock(self, *, wait: bool) -> locks.FileLock:
+        """Acquires the lock of the one process that may upload the run.
 
         `wait`: whether to wait for another process to release it, or to raise ValueError.
         """
-        busy_message = f"another process is uploading run {self.path}; try again in a moment"
-        with _file_lock(self.path / ".uploader.lock", None if wait else busy_message):
-            yield
+        taken_message = f"another process is uploading run {self.path}; try again in a moment"
+        return _acquire_lock(self.path / ".uploader.lock", taken_message, math.inf if wait else PROBE_SECONDS)
 
     def is_running(self) -> bool:
         """Whether a process holds the run's lock."""
-        try:
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return False
-        try:
-            # Shared, so that two processes that test the lock do not mistake each other for the run.
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
+        return locks.is_locked(self.path / ".lock")
 
 
-@contextmanager
-def _file_lock(path: Path, busy_message: str | None) -> Iterator[None]:
-    """Holds a file lock; waits for it if there is no `busy_message`.
-
-    Raises: ValueError with `busy_message` if another process holds it, or if the file cannot be written or locked.
-    """
+def _acquire_lock(path: Path, taken_message: str, wait_seconds: float = PROBE_SECONDS) -> locks.FileLock:
+    """Raises: ValueError, with `taken_message` if another process holds it; or if it cannot be written or locked."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return locks.acquire(path, wait_seconds=wait_seconds)
+    except locks.LockTakenError:
+        raise ValueError(taken_message) from None
+    except locks.LocksUnsupportedError as error:
+        raise ValueError(
+            f"cannot lock files in {path.parent} ({error.strerror}); use a run_dir on storage with file locks"
+        ) from None
     except OSError as error:
         raise ValueError(f"cannot write to {path.parent} ({error.strerror}); use another run_dir") from None
-    try:
-        try:
-            acquired = _try_lock(descriptor, seconds=math.inf if busy_message is None else 0.5)
-        except OSError as error:
-            raise ValueError(
-                f"cannot lock files in {path.parent} ({error.strerror}); use a run_dir on storage with file locks"
-            ) from None
-        if not acquired:
-            raise ValueError(busy_message)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int, seconds: float) -> bool:
-    """Whether the lock was acquired; it retries, since `is_running` also holds the lock for a moment."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        else:
-            return True
 
 
 class Heartbeat:
