@@ -14,18 +14,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from train.config.serialization import RUN_FORMAT_VERSION, FormatVersionError, check_format_version, run_format_version
 from train.storage import fault_injection, locks
-from train.storage.atomic import UnsafePathError, read_inside, replace_symlink, resolve_inside, write_atomically
+from train.storage.atomic import (
+    UnsafePathError,
+    fsync_file,
+    read_inside,
+    replace_symlink,
+    resolve_inside,
+    write_atomically,
+)
+from train.storage.json_types import JsonObject
 from train.tracking import format_1
 from train.tracking.journal import read_journal
 
+if TYPE_CHECKING:
+    import keras
+
 log = logging.getLogger(__name__)
 
+BEST_MODEL_INFO = "best/model.json"
 PROBE_SECONDS = 0.5  # to wait for a lock that another process only tests: `is_running` holds it for a moment
 
 
@@ -55,10 +67,10 @@ class RunDir:
     def best(self) -> Path:
         return self.path / "best"
 
-    def write_json(self, name: str, payload: dict[str, Any]) -> None:
+    def write_json(self, name: str, payload: JsonObject) -> None:
         write_atomically(self.path / name, json.dumps(payload, indent=2) + "\n")
 
-    def read_json(self, name: str, default: dict[str, Any]) -> dict[str, Any]:
+    def read_json(self, name: str, default: JsonObject) -> JsonObject:
         """The object that `write_json` wrote, or `default` if the file does not exist.
 
         Raises: ValueError naming a file that is not JSON.
@@ -72,14 +84,14 @@ class RunDir:
         except ValueError:
             raise ValueError(f"{self.path / name} does not hold valid JSON; restore the file") from None
 
-    def write_yaml(self, name: str, payload: dict[str, Any]) -> None:
+    def write_yaml(self, name: str, payload: JsonObject) -> None:
         write_atomically(self.path / name, yaml.safe_dump(payload, sort_keys=False, allow_unicode=True))
 
     def write_text(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text)
 
     def save_best(
-        self, inference: Any, epoch: int, values: dict[str, float], classes: tuple[str, ...], fingerprint: str
+        self, inference: keras.Model, epoch: int, values: dict[str, float], classes: tuple[str, ...], fingerprint: str
     ) -> None:
         """Writes `best/model.keras`, the inference model, and `best/model.json`, which describes it, atomically.
 
@@ -91,8 +103,7 @@ class RunDir:
         target.mkdir()
         try:
             inference.save(target / "model.keras")
-            with (target / "model.keras").open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(target / "model.keras")
             fault_injection.fail_point("best/model")
             model_info = {
                 "classes": list(classes),
@@ -111,11 +122,11 @@ class RunDir:
         if previous.name in (".best-a", ".best-b"):
             shutil.rmtree(previous, ignore_errors=True)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """run.json."""
         return json.loads(self.read_bytes("run.json"))
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """config.yaml without interpolation: a `${...}` in it is plain text.
 
         Raises: ValueError if the file does not hold a config.
@@ -146,16 +157,16 @@ class RunDir:
         """The number of the run's latest attempt."""
         return read_heartbeat(self.path / "heartbeat")[1]
 
-    def model_info(self) -> dict[str, Any]:
+    def model_info(self) -> JsonObject:
         """best/model.json in today's form; empty if the file does not exist."""
-        return format_1.current_model_info(self.read_json("best/model.json", {}))
+        return format_1.current_model_info(self.read_json(BEST_MODEL_INFO, {}))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """summary.json in today's form; empty if the file does not exist."""
         summary = self.read_json("summary.json", {})
         return format_1.current_summary(summary) if summary and self.format_version() == 1 else summary
 
-    def read_journal(self, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    def read_journal(self, offset: int = 0) -> Iterator[tuple[JsonObject, int]]:
         """The lines and offsets of `journal.read_journal`, under today's metric names."""
         is_old = self.journal.exists() and self.format_version() == 1
         for line, end in read_journal(self.journal, offset):
@@ -166,8 +177,7 @@ class RunDir:
         return run_format_version(self.identity()) if (self.path / "run.json").exists() else RUN_FORMAT_VERSION
 
     def best_sha256(self) -> str:
-        """SHA-256 of best/model.json, which identifies the best model by its epoch, accuracy and data."""
-        return hashlib.sha256(self.read_bytes("best/model.json")).hexdigest()
+        return best_sha256(self.path)
 
     def status(self) -> str | None:
         """How the last attempt ended: finished, failed or interrupted; None if it is running or was killed."""
@@ -195,6 +205,14 @@ class RunDir:
     def is_running(self) -> bool:
         """Whether a process holds the run's lock."""
         return locks.is_locked(self.path / ".lock")
+
+
+def best_sha256(run: Path) -> str:
+    """SHA-256 of a run's best/model.json, which identifies the best model by its epoch, accuracy and data.
+
+    Raises: UnsafePathError; OSError.
+    """
+    return hashlib.sha256(read_inside(run, BEST_MODEL_INFO)).hexdigest()
 
 
 def _acquire_lock(path: Path, taken_message: str, wait_seconds: float = PROBE_SECONDS) -> locks.FileLock:

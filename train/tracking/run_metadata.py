@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import logging
 import shlex
@@ -145,11 +144,6 @@ def run_provenance(
         "code": environment.source_hash(ROOT / "train"),
         **environment.versions(config.backend),
     }
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_data_and_model_files(
