@@ -17,7 +17,8 @@ from support.sweeps import CompletedSweep, make_sweep
 from support.waiting import happens_within
 from train.sweep import trials, workers
 from train.sweep.trials import Trial
-from train.sweep.workers import SweepSignalHandler, TrialResult, WorkerPool, classify_exit
+from train.sweep.workers import TrialResult, WorkerPool, classify_exit
+from train.training.signals import StopSignals
 
 
 def test_exit_codes_are_classified(tmp_path: Path):
@@ -134,7 +135,7 @@ def run_in_pool(pool: WorkerPool, trial: Trial, watch: Any) -> list[TrialResult]
     waiting, results = [trial], []
     pool.run(
         lambda: waiting.pop() if waiting else None, lambda _, result: bool(results.append(result)) or True, watch,
-        SweepSignalHandler(),
+        StopSignals(),
     )  # fmt: skip
     return results
 

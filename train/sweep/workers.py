@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from train.sweep.trials import Trial
-from train.training.signals import SignalHandler
+from train.training.signals import StopSignals
 
 PARENT_PID_VARIABLE = "INCEPTION_SWEEP_PROCESS"
 TRACKING_URI_VARIABLE = "INCEPTION_SWEEP_ADDRESS"  # may hold a password, and is therefore not in a trial's file
@@ -190,7 +189,7 @@ class WorkerPool:
         next_trial: Callable[[], Trial | None],
         on_trial_end: Callable[[Trial, TrialResult], bool],
         on_poll: Callable[[], None],
-        signals: SweepSignalHandler,
+        signals: StopSignals,
     ) -> None:
         """Runs trials until `next_trial` returns None and no trial is running.
 
@@ -204,7 +203,7 @@ class WorkerPool:
                     if result := worker.poll():
                         trial, worker.trial = worker.trial, None
                         should_continue = on_trial_end(trial, result) and should_continue  # type: ignore[arg-type]
-                should_continue = should_continue and not signals.signal
+                should_continue = should_continue and not signals.received_signal()
                 for worker in self.workers:
                     if should_continue and not worker.trial and (trial := next_trial()):
                         worker.start(trial, self.time_limit_minutes)
@@ -218,34 +217,6 @@ class WorkerPool:
             for worker in self.busy:
                 if worker.process:
                     worker.process.kill()
-
-
-class SweepSignalHandler:
-    """Handles signals to a sweep: the first one stops its trials after a checkpoint, a second one at once.
-
-    See `SignalHandler`.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.immediate = False
-        self._received_at = 0.0
-
-    def _handle(self, signum: int, _: object) -> None:
-        if self.signal and SignalHandler.is_repeat(signum, self.signal, self._received_at):
-            return
-        self.immediate = bool(self.signal)
-        self.signal = signum
-        self._received_at = time.monotonic()
-
-    @contextmanager
-    def installed(self) -> Iterator[SweepSignalHandler]:
-        """Installs the handler, and restores the previous ones afterwards."""
-        with SignalHandler.handler_installed(self._handle):
-            yield self
-
-    def exit_code(self) -> int:
-        return 128 + self.signal if self.signal else 0
 
 
 def visible_gpus() -> tuple[str, ...]:
