@@ -1,7 +1,7 @@
 """Locks between processes, on files: the kernel releases a lock when its holder ends, however it ends.
 
-Not the package `filelock`: its locks on files are exclusive alone, and `is_locked` needs a shared one; and it is no
-package that the project itself needs.
+The package `filelock` is not used: its `flock` locks are exclusive, while `is_locked` needs a shared one, and the
+project is installed without it.
 """
 
 from __future__ import annotations
