@@ -120,7 +120,7 @@ class SweepDir:
         files = sorted((self.path / "trials").glob("*.json"), key=lambda file: int(file.stem))
         return [self._read_trial(file) for file in files]
 
-    def add(self, number: int, **content: Any) -> Trial:
+    def add(self, number: int, **content: object) -> Trial:
         """Freezes a trial, unless its file exists."""
         file = self.path / "trials" / f"{number:03d}.json"
         file.parent.mkdir(exist_ok=True)
@@ -128,7 +128,7 @@ class SweepDir:
             write_atomically(file, json.dumps({"number": number, **content}, indent=1) + "\n")
         return self._read_trial(file)
 
-    def update(self, trial: Trial, **content: Any) -> Trial:
+    def update(self, trial: Trial, **content: object) -> Trial:
         """Rewrites a trial's file with changed fields."""
         previous = json.loads(trial.file.read_text())
         write_atomically(trial.file, json.dumps({**previous, **content}, indent=1) + "\n")
