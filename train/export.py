@@ -9,7 +9,6 @@ the whole test split; if it passes, it is kept in export/FORMAT/ in the run's fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -36,6 +35,7 @@ from train.evaluation.metrics import bootstrap_interval, log_softmax
 from train.run import factory, stored_runs
 from train.runtime import setup
 from train.storage.atomic import write_atomically
+from train.storage.checksummed import file_sha256
 from train.tracking import address, run_metadata, uploader
 from train.tracking.run_dir import RunDir, open_run_dir
 from train.training.signals import SignalHandler
@@ -205,7 +205,7 @@ def write_and_measure(
         "network": run_dir.best_sha256(),
         "time": time.time(),
         "bytes": size_of(file),
-        "sha256": sha256_of(file),
+        "sha256": file_sha256(*list_files(file)),
         "processor": setup.processor_name("tensorflow", "cpu"),
         "threads": config.threads,
         **measure_export(formats.load_predictor(name, file, config.threads), reference, images),
@@ -289,15 +289,8 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in list_files(path))
 
 
-def sha256_of(path: Path) -> str:
-    """Hashes a file, or all files in a folder in the order of their names."""
-    digest = hashlib.sha256()
-    for file in list_files(path):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 def list_files(path: Path) -> list[Path]:
+    """Returns the file itself, or all files in a folder in the order of their names."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 

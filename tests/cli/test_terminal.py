@@ -23,11 +23,11 @@ from support.runs import train_session
 from train.cli import terminal
 from train.config import composition
 from train.config.serialization import Redactor
-from train.sweep.workers import SweepSignalHandler, classify_exit
+from train.sweep.workers import classify_exit
 from train.tracking import uploader
 from train.tracking.run_dir import create_run_dir
 from train.training import checkpoint
-from train.training.signals import Interrupted, SignalHandler
+from train.training.signals import Interrupted, SignalHandler, StopSignals
 
 DEADLINE_SECONDS = 120.0  # generous; no test asserts how long something takes
 
@@ -292,7 +292,7 @@ def test_all_signals_of_a_closing_terminal_count_as_one_request(numbers: tuple[i
         with pytest.raises(Interrupted, match=f"^stopped by {signal.Signals(numbers[0]).name}$") as stop:
             signals.raise_if_requested()
     assert (signals.exit_code(), stop.value.immediate) == (128 + numbers[0], False)
-    sweep_signals = SweepSignalHandler()
+    sweep_signals = StopSignals()
     with sweep_signals.installed():
         send(*numbers)
     assert (sweep_signals.exit_code(), sweep_signals.immediate) == (128 + numbers[0], False)
@@ -302,8 +302,8 @@ def test_all_signals_of_a_closing_terminal_count_as_one_request(numbers: tuple[i
 @pytest.mark.usefixtures("hangup")
 def test_only_a_repeated_signal_of_a_person_stops_immediately(monkeypatch: pytest.MonkeyPatch):
     """However late the signals arrive."""
-    monkeypatch.setattr(SignalHandler, "REPEAT_SECONDS", 0.0)
-    sweep_signals = SweepSignalHandler()
+    monkeypatch.setattr(StopSignals, "REPEAT_SECONDS", 0.0)
+    sweep_signals = StopSignals()
     with SignalHandler().installed() as signals, signals.deferred():
         send(HUP, HUP)
         with pytest.raises(Interrupted, match="SIGTERM") as stop:
@@ -311,15 +311,15 @@ def test_only_a_repeated_signal_of_a_person_stops_immediately(monkeypatch: pytes
     assert stop.value.immediate
     with sweep_signals.installed():
         send(HUP, HUP)
-        assert (sweep_signals.signal, sweep_signals.immediate) == (HUP, False)
+        assert (sweep_signals.received_signal(), sweep_signals.immediate) == (HUP, False)
         send(TERM)
-        assert (sweep_signals.signal, sweep_signals.immediate) == (TERM, True)
+        assert (sweep_signals.received_signal(), sweep_signals.immediate) == (TERM, True)
 
 
 @pytest.mark.usefixtures("hangup")
 def test_sighup_ignored_at_start_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    sweep_signals = SweepSignalHandler()
+    sweep_signals = StopSignals()
     with SignalHandler().installed() as signals, sweep_signals.installed():
         send(HUP, HUP)
     assert (signals.exit_code(), sweep_signals.exit_code()) == (0, 0)
@@ -329,8 +329,8 @@ def test_sighup_ignored_at_start_stays_ignored():
 # Waiting for a locked mutex is a single call: Python runs no handler until it returns.
 STUCK = """
 import ctypes
-from train.training.signals import SignalHandler
-SignalHandler.GRACE_SECONDS, SignalHandler.REPEAT_SECONDS = 0.1, 60.0
+from train.training.signals import SignalHandler, StopSignals
+SignalHandler.GRACE_SECONDS, StopSignals.REPEAT_SECONDS = 0.1, 60.0
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 with SignalHandler().installed() as signals, signals.deferred():
     lock(mutex)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from support.batches import eval_stream, train_stream
-from support.commands import WITH_SUPPORT, message
+from support.commands import WITH_SUPPORT, message, run_command
 from support.image_folders import load_dataset
 from train.data import dataset, parallel_map, pixel_cache
 from train.data.example_error import ExampleError
@@ -387,6 +388,26 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(opened, tmp_
         (folder / name / "pixels.npy").write_bytes(b"half")
     pixel_cache.DiskCache(opened.test)
     assert cache_files(tmp_path / "data") == sorted([*others, pixel_cache.cache_path(opened.test).name])
+
+
+@pytest.mark.parametrize("fault", ["folder/complete", "folder/renamed"])
+def test_killed_process_leaves_a_whole_cache_or_none(root, tmp_path, fault):
+    code = (
+        "import sys, train.data as d; from train.data import pixel_cache;"
+        "split = d.load('folder', sys.argv[1], image_size=32, channels=3, root=sys.argv[2]).train;"
+        "print('loaded', flush=True);"
+        "pixel_cache.DiskCache(split)"
+    )
+    done = run_command(
+        sys.executable, "-c", code, str(tmp_path), str(root), env={"INCEPTION_FAULT": f"{fault}:1"}
+    )  # fmt: skip
+    assert (done.code, done.out) == (-signal.SIGKILL, "loaded\n")
+    split = load(root, tmp_path, image_size=32).train
+    name = pixel_cache.cache_path(split).name
+    [left] = cache_files(tmp_path)
+    assert (left == name) == (fault == "folder/renamed")
+    np.testing.assert_array_equal(pixel_cache.DiskCache(split).read(np.arange(20)), exact(split))
+    assert cache_files(tmp_path) == [name]
 
 
 # ------------------------------------------------------------------------------ full disk, no permission, two processes

@@ -1,6 +1,7 @@
 """Prepared data sets: digits, two processes preparing at once, damaged shards, downloads that fail."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -123,3 +124,19 @@ def test_png_of_the_builder_is_readable_by_pillow():
 
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png(pixels)))), pixels)
+
+
+def test_folder_that_cannot_be_locked_is_rejected(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    in_the_way = tmp_path / "file" / "data"
+    assert message(lambda: tfds._lock("digits", str(in_the_way)).__enter__()) == (
+        f"the data folder must be writable, got {in_the_way} (Not a directory); use another"
+    )
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert message(lambda: tfds._lock("digits", str(tmp_path)).__enter__()) == (
+        f"cannot lock files in {tmp_path} (No locks available); use storage with file locks"
+    )

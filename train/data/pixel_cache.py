@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from train.data import decode, parallel_map
 from train.data.dataset import Dataset, Split
 from train.storage import checksummed
+from train.storage.atomic import atomic_folder
 
 ALIGNMENT = 64  # bytes
 CHUNK = 256  # examples that a thread decodes per task
@@ -214,28 +214,19 @@ def _write_cache(split: Split, folder: Path) -> None:
     """Writes the cache atomically; if two processes do it at the same time, the first one wins."""
     temporary = folder.with_name(f"{_temporary_prefix()}{os.getpid()}-{PROCESS_TOKEN}-{uuid.uuid4().hex}")
     _remove_leftovers(folder.parent)
-    temporary.mkdir(parents=True)
     try:
-        shape = (len(split), *split.image_spec.shape)
-        checksums = np.empty(len(split), np.uint32)
-        with (temporary / "pixels.npy").open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for start, chunk in _decode_chunks(split):
-                checksums[start : start + len(chunk)] = [zlib.crc32(pixels) for pixels in chunk]
-                file.write(chunk.data)
-            _fsync(file)
-        with (temporary / "sums.npy").open("wb") as file:
-            np.save(file, checksums)
-            _fsync(file)
-        with contextlib.suppress(OSError):  # another process was faster
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        with atomic_folder(folder, temporary):
+            shape = (len(split), *split.image_spec.shape)
+            checksums = np.empty(len(split), np.uint32)
+            with (temporary / "pixels.npy").open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for start, chunk in _decode_chunks(split):
+                    checksums[start : start + len(chunk)] = [zlib.crc32(pixels) for pixels in chunk]
+                    file.write(chunk.data)
+            np.save(temporary / "sums.npy", checksums)
+    except OSError:
+        if not folder.exists():  # no other process was faster
+            raise
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -15,6 +15,7 @@ from train.config.schema import ROOT, Config, ConfigError, options
 from train.config.serialization import Redactor, to_dict
 from train.evaluation.metrics import evaluate
 from train.runtime import setup
+from train.storage.checksummed import file_sha256
 from train.storage.json_types import JsonObject
 from train.tracking import run_metadata
 from train.tracking.run_dir import RunDir
@@ -149,7 +150,7 @@ def input_digests(config: Config, teacher: keras.Model | None) -> dict[str, str]
     weights = config.model.weights
     digests = {}
     if weights not in (None, "imagenet"):
-        digests["model.weights_sha256"] = run_metadata.file_sha256(Path(weights))
+        digests["model.weights_sha256"] = file_sha256(Path(weights))
     if teacher:
         digests["distill.teacher_sha256"] = weights_sha256(teacher)
     return digests

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -23,6 +22,7 @@ from train.data.decode import ImageSpec, decode, decode_and_resize, read_header
 from train.formats.runtimes import FILE_NAMES, load_predictor
 from train.runtime import setup
 from train.storage.atomic import UnsafePathError, read_inside, resolve_inside
+from train.tracking.run_dir import best_sha256
 
 RUNTIMES = ("keras", "onnx")
 BATCH_SIZE = 32
@@ -113,7 +113,7 @@ def load_onnx_export(run: Path) -> Callable[[np.ndarray], np.ndarray]:
         raise
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"cannot read export/onnx/summary.json of {run}; run {export_command}") from None
-    if exported != hashlib.sha256(read_inside(run, "best/model.json")).hexdigest():
+    if exported != best_sha256(run):
         raise ValueError(f"{path} was exported from an older model than the run's best; run {export_command}")
     try:
         return load_predictor("onnx", path)

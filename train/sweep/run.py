@@ -36,13 +36,13 @@ from train.sweep.workers import (
     REFERENCES_VARIABLE,
     STOPPED_REASON,
     TRACKING_URI_VARIABLE,
-    SweepSignalHandler,
     TrialResult,
     WorkerPool,
     visible_gpus,
 )
 from train.tracking import uploader
 from train.tracking.run_metadata import quote_path, relative_path
+from train.training.signals import StopSignals
 
 JOBS_DIR = "jobs"  # folder for the files of an external launcher
 FROZEN_SETTINGS = ("search", "trials", "seeds", "first_epochs", "reduction")  # the settings that determine the trials
@@ -69,7 +69,7 @@ class SweepSession:
     folder: SweepDir
     config: Config
     launcher: ExternalLauncher | None
-    signals: SweepSignalHandler
+    signals: StopSignals
     trusted_references: composition.References = frozenset()
     algorithm: SearchAlgorithm = field(init=False)
     failures: dict[int, tuple[Trial, str]] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class SweepSession:
     @property
     def stopped(self) -> bool:
         """Whether the sweep ends early, by a signal or a failure."""
-        return bool(self.signals.signal) or (self.config.sweep.fail_fast and bool(self.failures))
+        return bool(self.signals.received_signal()) or (self.config.sweep.fail_fast and bool(self.failures))
 
 
 def run_sweep(
@@ -122,7 +122,7 @@ def run_sweep(
             )
     os.environ[REFERENCES_VARIABLE] = json.dumps(sorted(trusted))
     config = replace(config, sweep=replace(config.sweep, **folder.manifest["settings"]))
-    signals = SweepSignalHandler()
+    signals = StopSignals()
     with folder.locked(), nullcontext() if launcher else signals.installed():
         return run_trials(SweepSession(folder, config, launcher, signals, trusted))
 
@@ -309,7 +309,8 @@ def finish_sweep(session: SweepSession, parent_run: ParentRun, best_trials: list
     states = Counter("pruned" if trial.summary().get("pruned") else trial.state() for trial in session.folder.trials)
     best_trials = [trial for trial in best_trials if trial.objective() is not None]  # its test may have failed
     parent_run.write_summary(
-        "interrupted" if session.signals.signal else "failed" if session.failures else "finished", best_trials
+        "interrupted" if session.signals.received_signal() else "failed" if session.failures else "finished",
+        best_trials,
     )
     for failed, reason in session.failures.values():
         print_and_log(f"failed: {failed.label}: {reason} ({relative_path(failed.log_path())})")

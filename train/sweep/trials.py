@@ -10,21 +10,19 @@ Later changes to conf/ have no effect. The progress of a trial is read from its 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.config.schema import ConfigError
 from train.config.serialization import RUN_FORMAT_VERSION, quote_value, run_format_version
+from train.storage import locks
 from train.storage.atomic import write_atomically
 from train.tracking.run_dir import RunDir, open_run_dir
 
@@ -122,7 +120,7 @@ class SweepDir:
         files = sorted((self.path / "trials").glob("*.json"), key=lambda file: int(file.stem))
         return [self._read_trial(file) for file in files]
 
-    def add(self, number: int, **content: Any) -> Trial:
+    def add(self, number: int, **content: object) -> Trial:
         """Freezes a trial, unless its file exists."""
         file = self.path / "trials" / f"{number:03d}.json"
         file.parent.mkdir(exist_ok=True)
@@ -130,7 +128,7 @@ class SweepDir:
             write_atomically(file, json.dumps({"number": number, **content}, indent=1) + "\n")
         return self._read_trial(file)
 
-    def update(self, trial: Trial, **content: Any) -> Trial:
+    def update(self, trial: Trial, **content: object) -> Trial:
         """Rewrites a trial's file with changed fields."""
         previous = json.loads(trial.file.read_text())
         write_atomically(trial.file, json.dumps({**previous, **content}, indent=1) + "\n")
@@ -142,19 +140,14 @@ class SweepDir:
         name = f"{content['number']:03d}" + (f"-batch{content['config']['batch_size']}" if halvings else "")
         return Trial(folder=self.path / name, file=file, **content)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the sweep's lock. Raises: ConfigError if another process holds it."""
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def locked(self) -> locks.FileLock:
+        """Acquires the sweep's lock. Raises: ConfigError if another process holds it."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
+            return locks.acquire(self.path / ".lock", wait_seconds=0)
+        except locks.LockTakenError:
             raise ConfigError(
                 f"sweep {self.path} is already running in another process; wait for it or stop it first"
             ) from None
-        finally:
-            os.close(descriptor)
 
 
 def identifying_overrides(overrides: Iterable[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import logging
 import shlex
@@ -144,11 +143,6 @@ def run_provenance(stored: JsonObject, fingerprint: str, processor: str, input_d
         "code": environment.source_hash(ROOT / "train"),
         **environment.versions(stored["backend"]),
     }
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_batch_image(run_dir: RunDir, images: np.ndarray) -> None:

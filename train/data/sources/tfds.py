@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -19,6 +18,7 @@ from train.data.catalog import MIB, Source, get_source
 from train.data.ingestion.example_index import index_path_for
 from train.data.sources.listing import LazySequence, Listing, Store
 from train.data.sources.record_readers import ArrayRecords, TfRecords, load_or_build_index, short_message
+from train.storage import locks
 
 TIMEOUT_SECONDS = 5
 
@@ -91,11 +91,12 @@ def _lock(name: str, data_dir: str) -> Iterator[None]:
     path = Path(data_dir) / f".{name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        lock = locks.acquire(path)
+    except locks.LocksUnsupportedError as error:
+        raise ValueError(f"cannot lock files in {data_dir} ({error.strerror}); use storage with file locks") from error
     except OSError as error:
         raise ValueError(f"the data folder must be writable, got {data_dir} ({error.strerror}); use another") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock:
         yield
 
 
