@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from train.evaluation.statistics import accuracy_interval
+
 Predict = Callable[[Any], np.ndarray]  # images -> logits float32 [N, classes]
 
 CALIBRATION_BINS = 15  # Guo et al. 2017 (On Calibration of Modern Neural Networks), section 5
-CONFIDENCE_LEVEL = 0.95  # of every interval
-BOOTSTRAP_RESAMPLES = 10_000
 
 
 def evaluate(predict: Predict, batches: Iterable[tuple], expected_examples: int) -> dict[str, float]:
@@ -146,16 +146,16 @@ class ClassificationResult:
 def compute_metrics(result: ClassificationResult) -> dict[str, Any]:
     """Computes all metrics, ready for JSON; one that is undefined, as the recall of an empty class, is None.
 
-    `accuracy_interval` is the 95 % bootstrap interval over examples; `macro_...` are means over the classes in which
-    the metric is defined; `ece` is the expected calibration error and `calibration` its bins (Guo et al. 2017,
-    equation 3); `roc_auc` is one-versus-rest; rows of `confusion` are true classes.
+    `accuracy_interval` is Wilson's 95 % interval; `macro_...` are means over the classes in which the metric is
+    defined; `ece` is the expected calibration error and `calibration` its bins (Guo et al. 2017, equation 3);
+    `roc_auc` is one-versus-rest; rows of `confusion` are true classes.
     """
     classes = per_class_metrics(result)
     bins = calibration_bins(result)
     macro = {f"macro_{name}": _mean(row[name] for row in classes) for name in ("precision", "recall", "f1")}
     return {
         **summary_metrics(result.logits, result.labels),
-        "accuracy_interval": bootstrap_interval(int(result.correct.sum()), len(result.labels)),
+        "accuracy_interval": accuracy_interval(int(result.correct.sum()), len(result.labels)),
         **macro,
         "roc_auc": _mean(row["roc_auc"] for row in classes),
         "ece": sum(row["examples"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / len(result.labels),
@@ -198,17 +198,6 @@ def calibration_bins(result: ClassificationResult) -> list[dict[str, Any]]:
         for number in range(CALIBRATION_BINS)
         if (inside := bin_indices == number).any()
     ]
-
-
-def bootstrap_interval(correct: int, examples: int) -> list[float]:
-    """Computes the percentile interval of the accuracy over resampled examples, with a fixed seed.
-
-    The number of correct examples in a resample is binomial, so that it is drawn directly, not example by example.
-    Source: Efron & Tibshirani 1993, section 13.3.
-    """
-    accuracies = np.random.default_rng(0).binomial(examples, correct / examples, BOOTSTRAP_RESAMPLES) / examples
-    tail = (1 - CONFIDENCE_LEVEL) / 2
-    return [float(value) for value in np.quantile(accuracies, [tail, 1 - tail])]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
