@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from train.evaluation.statistics import accuracy_interval
+from train.storage.json_types import JsonObject
 
-Predict = Callable[[Any], np.ndarray]  # images -> logits float32 [N, classes]
+Predict = Callable[[object], np.ndarray]  # images, of the backend or NumPy -> logits float32 [N, classes]
+Batches = Iterable[tuple[object, np.ndarray]]  # (images, one-hot labels [N, classes])
 
 CALIBRATION_BINS = 15  # Guo et al. 2017 (On Calibration of Modern Neural Networks), section 5
 
 
-def evaluate(predict: Predict, batches: Iterable[tuple], expected_examples: int) -> dict[str, float]:
+def evaluate(predict: Predict, batches: Batches, expected_examples: int) -> dict[str, float]:
     """Returns `loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `top5_accuracy` and `examples`.
 
-    batches: (images, one-hot labels [N, classes]). With fewer than six classes `top5_accuracy` is 1.
+    With fewer than six classes `top5_accuracy` is 1.
 
     Raises: ValueError if the batches do not hold `expected_examples` examples.
     """
@@ -34,7 +35,7 @@ def evaluate(predict: Predict, batches: Iterable[tuple], expected_examples: int)
     return _summary_metrics(np.concatenate(losses), np.concatenate(ranks))
 
 
-def predict_all(predict: Predict, batches: Iterable[tuple], expected_examples: int) -> tuple[np.ndarray, np.ndarray]:
+def predict_all(predict: Predict, batches: Batches, expected_examples: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns logits float64 [N, classes] and labels int [N] of all examples, in the order of the batches.
 
     Raises: ValueError if the batches do not hold `expected_examples` examples.
@@ -44,7 +45,7 @@ def predict_all(predict: Predict, batches: Iterable[tuple], expected_examples: i
 
 
 def _predict_batches(
-    predict: Predict, batches: Iterable[tuple], expected_examples: int
+    predict: Predict, batches: Batches, expected_examples: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     seen = 0
     for images, labels in batches:
@@ -143,7 +144,7 @@ class ClassificationResult:
         return confusion_matrix(self.labels, self.predicted, labels=range(len(self.classes)))
 
 
-def compute_metrics(result: ClassificationResult) -> dict[str, Any]:
+def compute_metrics(result: ClassificationResult) -> JsonObject:
     """Computes all metrics, ready for JSON; one that is undefined, as the recall of an empty class, is None.
 
     `accuracy_interval` is Wilson's 95 % interval; `macro_...` are means over the classes in which the metric is
@@ -165,7 +166,7 @@ def compute_metrics(result: ClassificationResult) -> dict[str, Any]:
     }
 
 
-def per_class_metrics(result: ClassificationResult) -> list[dict[str, Any]]:
+def per_class_metrics(result: ClassificationResult) -> list[JsonObject]:
     """Returns each class's name, examples, precision, recall, F1 and one-versus-rest area under the ROC curve."""
     from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
@@ -183,7 +184,7 @@ def per_class_metrics(result: ClassificationResult) -> list[dict[str, Any]]:
     return rows
 
 
-def calibration_bins(result: ClassificationResult) -> list[dict[str, Any]]:
+def calibration_bins(result: ClassificationResult) -> list[JsonObject]:
     """Returns the non-empty bins of equal width: `low`, `high`, `examples`, mean `confidence`, `accuracy`."""
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     bin_indices = np.clip(np.digitize(result.confidence, edges[1:-1], right=True), 0, CALIBRATION_BINS - 1)
