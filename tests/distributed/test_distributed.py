@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Pipe, answer_challenge, deliver_challenge
+from multiprocessing.connection import Client, Connection, Pipe, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,15 @@ def reached(address: str) -> socket.socket:
             time.sleep(0.05)
 
 
+def authenticated(address: str, key: bytes) -> Connection:
+    """A connection of the standard library's own client."""
+    reached(address).close()
+    return Client(rendezvous.parse_address(address), authkey=key)
+
+
 def claim(address: str, key: bytes, index: int) -> Connection:
     """Take an index of three, as a stranger would who knows the protocol."""
-    connection = Connection(reached(address).detach())
-    os.set_blocking(connection.fileno(), True)
-    answer_challenge(connection, key)
-    deliver_challenge(connection, key)
+    connection = authenticated(address, key)
     connection.send_bytes(json.dumps({"index": index, "processes": 3}).encode())
     return connection
 
@@ -239,11 +242,7 @@ def test_client_with_another_protocol_is_ignored():
             with reached(address) as line:
                 line.sendall(noise)
         for words in (b"[1, 2]", b'{"index": "first"}', b'{"index": 1}', b"\x80\x04N.", b"x" * 5000):
-            connection = Connection(reached(address).detach())
-            os.set_blocking(connection.fileno(), True)
-            answer_challenge(connection, b"")
-            deliver_challenge(connection, b"")
-            connection.send_bytes(words)
+            authenticated(address, b"").send_bytes(words)
         assert outcome(Distributed(address, 2, 1, 10)) == ""
     assert outcomes == [""]
 
