@@ -15,9 +15,11 @@ from support.commands import message
 from support.shared import once
 from train.compare import (
     HEADINGS,
+    DatasetComparison,
     columns_that_fit,
     compare,
     find_baseline,
+    format_row,
     make_labels,
     make_row,
     matches,
@@ -126,6 +128,16 @@ def test_runs_that_differ_only_in_seed_form_a_row(lab: tuple[str, Path]):
     ]
     assert rows[0]["seeds"] == "0:0.97 1:0.98 2:0.97 3:0.98"
     assert (rows[0]["macs"], rows[0]["parameters"], rows[0]["memory"]) == ("200000000", "20000000", "1073741824")
+
+
+def test_printed_interval_of_two_seeds_lies_within_0_and_1():
+    runs = [
+        RunRecord("", "FINISHED", 0, {"seed": str(seed)}, {"a": accuracy}, {})
+        for seed, accuracy in ((0, 0.2), (1, 0.6))
+    ]
+    row = make_row("", runs, "a")
+    cells = dict(zip(HEADINGS, format_row(row, DatasetComparison("", "", [row], None)), strict=True))
+    assert (cells["accuracy"], cells["95 % interval"]) == ("0.4000 ± 0.2828", "0.0058 to 0.9870")
 
 
 def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[str, Path]):

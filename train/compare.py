@@ -11,10 +11,9 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +22,7 @@ from train.cli import arguments
 from train.config.schema import GROUPS, ROOT
 from train.config.serialization import variant_config
 from train.evaluation.html import format_compact, render_template, to_data_uri
-from train.evaluation.statistics import Difference, Mean, mean_interval, paired_difference
+from train.evaluation.statistics import Difference, Mean, mean_accuracy, paired_difference
 from train.storage.atomic import write_atomically
 from train.tracking.mlflow_query import RunRecord, list_runs
 from train.tracking.uploader import default_uri
@@ -166,9 +165,9 @@ def filter_runs(runs: list[RunRecord], metric: str) -> tuple[list[RunRecord], li
     return usable, notes
 
 
-def group_by(runs: Iterable[RunRecord], key: Callable[[RunRecord], Any]) -> list[list[RunRecord]]:
+def group_by(runs: Iterable[RunRecord], key: Callable[[RunRecord], Hashable]) -> list[list[RunRecord]]:
     """Groups runs with the same key, in the order in which the keys first occur."""
-    groups: dict[Any, list[RunRecord]] = {}
+    groups: dict[Hashable, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return list(groups.values())
@@ -207,7 +206,7 @@ def make_row(label: str, runs: list[RunRecord], metric: str) -> Row:
     }
     costs = {name: statistics.median(values) if values else math.nan for name, values in measured.items()}
     values = {seed: run.metrics[metric] for seed, run in last.items()}
-    return Row(label, variant_config(runs[0].params), values, costs, mean_interval(list(values.values())))
+    return Row(label, variant_config(runs[0].params), values, costs, mean_accuracy(list(values.values())))
 
 
 def make_labels(params: list[dict[str, str]]) -> list[str]:
@@ -332,7 +331,7 @@ def format_row(row: Row, comparison: DatasetComparison) -> list[str]:
         row.label + (" *" if row.on_pareto_front else ""),
         str(mean.n),
         f"{mean.mean:.4f}" + (f" ± {mean.deviation:.4f}" if several else ""),
-        f"{mean.low:.4f} to {min(mean.high, 1):.4f}" if several else "one seed",
+        f"{mean.low:.4f} to {mean.high:.4f}" if several else "one seed",
         to_baseline,
         f"{difference.p:.3f}" if difference and difference.n > 1 else "",
         format_known(costs["parameters"], format_compact),

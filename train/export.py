@@ -31,7 +31,8 @@ from train.cli.progress import print_and_log
 from train.config.schema import Config
 from train.data.decode import resize
 from train.evaluation import html
-from train.evaluation.metrics import bootstrap_interval, log_softmax
+from train.evaluation.metrics import log_softmax
+from train.evaluation.statistics import accuracy_interval
 from train.run import factory, stored_runs
 from train.runtime import setup
 from train.storage.atomic import write_atomically
@@ -237,7 +238,7 @@ def measure_export(predict: Any, reference: ReferenceResult, calibration_images:
     batch = calibration_images[:TIMING_BATCH_SIZE]
     return {
         "accuracy": float(correct.mean()),
-        "accuracy_interval": bootstrap_interval(int(correct.sum()), len(correct)),
+        "accuracy_interval": accuracy_interval(int(correct.sum()), len(correct)),
         "run_accuracy": reference.accuracy,
         "largest_difference": float(np.abs(probabilities - reference.probabilities).max()),  # nan if any is
         "examples": len(correct),

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from train.config.schema import Config, ConfigError
-from train.distributed import rendezvous
+from train.distributed import liveness, rendezvous
 
 NAME = "JAX"
 JIT = "on"  # JAX compiles everything
@@ -37,7 +37,7 @@ def initialize(config: Config) -> None:
     group = config.distributed
     if group.processes == 1:
         return
-    rendezvous.rendezvous(group)
+    liveness.watch(rendezvous.rendezvous(group))
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the loop
     jax.distributed.initialize(
         group.coordinator,

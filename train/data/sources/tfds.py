@@ -1,5 +1,7 @@
 """Lists TFDS data sets: prepared once as ArrayRecord, then read by index."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib
@@ -11,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from train.data.catalog import MIB, Source, get_source
@@ -19,6 +21,9 @@ from train.data.ingestion.example_index import index_path_for
 from train.data.sources.listing import LazySequence, Listing, Store
 from train.data.sources.record_readers import ArrayRecords, TfRecords, load_or_build_index, short_message
 from train.storage import locks
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
 
 TIMEOUT_SECONDS = 5
 
@@ -54,7 +59,7 @@ def list_tfds(name: str, data_dir: str, manual_dir: str | None) -> Listing:
     )
 
 
-def _open_store(builder: Any, split_names: list[str], data_dir: str) -> Store:
+def _open_store(builder: DatasetBuilder, split_names: list[str], data_dir: str) -> Store:
     import tensorflow_datasets as tfds
 
     shards = [Path(path) for split in split_names for path in builder.info.splits[split].filepaths]
@@ -67,11 +72,11 @@ def _open_store(builder: Any, split_names: list[str], data_dir: str) -> Store:
     return ArrayRecords([builder.as_data_source(split=split, decoders=skip) for split in split_names])
 
 
-def _make_builder(name: str, tfds_source: Source, data_dir: str) -> Any:
+def _make_builder(name: str, tfds_source: Source, data_dir: str) -> DatasetBuilder:
     """Returns a builder of the prepared data in its file format, or one that will prepare ArrayRecord."""
     import tensorflow_datasets as tfds
 
-    def make(**options: Any) -> Any:
+    def make(**options: str) -> DatasetBuilder:
         if name == "digits":
             from train.data.digits.digits_dataset_builder import Builder
 
@@ -100,7 +105,7 @@ def _lock(name: str, data_dir: str) -> Iterator[None]:
         yield
 
 
-def _prepare(name: str, tfds_source: Source, builder: Any, data_dir: str, manual_dir: str | None) -> None:
+def _prepare(name: str, tfds_source: Source, builder: DatasetBuilder, data_dir: str, manual_dir: str | None) -> None:
     if _is_prepared(builder):
         return  # another process did it while this one waited
     # One folder per data set, because TFDS identifies unpacked files by name, not by content.
@@ -118,7 +123,7 @@ def _prepare(name: str, tfds_source: Source, builder: Any, data_dir: str, manual
         _remove_leftovers(tfds_source, data_dir, downloads)
 
 
-def _is_prepared(builder: Any) -> bool:
+def _is_prepared(builder: DatasetBuilder) -> bool:
     # TFDS renames the folder to this name once it is complete.
     return (Path(builder.data_dir) / "dataset_info.json").is_file()
 
@@ -143,7 +148,7 @@ def _preparation_error(
     )
 
 
-def _download_and_prepare(builder: Any, downloads: Path, manual_dir: str | None) -> None:
+def _download_and_prepare(builder: DatasetBuilder, downloads: Path, manual_dir: str | None) -> None:
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
@@ -153,7 +158,7 @@ def _download_and_prepare(builder: Any, downloads: Path, manual_dir: str | None)
         builder.download_and_prepare(download_dir=str(downloads), download_config=config)
 
 
-def _missing_downloads(tfds_source: Source, builder: Any, downloads: Path) -> dict[str, int]:
+def _missing_downloads(tfds_source: Source, builder: DatasetBuilder, downloads: Path) -> dict[str, int]:
     """Returns the URLs that have not been downloaded, with sizes in bytes."""
     fetched = {url for info in downloads.glob("**/*.INFO") for url in _downloaded_urls(info)}
     url_infos = builder.url_infos or {}
