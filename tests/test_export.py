@@ -55,7 +55,7 @@ def test_network_of_any_precision_is_exported_in_float32():
     assert {layer.dtype_policy.name for layer in copy.layers} == {"float32"}
     assert all(np.array_equal(one, other) for one, other in zip(network.weights, copy.weights, strict=True))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    probabilities = np.asarray(deployment_model(network)(images))
+    probabilities = np.asarray(deployment_model(network, 1.0)(images))
     assert probabilities.dtype == np.float32
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     assert np.allclose(probabilities, np.asarray(keras.ops.softmax(network(images))), atol=0.02)

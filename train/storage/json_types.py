@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-# What `json.load` returns for an object: files on disk, of this and of older versions. A recursive type would have to be
-# narrowed at every access without proving anything about the file; whoever reads one checks what it needs.
+# What `json.load` returns for an object: files on disk, of this and of older versions. A recursive type would have to
+# be narrowed at every access without proving anything about the file; whoever reads one checks what it needs.
 JsonObject = dict[str, Any]

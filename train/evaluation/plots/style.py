@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, "#000000", "#999999")
 GREY = "#999999"
 COLORMAP = "cividis"  # dark to light
 DPI = 110
-STYLE = {
+STYLE: dict[RcKeyType, object] = {
     "font.size": 9,
     "font.family": "DejaVu Sans",  # comes with matplotlib and covers most scripts
     "axes.spines.top": False,
