@@ -6,7 +6,6 @@ import os
 import platform
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -58,20 +57,20 @@ def initialize(config: Config) -> None:
     multihost_utils.sync_global_devices("joined")
 
 
-def gpus() -> list[Any]:
+def gpus() -> list[jax.Device]:
     try:
         return jax.local_devices(backend="gpu")
     except RuntimeError:  # JAX has no GPU platform here
         return []
 
 
-def compute_capability(gpu: Any) -> tuple[int, int]:
+def compute_capability(gpu: jax.Device) -> tuple[int, int]:
     """NVIDIA's compute capability; (0, 0) if unknown."""
     major, _, minor = str(getattr(gpu, "compute_capability", "0.0")).partition(".")
     return int(major), int(minor or 0)
 
 
-def describe(gpu: Any) -> str:
+def describe(gpu: jax.Device) -> str:
     """The model name of a GPU."""
     return gpu.device_kind
 

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from train.config.schema import Config, ConfigError
 from train.config.validation import check_batch
 from train.runtime import backends
+from train.runtime.backends import Backend
 
 # What `auto` means by kind of device and model, and why; written by `scripts/benchmarks/training.py --settings`.
 AUTO_SETTINGS = Path(__file__).with_name("auto_settings.json")
@@ -175,7 +175,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose_device(backend: Any, device: str) -> tuple[str, list[str]]:
+def _choose_device(backend: Backend, device: str) -> tuple[str, list[str]]:
     """`cpu` or `gpu`, and a warning if the choice may be unexpected."""
     has_gpu = bool(backend.gpus())
     if device == "gpu" and not has_gpu:
@@ -188,7 +188,7 @@ def _choose_device(backend: Any, device: str) -> tuple[str, list[str]]:
     return ("gpu" if has_gpu and device != "cpu" else "cpu"), []
 
 
-def _count_devices(backend: Any, requested: str, device: str) -> str:
+def _count_devices(backend: Backend, requested: str, device: str) -> str:
     available = backend.count_devices(device)
     if requested != "all" and int(requested) > available:
         raise ConfigError(
@@ -261,7 +261,7 @@ def peak_memory_bytes(backend: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _reset_peak_memory(backend: Any) -> None:
+def _reset_peak_memory(backend: Backend) -> None:
     """Resets the peak, so that each run in a process is measured by itself."""
     backend.reset_peak_memory()
     with suppress(OSError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import tensorflow as tf
 
 from train.config.schema import Config
@@ -21,16 +19,16 @@ def count_devices(_device: str) -> int:
     return 1
 
 
-def gpus() -> list[Any]:
+def gpus() -> list[tf.config.PhysicalDevice]:
     return tf.config.list_physical_devices("GPU")
 
 
-def compute_capability(gpu: Any) -> tuple[int, int]:
+def compute_capability(gpu: tf.config.PhysicalDevice) -> tuple[int, int]:
     """NVIDIA's compute capability; (0, 0) if unknown."""
     return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
 
 
-def describe(gpu: Any) -> str:
+def describe(gpu: tf.config.PhysicalDevice) -> str:
     """The model name of a GPU."""
     return tf.config.experimental.get_device_details(gpu).get("device_name", "gpu")
 
