@@ -11,10 +11,9 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -166,9 +165,9 @@ def filter_runs(runs: list[RunRecord], metric: str) -> tuple[list[RunRecord], li
     return usable, notes
 
 
-def group_by(runs: Iterable[RunRecord], key: Callable[[RunRecord], Any]) -> list[list[RunRecord]]:
+def group_by(runs: Iterable[RunRecord], key: Callable[[RunRecord], Hashable]) -> list[list[RunRecord]]:
     """Groups runs with the same key, in the order in which the keys first occur."""
-    groups: dict[Any, list[RunRecord]] = {}
+    groups: dict[Hashable, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return list(groups.values())

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -23,8 +23,13 @@ from train.config import composition
 from train.config.schema import ROOT, Config
 from train.config.serialization import RUN_FORMAT_VERSION, Redactor, config_hash, flatten, to_dict, variant_id
 from train.storage.atomic import write_atomically
+from train.storage.json_types import JsonObject
 from train.tracking import environment
+from train.tracking.record_protocols import RecordedDataset, RecordedState, RecordedStep
 from train.tracking.run_dir import Heartbeat, RunDir
+
+if TYPE_CHECKING:
+    import keras
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +69,7 @@ def log_to_file(run_dir: RunDir) -> Iterator[None]:
         handler.close()
 
 
-def initial_summary(run_dir: RunDir, config: Config) -> dict[str, Any]:
+def initial_summary(run_dir: RunDir, config: Config) -> JsonObject:
     """The summary of a run that has not started training."""
     return {
         "status": "failed",
@@ -78,7 +83,7 @@ def initial_summary(run_dir: RunDir, config: Config) -> dict[str, Any]:
     }
 
 
-def write_run_json(run_dir: RunDir, config: Config, redactor: Redactor, config_changes: list[dict[str, Any]]) -> None:
+def write_run_json(run_dir: RunDir, config: Config, redactor: Redactor, config_changes: list[JsonObject]) -> None:
     """Writes run.json and the config as typed; when resuming, the resolved config and the accepted changes."""
     (run_dir.path / "summary.json").unlink(missing_ok=True)  # it describes an earlier attempt
     if (run_dir.path / "run.json").exists():
@@ -135,7 +140,7 @@ def write_resolved_config(run_dir: RunDir, config: Config, redactor: Redactor) -
 
 def run_provenance(
     config: Config, redactor: Redactor, fingerprint: str, processor: str, input_digests: dict[str, str]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Everything that a run's bits depend on, by key; `train.config.compatibility.IGNORED_KEYS` do not change any."""
     return {
         **flatten(to_dict(config, redactor)),
@@ -154,14 +159,14 @@ def file_sha256(path: Path) -> str:
 
 def write_data_and_model_files(
     run_dir: RunDir,
-    summary: dict[str, Any],
+    summary: JsonObject,
     config: Config,
     redactor: Redactor,
-    dataset: Any,
+    dataset: RecordedDataset,
     source: str,
-    model: Any,
-    inference: Any,
-    cost: dict[str, Any],
+    model: keras.Model,
+    inference: keras.Model,
+    cost: JsonObject,
 ) -> None:
     """Writes what data and model are: dataset.json, cost.json, model_summary.txt, input_example.npy, and the data's
     fingerprint into config.yaml; adds sizes and fingerprints to the summary.
@@ -225,7 +230,7 @@ def write_batch_image(run_dir: RunDir, images: np.ndarray, mixed: bool) -> None:
 
 
 def update_summary(
-    summary: dict[str, Any], step: Any, run_state: Any, heartbeat: Heartbeat, peak_memory_bytes: int
+    summary: JsonObject, step: RecordedStep, run_state: RecordedState, heartbeat: Heartbeat, peak_memory_bytes: int
 ) -> None:
     """Adds the loop's progress, speed and memory to the summary."""
     progress = run_state.progress
@@ -282,7 +287,7 @@ def _remedy(error: OSError) -> str:
     return "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
 
 
-def write_summary(run_dir: RunDir, summary: dict[str, Any]) -> int:
+def write_summary(run_dir: RunDir, summary: JsonObject) -> int:
     """Writes summary.json, the last file of a run, which marks its end; returns exit code 0, or 1 if that fails."""
     summary["time"] = time.time()
     try:
@@ -299,7 +304,7 @@ def write_summary(run_dir: RunDir, summary: dict[str, Any]) -> int:
     return 0
 
 
-def format_summary(summary: dict[str, Any], run_dir: RunDir) -> str:
+def format_summary(summary: JsonObject, run_dir: RunDir) -> str:
     """The summary as one line of `key=value`, the run folder last."""
     figures = {name: summary[name] for name in ("status", "model", "data", "seed", "epochs", "steps")}
     if summary.get("test"):
