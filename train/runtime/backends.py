@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from train.config.schema import Config
+from train.config.schema import Distributed
 
 BACKENDS = ("tensorflow", "jax")
 
@@ -22,7 +22,7 @@ class Backend(Protocol):
     @property
     def JIT(self) -> str: ...  # noqa: N802  # a constant of the module
 
-    def initialize(self, config: Config, /) -> None: ...
+    def initialize(self, *, device: str, devices: str, group: Distributed) -> None: ...
 
     def count_devices(self, device: str, /) -> int: ...
 
@@ -32,7 +32,9 @@ class Backend(Protocol):
 
     def describe(self, gpu: object, /) -> str: ...
 
-    def set_up(self, config: Config, /) -> None: ...
+    def set_up(
+        self, *, device: str, devices: int, threads: int | None, gpu_memory: int | None, deterministic: bool
+    ) -> None: ...
 
     def peak_memory_bytes(self) -> int | None: ...
 

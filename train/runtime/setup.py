@@ -47,19 +47,26 @@ def prepare(config: Config, library_log: Path) -> tuple[Config, list[str]]:
     Raises: ConfigError if a requested GPU is missing, or an earlier run of this process had other settings.
     """
     _check_process_settings(config, "backend")
-    os.environ.update(backend_environment(config))
+    processes = config.distributed.processes
+    os.environ.update(backend_environment(config.backend, config.threads, config.deterministic, processes))
     import_backend(config.backend, library_log)
     import keras
 
     backend = backends.get_backend(config.backend)
     with redirect_fds(library_log, 1, 2):
-        backend.initialize(config)
+        backend.initialize(device=config.device, devices=config.devices, group=config.distributed)
     device, messages = _choose_device(backend, config.device)
     devices = _count_devices(backend, config.devices, device)
     config, reason = resolve_auto(dataclasses.replace(config, device=device, devices=devices))
     check_batch(config)
     _check_process_settings(config, "device", "devices", "threads", "deterministic")
-    backend.set_up(config)
+    backend.set_up(
+        device=device,
+        devices=int(devices),
+        threads=config.threads,
+        gpu_memory=config.gpu_memory,
+        deterministic=config.deterministic,
+    )
     if device == "gpu":
         messages += tf32_note(device_capability(config.backend, device), config.precision)
     elif config.gpu_memory is not None:
@@ -78,19 +85,18 @@ def _device_message(config: Config, backend_name: str, reason: str) -> str:
     return f"device: {device}, {backend_name}, {threads}, {config.precision}, XLA {config.jit}{reason}"
 
 
-def backend_environment(config: Config) -> dict[str, str]:
-    """The environment variables that a backend's libraries read when they are loaded."""
-    if config.backend != "jax":
+def backend_environment(backend: str, threads: int | None, deterministic: bool, processes: int) -> dict[str, str]:
+    """The environment variables that a backend's libraries read when they are loaded. threads: None for all cores."""
+    if backend != "jax":
         return {}
-    threads = str(config.threads or cores())
     flags = os.environ.get("XLA_FLAGS", "").split()
-    if config.deterministic and XLA_DETERMINISTIC not in flags:
+    if deterministic and XLA_DETERMINISTIC not in flags:
         flags.append(XLA_DETERMINISTIC)
-    if config.distributed.processes > 1:
+    if processes > 1:
         flags.append(XLA_NO_SHARDED_AUTOTUNING)
     return {
-        "NPROC": threads,
-        "PJRT_NPROC": threads,
+        "NPROC": str(threads or cores()),
+        "PJRT_NPROC": str(threads or cores()),
         "XLA_FLAGS": " ".join(flags),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # otherwise it takes three quarters of a GPU's memory
     }
