@@ -132,7 +132,9 @@ def load_config(run_dir: RunDir, overrides: list[str]) -> Config:
                 f'unknown key "{override.partition("=")[0]}"; valid keys: {", ".join((*keys, *ALLOWED_OVERRIDES))}'
             )
     config, _ = stored_runs.evaluation_config(
-        run_dir, run_dir.model_info(), ["evaluate.views=one", "device=cpu", "backend=tensorflow", "jit=off", *overrides]
+        run_dir,
+        run_dir.model_info(),
+        ["evaluate.views=one", "device=cpu", "devices=1", "backend=tensorflow", "jit=off", *overrides],
     )
     config.data = replace(config.data, fingerprint=run_dir.model_info()["data_fingerprint"])
     return config
