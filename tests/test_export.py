@@ -21,9 +21,12 @@ from support.exports import ship
 from support.shared import Finished
 from train import formats, models
 from train.cli.arguments import parse
+from train.config.composition import compose
+from train.config.serialization import Redactor, to_dict
 from train.data.decode import decode, resize
-from train.export import Export, export, rejection_reason
+from train.export import Export, export, load_config, rejection_reason
 from train.models.deployment import deployment_model, preprocessing_model, to_float32
+from train.tracking.run_dir import RunDir
 
 TEST_EXAMPLES = 340
 QUICK = ("onnx", "tflite")  # need no TensorFlow
@@ -55,7 +58,7 @@ def test_network_of_any_precision_is_exported_in_float32():
     assert {layer.dtype_policy.name for layer in copy.layers} == {"float32"}
     assert all(np.array_equal(one, other) for one, other in zip(network.weights, copy.weights, strict=True))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    probabilities = np.asarray(deployment_model(network)(images))
+    probabilities = np.asarray(deployment_model(network, 1.0)(images))
     assert probabilities.dtype == np.float32
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     assert np.allclose(probabilities, np.asarray(keras.ops.softmax(network(images))), atol=0.02)
@@ -268,6 +271,16 @@ def test_unfinished_run_is_not_exported(finished: Finished, tmp_path: Path):
 )
 def test_invalid_export_is_rejected(overrides: list[str], expected: str):
     assert expected in message(export, overrides)
+
+
+def test_run_on_several_devices_is_exported_on_one(tmp_path: Path):
+    config = compose(["model=vgg16", "backend=jax", "device=cpu", "devices=2"])
+    run_dir = RunDir(tmp_path, "a")
+    run_dir.write_yaml("config.yaml", to_dict(config, Redactor()))
+    run_dir.best.mkdir()
+    run_dir.write_json("best/model.json", {"input": {"shape": [32, 32, 3]}, "validation": {}, "data_fingerprint": "b"})
+    loaded = load_config(run_dir, [])
+    assert (loaded.backend, loaded.device, loaded.devices, loaded.jit) == ("tensorflow", "cpu", "1", "off")
 
 
 def test_data_is_not_a_key_of_export(finished: Finished):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -18,10 +18,14 @@ from train.config import composition, schema
 from train.config.schema import resolve_image_size
 from train.runtime import setup
 
+if TYPE_CHECKING:
+    from train.models.ablations import BlockAblation
+    from train.models.cost import BlockCost
+
 CLASSES = "classes"
 
 
-def parse_arguments(argv: list[str]) -> tuple[Any, tuple[int, int, int], int]:
+def parse_arguments(argv: list[str]) -> tuple[schema.Model, tuple[int, int, int], int]:
     """Returns the model's config, the input shape and the number of classes.
 
     `classes=` belongs to this command; every other argument is a key of `make train`. Without `data.image_size` and
@@ -71,7 +75,7 @@ def print_cost(argv: list[str]) -> None:
         console.print(ablations_table(rows_of_ablations))
 
 
-def blocks_table(title: str, rows: list[Any], total: Any) -> Table:
+def blocks_table(title: str, rows: list[BlockCost], total: BlockCost) -> Table:
     """Makes a table with a row per block and their sum."""
     table = Table("block", "output", title=title, title_justify="left")
     for name in ("parameters", "multiply-accumulates", "activations"):
@@ -82,12 +86,12 @@ def blocks_table(title: str, rows: list[Any], total: Any) -> Table:
     return table
 
 
-def _row_cells(row: Any) -> list[str]:
+def _row_cells(row: BlockCost) -> list[str]:
     shape = " x ".join(map(str, row.output_shape))
     return [row.block, shape, f"{row.parameters:,}", f"{row.macs:,}", f"{row.activations:,}"]
 
 
-def ablations_table(ablations: list[Any]) -> Table:
+def ablations_table(ablations: list[BlockAblation]) -> Table:
     """Makes a table of each Inception block's cost, as built and without 1x1 reductions or factorisation."""
     title = "block ablations: millions of multiply-accumulates, ratio to the block as built"
     table = Table("block", title=title, title_justify="left")

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -29,17 +29,23 @@ from train import formats
 from train.cli import arguments
 from train.cli.progress import print_and_log
 from train.config.schema import Config
+from train.data.dataset import Dataset, Split
 from train.data.decode import resize
 from train.evaluation import html
 from train.evaluation.metrics import log_softmax
 from train.evaluation.statistics import accuracy_interval
+from train.formats.runtimes import PredictFunction
 from train.run import factory, stored_runs
 from train.runtime import setup
 from train.storage.atomic import write_atomically
 from train.storage.checksummed import file_sha256
+from train.storage.json_types import JsonObject
 from train.tracking import address, run_metadata, uploader
 from train.tracking.run_dir import RunDir, open_run_dir
 from train.training.signals import SignalHandler
+
+if TYPE_CHECKING:
+    import keras
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +85,8 @@ class ReferenceResult:
     [N, classes], of the network in float32 on images that the pipeline has resized.
     """
 
-    network: Any
-    dataset: Any
+    network: keras.Model
+    dataset: Dataset
     classes: tuple[str, ...]
     labels: np.ndarray
     accuracy: float
@@ -127,7 +133,9 @@ def load_config(run_dir: RunDir, overrides: list[str]) -> Config:
                 f'unknown key "{override.partition("=")[0]}"; valid keys: {", ".join((*keys, *ALLOWED_OVERRIDES))}'
             )
     config, _ = stored_runs.evaluation_config(
-        run_dir, run_dir.model_info(), ["evaluate.views=one", "device=cpu", "backend=tensorflow", "jit=off", *overrides]
+        run_dir,
+        run_dir.model_info(),
+        ["evaluate.views=one", "device=cpu", "devices=1", "backend=tensorflow", "jit=off", *overrides],
     )
     config.data = replace(config.data, fingerprint=run_dir.model_info()["data_fingerprint"])
     return config
@@ -151,7 +159,7 @@ def measure_reference(run_dir: RunDir, config: Config) -> ReferenceResult:
     return ReferenceResult(deployed, dataset, classes, labels, accuracy, np.exp(log_softmax(float32_logits)))
 
 
-def full_size_batches(split: Any) -> Iterator[np.ndarray]:
+def full_size_batches(split: Split) -> Iterator[np.ndarray]:
     """Yields all examples at full size, uint8 [n, H, W, C]; consecutive ones of equal size share a batch."""
     batch: list[np.ndarray] = []
     for start in range(0, len(split), BATCH_SIZE):
@@ -166,9 +174,7 @@ def full_size_batches(split: Any) -> Iterator[np.ndarray]:
     yield np.stack(batch)
 
 
-def export_format(
-    run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult
-) -> dict[str, Any]:
+def export_format(run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult) -> JsonObject:
     """Exports one format and returns its summary; a converter's error is printed and stops no other format."""
     label = name if keys.quantize == "none" else f"{name}-{keys.quantize}"
     print_and_log(f"{label}: writing the file and measuring it")
@@ -189,7 +195,7 @@ def export_format(
 
 def write_and_measure(
     run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult, directory: Path
-) -> dict[str, Any]:
+) -> JsonObject:
     """Writes a format into `directory` and measures it; `refused` in its summary says why it must not be kept."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -218,7 +224,7 @@ def write_and_measure(
     return summary
 
 
-def rejection_reason(summary: dict[str, Any], max_accuracy_drop: float) -> str:
+def rejection_reason(summary: JsonObject, max_accuracy_drop: float) -> str:
     """Says why a file must not be kept; empty for a good one."""
     if not math.isfinite(summary["largest_difference"]):
         return "output contains NaN or infinity"
@@ -226,7 +232,7 @@ def rejection_reason(summary: dict[str, Any], max_accuracy_drop: float) -> str:
     return f"accuracy drops by {drop:.4f}, more than {max_accuracy_drop:g}" if drop > max_accuracy_drop else ""
 
 
-def measure_export(predict: Any, reference: ReferenceResult, calibration_images: np.ndarray) -> dict[str, Any]:
+def measure_export(predict: PredictFunction, reference: ReferenceResult, calibration_images: np.ndarray) -> JsonObject:
     """Measures an exported file in its own runtime.
 
     `largest_difference` is that of a probability to the run's network in float32.
@@ -247,7 +253,7 @@ def measure_export(predict: Any, reference: ReferenceResult, calibration_images:
     }
 
 
-def measure_throughput(predict: Any, images: np.ndarray) -> float:
+def measure_throughput(predict: PredictFunction, images: np.ndarray) -> float:
     """Returns images per second: the median of TIMING_CALLS calls after a warm-up."""
     predict(images)
     seconds = []
@@ -258,7 +264,7 @@ def measure_throughput(predict: Any, images: np.ndarray) -> float:
     return len(images) / statistics.median(seconds)
 
 
-def sample_calibration_images(split: Any, crop_fraction: float) -> np.ndarray:
+def sample_calibration_images(split: Split, crop_fraction: float) -> np.ndarray:
     """Takes training images evenly over the split: uint8 [N, L, L, C]; their crop has the network's input size."""
     indices = np.linspace(0, len(split) - 1, min(CALIBRATION_IMAGES, len(split))).astype(int).tolist()
     side = round(split.image_spec.image_size / crop_fraction)
@@ -266,7 +272,7 @@ def sample_calibration_images(split: Any, crop_fraction: float) -> np.ndarray:
     return np.stack([resize(image, side, crop_fraction=1) for image in full_size])
 
 
-def render_model_card(run_dir: RunDir, summary: dict[str, Any], crop_fraction: float) -> str:
+def render_model_card(run_dir: RunDir, summary: JsonObject, crop_fraction: float) -> str:
     """Writes the model card: use, input and output, results. Source: Mitchell et al. 2019 (Model Cards)."""
     best = run_dir.model_info()
     side, _, channels = best["input"]["shape"]
@@ -295,7 +301,7 @@ def list_files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def print_results(rows: list[dict[str, Any]]) -> None:
+def print_results(rows: list[JsonObject]) -> None:
     """Prints a table with a row per format."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("format", "accuracy", "change", "largest difference", "size", "images/s", ""):

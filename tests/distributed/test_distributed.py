@@ -27,16 +27,10 @@ from support.commands import FROM_MAKE, ROOT, Done, message, run_command
 from support.shared import once
 from train.config.composition import compose
 from train.config.schema import ConfigError, Distributed
-<<<<<<< HEAD
-from train.config.serialization import Redactor, config_hash, to_dict
-from train.distributed import rendezvous
-from train.distributed.process_group import ProcessGroup
-=======
 from train.config.serialization import Redactor, config_hash, to_dict
 from train.distributed import liveness, process_group, rendezvous
 from train.distributed.liveness import PeerMonitor
 from train.distributed.process_group import ProcessGroup, WorkerLostError
->>>>>>> libraries/one-story
 from train.training import checkpoint
 
 # ------------------------------------------------------------------------------------------------------ the meeting

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Protocol
-
-import keras
+from typing import TYPE_CHECKING, Protocol
 
 from train.config.compatibility import check_compatible, differing_keys
 from train.config.schema import Config, options
-from train.data.dataset import Dataset
 from train.distributed.process_group import ProcessGroup
 from train.storage import fault_injection
 from train.storage.json_types import JsonObject
@@ -18,7 +15,12 @@ from train.tracking.journal import Journal
 from train.tracking.run_dir import Heartbeat, RunDir
 from train.training.checkpoint import PREEMPTION_SUFFIX, CheckpointManager, CheckpointPolicy
 from train.training.loop import Callbacks, DivergedError, Progress
-from train.training.step.base import Step
+
+if TYPE_CHECKING:  # Keras and TensorFlow are imported by setup.prepare, once their settings are known
+    import keras
+
+    from train.data.dataset import Dataset
+    from train.training.step.base import Step
 
 
 def checkpoint_policy(config: Config) -> CheckpointPolicy:

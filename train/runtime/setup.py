@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from train.config.schema import Config, ConfigError
 from train.config.validation import check_batch
 from train.runtime import backends
+from train.runtime.backends import Backend
 
 # What `auto` means by kind of device and model, and why; written by `scripts/benchmarks/training.py --settings`.
 AUTO_SETTINGS = Path(__file__).with_name("auto_settings.json")
@@ -47,19 +47,26 @@ def prepare(config: Config, library_log: Path) -> tuple[Config, list[str]]:
     Raises: ConfigError if a requested GPU is missing, or an earlier run of this process had other settings.
     """
     _check_process_settings(config, "backend")
-    os.environ.update(backend_environment(config))
+    processes = config.distributed.processes
+    os.environ.update(backend_environment(config.backend, config.threads, config.deterministic, processes))
     import_backend(config.backend, library_log)
     import keras
 
     backend = backends.get_backend(config.backend)
     with redirect_fds(library_log, 1, 2):
-        backend.initialize(config)
+        backend.initialize(device=config.device, devices=config.devices, group=config.distributed)
     device, messages = _choose_device(backend, config.device)
     devices = _count_devices(backend, config.devices, device)
     config, reason = resolve_auto(dataclasses.replace(config, device=device, devices=devices))
     check_batch(config)
     _check_process_settings(config, "device", "devices", "threads", "deterministic")
-    backend.set_up(config)
+    backend.set_up(
+        device=device,
+        devices=int(devices),
+        threads=config.threads,
+        gpu_memory=config.gpu_memory,
+        deterministic=config.deterministic,
+    )
     if device == "gpu":
         messages += tf32_note(device_capability(config.backend, device), config.precision)
     elif config.gpu_memory is not None:
@@ -78,19 +85,18 @@ def _device_message(config: Config, backend_name: str, reason: str) -> str:
     return f"device: {device}, {backend_name}, {threads}, {config.precision}, XLA {config.jit}{reason}"
 
 
-def backend_environment(config: Config) -> dict[str, str]:
-    """The environment variables that a backend's libraries read when they are loaded."""
-    if config.backend != "jax":
+def backend_environment(backend: str, threads: int | None, deterministic: bool, processes: int) -> dict[str, str]:
+    """The environment variables that a backend's libraries read when they are loaded. threads: None for all cores."""
+    if backend != "jax":
         return {}
-    threads = str(config.threads or cores())
     flags = os.environ.get("XLA_FLAGS", "").split()
-    if config.deterministic and XLA_DETERMINISTIC not in flags:
+    if deterministic and XLA_DETERMINISTIC not in flags:
         flags.append(XLA_DETERMINISTIC)
-    if config.distributed.processes > 1:
+    if processes > 1:
         flags.append(XLA_NO_SHARDED_AUTOTUNING)
     return {
-        "NPROC": threads,
-        "PJRT_NPROC": threads,
+        "NPROC": str(threads or cores()),
+        "PJRT_NPROC": str(threads or cores()),
         "XLA_FLAGS": " ".join(flags),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # otherwise it takes three quarters of a GPU's memory
     }
@@ -175,7 +181,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose_device(backend: Any, device: str) -> tuple[str, list[str]]:
+def _choose_device(backend: Backend, device: str) -> tuple[str, list[str]]:
     """`cpu` or `gpu`, and a warning if the choice may be unexpected."""
     has_gpu = bool(backend.gpus())
     if device == "gpu" and not has_gpu:
@@ -188,7 +194,7 @@ def _choose_device(backend: Any, device: str) -> tuple[str, list[str]]:
     return ("gpu" if has_gpu and device != "cpu" else "cpu"), []
 
 
-def _count_devices(backend: Any, requested: str, device: str) -> str:
+def _count_devices(backend: Backend, requested: str, device: str) -> str:
     available = backend.count_devices(device)
     if requested != "all" and int(requested) > available:
         raise ConfigError(
@@ -261,7 +267,7 @@ def peak_memory_bytes(backend: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _reset_peak_memory(backend: Any) -> None:
+def _reset_peak_memory(backend: Backend) -> None:
     """Resets the peak, so that each run in a process is measured by itself."""
     backend.reset_peak_memory()
     with suppress(OSError):

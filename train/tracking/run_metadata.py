@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -25,6 +25,9 @@ from train.storage.atomic import write_atomically
 from train.storage.json_types import JsonObject
 from train.tracking import environment
 from train.tracking.run_dir import RunDir
+
+if TYPE_CHECKING:
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +203,7 @@ def _remedy(error: OSError) -> str:
     return "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
 
 
-def write_summary(run_dir: RunDir, summary: dict[str, Any]) -> int:
+def write_summary(run_dir: RunDir, summary: JsonObject) -> int:
     """Writes summary.json, the last file of a run, which marks its end; returns exit code 0, or 1 if that fails."""
     summary["time"] = time.time()
     try:
@@ -217,7 +220,7 @@ def write_summary(run_dir: RunDir, summary: dict[str, Any]) -> int:
     return 0
 
 
-def format_summary(summary: dict[str, Any], run_dir: RunDir) -> str:
+def format_summary(summary: JsonObject, run_dir: RunDir) -> str:
     """The summary as one line of `key=value`, the run folder last."""
     figures = {name: summary[name] for name in ("status", "model", "data", "seed", "epochs", "steps")}
     if summary.get("test"):
