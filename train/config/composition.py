@@ -12,14 +12,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from train.cli.arguments import unknown_key_message
 from train.config import schema as schema
-from train.config.hydra_errors import HYDRA_ERRORS, default_options, explain, unknown_key_message
+from train.config.overrides import (
+    HYDRA_ERRORS,
+    Sections,
+    check_form,
+    check_override,
+    check_overrides,
+    check_single_value,
+    explain,
+    parse_overrides,
+    schema_sections,
+)
 from train.config.schema import Config, ConfigError
 from train.config.serialization import Redactor, extract_credentials, flatten, format_value, quote_value
+from train.config.suggestions import suggest_key
 from train.config.validation import check
 
 REDACTED = "(from the environment)"
@@ -46,7 +60,6 @@ def to_config(node: DictConfig, *, is_stored: bool = False) -> Config:
     except HYDRA_ERRORS as error:
         raise ConfigError(explain(error)) from None
     assert isinstance(config, Config)
-    _reject_unknown_keys(config)
     check(config)
     if not is_stored:
         _expand_home(config)
@@ -83,30 +96,29 @@ def _resolve_links(config: Config) -> None:
         config.model.weights = str(weights.parent.parent.resolve() / "best" / weights.name)
 
 
-def _reject_unknown_keys(config: Any, prefix: str = "") -> None:
-    """Rejects keys that `+name=value` adds, which gets past Hydra's own test for unknown keys."""
-    field_names = {item.name for item in dataclasses.fields(config)}
-    for name, value in vars(config).items():
-        if name not in field_names:
-            raise ConfigError(unknown_key_message(prefix + name, []))
-        if dataclasses.is_dataclass(value):
-            _reject_unknown_keys(value, f"{prefix}{name}.")
-
-
 def compose(overrides: list[str]) -> Config:
     """The config that `make train` would run with these overrides.
 
     Raises: ConfigError.
     """
     from hydra import compose as hydra_compose
+
+    try:
+        with conf_loader() as loader:
+            check_overrides(overrides, loader)
+            return to_config(hydra_compose("config", overrides=overrides))
+    except HYDRA_ERRORS as error:
+        raise ConfigError(explain(error)) from None
+
+
+@contextmanager
+def conf_loader() -> Iterator[ConfigLoader]:
+    """Hydra, set up with conf/ and the schema, but for whatever else uses it in this process."""
     from hydra import initialize_config_dir
 
     register_schema()
-    try:
-        with isolated_hydra(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
-            return to_config(hydra_compose("config", overrides=overrides))
-    except HYDRA_ERRORS as error:
-        raise ConfigError(explain(error, overrides)) from None
+    with isolated_hydra(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
 
 
 @contextmanager
@@ -138,10 +150,12 @@ def from_stored(
     Raises: ConfigError for an override of an unknown key, and for a value that was neither stored nor passed.
     """
     stored_keys = flatten(stored_config)
-    overridden = [override.partition("=")[0] for override in overrides]
+    parsed = parse_overrides(overrides)
+    overridden = [override.key_or_group for override in parsed]
+    valid_keys = [*command_keys, *sorted(stored_keys)]
     for name in overridden:
         if name not in stored_keys:
-            raise ConfigError(f'unknown key "{name}"; valid keys: {", ".join((*command_keys, *sorted(stored_keys)))}')
+            raise ConfigError(unknown_key_message(name, valid_keys, suggest_key(name, valid_keys)))
     try:
         names = {group: stored_config[group]["name"] for group in schema.GROUPS}
         node_types = {group: schema.GROUPS[group][name] for group, name in names.items()}
@@ -159,25 +173,23 @@ def from_stored(
         node = OmegaConf.structured(Config)
         for group, node_type in node_types.items():
             node[group] = OmegaConf.structured(node_type)
-        node = cast(DictConfig, OmegaConf.merge(node, stored_config, _parse_overrides(overrides)))
+        node = cast(DictConfig, OmegaConf.merge(node, stored_config, _to_node(parsed, schema_sections() | node_types)))
     except HYDRA_ERRORS as error:
-        raise ConfigError(explain(error, overrides)) from None
+        raise ConfigError(explain(error)) from None
     redacted = [name for name, value in flatten(cast(dict, OmegaConf.to_container(node))).items() if value == REDACTED]
     if redacted:
         raise ConfigError(f"{redacted[0]} was not stored with the run; pass it again: {redacted[0]}=VALUE")
     return node
 
 
-def _parse_overrides(overrides: list[str]) -> DictConfig:
-    """Parses values by Hydra's grammar, as `make train` does: YAML's would read off as false."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
+def _to_node(overrides: list[Override], sections: Sections) -> DictConfig:
+    """The checked values of the overrides. Raises: ConfigError."""
     node = OmegaConf.create()
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
-        if override.is_sweep_override():
-            raise ConfigError(f"{key} takes a single value, got {override.get_value_string()}; use one of them")
-        OmegaConf.update(node, key, _expand_value(key, override.value()))
+    for override in overrides:
+        check_form(override)
+        check_single_value(override, "use one of them")
+        check_override(override, [sections])
+        OmegaConf.update(node, override.key_or_group, _expand_value(override.key_or_group, override.value()))
     return node
 
 
@@ -202,10 +214,8 @@ def _iterate_strings(value: Any) -> Iterator[str]:
 def conf_references(chosen_options: dict[str, str]) -> References:
     """The references in conf/ today. chosen_options: the option of each group."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
 
-    register_schema()
-    with isolated_hydra(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+    with conf_loader():
         node = hydra_compose("config", overrides=[f"{group}={name}" for group, name in chosen_options.items()])
     return find_references(cast(dict, OmegaConf.to_container(node, resolve=False)))
 
@@ -227,7 +237,7 @@ def minimal_command(flat_config: dict[str, Any]) -> str:
     overrides = [
         f"{group}={name}"
         for group, name in chosen.items()
-        if group in ("model", "data") or name != default_options()[group]
+        if group in ("model", "data") or name != _defaults_for()[f"{group}.name"]
     ]
     for name, value in flat_config.items():
         if name in defaults and value not in (defaults[name], REDACTED) and name not in NOT_REPRODUCED:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 
+from train.config.overrides import parse_overrides, sweep_values
 from train.config.schema import GROUPS, ConfigError
 
 CONFIG_GROUP_KEYS = (*GROUPS, "experiment")
@@ -49,7 +49,7 @@ def parse_axes(overrides: Iterable[str], loader: Any) -> tuple[list[str], list[A
 
     Raises: ConfigError for an invalid range.
     """
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    parsed = parse_overrides(overrides, loader)
     common = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     return common, [_parse_axis(override) for override in parsed if override.is_sweep_override()]
 
@@ -58,7 +58,7 @@ def _parse_axis(override: Override) -> Axis:
     key = override.get_key_element()
     value = override.value()
     if not isinstance(value, IntervalSweep):
-        values = [Override._convert_value(element) for element in override.sweep_iterator()]
+        values = sweep_values(override)
         if not values:
             raise ConfigError(f"{key} has no values to sweep, got {override.input_line}; use e.g. {key}=a,b")
         return Axis(key, tuple(values), tuple(override.sweep_string_iterator()))
