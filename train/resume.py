@@ -32,7 +32,7 @@ POST_TRAINING_KEYS = ("evaluate.test", "evaluate.report", "tracking.log_model") 
 class Resume:
     """The keys of `make resume`."""
 
-    run: str = setting("", "folder of the run; none: the newest unfinished run below runs/")
+    run: str | None = setting(None, "folder of the run; none: the newest unfinished run below runs/")
     accept: str = setting("", "names of what may differ from the previous attempt, separated by commas")
 
 
@@ -43,9 +43,9 @@ def resume(argv: list[str]) -> int:
     """Resumes a run; returns the exit code. Raises: ValueError for what does not fit the run."""
     keys, others = arguments.parse_known(Resume, argv)
     process = {override.key: override.value for override in others}.get("distributed.index", "0")
-    if not keys.run and process != "0":
+    if keys.run is None and process != "0":
         raise ConfigError("run is missing, and each of several processes needs it; use run=FOLDER")
-    run_dir = open_run_dir(Path(keys.run)) if keys.run else latest_unfinished(ROOT / "runs")
+    run_dir = open_run_dir(Path(keys.run)) if keys.run is not None else latest_unfinished(ROOT / "runs")
     accepted_changes = frozenset(filter(None, keys.accept.split(",")))
     return resume_run(run_dir, list(map(str, others)), accepted_changes)
 

@@ -22,7 +22,7 @@ HELP_FLAGS = ("-h", "--help")
 VERSION_FLAG = "--version"
 PACKAGE = "inception-laboratory"
 MAX_HELP_WIDTH = 120  # characters; longer lines are hard to read
-MAX_KEY_WIDTH = 34
+MAX_KEY_WIDTH = 36
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,10 @@ def help_of(command: Callable[..., object], keys: type, other_keys: str = "") ->
     module = sys.modules[command.__module__]
     description, examples = split_docstring(module.__doc__ or "")
     name = (module.__spec__ or module).name.rpartition(".")[2]
-    rows = [describe(keys, key, item, str(default_of(item))) for key, item in fields_by_key(keys).items()]
+    rows = [
+        describe(keys, key, item, "" if default_of(item) is None else str(default_of(item)))
+        for key, item in fields_by_key(keys).items()
+    ]
     return format_help(f"make {name} [key=value ...]", description, {"keys": rows}, other_keys, examples)
 
 

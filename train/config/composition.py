@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
@@ -35,6 +35,7 @@ from train.config.schema import Config, ConfigError
 from train.config.serialization import Redactor, extract_credentials, flatten, format_value, quote_value
 from train.config.suggestions import suggest_key
 from train.config.validation import check
+from train.storage.json_types import JsonObject
 
 REDACTED = "(from the environment)"
 
@@ -80,7 +81,7 @@ def _expand_home(config: Config) -> None:
             setattr(node, name, _expand_value(key, getattr(node, name)))
 
 
-def _expand_value(key: str, value: Any) -> Any:
+def _expand_value(key: str, value: object) -> object:
     """The value of a key; in a path, the home directory replaces `~`."""
     if key in PATH_KEYS and isinstance(value, str):
         return os.path.expanduser(value)  # noqa: PTH111 - keeps the rest as typed
@@ -134,7 +135,7 @@ def isolated_hydra() -> Iterator[None]:
 
 
 def from_stored(
-    stored_config: dict[str, Any],
+    stored_config: JsonObject,
     overrides: list[str],
     trusted: References | None = None,
     *,
@@ -196,14 +197,14 @@ def _to_node(overrides: list[Override], sections: Sections) -> DictConfig:
 References = frozenset[tuple[str, str]]  # dotted key, text with ${...}
 
 
-def find_references(stored_config: dict[str, Any]) -> References:
+def find_references(stored_config: JsonObject) -> References:
     """The strings of a config that hold a reference, those in lists included."""
     return frozenset(
         (key, text) for key, value in flatten(stored_config).items() for text in _iterate_strings(value) if "${" in text
     )
 
 
-def _iterate_strings(value: Any) -> Iterator[str]:
+def _iterate_strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -230,7 +231,7 @@ WHOLE_REFERENCE = re.compile(r"\$\{\s*[\w.]+\s*(:\s*\w+\s*)?\}")
 NOT_REPRODUCED = ("run_dir", "tracking.uri", "tracking.wait_seconds", "data.directory", "data.fingerprint")
 
 
-def minimal_command(flat_config: dict[str, Any]) -> str:
+def minimal_command(flat_config: JsonObject) -> str:
     """The shortest `make train ...` that reproduces a run on top of conf/. flat_config: values as they were typed."""
     chosen = {group: flat_config[f"{group}.name"] for group in schema.GROUPS}
     defaults = _defaults_for(*(f"{group}={name}" for group, name in chosen.items()))
@@ -247,7 +248,7 @@ def minimal_command(flat_config: dict[str, Any]) -> str:
 
 
 @cache
-def _defaults_for(*groups: str) -> dict[str, Any]:
+def _defaults_for(*groups: str) -> JsonObject:
     """The flat config of conf/ with these options and no other override."""
     return flatten(dataclasses.asdict(compose(list(groups))))
 

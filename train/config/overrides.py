@@ -46,8 +46,8 @@ def _parse(parser: OverridesParser, text: str) -> Override:
     try:
         return parser.parse_override(text)
     except HydraException:
-        key, equals, value = text.partition("=")
-        shown = f"{key.lstrip('+~')}=..." if equals and "://" in value else text  # an address may hold a password
+        key = arguments.Override.key_of(text)
+        shown = f"{key}=..." if "://" in text and key != text else text  # an address may hold a password
     groups = [group for group, options in schema.GROUPS.items() if text in options]
     advice = f"use {groups[0]}={text}" if groups else "quote special characters twice: key=\"'...'\""
     raise ConfigError(f"arguments must be key=value, got {shown}; {advice}")

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.cli.fields import setting
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -546,6 +549,6 @@ def resolve_image_size(config: Config) -> int:
     return max(DEFAULT_IMAGE_SIZE[config.data.name], MIN_IMAGE_SIZE[config.model.name])
 
 
-def options(group: Any) -> dict[str, Any]:
+def options(group: DataclassInstance) -> dict[str, Any]:  # passed on as keyword arguments of many types
     """The keys of a group, except `name`, as keyword arguments for its builder."""
     return {item.name: getattr(group, item.name) for item in fields(group) if item.name != "name"}

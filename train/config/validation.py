@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import Field, fields, is_dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from train.cli.fields import find_problem
@@ -26,15 +26,18 @@ from train.config.schema import (  # fmt: skip
 from train.config.serialization import strip_credentials
 from train.config.suggestions import suggest_value
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def check(config: Any, prefix: str = "") -> None:
+
+def check(config: DataclassInstance, prefix: str = "") -> None:
     """Checks every value against its key's range, and the keys against each other.
 
     Raises: ConfigError naming the key, the value and what is allowed.
     """
     for item in fields(config):
         value = getattr(config, item.name)
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             check(value, f"{prefix}{item.name}.")
         else:
             check_value(prefix + item.name, value, item)
@@ -48,7 +51,7 @@ def check_value(name: str, value: object, item: Field) -> None:
         _check_element(name, value, item)
         return
     for number, element in enumerate(value):
-        if is_dataclass(element):
+        if is_dataclass(element) and not isinstance(element, type):
             check(element, f"{name}[{number}].")
         else:
             _check_element(name, element, item)

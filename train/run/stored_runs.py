@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from train.cli.arguments import Override
 from train.config import composition
 from train.config.schema import Config, Data, Distributed
+from train.storage.json_types import JsonObject
 from train.tracking.run_dir import RunDir
 
 
-def evaluation_config(run_dir: RunDir, model_info: dict[str, Any], overrides: list[Override]) -> tuple[Config, bool]:
+def evaluation_config(run_dir: RunDir, model_info: JsonObject, overrides: list[Override]) -> tuple[Config, bool]:
     """The run's config with overrides applied, images as its model takes them; and whether it names other data."""
     stored = run_dir.config()
     stored["tracking"]["uri"] = None  # not needed to evaluate

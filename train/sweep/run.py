@@ -371,7 +371,8 @@ def compose_bases(
     """Returns the base configs, one per combination of config groups, and the axes along which trials differ."""
     typed = typed_keys(overrides)
     space = [f"{name}={value}" for name, value in config.sweep.space.items() if name not in typed]
-    check_overrides([*overrides, *space], loader, in_sweep=True)
+    if space:  # the rest has been checked before composing
+        check_overrides([*overrides, *space], loader, in_sweep=True)
     common, axes = search_space.parse_axes([*overrides, *space], loader)
     common += [f"{name}={value}" for name, value in DISABLED_DURING_SEARCH.items() if name not in typed]
     if local and config.threads is None and "threads" not in typed:

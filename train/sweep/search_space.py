@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from train.config.overrides import parse_overrides, sweep_values
@@ -30,9 +30,9 @@ class Axis:
     high: float | None = None
     log: bool = False
 
-    def decode(self, sampled: Any) -> Any:
+    def decode(self, sampled: object) -> object:
         """Returns the value of a sampled word; a number from a range is its own value."""
-        return sampled if self.is_range else self.values[list(self.words).index(sampled)]
+        return sampled if self.is_range else self.values[list(self.words).index(str(sampled))]
 
     @property
     def is_range(self) -> bool:
@@ -44,7 +44,7 @@ class Axis:
         return self.key in CONFIG_GROUP_KEYS
 
 
-def parse_axes(overrides: Iterable[str], loader: Any) -> tuple[list[str], list[Axis]]:
+def parse_axes(overrides: Iterable[str], loader: ConfigLoader | None) -> tuple[list[str], list[Axis]]:
     """Splits overrides into those common to all trials and the axes. loader: Hydra's config loader, for `glob`.
 
     Raises: ConfigError for an invalid range.
@@ -73,7 +73,7 @@ def _parse_axis(override: Override) -> Axis:
     return Axis(key, low=low, high=high, log=log)
 
 
-def grid_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
+def grid_points(axes: Iterable[Axis]) -> Iterator[dict[str, object]]:
     """Yields every combination of values, the last axis varying fastest. Raises: ConfigError for a range."""
     axes = list(axes)
     for axis in axes:
@@ -92,7 +92,7 @@ def config_group_choices(axes: Iterable[Axis]) -> list[list[str]]:
     return [list(overrides) for overrides in itertools.product(*choices)]
 
 
-def boundary_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
+def boundary_points(axes: Iterable[Axis]) -> Iterator[dict[str, object]]:
     """Yields points that cover every value and both ends of every range, for each combination of config groups."""
     axes = list(axes)
     candidates = {axis.key: axis.values or (axis.low, axis.high) for axis in axes}
