@@ -58,6 +58,7 @@ def test_help_fits_the_terminal_and_ends_with_examples(command: str, width: int)
     assert text.startswith(f"usage: make {command} [key=value")
     assert max(map(len, text.splitlines())) <= min(width, 120)
     assert f"  make {command}" in examples
+    assert max(map(len, examples.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", COMMANDS)

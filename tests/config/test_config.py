@@ -15,7 +15,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from support.commands import ROOT, run_command, run_train
+from support.commands import ROOT, Done, run_command, run_train
 from train.config import composition as composer
 from train.config import overrides
 from train.config import schema as schema
@@ -234,8 +234,8 @@ HINTS = {
     "early_stopping={patience:3}": 'unknown key "early_stopping.patience"; '
     "did you mean early_stopping.patience_epochs?",
     "model.name=vgg16": "model.name cannot be set by itself, got vgg16; use model=vgg16",
-    "+epochs=3": "+epochs=3: epochs exists already; omit the +",
-    "+experiment=fine_tune": "+experiment=fine_tune: experiment exists already; omit the +",
+    "+epochs=3": "+epochs: the key exists already; omit the +",
+    "+experiment=fine_tune": "+experiment: the key exists already; omit the +",
     "~epochs": "~epochs: a key cannot be removed; set it instead: epochs=VALUE",
     "~model": "~model: a key cannot be removed; set it instead: model=VALUE",
     "model@data=vgg16": "model@data is not supported: every group has one place; use model=NAME",
@@ -346,6 +346,41 @@ def test_option_of_the_users_own_has_the_keys_of_its_schema(tmp_path: Path, monk
     assert compose(["model=mine", "model.batch_norm=false"]).model == schema.InceptionV1(width=0.5, batch_norm=False)
     with pytest.raises(ConfigError, match=r"model must be one of .*, mine, .*, got mien; did you mean model=mine"):
         compose(["model=mien"])
+
+
+def test_keys_are_checked_with_a_further_config_folder(tmp_path: Path):
+    """Then only Hydra knows the options, so that it composes before anything is checked."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("defaults:\n  - /schema/model/vgg16@_here_\n")
+    for typed, expected in (
+        (["model=mine"], None),
+        (["model=mine", "+model.q=2"], 'unknown key "model.q"; valid keys: model.aux_weight, '),
+        (["model=mine", "epochz=3"], 'unknown key "epochz"; did you mean epochs?\n'),
+        (["model=mine", "epochs=three"], "epochs must be a whole number; use e.g. epochs=12\n"),
+        (["model=mien"], f"model must be one of {MODELS.replace('vgg16,', 'mine, vgg16,')}, got mien; did you mean "),
+    ):
+        done = run_train("--config-dir", str(tmp_path), *typed, "--check")
+        assert done.code == (2 if expected else 0)
+        assert done.err.startswith(f"error: {expected}" if expected else "")
+        assert done.err.count("\n") <= 1
+
+
+def test_mistakes_in_keys_of_hydra_are_reported_in_one_line():
+    for typed, expected in (
+        (
+            "hydra/launcher=nothing",
+            "hydra/launcher must be one of basic, processes, submitit_local, submitit_slurm, got ",
+        ),
+        ("hydra.jobb.name=x", 'unknown key "hydra.jobb'),
+    ):
+        done = run_train("-m", "seed=0,1", typed, "--check")
+        assert done.code == 2
+        assert done.err.startswith(f"error: {expected}")
+        assert done.err.count("\n") == 1
+
+
+def test_unknown_flag_is_named_in_one_line():
+    assert run_train("--chekc") == Done(2, "", "error: unrecognized arguments: --chekc; --help lists the flags\n")
 
 
 def test_flags_are_those_of_hydra():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
@@ -30,12 +30,16 @@ from train.config.overrides import (
     explain,
     parse_overrides,
     schema_sections,
+    unknown_config_key_message,
 )
 from train.config.schema import Config, ConfigError
 from train.config.serialization import Redactor, extract_credentials, flatten, format_value, quote_value
 from train.config.suggestions import suggest_key
 from train.config.validation import check
 from train.storage.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 REDACTED = "(from the environment)"
 
@@ -61,6 +65,7 @@ def to_config(node: DictConfig, *, is_stored: bool = False) -> Config:
     except HYDRA_ERRORS as error:
         raise ConfigError(explain(error)) from None
     assert isinstance(config, Config)
+    _reject_unknown_keys(config)
     check(config)
     if not is_stored:
         _expand_home(config)
@@ -95,6 +100,16 @@ def _resolve_links(config: Config) -> None:
     weights = Path(config.model.weights or "")
     if weights.parent.name == "best":  # itself a link, which later epochs replace
         config.model.weights = str(weights.parent.parent.resolve() / "best" / weights.name)
+
+
+def _reject_unknown_keys(config: DataclassInstance, prefix: str = "") -> None:
+    """Rejects keys that `+key=value` adds where the overrides could not be checked, as with Hydra's --config-dir."""
+    names = {item.name for item in dataclasses.fields(config)}
+    for name, value in vars(config).items():
+        if name not in names:
+            raise ConfigError(unknown_config_key_message(prefix + name, schema_sections()))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            _reject_unknown_keys(value, f"{prefix}{name}.")
 
 
 def compose(overrides: list[str]) -> Config:

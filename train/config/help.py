@@ -45,7 +45,7 @@ EXAMPLES = (
 )
 SWEEP_EXAMPLES = (
     "make sweep model=vgg16,vgg16_inception seed=0,1,2 epochs=6",
-    'make sweep "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))" sweep.search=tpe sweep.trials=10',
+    'make sweep "label_smoothing=interval(0,0.2)" sweep.search=tpe sweep.trials=10',
     "make sweep sweep=blocks sweep.parallel=1",
 )
 OTHER_GROUPS = {"experiment": "settings of several keys, on top of the defaults", "sweep": "search space of make sweep"}

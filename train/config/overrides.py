@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -84,7 +84,7 @@ def check_form(override: Override) -> None:
     if override.is_delete() and key not in _removable_groups():
         raise ConfigError(f"~{key}: a key cannot be removed; set it instead: {key}=VALUE")
     if override.is_add() and (key in CONFIG_GROUPS or key in all_keys()):
-        raise ConfigError(f"{override.input_line}: {key} exists already; omit the +")
+        raise ConfigError(f"+{key}: the key exists already; omit the +")
 
 
 def check_single_value(override: Override, advice: str | None = None) -> None:
@@ -121,7 +121,8 @@ def values_of(override: Override) -> list[object]:
     if isinstance(value, IntervalSweep):
         return [end for end in (value.start, value.end) if end is not None]
     if isinstance(value, RangeSweep):
-        return _ends(list(value.range()))
+        numbers = value.range()
+        return _ends(numbers if isinstance(numbers, range) else list(numbers))
     return sweep_values(override) if override.is_sweep_override() else [value]
 
 
@@ -130,8 +131,8 @@ def sweep_values(override: Override) -> list[object]:
     return [_plain(value) for value in override.sweep_iterator()]
 
 
-def _ends(values: list[object]) -> list[object]:
-    return values if len(values) < 2 else [values[0], values[-1]]
+def _ends(values: Sequence[object]) -> list[object]:
+    return [values[0], values[-1]] if len(values) > 1 else list(values)
 
 
 def _plain(value: object) -> object:
@@ -244,7 +245,7 @@ def _check_value(name: str, value: object, text: str, sections: Sections) -> Non
     if key is None and _is_inside_a_value(name, sections):
         return  # an element of a list or a mapping: composing checks the whole value
     if key is None:
-        raise ConfigError(unknown_key_message(name, sections))
+        raise ConfigError(unknown_config_key_message(name, sections))
     if name in sections:
         example = next(item.name for item in dataclasses.fields(sections[name]))
         raise ConfigError(f"{name} holds several keys, got {text}; set one of them, e.g. {name}.{example}=...")
@@ -290,7 +291,7 @@ def wrong_type_message(key: Key, text: str | None = None) -> str:
     return f"{key.name} must be {TYPE_DESCRIPTIONS[plain]}{' or null' if optional else ''}{got}{advice}"
 
 
-def unknown_key_message(name: str, sections: Sections) -> str:
+def unknown_config_key_message(name: str, sections: Sections) -> str:
     """What to say of a key that does not exist, or only with another option of its group."""
     section, _, leaf = name.rpartition(".")
     if owners := _options_with(section, leaf):
@@ -372,7 +373,9 @@ def _explain_by_key(error: OmegaConfBaseException) -> str | None:
     if isinstance(error, InterpolationResolutionError):
         return f"the reference ${{...}} in {name} cannot be resolved; check its name, or set the environment variable"
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and not key:
-        return unknown_key_message(name, schema_sections())
+        if name.partition(".")[0] == "hydra":
+            return f'unknown key "{name}"; python -m train --cfg hydra prints the keys of Hydra'
+        return unknown_config_key_message(name, schema_sections())
     return None
 
 
