@@ -44,7 +44,8 @@ def parse_overrides(overrides: Iterable[str], loader: ConfigLoader | None = None
 
 def _parse(parser: OverridesParser, text: str) -> Override:
     try:
-        return parser.parse_override(text)
+        [override] = parser.parse_overrides([text])  # unlike `parse_override`, this passes the loader on
+        return override
     except HydraException:
         key = arguments.Override.key_of(text)
         shown = f"{key}=..." if "://" in text and key != text else text  # an address may hold a password
@@ -358,7 +359,7 @@ def explain(error: BaseException) -> str:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
 
 
 def _explain_by_key(error: OmegaConfBaseException) -> str | None:
@@ -372,7 +373,7 @@ def _explain_by_key(error: OmegaConfBaseException) -> str | None:
         return wrong_type_message(key)
     if isinstance(error, InterpolationResolutionError):
         return f"the reference ${{...}} in {name} cannot be resolved; check its name, or set the environment variable"
-    if isinstance(error, ConfigKeyError | ConfigAttributeError) and not key:
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
         if name.partition(".")[0] == "hydra":
             return f'unknown key "{name}"; python -m train --cfg hydra prints the keys of Hydra'
         return unknown_config_key_message(name, schema_sections())
