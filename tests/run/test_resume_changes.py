@@ -69,7 +69,7 @@ def file_contents(folder: Path) -> dict[str, bytes]:
 )
 def test_incompatible_override_is_rejected_in_one_line(overrides: list[str], expected: str, killed_run: Path):
     before = file_contents(killed_run)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ValueError) as caught:
         resume.resume([f"run={killed_run}", *overrides])
     assert str(caught.value).startswith(expected)
     assert file_contents(killed_run) == before
