@@ -207,7 +207,8 @@ def test_filter_values_are_parsed_as_for_a_run():
     [
         (["experiment=nothing"], "experiment must be one of costs, empty, lab, mixed, got nothing"),
         (["experiment=empty"], "experiment empty has no runs; train one with make train"),
-        (["experiment=lab", "metric=train/loss"], "metric must be auto, test or validation, got train/loss"),
+        (["experiment=lab", "metric=train/loss"], "metric must be one of auto, test, validation, got train/loss"),
+        (["experiment=lab", "modle=vgg16"], "experiment lab); did you mean model=vgg16?"),
         (["experiment=lab", "metric=validation"], "no finished run has best/validation_accuracy: "),
         (["experiment=lab", "epochs=99"], "no run matches epochs=99 (of 15 runs in experiment lab)"),
         (

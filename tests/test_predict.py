@@ -153,7 +153,7 @@ def test_folders_patterns_and_files_are_expanded(pictures: Path, monkeypatch: py
         (["images=nothing*"], "no such file or folder: nothing*; images takes files, folders and patterns"),
         (["images=https://example.org/a.png"], "images must be local files, got https://example.org/a.png"),
         (["images=README.md", "run=nowhere"], "nowhere is not the folder of a run with saved weights"),
-        (["images=README.md", "top=0"], "top must be at least 1, got 0"),
+        (["images=README.md", "top=0"], "top must be at least 1, got 0; use e.g. top=5"),
         (["images=README.md", "output=xml"], "output must be one of table, jsonl, got xml"),
         (["images=README.md", "runtime=caffe"], "runtime must be one of keras, onnx, got caffe"),
         (["images=README.md", "runtime=onnx", "attention=x.png"], "attention needs runtime=keras, got runtime=onnx"),

@@ -1,5 +1,8 @@
 """`make compare experiment=NAME`: compares the variants in an experiment by accuracy, over seeds, and by cost.
 
+    make compare experiment=inception baseline=model=vgg16
+    make compare experiment=inception epochs=6 sort=macs
+
 Runs that differ only in their seed form one row. Rows are compared only on the same data, by the main output's accuracy
 on a whole split, never by a loss, which may contain auxiliary terms.
 """
@@ -19,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cli import arguments
+from train.cli.arguments import Override, nearest_key
+from train.cli.fields import fields_by_key, setting
 from train.config.schema import GROUPS, ROOT
 from train.config.serialization import variant_config
 from train.evaluation.html import format_compact, render_template, to_data_uri
@@ -40,19 +45,16 @@ MAX_NAMED_RUNS = 3  # of those left out for one reason
 
 @dataclass
 class Compare:
-    """`experiment`: the MLflow experiment. `metric`: test or validation (auto: test if any run has it).
+    """The keys of `make compare`."""
 
-    `baseline`: key=value pairs, separated by commas, that identify one row; the others show their difference to it.
-    `sort`: accuracy, name or a key of COST_METRICS. `uri`: the MLflow store. `out`: the folder for compare.html and
-    compare.csv. All other arguments filter the runs: model=vgg16 epochs=12.
-    """
-
-    experiment: str = "inception"
-    metric: str = "auto"
-    baseline: str = ""
-    sort: str = "accuracy"
-    uri: str = ""
-    out: str = ""
+    experiment: str = setting("inception", "MLflow experiment")
+    metric: str = setting(
+        "auto", "accuracy of this split; auto: test if any run has it", choices=("auto", "test", "validation")
+    )
+    baseline: str = setting("", "key=value pairs, separated by commas, of the row that the others are compared with")
+    sort: str = setting("accuracy", "order of the rows", choices=("accuracy", "name", *COST_METRICS))
+    uri: str = setting("", "MLflow store; none: mlflow.db beside the Makefile")
+    out: str = setting("", "folder for compare.html and compare.csv; none: runs/EXPERIMENT")
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,20 @@ def compare(argv: list[str]) -> None:
 
     Raises: ValueError if there is nothing to compare, or the arguments are wrong.
     """
-    keys, filters = parse_arguments(argv)
+    keys, filters = arguments.parse_known(Compare, argv)
     uri = keys.uri or default_uri(ROOT)
     runs = [run for run in list_runs(uri, keys.experiment) if run.tags.get("kind") != "sweep"]
     if not runs:
         raise ValueError(
             f"experiment {keys.experiment} has no runs; train one with make train, or name another experiment"
         )
-    matching = [run for run in runs if matches(run.params, filters)]
+    matching = [run for run in runs if matches(run.params, dict(map(to_parameter, filters)))]
     if not matching:
-        criteria = " ".join(f"{name}={value}" for name, value in filters.items())
-        raise ValueError(f"no run matches {criteria} (of {len(runs)} runs in experiment {keys.experiment})")
+        criteria = " ".join(map(str, filters))
+        raise ValueError(
+            f"no run matches {criteria} (of {len(runs)} runs in experiment {keys.experiment})"
+            + suggest_key(filters, runs)
+        )
     metric = resolve_metric(keys.metric, matching)
     usable, notes = filter_runs(matching, metric)
     comparisons = [
@@ -111,24 +116,14 @@ def compare(argv: list[str]) -> None:
         print(path)
 
 
-def parse_arguments(argv: list[str]) -> tuple[Compare, dict[str, str]]:
-    """Splits the arguments into this command's options and the filters on runs, {parameter: value}."""
-    options = [argument for argument in argv if argument.partition("=")[0] in Compare.__dataclass_fields__]
-    keys = arguments.parse(Compare, options)
-    filters = {}
-    for argument in argv:
-        if "=" not in argument:
-            raise ValueError(f"arguments must be key=value, got {argument}; use e.g. experiment=inception model=vgg16")
-        if argument not in options:
-            name, value = split_override(argument)
-            filters[name] = value
-    if keys.metric not in ("auto", "test", "validation"):
-        raise ValueError(
-            f"metric must be auto, test or validation, got {keys.metric}; losses may contain auxiliary terms"
-        )
-    if keys.sort not in ("accuracy", "name", *COST_METRICS):
-        raise ValueError(f"sort must be one of accuracy, name, {', '.join(COST_METRICS)}, got {keys.sort}")
-    return keys, filters
+def suggest_key(filters: list[Override], runs: list[RunRecord]) -> str:
+    """Names the key that was meant by one that no run has; empty if there is none."""
+    parameters = {name.removesuffix(".name") for run in runs for name in run.params}
+    for override in filters:
+        meant = nearest_key(override.key, parameters | {*fields_by_key(Compare)})
+        if override.key not in parameters and meant:
+            return f"; did you mean {meant}={override.value}?"
+    return ""
 
 
 def resolve_metric(choice: str, runs: list[RunRecord]) -> str:
@@ -252,7 +247,7 @@ def find_baseline(rows: list[Row], selection: str) -> Row | None:
     Raises: ValueError if several rows match.
     """
     overrides = re.split(r",(?![^\[]*\])", selection)  # but not at the commas within lists
-    wanted = dict(map(split_override, overrides)) if selection else {}
+    wanted = dict(to_parameter(Override.parse(text)) for text in overrides) if selection else {}
     matching = [row for row in rows if wanted and matches(row.params, wanted)]
     if len(matching) > 1:
         labels = "; ".join(row.label for row in matching[:10])
@@ -260,10 +255,9 @@ def find_baseline(rows: list[Row], selection: str) -> Row | None:
     return matching[0] if matching else None
 
 
-def split_override(override: str) -> tuple[str, str]:
-    """Splits `key=value`; a group such as `model=vgg16` becomes the parameter `model.name` and its value."""
-    name, _, value = override.partition("=")
-    return f"{name}.name" if name in GROUPS else name, value
+def to_parameter(override: Override) -> tuple[str, str]:
+    """A run's parameter in MLflow and its value; a group such as `model=vgg16` is the parameter `model.name`."""
+    return f"{override.key}.name" if override.key in GROUPS else override.key, override.value
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[bool]:
@@ -397,4 +391,8 @@ def write_comparison(
 
 
 if __name__ == "__main__":
-    arguments.main(compare)
+    arguments.main(
+        compare,
+        Compare,
+        other_keys="All other keys filter the runs by their config: model=vgg16 epochs=12; see make train ARGS=--help.",
+    )

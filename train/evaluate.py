@@ -1,6 +1,6 @@
 """`make evaluate run=<run folder>`: evaluates a run's best checkpoint on a whole split, or on other data.
 
-    make evaluate run=runs/latest                                        (the test split of its own data)
+    make evaluate run=runs/latest  # the test split of its own data
     make evaluate run=runs/latest split=validation evaluate.views=mirror
     make evaluate run=runs/latest data=folder data.root=photos split=all
 
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.cli.progress import print_and_log
 from train.config.schema import Config
 from train.evaluation import report, results
@@ -34,10 +35,10 @@ SPLITS = ("train", "validation", "test", "all")
 
 @dataclass
 class Evaluate:
-    """`run`: the folder of a run. `split`: train, validation, test, or all three together."""
+    """The keys of `make evaluate`."""
 
-    run: str = "runs/latest"
-    split: str = "test"
+    run: str = setting("runs/latest", "folder of the run")
+    split: str = setting("test", "split to evaluate, or all three together", choices=SPLITS)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -46,8 +47,6 @@ def evaluate(argv: list[str]) -> None:
     Raises: ValueError if the run has no weights yet, or the data has classes that the network does not know.
     """
     keys, overrides = arguments.parse_known(Evaluate, argv)
-    if keys.split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {keys.split}")
     run_dir = open_run_dir(Path(keys.run))
     model_info = run_dir.model_info()
     if not model_info:
@@ -119,4 +118,9 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.main(evaluate)
+    arguments.main(
+        evaluate,
+        Evaluate,
+        other_keys="All other keys override the run's config: data=NAME and data.KEY, evaluate.views, device, ...; see "
+        "make train ARGS=--help.",
+    )

@@ -17,7 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,8 @@ from rich.table import Table
 
 from train import formats
 from train.cli import arguments
+from train.cli.arguments import Override
+from train.cli.fields import fields_by_key, setting
 from train.cli.progress import print_and_log
 from train.config.schema import Config
 from train.data.dataset import Dataset, Split
@@ -61,20 +63,25 @@ MAX_LISTED_CLASSES = 50  # on the model card
 ALLOWED_OVERRIDES = (
     "data.root", "data.file", "data.manual_dir", "data.directory", "threads", "tracking.uri", "tracking.wait_seconds",
 )  # fmt: skip
+FIXED_OVERRIDES = tuple(
+    map(Override.parse, ("evaluate.views=one", "device=cpu", "devices=1", "backend=tensorflow", "jit=off"))
+)
 
 
 @dataclass
 class Export:
-    """`run`: the folder of a finished run. `format`: a key of formats.FORMATS, or all. `quantize`: none, float16, int8.
+    """The keys of `make export`."""
 
-    `export.max_accuracy_drop`: how much accuracy an exported file may lose, from 0 to 1; one that loses more is not
-    kept. Other arguments, of ALLOWED_OVERRIDES, set the data's present location, the MLflow store and the threads.
-    """
-
-    run: str = "runs/latest"
-    format: str = "keras"
-    quantize: str = "none"
-    max_accuracy_drop: float = field(default=0.01, metadata={"word": "export.max_accuracy_drop"})
+    run: str = setting("runs/latest", "folder of a finished run")
+    format: str = setting("keras", "format of the file", choices=(*formats.FORMATS, "all"))
+    quantize: str = setting("none", "number type of the weights in the file", choices=formats.QUANTIZATIONS)
+    max_accuracy_drop: float = setting(
+        0.01,
+        "accuracy that a file may lose; one that loses more is not kept",
+        ge=0,
+        le=1,
+        word="export.max_accuracy_drop",
+    )
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,7 @@ def export(argv: list[str]) -> int:
     """
     keys, overrides = arguments.parse_known(Export, argv)
     format_names = formats.resolve_formats(keys.format, keys.quantize)
-    if not 0 <= keys.max_accuracy_drop <= 1:
-        raise ValueError(f"export.max_accuracy_drop must be from 0 to 1, got {keys.max_accuracy_drop}; use e.g. 0.01")
+    arguments.check_keys(overrides, [*fields_by_key(Export), *ALLOWED_OVERRIDES])
     run_dir = open_run_dir(Path(keys.run))
     if run_dir.status() != "finished" or not run_dir.model_info():
         raise ValueError(
@@ -121,22 +127,9 @@ def export(argv: list[str]) -> int:
     return int(any(row["refused"] for row in rows))
 
 
-def load_config(run_dir: RunDir, overrides: list[str]) -> Config:
-    """Loads the run's config, with its own data.
-
-    Raises: ValueError for an override that an export must not change.
-    """
-    for override in overrides:
-        if override.partition("=")[0] not in ALLOWED_OVERRIDES:
-            keys = [item.metadata.get("word", item.name) for item in fields(Export)]
-            raise ValueError(
-                f'unknown key "{override.partition("=")[0]}"; valid keys: {", ".join((*keys, *ALLOWED_OVERRIDES))}'
-            )
-    config, _ = stored_runs.evaluation_config(
-        run_dir,
-        run_dir.model_info(),
-        ["evaluate.views=one", "device=cpu", "devices=1", "backend=tensorflow", "jit=off", *overrides],
-    )
+def load_config(run_dir: RunDir, overrides: list[Override]) -> Config:
+    """Loads the run's config, with its own data."""
+    config, _ = stored_runs.evaluation_config(run_dir, run_dir.model_info(), [*FIXED_OVERRIDES, *overrides])
     config.data = replace(config.data, fingerprint=run_dir.model_info()["data_fingerprint"])
     return config
 
@@ -323,4 +316,4 @@ def print_results(rows: list[JsonObject]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.main(export)
+    arguments.main(export, Export, other_keys=f"Keys of the run that may be set anew: {', '.join(ALLOWED_OVERRIDES)}.")

@@ -1,5 +1,9 @@
 """`make resume [run=<run folder>] [epochs=...]`: resumes an unfinished run, in its folder and its MLflow run.
 
+    make resume
+    make resume run=runs/latest epochs=20
+    make resume run=runs/latest batch_size=64 accept=batch_size
+
 The run's stored config is used, never conf/. The result has the bits, journal and record of an uninterrupted run.
 """
 
@@ -7,10 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.cli import arguments
+from train.cli.arguments import typed_keys
+from train.cli.fields import fields_by_key, setting
 from train.config import composition
 from train.config.compatibility import IGNORED_KEYS, differing_keys, unaccepted_changes
 from train.config.schema import ROOT, Config, ConfigError, Sweep
@@ -18,23 +25,29 @@ from train.config.serialization import RUN_FORMAT_VERSION, Redactor, flatten, to
 from train.tracking import address
 from train.tracking.run_dir import RunDir, latest_unfinished, open_run_dir
 
-COMMAND_KEYS = ("run", "accept")
 POST_TRAINING_KEYS = ("evaluate.test", "evaluate.report", "tracking.log_model")  # a finished run can still do these
 
 
-def resume(argv: list[str]) -> int:
-    """Resumes a run; returns the exit code. `run`: its folder (default: the newest unfinished run below runs/).
-    `accept`: comma-separated names of what may differ from the previous attempt. All other keys are config overrides.
+@dataclass
+class Resume:
+    """The keys of `make resume`."""
 
-    Raises: ValueError for what does not fit the run.
-    """
-    typed = dict(split_override(argument) for argument in argv)
-    if "run" not in typed and typed.get("distributed.index", "0") != "0":
+    run: str | None = setting(None, "folder of the run; none: the newest unfinished run below runs/")
+    accept: str = setting("", "names of what may differ from the previous attempt, separated by commas")
+
+
+COMMAND_KEYS = tuple(fields_by_key(Resume))
+
+
+def resume(argv: list[str]) -> int:
+    """Resumes a run; returns the exit code. Raises: ValueError for what does not fit the run."""
+    keys, others = arguments.parse_known(Resume, argv)
+    process = {override.key: override.value for override in others}.get("distributed.index", "0")
+    if keys.run is None and process != "0":
         raise ConfigError("run is missing, and each of several processes needs it; use run=FOLDER")
-    run_dir = open_run_dir(Path(typed["run"])) if "run" in typed else latest_unfinished(ROOT / "runs")
-    accepted_changes = frozenset(filter(None, typed.get("accept", "").split(",")))
-    overrides = [argument for argument in argv if split_override(argument)[0] not in COMMAND_KEYS]
-    return resume_run(run_dir, overrides, accepted_changes)
+    run_dir = open_run_dir(Path(keys.run)) if keys.run is not None else latest_unfinished(ROOT / "runs")
+    accepted_changes = frozenset(filter(None, keys.accept.split(",")))
+    return resume_run(run_dir, list(map(str, others)), accepted_changes)
 
 
 def resume_run(
@@ -59,7 +72,7 @@ def resume_run(
         command = f"make resume run={shlex.quote(str(run_dir.path))} epochs=NUMBER"
         print(f"the run is finished: {run_dir.path}; to train longer: {command}")
         return 0
-    if is_leader and "tracking.uri" not in {split_override(override)[0] for override in overrides}:
+    if is_leader and "tracking.uri" not in typed_keys(overrides):
         address.use_stored_uri(run_dir, config.tracking.uri)
     from train.run import factory, lifecycle
 
@@ -131,13 +144,10 @@ def check_overrides(previous: dict[str, Any], current: dict[str, Any], accepted_
         )
 
 
-def split_override(override: str) -> tuple[str, str]:
-    """The key and the value. Raises: ConfigError for anything but key=value."""
-    name, equals, value = override.partition("=")
-    if not equals:
-        raise ConfigError(f"expected key=value, got {override}; use e.g. run=runs/latest")
-    return name, value
-
-
 if __name__ == "__main__":
-    arguments.main(resume)
+    arguments.main(
+        resume,
+        Resume,
+        other_keys="All other keys override the run's config: epochs, tracking.uri, data.root, ...; see make train "
+        "ARGS=--help. A key that changes the result has to be named by accept.",
+    )

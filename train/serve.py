@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.data.decode import resize
 from train.run import predictor
 from train.storage.json_types import JsonObject
@@ -28,10 +29,10 @@ INPUTS_ERROR = "inputs must be base64-encoded image files, or one array [N, H, W
 
 @dataclass
 class Serve:
-    """`run`: the folder of a run. `port`: the server's port on 127.0.0.1."""
+    """The keys of `make serve`."""
 
-    run: str = "runs/latest"
-    port: int = 5001
+    run: str = setting("runs/latest", "folder of the run")
+    port: int = setting(5001, "port on 127.0.0.1", ge=1, le=65535)
 
 
 def serve(argv: list[str]) -> None:
@@ -99,4 +100,4 @@ def _load_pyfunc(path: str) -> ServedModel:
 
 
 if __name__ == "__main__":
-    arguments.main(serve)
+    arguments.main(serve, Serve)

@@ -21,10 +21,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+from train.cli.fields import describe_limits
 from train.config import schema as schema
 from train.config.composition import compose
 from train.config.serialization import flatten, format_value
-from train.config.validation import describe_limits
 from train.evaluation.html import format_compact
 from train.runtime import setup
 
@@ -102,7 +102,8 @@ def _row(name: str, item: dataclasses.Field, default: str, only: str = "") -> st
     allowed = ", ".join(f"`{choice}`" for choice in choices) or describe_limits(item)
     if "bool" in str(item.type):
         allowed = "`true`, `false`"
-    return f"| `{name}` | {default} | {allowed}{f' {unit}' if unit else ''} | {item.metadata['text']}{only} |"
+    text = f"{'(internal) ' if item.metadata['internal'] else ''}{item.metadata['text']}{only}"
+    return f"| `{name}` | {default} | {allowed}{f' {unit}' if unit else ''} | {text} |"
 
 
 def models_table() -> str:

@@ -242,13 +242,16 @@ def test_replaced_streams_are_kept():
 
 PRINTS = """
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 from train.cli import arguments
+@dataclass
+class Keys:
+    pass
 def story(words):
     for number in range(100_000):
         print("line", number)
     print("done", file=sys.stderr)
-arguments.main(story, only_prints=sys.argv.pop() == "prints")
+arguments.main(story, Keys, only_prints=sys.argv.pop() == "prints")
 """
 
 

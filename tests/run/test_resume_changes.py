@@ -61,12 +61,15 @@ def file_contents(folder: Path) -> dict[str, bytes]:
         (["precision=float16"], "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got float16"),
         (["colour=red"], 'unknown key "colour"; valid keys: run, accept, augment.cutmix, '),
         (["model=vgg16"], 'unknown key "model"; valid keys: run, accept, '),
-        (["again"], "expected key=value, got again; use e.g. run=runs/latest"),
+        (["again"], "arguments must be key=value, got again; --help lists the keys"),
+        (["optimizer.lr=1"], 'unknown key "optimizer.lr"; did you mean optimizer.learning_rate?'),
+        (["run="], "run must be a run folder, got "),
+        (["epochs=3,4"], "epochs takes a single value, got 3,4; use one of them"),
     ],
 )
 def test_incompatible_override_is_rejected_in_one_line(overrides: list[str], expected: str, killed_run: Path):
     before = file_contents(killed_run)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ValueError) as caught:
         resume.resume([f"run={killed_run}", *overrides])
     assert str(caught.value).startswith(expected)
     assert file_contents(killed_run) == before

@@ -1,15 +1,20 @@
 """The typed schema of a run: one dataclass per group, and for each key its meaning, unit and range.
 
-YAML under conf/ holds values, this file holds types; validation.py checks the values. Nothing here imports the project,
-Hydra or TensorFlow, so that mistakes are reported at once. Some names and sizes are repeated here on purpose;
-tests/config/test_config.py compares them with the code that they belong to.
+This file holds types and defaults, YAML under conf/ the values that differ; validation.py checks the values. Nothing
+here imports Hydra or TensorFlow, so that mistakes are reported at once. Some names and sizes are repeated here on
+purpose; tests/config/test_config.py compares them with the code that they belong to.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from train.cli.fields import setting
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,31 +65,11 @@ BLOCK_KINDS = (
     "single_5x5",
 )
 
-RENAMED_METRICS = {"validation/main_accuracy": "validation/accuracy", "train/main_accuracy": "train/accuracy"}
 METRICS = ("validation/accuracy", "validation/loss", "train/accuracy", "train/loss")
 
 
 class ConfigError(ValueError):
     """The user's input cannot be run; one line says what is wrong, what is allowed and what to do."""
-
-
-def setting(
-    default: Any,
-    text: str,
-    *,
-    unit: str = "",
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: tuple = (),
-) -> Any:
-    """A dataclass field with a meaning, a unit, and a range (`ge <= v <= le` or `gt < v < lt`) or `choices`."""
-    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"text": text, "unit": unit, "choices": choices, "limits": limits}
-    if isinstance(default, list | dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 # --------------------------------------------------------------------------------------------------------- groups
@@ -391,9 +376,9 @@ class Sweep:
     dry_run: bool = setting(False, "check and list all trials, run none")
     fresh: bool = setting(False, "start a new sweep instead of resuming the one with the same arguments")
     most: int = setting(200, "maximum number of trials, against typing mistakes", unit="trials", ge=1)
-    trial: str | None = setting(None, "(internal) file of the trial to run")
-    until: int | None = setting(None, "(internal) epoch after which the trial pauses", unit="epochs", ge=1)
-    final: list[str] = setting([], "(internal) settings enabled for the final run")
+    trial: str | None = setting(None, "file of the trial to run", internal=True)
+    until: int | None = setting(None, "epoch after which the trial pauses", unit="epochs", ge=1, internal=True)
+    final: list[str] = setting([], "settings enabled for the final run", internal=True)
 
 
 @dataclass
@@ -564,6 +549,6 @@ def resolve_image_size(config: Config) -> int:
     return max(DEFAULT_IMAGE_SIZE[config.data.name], MIN_IMAGE_SIZE[config.model.name])
 
 
-def options(group: Any) -> dict[str, Any]:
+def options(group: DataclassInstance) -> dict[str, Any]:  # passed on as keyword arguments of many types
     """The keys of a group, except `name`, as keyword arguments for its builder."""
     return {item.name: getattr(group, item.name) for item in fields(group) if item.name != "name"}

@@ -8,7 +8,6 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from train.config.schema import Config
@@ -21,7 +20,7 @@ class FormatVersionError(ValueError):
     """The run was written by a newer version of the project."""
 
 
-def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
+def check_format_version(run_dir: Path, run_json: JsonObject) -> None:
     """Raises: FormatVersionError if the folder was written in a newer format."""
     version = run_format_version(run_json)
     if version > RUN_FORMAT_VERSION:
@@ -31,7 +30,7 @@ def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
         )
 
 
-def run_format_version(run_json: dict[str, Any]) -> int:
+def run_format_version(run_json: JsonObject) -> int:
     """The format of a run folder, from its run.json."""
     return run_json.get("format_version", 1)
 
@@ -72,7 +71,7 @@ def strip_credentials(uri: str) -> str:
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
-def to_dict(config: Config, redactor: Redactor) -> dict[str, Any]:
+def to_dict(config: Config, redactor: Redactor) -> JsonObject:
     """The config for storage: environment references as they were typed, addresses without secrets."""
     payload = dataclasses.asdict(config)
     del payload["sweep"], payload["claim"]  # not part of a run
@@ -87,9 +86,9 @@ def to_dict(config: Config, redactor: Redactor) -> dict[str, Any]:
     return payload
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: JsonObject, prefix: str = "") -> JsonObject:
     """Flattens nested dicts to dotted names: `{"model.width": 1.0, ...}`."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for name, value in nested.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
@@ -116,17 +115,17 @@ NOT_PART_OF_VARIANT = (
 )  # fmt: skip
 
 
-def variant_config(flat: dict[str, Any]) -> dict[str, Any]:
+def variant_config(flat: JsonObject) -> JsonObject:
     """The part of a flat config that repeats of a run over seeds have in common."""
     return {name: v for name, v in flat.items() if name not in NOT_PART_OF_VARIANT and not name.startswith("tracking.")}
 
 
-def variant_id(flat: dict[str, Any]) -> str:
+def variant_id(flat: JsonObject) -> str:
     """Twelve hexadecimal characters that identify a variant."""
     return hashlib.sha256(json.dumps(variant_config(flat), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Formats a value as it is typed in an override."""
     if isinstance(value, list):
         return "[" + ",".join(map(format_value, value)) + "]"

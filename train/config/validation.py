@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
+from dataclasses import Field, fields, is_dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from train.cli.fields import find_problem
 from train.config.schema import (  # fmt: skip
     ALL_LAYER_GROUPS,
     GROUPS,
     HEAD_LAYER_GROUP,
     LAYER_GROUPS,
     MIN_IMAGE_SIZE,
-    RENAMED_METRICS,
     UPPER_LAYER_GROUPS,
     Checkpoint,
     Config,
@@ -25,62 +24,44 @@ from train.config.schema import (  # fmt: skip
     Tracking,
 )
 from train.config.serialization import strip_credentials
+from train.config.suggestions import suggest_value
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-def check(config: Any, prefix: str = "") -> None:
+def check(config: DataclassInstance, prefix: str = "") -> None:
     """Checks every value against its key's range, and the keys against each other.
 
     Raises: ConfigError naming the key, the value and what is allowed.
     """
     for item in fields(config):
         value = getattr(config, item.name)
-        name = prefix + item.name
-        if is_dataclass(value):
-            check(value, name + ".")
-        elif isinstance(value, list):
-            for number, element in enumerate(value):
-                if is_dataclass(element):
-                    check(element, f"{name}[{number}].")
-                else:
-                    _check_value(name, element, item)
-        elif value is not None:
-            _check_value(name, value, item)
+        if is_dataclass(value) and not isinstance(value, type):
+            check(value, f"{prefix}{item.name}.")
+        else:
+            check_value(prefix + item.name, value, item)
     if isinstance(config, Config):
         _check_consistency(config)
 
 
-def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
-    choices, limits = item.metadata["choices"], item.metadata["limits"]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value}; use e.g. {name}={_example(item)}")
-    if choices and value not in choices:
-        hint = f"; it is now called {RENAMED_METRICS[value]}" if value in RENAMED_METRICS else ""
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}{hint}")
-    too_low = _violates(value, limits["ge"], lambda v, x: v < x) or _violates(value, limits["gt"], lambda v, x: v <= x)
-    too_high = _violates(value, limits["le"], lambda v, x: v > x) or _violates(value, limits["lt"], lambda v, x: v >= x)
-    if too_low or too_high:
-        raise ConfigError(f"{name} must be {describe_limits(item)}, got {value}; use e.g. {name}={_example(item)}")
+def check_value(name: str, value: object, item: Field) -> None:
+    """Checks a key's value, or every element of a list, against the key's range. Raises: ConfigError."""
+    if not isinstance(value, list):
+        _check_element(name, value, item)
+        return
+    for number, element in enumerate(value):
+        if is_dataclass(element) and not isinstance(element, type):
+            check(element, f"{name}[{number}].")
+        else:
+            _check_element(name, element, item)
 
 
-def _violates(value: Any, limit: float | None, test: Any) -> bool:
-    return limit is not None and test(value, limit)
-
-
-def _example(item: dataclasses.Field) -> Any:
-    limits = item.metadata["limits"]
-    if item.default_factory is not MISSING:
-        return "[" + ",".join(map(str, item.default_factory())) + "]"
-    default = item.default if item.default is not MISSING else None
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return default
-    return limits["ge"] if limits["ge"] is not None else 0.5
-
-
-def describe_limits(item: dataclasses.Field) -> str:
-    """A key's range in words, such as "at least 0 and below 1"."""
-    phrases = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    limits = item.metadata["limits"].items()
-    return " and ".join(f"{phrases[name]} {limit:.10g}" for name, limit in limits if limit is not None)
+def _check_element(name: str, value: object, item: Field) -> None:
+    if value is None:
+        return
+    if problem := find_problem(name, value, item, partial(suggest_value, name)):
+        raise ConfigError(problem)
 
 
 def _check_consistency(config: Config) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,9 +17,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from train.cli.arguments import typed_keys
 from train.cli.progress import print_and_log
-from train.config import composition, hydra_errors, serialization
+from train.config import composition, serialization
 from train.config import schema as schema
+from train.config.overrides import HYDRA_ERRORS, check_overrides, explain
 from train.config.schema import ROOT, Config, ConfigError
 from train.config.serialization import config_hash, strip_credentials, to_dict
 from train.config.validation import check
@@ -235,7 +237,8 @@ def finalize_best(
 
     The test split is used once: not while a failed trial may still become the best, nor for a second trial.
     """
-    keys = [name for name in DISABLED_DURING_SEARCH if not is_overridden(name, session.folder.manifest["identity"])]
+    typed = typed_keys(session.folder.manifest["identity"])
+    keys = [name for name in DISABLED_DURING_SEARCH if name not in typed]
     if not keys or not best_trials or session.stopped:
         return
     if retryable := [trial for trial, _ in session.failures.values() if not trial.summary().get("config_error")]:
@@ -367,12 +370,13 @@ def compose_bases(
     overrides: list[str], config: Config, loader: Any, compose_config: ComposeFunction, *, local: bool
 ) -> tuple[list[dict[str, Any]], list[Axis]]:
     """Returns the base configs, one per combination of config groups, and the axes along which trials differ."""
-    space = (f"{name}={value}" for name, value in config.sweep.space.items() if not is_overridden(name, overrides))
+    typed = typed_keys(overrides)
+    space = [f"{name}={value}" for name, value in config.sweep.space.items() if name not in typed]
+    if space:  # the rest has been checked before composing
+        check_overrides([*overrides, *space], loader, in_sweep=True)
     common, axes = search_space.parse_axes([*overrides, *space], loader)
-    common += [
-        f"{name}={value}" for name, value in DISABLED_DURING_SEARCH.items() if not is_overridden(name, overrides)
-    ]
-    if local and config.threads is None and not is_overridden("threads", overrides):
+    common += [f"{name}={value}" for name, value in DISABLED_DURING_SEARCH.items() if name not in typed]
+    if local and config.threads is None and "threads" not in typed:
         common.append(f"threads={max(1, cores() // num_parallel_trials(config))}")
     return [
         {"words": choices, "config": compose_base(compose_config, [*common, *choices])}
@@ -386,17 +390,12 @@ def find_trusted_references(bases: list[dict[str, Any]], axes: list[Axis]) -> co
     return frozenset().union(*map(composition.find_references, (*(base["config"] for base in bases), *values)))
 
 
-def is_overridden(name: str, overrides: Iterable[str]) -> bool:
-    """Whether one of the overrides sets the key `name`."""
-    return name in {override.partition("=")[0].lstrip("+") for override in overrides}
-
-
 def compose_base(compose_config: ComposeFunction, overrides: list[str]) -> dict[str, Any]:
     """Composes a config with its references unresolved, into which the values of a point are put later."""
     try:
         node = compose_config(overrides)
-    except hydra_errors.HYDRA_ERRORS as error:
-        raise ConfigError(hydra_errors.explain(error, overrides)) from None
+    except HYDRA_ERRORS as error:
+        raise ConfigError(explain(error)) from None
     config = OmegaConf.to_container(node)
     assert isinstance(config, dict)
     uri = config["tracking"]["uri"]
@@ -454,8 +453,8 @@ def freeze_trial(
     try:
         for name, value in values.items():
             OmegaConf.update(node, name, value)
-    except hydra_errors.HYDRA_ERRORS as error:
-        raise ConfigError(hydra_errors.explain(error, [f"{name}={value}" for name, value in values.items()])) from None
+    except HYDRA_ERRORS as error:
+        raise ConfigError(explain(error)) from None
     redactor = composition.make_redactor(node)
     with composition.redacting_errors(redactor):
         config = composition.to_config(node)

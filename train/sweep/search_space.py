@@ -9,15 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import IntervalSweep, Override
 
+from train.config.overrides import parse_overrides, sweep_values
 from train.config.schema import GROUPS, ConfigError
-
-if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
 
 CONFIG_GROUP_KEYS = (*GROUPS, "experiment")
 Point = dict[str, object]  # a value for each axis, by key
@@ -36,7 +33,7 @@ class Axis:
 
     def decode(self, sampled: object) -> object:
         """Returns the value of a sampled word; a number from a range is its own value."""
-        return sampled if self.is_range else self.values[self.words.index(sampled)]
+        return sampled if self.is_range else self.values[list(self.words).index(str(sampled))]
 
     @property
     def is_range(self) -> bool:
@@ -53,7 +50,7 @@ def parse_axes(overrides: Iterable[str], loader: ConfigLoader | None) -> tuple[l
 
     Raises: ConfigError for an invalid range.
     """
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    parsed = parse_overrides(overrides, loader)
     common = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     return common, [_parse_axis(override) for override in parsed if override.is_sweep_override()]
 
@@ -62,7 +59,7 @@ def _parse_axis(override: Override) -> Axis:
     key = override.get_key_element()
     value = override.value()
     if not isinstance(value, IntervalSweep):
-        values = [Override._convert_value(element) for element in override.sweep_iterator()]
+        values = sweep_values(override)
         if not values:
             raise ConfigError(f"{key} has no values to sweep, got {override.input_line}; use e.g. {key}=a,b")
         return Axis(key, tuple(values), tuple(override.sweep_string_iterator()))

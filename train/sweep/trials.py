@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.cli.arguments import Override
 from train.config.schema import ConfigError
 from train.config.serialization import RUN_FORMAT_VERSION, quote_value, run_format_version
 from train.storage import locks
@@ -152,7 +153,7 @@ class SweepDir:
 
 def identifying_overrides(overrides: Iterable[str]) -> list[str]:
     """Returns the overrides that identify a sweep, sorted, without EXECUTION_KEYS; of each key the last one."""
-    last = {override.partition("=")[0]: override for override in overrides}
+    last = {Override.key_of(override): override for override in overrides}
     return sorted(override for key, override in last.items() if key not in EXECUTION_KEYS)
 
 
