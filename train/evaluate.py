@@ -12,7 +12,6 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,10 +21,12 @@ from train.cli import arguments
 from train.cli.fields import setting
 from train.cli.progress import print_and_log
 from train.config.schema import Config
+from train.data.dataset import Dataset, Split
 from train.evaluation import report, results
 from train.evaluation.metrics import ClassificationResult
 from train.run import factory, stored_runs
 from train.runtime import setup
+from train.storage.json_types import JsonObject
 from train.tracking import address, uploader
 from train.tracking.run_dir import open_run_dir
 from train.training.signals import SignalHandler
@@ -81,7 +82,7 @@ def evaluation_name(config: Config, split: str, is_other_data: bool) -> str:
     return "-".join([*([data_name] if is_other_data else []), split, *([views] if views != "one" else [])])
 
 
-def merge_splits(dataset: Any) -> Any:
+def merge_splits(dataset: Dataset) -> Split:
     """Joins all splits into one, called `all`."""
     indices, labels = (
         np.concatenate([getattr(split, name) for split in dataset.splits.values()]) for name in ("indices", "labels")
@@ -103,7 +104,7 @@ def class_indices(classes: tuple[str, ...], known_classes: list[str]) -> np.ndar
     return np.array([known_classes.index(name) for name in classes])
 
 
-def print_metrics(metrics: dict[str, Any]) -> None:
+def print_metrics(metrics: JsonObject) -> None:
     """Prints the headline metrics."""
     table = Table(box=None, header_style="dim", pad_edge=False, show_header=False)
     low, high = metrics["accuracy_interval"]

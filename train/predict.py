@@ -150,6 +150,7 @@ def draw_attention(path: Path, network: Network, examples: list[tuple[np.ndarray
 
     images, probabilities = (np.stack(arrays) for arrays in zip(*examples, strict=True))
     predicted = probabilities.argmax(axis=1)
+    assert network.model is not None  # attention= is refused with another runtime
     maps, layer = grad_cam(network.model, images, predicted)
     titles = [network.classes[index] for index in predicted]
     path.parent.mkdir(parents=True, exist_ok=True)

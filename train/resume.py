@@ -13,7 +13,6 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train.cli import arguments
 from train.cli.arguments import typed_keys
@@ -22,6 +21,7 @@ from train.config import composition
 from train.config.compatibility import IGNORED_KEYS, differing_keys, unaccepted_changes
 from train.config.schema import ROOT, Config, ConfigError, Sweep
 from train.config.serialization import RUN_FORMAT_VERSION, Redactor, flatten, to_dict
+from train.storage.json_types import JsonObject
 from train.tracking import address
 from train.tracking.run_dir import RunDir, latest_unfinished, open_run_dir
 
@@ -94,7 +94,7 @@ def report_old_format(run_dir: RunDir) -> int:
     )
 
 
-def is_complete(run_dir: RunDir, previous: dict[str, Any], current: dict[str, Any]) -> bool:
+def is_complete(run_dir: RunDir, previous: JsonObject, current: JsonObject) -> bool:
     """Whether nothing is left to do. previous, current: the flattened config, as stored and with overrides."""
     has_new_task = any(current[name] and not previous.get(name) for name in POST_TRAINING_KEYS)
     return run_dir.status() == "finished" and current["epochs"] <= previous["epochs"] and not has_new_task
@@ -135,7 +135,7 @@ def ignored_overrides(config: Config, redactor: Redactor) -> list[str]:
     return [f"{name}={typed[name]}" for name in names if name != "run_dir" and typed.get(name) is not None]
 
 
-def check_overrides(previous: dict[str, Any], current: dict[str, Any], accepted_changes: frozenset[str]) -> None:
+def check_overrides(previous: JsonObject, current: JsonObject, accepted_changes: frozenset[str]) -> None:
     """Rejects changes that affect the bits and were not accepted by name; more epochs are always allowed."""
     for name in unaccepted_changes(previous, current, accepted_changes):
         raise ConfigError(

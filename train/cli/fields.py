@@ -51,7 +51,7 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def fields_by_key(keys: type) -> dict[str, Field]:
+def fields_by_key(keys: type) -> dict[str, Field[object]]:
     """The fields of a dataclass by the key that is typed: their name, or the `word` of their setting."""
     return {item.metadata.get("word") or item.name: item for item in fields(keys)}
 
@@ -59,7 +59,7 @@ def fields_by_key(keys: type) -> dict[str, Field]:
 # ------------------------------------------------------------------------------------------------------ descriptions
 
 
-def type_of(keys: type, item: Field) -> tuple[type, bool]:
+def type_of(keys: type, item: Field[object]) -> tuple[type, bool]:
     """The plain type of a field's values, and whether null is one, too: `list[str]` -> list, `int | None` -> int."""
     hint = typing.get_type_hints(keys)[item.name]
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -67,19 +67,19 @@ def type_of(keys: type, item: Field) -> tuple[type, bool]:
     return typing.get_origin(plain) or plain, types.NoneType in parts
 
 
-def default_of(item: Field) -> object:
+def default_of(item: Field[object]) -> object:
     """The default value of a field."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
-def describe_limits(item: Field) -> str:
+def describe_limits(item: Field[object]) -> str:
     """A key's range in words, such as "at least 0 and below 1"."""
     phrases = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = item.metadata["limits"].items()
     return " and ".join(f"{phrases[name]} {limit:.10g}" for name, limit in limits if limit is not None)
 
 
-def describe(keys: type, name: str, item: Field, default: str) -> tuple[str, str]:
+def describe(keys: type, name: str, item: Field[object], default: str) -> tuple[str, str]:
     """What `--help` says of a key: `key=TYPE`, and its meaning, range or choices, and default."""
     choices = ", ".join(map(str, item.metadata["choices"]))
     allowed = [item.metadata["unit"], choices or describe_limits(item)]
@@ -97,7 +97,7 @@ def nearest(value: object, choices: Sequence[object]) -> object:
     return matches[0] if matches else None
 
 
-def find_problem(name: str, value: object, item: Field, suggest: Suggest = nearest) -> str | None:
+def find_problem(name: str, value: object, item: Field[object], suggest: Suggest = nearest) -> str | None:
     """What is wrong with a value of the right type: not finite, none of the choices, out of range."""
     choices = item.metadata["choices"]
     if isinstance(value, float) and not math.isfinite(value):
@@ -124,7 +124,7 @@ def _is_out_of_range(value: float, limits: dict[str, float | None]) -> bool:
     return is_too_low or (le is not None and value > le) or (lt is not None and value >= lt)
 
 
-def example(item: Field) -> object:
+def example(item: Field[object]) -> object:
     """A valid value of a key that has a range, as it is typed."""
     default = default_of(item)
     if isinstance(default, list):

@@ -192,7 +192,9 @@ def from_stored(
         node = cast(DictConfig, OmegaConf.merge(node, stored_config, _to_node(parsed, schema_sections() | node_types)))
     except HYDRA_ERRORS as error:
         raise ConfigError(explain(error)) from None
-    redacted = [name for name, value in flatten(cast(dict, OmegaConf.to_container(node))).items() if value == REDACTED]
+    redacted = [
+        name for name, value in flatten(cast(JsonObject, OmegaConf.to_container(node))).items() if value == REDACTED
+    ]
     if redacted:
         raise ConfigError(f"{redacted[0]} was not stored with the run; pass it again: {redacted[0]}=VALUE")
     return node
@@ -233,7 +235,7 @@ def conf_references(chosen_options: dict[str, str]) -> References:
 
     with conf_loader():
         node = hydra_compose("config", overrides=[f"{group}={name}" for group, name in chosen_options.items()])
-    return find_references(cast(dict, OmegaConf.to_container(node, resolve=False)))
+    return find_references(cast(JsonObject, OmegaConf.to_container(node, resolve=False)))
 
 
 # --------------------------------------------------------------------------------------- references and secrets
@@ -273,7 +275,7 @@ def make_redactor(node: DictConfig) -> Redactor:
 
     A value that is nothing but a reference is stored as that reference; one that mixes it with text is not stored.
     """
-    raw = flatten(cast(dict, OmegaConf.to_container(node, resolve=False)))
+    raw = flatten(cast(JsonObject, OmegaConf.to_container(node, resolve=False)))
     from_env = {name: str(value) for name, value in raw.items() if ENV_REFERENCE.search(str(value))}
     for _ in raw:  # a reference to such a key leads to the environment, too
         from_env |= {

@@ -126,7 +126,7 @@ class Variant:
 
     option: str
     owner: type
-    item: dataclasses.Field
+    item: dataclasses.Field[object]
     default: str
 
 

@@ -216,7 +216,7 @@ class Key:
 
     name: str
     owner: type
-    item: dataclasses.Field
+    item: dataclasses.Field[object]
 
 
 def find_key(name: str, sections: Sections) -> Key | None:
@@ -328,7 +328,7 @@ def keys_of(sections: Sections) -> list[str]:
     ]
 
 
-def is_typed(section: str, item: dataclasses.Field) -> bool:
+def is_typed(section: str, item: dataclasses.Field[object]) -> bool:
     """Whether anybody types the key: it is not internal, nor the name of an option, nor of `make claims`."""
     is_option_name = section in schema.GROUPS and item.name == "name"
     return not is_option_name and not item.metadata.get("internal") and "claim" not in (section, item.name)

@@ -45,7 +45,7 @@ def check(config: DataclassInstance, prefix: str = "") -> None:
         _check_consistency(config)
 
 
-def check_value(name: str, value: object, item: Field) -> None:
+def check_value(name: str, value: object, item: Field[object]) -> None:
     """Checks a key's value, or every element of a list, against the key's range. Raises: ConfigError."""
     if not isinstance(value, list):
         _check_element(name, value, item)
@@ -57,7 +57,7 @@ def check_value(name: str, value: object, item: Field) -> None:
             _check_element(name, element, item)
 
 
-def _check_element(name: str, value: object, item: Field) -> None:
+def _check_element(name: str, value: object, item: Field[object]) -> None:
     if value is None:
         return
     if problem := find_problem(name, value, item, partial(suggest_value, name)):

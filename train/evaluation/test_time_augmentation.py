@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from train.evaluation.metrics import Predict, log_softmax
 
@@ -63,7 +62,7 @@ def average_views(predict: Predict, views_name: str) -> Predict:
     if len(views) == 1:
         return predict
 
-    def mean(images: ArrayLike) -> np.ndarray:
+    def mean(images: object) -> np.ndarray:
         pixels = np.asarray(images)
         log_probabilities = [log_softmax(predict(view(pixels)).astype(np.float64)) for view in views]
         return np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(views))

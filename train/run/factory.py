@@ -13,7 +13,7 @@ from train.cli.progress import print_and_log
 from train.config import schema
 from train.config.schema import ROOT, Config, ConfigError, options
 from train.config.serialization import Redactor, to_dict
-from train.evaluation.metrics import evaluate
+from train.evaluation.metrics import Predict, evaluate
 from train.runtime import setup
 from train.storage.checksummed import file_sha256
 from train.storage.json_types import JsonObject
@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # Keras and TensorFlow are imported by setup.prepare, once th
     from train.training.step.base import Step
 
 Batches = Callable[[int, int], "tf.data.Dataset"]  # epoch, first batch -> the rest of the epoch's batches
-Predict = Callable[["tf.Tensor"], "np.ndarray"]  # images uint8 [N, H, W, C] -> logits float32 [N, classes]
 
 STREAM_KEYS = ("balanced", "class_weights")  # keys of `data` for the stream of batches, not for loading the data set
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from statistics import fmean
-from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
 from train.cli.arguments import typed_keys
@@ -28,6 +28,7 @@ from train.config.validation import check
 from train.evaluation.report import REPORT_FILE
 from train.run.factory import check_files, check_sources
 from train.runtime.setup import cores
+from train.storage.json_types import JsonObject
 from train.sweep import ray_workers, search, search_space, trials
 from train.sweep.live_table import LiveTable
 from train.sweep.mlflow_parent import ParentRun
@@ -58,7 +59,7 @@ class ExternalLauncher:
     """Another Hydra launcher. launch: takes the overrides of every job, the number of the first one, and a folder."""
 
     name: str
-    launch: Callable[[list[list[str]], int, str], Any]
+    launch: Callable[[list[list[str]], int, str], object]
 
 
 @dataclass
@@ -76,7 +77,7 @@ class SweepSession:
     algorithm: SearchAlgorithm = field(init=False)
     failures: dict[int, tuple[Trial, str]] = field(default_factory=dict)
     retry_queue: list[Trial] = field(default_factory=list)
-    retry_counts: Counter = field(default_factory=Counter)
+    retry_counts: Counter[int] = field(default_factory=Counter)
 
     @property
     def stopped(self) -> bool:
@@ -87,7 +88,7 @@ class SweepSession:
 def run_sweep(
     overrides: list[str],
     config: Config,
-    loader: Any,
+    loader: ConfigLoader,
     compose_config: ComposeFunction,
     launcher: ExternalLauncher | None,
 ) -> int:
@@ -336,8 +337,8 @@ def finish_sweep(session: SweepSession, parent_run: ParentRun, best_trials: list
 
 
 def plan_sweep(
-    overrides: list[str], config: Config, loader: Any, compose_config: ComposeFunction, *, local: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]], composition.References]:
+    overrides: list[str], config: Config, loader: ConfigLoader, compose_config: ComposeFunction, *, local: bool
+) -> tuple[JsonObject, list[JsonObject], composition.References]:
     """Returns the manifest of a new sweep, its frozen trials (none for a search), and the trusted references.
 
     Raises: ConfigError for an invalid trial, including the boundary points of a search.
@@ -357,7 +358,7 @@ def plan_sweep(
         for point in search_space.boundary_points(axes):
             freeze_trials(manifest, settings, point, trusted)
         return manifest, [], trusted
-    frozen: dict[str, dict[str, Any]] = {}
+    frozen: dict[str, JsonObject] = {}
     for number, point in enumerate(search_space.grid_points(axes)):
         for trial in freeze_trials(manifest, settings, point, trusted):
             if trial["key"] in frozen:
@@ -367,8 +368,8 @@ def plan_sweep(
 
 
 def compose_bases(
-    overrides: list[str], config: Config, loader: Any, compose_config: ComposeFunction, *, local: bool
-) -> tuple[list[dict[str, Any]], list[Axis]]:
+    overrides: list[str], config: Config, loader: ConfigLoader, compose_config: ComposeFunction, *, local: bool
+) -> tuple[list[JsonObject], list[Axis]]:
     """Returns the base configs, one per combination of config groups, and the axes along which trials differ."""
     typed = typed_keys(overrides)
     space = [f"{name}={value}" for name, value in config.sweep.space.items() if name not in typed]
@@ -384,13 +385,13 @@ def compose_bases(
     ], axes
 
 
-def find_trusted_references(bases: list[dict[str, Any]], axes: list[Axis]) -> composition.References:
+def find_trusted_references(bases: list[JsonObject], axes: list[Axis]) -> composition.References:
     """Returns the environment references from the command line and from conf/."""
     values = ({axis.key: list(axis.values)} for axis in axes)
     return frozenset().union(*map(composition.find_references, (*(base["config"] for base in bases), *values)))
 
 
-def compose_base(compose_config: ComposeFunction, overrides: list[str]) -> dict[str, Any]:
+def compose_base(compose_config: ComposeFunction, overrides: list[str]) -> JsonObject:
     """Composes a config with its references unresolved, into which the values of a point are put later."""
     try:
         node = compose_config(overrides)
@@ -425,8 +426,8 @@ def check_sweep(axes: list[Axis], config: Config) -> None:
 
 
 def freeze_trials(
-    manifest: dict[str, Any], settings: schema.Sweep, point: dict[str, Any], trusted_references: composition.References
-) -> list[dict[str, Any]]:
+    manifest: JsonObject, settings: schema.Sweep, point: JsonObject, trusted_references: composition.References
+) -> list[JsonObject]:
     """Freezes the trials of a point, one per seed. Raises: ConfigError for an invalid config."""
     choices = [f"{key}={value}" for key, value in point.items() if key in search_space.CONFIG_GROUP_KEYS]
     [base] = [base["config"] for base in manifest["bases"] if sorted(base["words"]) == sorted(choices)]
@@ -438,11 +439,11 @@ def freeze_trials(
 
 
 def freeze_trial(
-    base_config: dict[str, Any],
-    point: dict[str, Any],
-    values: dict[str, Any],
+    base_config: JsonObject,
+    point: JsonObject,
+    values: JsonObject,
     trusted_references: composition.References,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Freezes one trial: `base_config` with `values` set. Raises: ConfigError for an invalid config."""
     if unknown := composition.find_references(values) - trusted_references:  # of a resumed sweep, from its folder
         raise ConfigError(
@@ -467,7 +468,7 @@ def freeze_trial(
     return {"label": label, "key": key, "values": point, "config": stored}
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else serialization.format_value(value)
 
 

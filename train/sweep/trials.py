@@ -18,13 +18,13 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train.cli.arguments import Override
 from train.config.schema import ConfigError
 from train.config.serialization import RUN_FORMAT_VERSION, quote_value, run_format_version
 from train.storage import locks
 from train.storage.atomic import write_atomically
+from train.storage.json_types import JsonObject
 from train.tracking.run_dir import RunDir, open_run_dir
 
 METRIC = "validation/accuracy"
@@ -49,8 +49,8 @@ class Trial:
     file: Path
     label: str
     key: str
-    values: dict[str, Any]
-    config: dict[str, Any]
+    values: JsonObject
+    config: JsonObject
     point: int
     batch_halvings: int = 0
     overrides: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ class Trial:
         """Whether the trial has reached sweep.until and paused."""
         return self.summary().get("status") == "paused"
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """Returns the summary of the trial's run, empty if there is none."""
         run_dir = self.run()
         return run_dir.summary() if run_dir else {}
@@ -113,7 +113,7 @@ class SweepDir:
     """The sweep in the folder `path`."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: JsonObject
 
     @property
     def trials(self) -> list[Trial]:
@@ -183,7 +183,7 @@ def find_sweep(runs: Path, overrides: Iterable[str], run_dir: str | None, *, fre
 
 
 def create_sweep(
-    runs: Path, overrides: list[str], run_dir: str | None, manifest: dict[str, Any], frozen_trials: list[dict[str, Any]]
+    runs: Path, overrides: list[str], run_dir: str | None, manifest: JsonObject, frozen_trials: list[JsonObject]
 ) -> SweepDir:
     """Creates the folder of a new sweep with its frozen trials. Raises: ConfigError if it cannot be written."""
     identity = identifying_overrides(overrides)
@@ -212,7 +212,7 @@ def _short_hash(overrides: list[str]) -> str:
     return hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
 
 
-def read_frozen_trial(file: str) -> tuple[dict[str, Any], str]:
+def read_frozen_trial(file: str) -> tuple[JsonObject, str]:
     """Returns a trial's stored config and its run folder. Raises: ConfigError if the file holds no trial."""
     try:
         trial = SweepDir(Path(file).resolve().parent.parent, {})._read_trial(Path(file).resolve())

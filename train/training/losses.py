@@ -27,7 +27,7 @@ def build_losses(
     """
     if "main" not in outputs:
         raise ValueError(f"outputs must contain main, got {', '.join(outputs)}; use the names that models.build gives")
-    losses = {
+    losses: dict[str, keras.losses.Loss] = {
         name: keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=label_smoothing, name=name)
         for name in outputs
     }
@@ -59,7 +59,8 @@ class DistillationLoss(keras.losses.Loss):
 class DistillationAccuracy(keras.metrics.CategoricalAccuracy):
     """Top-1 accuracy for labels that are followed by the teacher's logits."""
 
-    def update_state(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    # Keras overrides the method in the same way, without annotations.
+    def update_state(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
         labels, _ = ops.split(y_true, 2, axis=-1)
         return super().update_state(labels, y_pred, sample_weight)
 

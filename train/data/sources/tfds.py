@@ -69,7 +69,8 @@ def _open_store(builder: DatasetBuilder, split_names: list[str], data_dir: str) 
         index_path = Path(data_dir) / ".index" / f"records-{version}.npy"
         return TfRecords(shards, load_or_build_index(shards, count, index_path))
     skip = {"image": tfds.decode.SkipDecoding()}
-    return ArrayRecords([builder.as_data_source(split=split, decoders=skip) for split in split_names])
+    # A decorator of TFDS's hides the parameters of its methods.
+    return ArrayRecords([builder.as_data_source(split=split, decoders=skip) for split in split_names])  # type: ignore[arg-type]
 
 
 def _make_builder(name: str, tfds_source: Source, data_dir: str) -> DatasetBuilder:
@@ -155,7 +156,7 @@ def _download_and_prepare(builder: DatasetBuilder, downloads: Path, manual_dir: 
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes even when they are unknown
-        builder.download_and_prepare(download_dir=str(downloads), download_config=config)
+        builder.download_and_prepare(download_dir=str(downloads), download_config=config)  # type: ignore[arg-type]
 
 
 def _missing_downloads(tfds_source: Source, builder: DatasetBuilder, downloads: Path) -> dict[str, int]:

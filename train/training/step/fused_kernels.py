@@ -65,14 +65,15 @@ def fused_batchnorm(
     if not (training and layer.trainable) or mask is not None:
         return type(layer).call(layer, inputs, training=training, mask=mask)
     channels, examples = inputs.shape[-1], math.prod(inputs.shape[:-1])
-    scale = layer.gamma.value if layer.scale else tf.ones(channels)
-    offset = layer.beta.value if layer.center else tf.zeros(channels)
+    scale = layer.gamma.value if layer.gamma is not None else tf.ones(channels)
+    offset = layer.beta.value if layer.beta is not None else tf.zeros(channels)
     outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=inputs, scale=scale, offset=offset, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=layer.epsilon
     )
     # The kernel returns the unbiased variance; Keras averages the biased variance of the batch.
     biased_variance = variance * ((examples - 1) / examples)
     for moving, current in ((layer.moving_mean, mean), (layer.moving_variance, biased_variance)):
+        assert moving is not None  # the layer is built
         moving.assign(moving * layer.momentum + current * (1.0 - layer.momentum))
     return outputs
 

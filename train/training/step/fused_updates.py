@@ -20,7 +20,7 @@ class FusedSGD(SGD):
             return
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
-            accum=self.slot("momentum", variable).handle,
+            accum=_handle(self.slot("momentum", variable)),
             lr=tf.cast(learning_rate, variable.dtype),
             grad=gradient,
             momentum=tf.cast(self.momentum, variable.dtype),
@@ -41,8 +41,8 @@ class FusedAdamW(AdamW):
         beta_2 = tf.cast(self.beta_2, variable.dtype)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
-            m=self.slot("momentum", variable).handle,
-            v=self.slot("velocity", variable).handle,
+            m=_handle(self.slot("momentum", variable)),
+            v=_handle(self.slot("velocity", variable)),
             beta1_power=beta_1**step,
             beta2_power=beta_2**step,
             lr=tf.cast(learning_rate, variable.dtype),
@@ -63,8 +63,8 @@ class FusedRMSprop(RMSprop):
             return
         tf.raw_ops.ResourceApplyRMSProp(
             var=variable.handle,
-            ms=self.slot("velocity", variable).handle,
-            mom=self.slot("momentum", variable).handle,
+            ms=_handle(self.slot("velocity", variable)),
+            mom=_handle(self.slot("momentum", variable)),
             lr=tf.cast(learning_rate, variable.dtype),
             rho=tf.cast(self.rho, variable.dtype),
             momentum=tf.cast(self.momentum, variable.dtype),
@@ -74,3 +74,8 @@ class FusedRMSprop(RMSprop):
 
 
 FUSED_OPTIMIZERS: dict[str, type[StagedOptimizer]] = {"sgd": FusedSGD, "adamw": FusedAdamW, "rmsprop": FusedRMSprop}
+
+
+def _handle(variable: tf.Variable) -> tf.Tensor:
+    """The resource of a Keras variable, which on TensorFlow has TensorFlow's interface, too."""
+    return variable.handle
