@@ -25,7 +25,6 @@ from train.data.dataset import Dataset, Split
 from train.evaluation import report, results
 from train.evaluation.metrics import ClassificationResult
 from train.run import factory, stored_runs
-from train.runtime import setup
 from train.storage.json_types import JsonObject
 from train.tracking import address, uploader
 from train.tracking.run_dir import open_run_dir
@@ -55,7 +54,7 @@ def evaluate(argv: list[str]) -> None:
     config, is_other_data = stored_runs.evaluation_config(run_dir, model_info, overrides)
     uri = address.run_uri(run_dir, overrides)
     factory.check_files(config)
-    config, notes = setup.prepare(config, run_dir.inside("train.log"))
+    config, notes = factory.prepare_runtime(config, run_dir.inside("train.log"))
     print_and_log(*notes)
     dataset, _ = factory.load_data(config, crops=False)
     factory.check_fingerprint(config, dataset)

@@ -117,7 +117,7 @@ def export(argv: list[str]) -> int:
     config = load_config(run_dir, overrides)
     uri = address.run_uri(run_dir, overrides)
     factory.check_files(config)
-    config, notes = setup.prepare(config, run_dir.inside("train.log"))
+    config, notes = factory.prepare_runtime(config, run_dir.inside("train.log"))
     print_and_log(*notes)
     with run_metadata.log_to_file(run_dir):
         reference = measure_reference(run_dir, config)

@@ -29,7 +29,6 @@ from train.config.composition import compose
 from train.config.schema import ConfigError
 from train.config.serialization import Redactor
 from train.run import factory, recorder
-from train.runtime import setup
 from train.tracking import run_metadata
 from train.tracking.run_dir import create_run_dir, open_run_dir
 
@@ -385,9 +384,9 @@ def test_warnings_of_the_project_reach_the_terminal(tmp_path: Path, capsys: pyte
 
 def test_two_runs_of_one_process_have_the_same_provenance(tmp_path: Path):
     log = tmp_path / "log"
-    setup.prepare(compose([f"threads={THREADS}"]), log)
+    factory.prepare_runtime(compose([f"threads={THREADS}"]), log)
     with pytest.raises(ConfigError, match=f"threads must be the same for all runs of a process, got 1 after {THREADS}"):
-        setup.prepare(compose(["threads=1"]), log)
+        factory.prepare_runtime(compose(["threads=1"]), log)
 
 
 def test_gradient_accumulation_over_more_steps_than_the_run_has_is_rejected(tmp_path: Path):

@@ -17,7 +17,7 @@ import numpy as np
 
 from train.cli import arguments
 from train.config.compatibility import differing_keys
-from train.config.schema import Config, ConfigError
+from train.config.schema import ConfigError
 from train.distributed import liveness
 from train.storage.json_types import JsonObject
 
@@ -36,10 +36,6 @@ class ProcessGroup:
 
     index: int
     size: int
-
-    @classmethod
-    def from_config(cls, config: Config) -> ProcessGroup:
-        return cls(config.distributed.index, config.distributed.processes)
 
     @property
     def is_leader(self) -> bool:

@@ -16,7 +16,7 @@ from train.tracking import run_metadata
 from train.tracking.run_dir import RunDir
 from train.training.signals import SignalHandler
 
-if TYPE_CHECKING:  # Keras and TensorFlow are imported by setup.prepare, once their settings are known
+if TYPE_CHECKING:  # Keras and TensorFlow are imported by prepare_runtime, once their settings are known
     from train.data.dataset import Dataset, Split
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 from train.storage.json_types import JsonObject
 from train.training.loop import Progress
 
-if TYPE_CHECKING:  # Keras is imported by setup.prepare, once its settings are known
+if TYPE_CHECKING:  # Keras is imported by prepare_runtime, once its settings are known
     import keras
 
     from train.data.dataset import Dataset

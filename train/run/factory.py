@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,15 +13,17 @@ from train.cli.progress import print_and_log
 from train.config import schema
 from train.config.schema import ROOT, Config, ConfigError, options
 from train.config.serialization import Redactor, to_dict
+from train.config.validation import check_batch
 from train.evaluation.metrics import Predict, evaluate
 from train.runtime import setup
+from train.runtime.setup import RuntimeSettings
 from train.storage.checksummed import file_sha256
 from train.storage.json_types import JsonObject
 from train.tracking import run_metadata
 from train.tracking.run_dir import RunDir
 from train.training.signals import SignalHandler
 
-if TYPE_CHECKING:  # Keras and TensorFlow are imported by setup.prepare, once their settings are known
+if TYPE_CHECKING:  # Keras and TensorFlow are imported by prepare_runtime, once their settings are known
     import keras
     import numpy as np
     import tensorflow as tf
@@ -63,6 +65,24 @@ def check_sources(config: Config) -> None:
     expected = [side, side, config.data.channels]
     if (shape := model_info["input"]["shape"]) != expected:
         raise ConfigError(f"distill.teacher must take images of shape {expected}, got {shape}; use another run")
+
+
+def runtime_settings(config: Config) -> RuntimeSettings:
+    """The part of the config that is about how a process computes."""
+    return RuntimeSettings(**{item.name: getattr(config, item.name) for item in fields(RuntimeSettings)})
+
+
+def prepare_runtime(config: Config, library_log: Path) -> tuple[Config, list[str]]:
+    """Imports and sets up the backend; returns the config with every `auto` resolved, and messages for the user.
+
+    Raises: ConfigError for what this machine cannot do.
+    """
+    settings, messages = setup.prepare(
+        runtime_settings(config), model_name=config.model.name, group=config.distributed, library_log=library_log
+    )
+    config = replace(config, **vars(settings))
+    check_batch(config)
+    return config, messages
 
 
 def make_augmentation(config: Config) -> Augmentation:

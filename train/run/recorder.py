@@ -22,7 +22,7 @@ from train.storage.json_types import JsonObject
 from train.tracking import run_metadata, uploader
 from train.tracking.run_dir import Heartbeat, RunDir
 
-if TYPE_CHECKING:  # Keras and TensorFlow are imported by setup.prepare, once their settings are known
+if TYPE_CHECKING:  # Keras and TensorFlow are imported by prepare_runtime, once their settings are known
     import keras
 
     from train.data.dataset import Dataset

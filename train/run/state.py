@@ -16,7 +16,7 @@ from train.tracking.run_dir import Heartbeat, RunDir
 from train.training.checkpoint import PREEMPTION_SUFFIX, CheckpointManager, CheckpointPolicy
 from train.training.loop import Callbacks, DivergedError, Progress
 
-if TYPE_CHECKING:  # Keras and TensorFlow are imported by setup.prepare, once their settings are known
+if TYPE_CHECKING:  # Keras and TensorFlow are imported by prepare_runtime, once their settings are known
     import keras
 
     from train.data.dataset import Dataset

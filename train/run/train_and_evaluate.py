@@ -32,12 +32,11 @@ from train.distributed.process_group import ProcessGroup
 from train.run import best_model, factory
 from train.run.recorder import Recorder, RunRecorder
 from train.run.state import TrainingState
-from train.runtime import setup
 from train.training.early_stopping import EarlyStopping
 from train.training.loop import DivergedError, Loop
 from train.training.signals import SignalHandler
 
-if TYPE_CHECKING:  # Keras and TensorFlow are imported by setup.prepare, once their settings are known
+if TYPE_CHECKING:  # Keras and TensorFlow are imported by prepare_runtime, once their settings are known
     from train.data.dataset import Dataset
     from train.training.step.base import Step
 
@@ -69,7 +68,7 @@ def train_and_evaluate(session: RunSession) -> None:
     recorder = session.recorder
     process_group = session.process_group
     recorder.begin()
-    config, messages = setup.prepare(session.config, recorder.library_log)
+    config, messages = factory.prepare_runtime(session.config, recorder.library_log)
     recorder.record_config(config, messages)
     signals.raise_if_requested()  # here and below: libraries may swallow what a signal raises while they are loaded
 
