@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from support.commands import ROOT, THREADS
 from support.runs import TINY, same_journals, start_run
@@ -48,3 +49,19 @@ def test_a_failed_run_leaves_a_summary_with_the_reason(tmp_path: Path):
     assert exit_code == 2
     assert (summary["status"], summary["config_error"], summary["steps"]) == ("failed", False, 0)
     assert summary["failure"].startswith("ValueError: batch_size must be in 1..")
+
+
+def test_values_from_the_environment_are_used_and_stored_as_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The config in the folder keeps the references; what lists the run has their values."""
+    monkeypatch.setenv("INCEPTION_TEST_SEED", "3")
+    monkeypatch.setenv("INCEPTION_TEST_NAME", "mine")
+    words = ["seed=${oc.env:INCEPTION_TEST_SEED}", "tracking.experiment=${oc.env:INCEPTION_TEST_NAME}"]
+    overrides = [f"run_dir='{tmp_path / 'run'}'", f"threads={THREADS}", *TINY, "epochs=1", "evaluate.test=false"]
+    config = composition.compose([*overrides, "seed=3", "tracking.experiment=mine"])
+    redactor = Redactor({word.partition("=")[0]: word.partition("=")[2] for word in words})
+    assert lifecycle.start_run(config, redactor, latest=False) == 0
+    identity = json.loads((tmp_path / "run/run.json").read_text())
+    assert (identity["experiment"], identity["tags"]["seed"], identity["name"]) == ("mine", "3", "vgg16 seed 3")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["seed"] == 3
+    stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert [f"seed={stored['seed']}", f"tracking.experiment={stored['tracking']['experiment']}"] == words

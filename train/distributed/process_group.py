@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from train.cli import arguments
 from train.config.compatibility import differing_keys
-from train.config.schema import ConfigError
+from train.config.schema import ROOT, ConfigError
 from train.distributed import liveness
 from train.storage.json_types import JsonObject
 
@@ -126,7 +128,7 @@ class ProcessGroup:
         try:
             yield
         except (JaxRuntimeError, ValueError) as error:
-            if type(error) not in (JaxRuntimeError, ValueError):  # ours are subclasses
+            if type(error) not in (JaxRuntimeError, ValueError) or _is_raised_here(error):
                 raise
             if not liveness.is_peer_lost(timeout=LOSS_SECONDS):
                 liveness.leave()  # this process has failed: the others must not wait for it
@@ -158,3 +160,9 @@ class ProcessGroup:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
+
+
+def _is_raised_here(error: Exception) -> bool:
+    """Whether this project's own code raised the error: JAX raises ValueError, too, if a process is gone."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "train")

@@ -26,6 +26,13 @@ KEY_VARIABLE = "INCEPTION_RENDEZVOUS_KEY"
 RETRY_SECONDS = 0.25
 REPLY_SECONDS = 5  # for each message of a handshake
 MAX_MESSAGE_BYTES = 4096
+# A machine that vanishes closes no connection: the kernel does, after 11 seconds without an answer; JAX fails later.
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),  # seconds
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),  # seconds
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
 # What reading from another program, or from a process that ends, can raise; AssertionError is Python 3.11's for a
 # message that is no challenge.
 PROTOCOL_ERRORS = (OSError, EOFError, AssertionError, ValueError, KeyError, TypeError)
@@ -213,6 +220,8 @@ def _connect(group: Distributed, key: bytes, deadline: float) -> Connection:
 def _open(client: socket.socket, reply_seconds: float) -> Connection:
     """The socket as a connection on which a read fails with BlockingIOError after `reply_seconds`."""
     client.settimeout(None)
+    for level, name, value in KEEPALIVE:
+        client.setsockopt(level, name, value)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", math.ceil(reply_seconds), 0))
     return Connection(client.detach())
 

@@ -179,7 +179,9 @@ def collect_provenance(config: Config, redactor: Redactor, dataset: Dataset, tea
     """`run_metadata.run_provenance` of this config, data set and machine."""
     processor = setup.processor_name(config.backend, config.device)
     digests = input_digests(config, teacher)
-    return run_metadata.run_provenance(to_dict(config, redactor), dataset.fingerprint, processor, digests)
+    return run_metadata.run_provenance(
+        to_dict(config, redactor), config.backend, dataset.fingerprint, processor, digests
+    )
 
 
 def make_training_step(

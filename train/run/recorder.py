@@ -107,13 +107,19 @@ class RunRecorder(Recorder):
         self.accepted_changes = accepted_changes
         self.library_log = run_dir.path / "train.log"
         self.is_new = False
-        self.summary = run_metadata.initial_summary(run_dir.run_id, self._stored_config())
+        self.summary = run_metadata.initial_summary(run_dir.run_id, self._labels())
         self.heartbeat: Heartbeat | None = None
         self._state: RunState
         self._uploader: subprocess.Popen[bytes] | None = None
 
     def _stored_config(self) -> JsonObject:
         return to_dict(self.config, self.redactor)
+
+    def _labels(self) -> run_metadata.RunLabels:
+        config = self.config
+        return run_metadata.RunLabels(
+            config.model.name, config.data.name, config.seed, config.tracking.experiment, config.tracking.log_model
+        )
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -129,7 +135,7 @@ class RunRecorder(Recorder):
     def _start(self, config_changes: list[JsonObject]) -> None:
         """Marks the run as running in its folder, and starts the upload."""
         self.heartbeat = Heartbeat(self.run_dir.path / "heartbeat")
-        run_metadata.write_run_json(self.run_dir, self._stored_config(), config_changes)
+        run_metadata.write_run_json(self.run_dir, self._stored_config(), self._labels(), config_changes)
         self._uploader = uploader.start(self.run_dir, self._tracking_uri())
 
     def _tracking_uri(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from train.storage import locks
-from train.storage.atomic import atomic_file
+from train.storage.atomic import atomic_file, fsync_file
 
 
 @contextlib.contextmanager
@@ -34,6 +34,7 @@ def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     with atomic_file(path, temporary) as file:
         fill(file)
         file.flush()
+        fsync_file(temporary)
         # The checksum first: after a crash here it does not match the old content, which is detected.
         _checksum_path(path).write_text(file_sha256(temporary))
 

@@ -65,8 +65,9 @@ class ParentRun:
                 "changes": [],
             },
         )
-        overrides = map(Override.parse, manifest["identity"])
-        self.run_dir.write_json("params.json", {override.key: override.value for override in overrides})
+        # A word without a value, such as ~augment, has an empty one.
+        params = {Override.key_of(word): word.partition("=")[2] for word in manifest["identity"]}
+        self.run_dir.write_json("params.json", params)
 
     def log_progress(self, trials: list[Trial], failed: int) -> None:
         """Logs the number of finished and failed trials and the best accuracy, after a trial has ended."""

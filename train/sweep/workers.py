@@ -118,7 +118,7 @@ class Worker:
         if self._orphan_is_alive():
             return None
         state = trial.state()
-        if state == "finished":
+        if state in ("finished", "paused"):
             return TrialResult(0)
         if self.stop_reason:
             return TrialResult(1, self.stop_reason)

@@ -11,8 +11,8 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -25,9 +25,6 @@ from train.storage.atomic import write_atomically
 from train.storage.json_types import JsonObject
 from train.tracking import environment
 from train.tracking.run_dir import RunDir
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -67,21 +64,32 @@ def log_to_file(run_dir: RunDir) -> Iterator[None]:
         handler.close()
 
 
-def initial_summary(run_id: str, stored: JsonObject) -> JsonObject:
-    """The summary of a run that has not started training. stored: its config, without secrets."""
+@dataclass(frozen=True)
+class RunLabels:
+    """What a run is listed by; the values themselves, where the stored config may hold references to them."""
+
+    model: str
+    data: str
+    seed: int
+    experiment: str
+    log_model: bool
+
+
+def initial_summary(run_id: str, labels: RunLabels) -> JsonObject:
+    """The summary of a run that has not started training."""
     return {
         "status": "failed",
         "run_id": run_id,
-        "model": stored["model"]["name"],
-        "data": stored["data"]["name"],
-        "seed": stored["seed"],
+        "model": labels.model,
+        "data": labels.data,
+        "seed": labels.seed,
         "epochs": 0,
         "steps": 0,
         "steps_executed": 0,
     }
 
 
-def write_run_json(run_dir: RunDir, stored: JsonObject, config_changes: list[JsonObject]) -> None:
+def write_run_json(run_dir: RunDir, stored: JsonObject, labels: RunLabels, config_changes: list[JsonObject]) -> None:
     """Writes run.json and the config as typed; when resuming, the resolved config and the accepted changes.
 
     stored: the config without secrets.
@@ -90,7 +98,7 @@ def write_run_json(run_dir: RunDir, stored: JsonObject, config_changes: list[Jso
     if (run_dir.path / "run.json").exists():
         write_resolved_config(run_dir, stored)
         identity = run_dir.identity()
-        updates = {"changes": identity["changes"] + config_changes, "log_model": stored["tracking"]["log_model"]}
+        updates = {"changes": identity["changes"] + config_changes, "log_model": labels.log_model}
         run_dir.write_json("run.json", identity | updates)
         return
     (run_dir.path / "params.json").unlink(missing_ok=True)
@@ -100,20 +108,20 @@ def write_run_json(run_dir: RunDir, stored: JsonObject, config_changes: list[Jso
     identity = {
         "format_version": RUN_FORMAT_VERSION,
         "run_id": run_dir.run_id,
-        "experiment": stored["tracking"]["experiment"],
-        "name": run_name(run_dir.trial_label(), stored["model"]["name"], stored["seed"]),
+        "experiment": labels.experiment,
+        "name": run_name(run_dir.trial_label(), labels.model, labels.seed),
         "time": time.time(),
         "tags": {
             **environment.tags(ROOT),
-            "model": stored["model"]["name"],
-            "data": stored["data"]["name"],
-            "seed": str(stored["seed"]),
+            "model": labels.model,
+            "data": labels.data,
+            "seed": str(labels.seed),
             "group": variant_id(typed),
             **environment.command_note(command),
             "run_dir": stored["run_dir"] or str(run_dir.path),
             **({"sweep": run_dir.sweep_id()} if run_dir.sweep_id() else {}),
         },
-        "log_model": stored["tracking"]["log_model"],
+        "log_model": labels.log_model,
         "requirements": environment.requirements(MODEL_PACKAGES),
         "typed": typed,
         "command": command,
@@ -136,7 +144,9 @@ def write_resolved_config(run_dir: RunDir, stored: JsonObject) -> None:
         run_dir.write_json("params.json", flatten(stored))
 
 
-def run_provenance(stored: JsonObject, fingerprint: str, processor: str, input_digests: dict[str, str]) -> JsonObject:
+def run_provenance(
+    stored: JsonObject, backend: str, fingerprint: str, processor: str, input_digests: dict[str, str]
+) -> JsonObject:
     """Everything that a run's bits depend on, by key; `train.config.compatibility.IGNORED_KEYS` do not change any."""
     return {
         **flatten(stored),
@@ -144,7 +154,7 @@ def run_provenance(stored: JsonObject, fingerprint: str, processor: str, input_d
         "data_fingerprint": fingerprint,
         "processor": processor,
         "code": environment.source_hash(ROOT / "train"),
-        **environment.versions(stored["backend"]),
+        **environment.versions(backend),
     }
 
 
