@@ -156,9 +156,9 @@ def test_pareto_front_is_what_nothing_beats_at_its_cost(lab: tuple[str, Path]):
 
 
 def test_runs_left_out_are_reported(lab: tuple[str, Path]):
-    assert "left out 1 run not finished (failed): broke" in lab[0]
-    assert f"left out 1 run without test/accuracy: {NASTY}" in lab[0]
-    assert "left out 1 run with non-finite test/accuracy: nan" in lab[0]
+    assert "excluded 1 run not finished (failed): broke" in lab[0]
+    assert f"excluded 1 run without test/accuracy: {NASTY}" in lab[0]
+    assert "excluded 1 run with non-finite test/accuracy: nan" in lab[0]
     assert "a sweep" not in lab[0]
 
 
@@ -205,7 +205,7 @@ def test_filter_values_are_parsed_as_for_a_run():
 @pytest.mark.parametrize(
     ("filters", "expected"),
     [
-        (["experiment=nothing"], "experiment must be one of costs, empty, lab, mixed, got nothing"),
+        (["experiment=nothing"], "unknown experiment nothing; experiments in the store: costs, empty, lab, mixed"),
         (["experiment=empty"], "experiment empty has no runs; train one with make train"),
         (["experiment=lab", "metric=train/loss"], "metric must be one of auto, test, validation, got train/loss"),
         (["experiment=lab", "modle=vgg16"], "experiment lab); did you mean model=vgg16?"),

@@ -234,8 +234,8 @@ def test_broken_conversion_is_discarded_and_stops_no_other(finished: Finished, t
     paths = [f"run={run}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     done = run_command(sys.executable, "-c", BROKEN, *paths, "format=all")
     assert done.code == 1
-    assert "not kept: accuracy drops by 0." in done.out
-    assert "not kept: the export failed" in done.out
+    assert "rejected: accuracy drops by 0." in done.out
+    assert "rejected: the export failed" in done.out
     assert "error: saved_model: RuntimeError: no such operation" in done.err
     assert list((run / "export").iterdir()) == []
 
@@ -267,7 +267,7 @@ def test_unfinished_run_is_not_exported(finished: Finished, tmp_path: Path):
         (["export.max_accuracy_drop=nan"], "export.max_accuracy_drop must be a finite number, got nan; use e.g. "),
         (["export.max_accuracy_drop=2"], "export.max_accuracy_drop must be at least 0 and at most 1, got 2.0"),
         (["export.max_accuracy_drop=little"], "export.max_accuracy_drop must be a number, got little"),
-        (["run=nowhere"], "run must be a run folder, got nowhere"),
+        (["run=nowhere"], "nowhere is not a run folder; use e.g. run=runs/latest"),
     ],
 )
 def test_invalid_export_is_rejected(overrides: list[str], expected: str):

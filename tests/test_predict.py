@@ -152,7 +152,7 @@ def test_folders_patterns_and_files_are_expanded(pictures: Path, monkeypatch: py
         (["images="], "images is missing; use images=PATH"),
         (["images=nothing*"], "no such file or folder: nothing*; images takes files, folders and patterns"),
         (["images=https://example.org/a.png"], "images must be local files, got https://example.org/a.png"),
-        (["images=README.md", "run=nowhere"], "nowhere is not the folder of a run with saved weights"),
+        (["images=README.md", "run=nowhere"], "nowhere is not a run folder with saved weights"),
         (["images=README.md", "top=0"], "top must be at least 1, got 0; use e.g. top=5"),
         (["images=README.md", "output=xml"], "output must be one of table, jsonl, got xml"),
         (["images=README.md", "runtime=caffe"], "runtime must be one of keras, onnx, got caffe"),
@@ -285,7 +285,7 @@ def png_of(width: int, height: int) -> bytes:
 
 def test_invalid_serve_request_is_rejected(finished: Finished, tmp_path: Path):
     assert run_command(sys.executable, "-m", "train.serve", f"run={tmp_path}").err.startswith(
-        f"error: {tmp_path} is not the folder of a run with saved weights"
+        f"error: {tmp_path} is not a run folder with saved weights"
     )
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -49,10 +49,10 @@ class Compare:
 
     experiment: str = setting("inception", "MLflow experiment")
     metric: str = setting(
-        "auto", "accuracy of this split; auto: test if any run has it", choices=("auto", "test", "validation")
+        "auto", "split whose accuracy is compared; auto: test if any run has it", choices=("auto", "test", "validation")
     )
-    baseline: str = setting("", "key=value pairs, separated by commas, of the row that the others are compared with")
-    sort: str = setting("accuracy", "order of the rows", choices=("accuracy", "name", *COST_METRICS))
+    baseline: str = setting("", "row that the others are compared with, as key=value pairs separated by commas")
+    sort: str = setting("accuracy", "sort key of the rows", choices=("accuracy", "name", *COST_METRICS))
     uri: str = setting("", "MLflow store; none: mlflow.db beside the Makefile")
     out: str = setting("", "folder for compare.html and compare.csv; none: runs/EXPERIMENT")
 
@@ -154,7 +154,7 @@ def filter_runs(runs: list[RunRecord], metric: str) -> tuple[list[RunRecord], li
             usable.append(run)
     for reason, names in reasons.items():
         named = ", ".join(names[:MAX_NAMED_RUNS]) + (", ..." if len(names) > MAX_NAMED_RUNS else "")
-        notes.append(f"left out {len(names)} run{'s' if len(names) > 1 else ''} {reason}: {named}")
+        notes.append(f"excluded {len(names)} run{'s' if len(names) > 1 else ''} {reason}: {named}")
     if not usable:
         raise ValueError(f"no finished run has {metric}: {'; '.join(notes)}")
     return usable, notes
@@ -296,7 +296,10 @@ def print_tables(comparisons: list[DatasetComparison], notes: list[str], metric:
         for row in rows:
             table.add_row(row["row"], *(row[name] for name in shown))
         console.print(table)
-    console.print("* Pareto front: no row is more accurate with as few multiply-accumulates", style="dim")
+    console.print(
+        "* Pareto front: no other row is more accurate at the same or a lower number of multiply-accumulates",
+        style="dim",
+    )
     for note in notes:
         console.print(note, markup=False)
 

@@ -74,10 +74,10 @@ class Export:
 
     run: str = setting("runs/latest", "folder of a finished run")
     format: str = setting("keras", "format of the file", choices=(*formats.FORMATS, "all"))
-    quantize: str = setting("none", "number type of the weights in the file", choices=formats.QUANTIZATIONS)
+    quantize: str = setting("none", "quantization of the weights", choices=formats.QUANTIZATIONS)
     max_accuracy_drop: float = setting(
         0.01,
-        "accuracy that a file may lose; one that loses more is not kept",
+        "maximum drop in accuracy; an export that loses more is rejected",
         ge=0,
         le=1,
         word="export.max_accuracy_drop",
@@ -142,7 +142,9 @@ def measure_reference(run_dir: RunDir, config: Config) -> ReferenceResult:
     dataset, _ = factory.load_data(config, crops=False)
     factory.check_fingerprint(config, dataset)
     classes = tuple(run_dir.model_info()["classes"])
-    print_and_log(*dataset.notes, f"reference: {len(dataset.test):,} test examples of {dataset.name}, unexported")
+    print_and_log(
+        *dataset.notes, f"reference: the run's model on {len(dataset.test):,} test examples of {dataset.name}"
+    )
     network, predict = factory.load_best(run_dir, config)
     logits, labels = factory.predict_split(config, dataset.test, len(classes), predict, SignalHandler())
     predict_float32 = Step.make_predictor(to_float32(network), jit=False)
@@ -170,7 +172,7 @@ def full_size_batches(split: Split) -> Iterator[np.ndarray]:
 def export_format(run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult) -> JsonObject:
     """Exports one format and returns its summary; a converter's error is printed and stops no other format."""
     label = name if keys.quantize == "none" else f"{name}-{keys.quantize}"
-    print_and_log(f"{label}: writing the file and measuring it")
+    print_and_log(f"{label}: exporting and measuring")
     final_dir = run_dir.inside(f"export/{label}")
     temporary_dir = final_dir.with_name(f".{label}")
     try:
@@ -232,7 +234,7 @@ def measure_export(predict: PredictFunction, reference: ReferenceResult, calibra
     """
     probabilities = np.concatenate([predict(batch) for batch in full_size_batches(reference.dataset.test)])
     if probabilities.shape != reference.probabilities.shape:
-        raise ValueError(f"output must be of shape {reference.probabilities.shape}, got {probabilities.shape}")
+        raise ValueError(f"the output has shape {probabilities.shape} instead of {reference.probabilities.shape}")
     correct = probabilities.argmax(axis=1) == reference.labels
     batch = calibration_images[:TIMING_BATCH_SIZE]
     return {
@@ -300,7 +302,7 @@ def print_results(rows: list[JsonObject]) -> None:
     for name in ("format", "accuracy", "change", "largest difference", "size", "images/s", ""):
         table.add_column(name, justify="left" if name in ("format", "") else "right")
     for row in rows:
-        verdict = f"not kept: {row['refused']}" if row["refused"] else ""
+        verdict = f"rejected: {row['refused']}" if row["refused"] else ""
         if "accuracy" not in row:
             table.add_row(row["label"], "", "", "", "", "", verdict)
             continue
@@ -316,4 +318,6 @@ def print_results(rows: list[JsonObject]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.main(export, Export, other_keys=f"Keys of the run that may be set anew: {', '.join(ALLOWED_OVERRIDES)}.")
+    arguments.main(
+        export, Export, other_keys=f"Keys of the run that can be overridden: {', '.join(ALLOWED_OVERRIDES)}."
+    )

@@ -35,8 +35,8 @@ class Predict:
     run: str = setting("runs/latest", "folder of the run")
     images: str = setting("", "local files, folders and glob patterns, separated by commas; required")
     top: int = setting(5, "number of classes listed per image", ge=1)
-    output: str = setting("table", "a table to read, or a JSON object per line", choices=OUTPUTS)
-    runtime: str = setting("keras", "the run's own network, or the file of make export format=onnx", choices=RUNTIMES)
+    output: str = setting("table", "output format: a table, or one JSON object per line", choices=OUTPUTS)
+    runtime: str = setting("keras", "run the Keras model, or the file of make export format=onnx", choices=RUNTIMES)
     attention: str = setting("", "PNG file for a Grad-CAM plot of the first images")
 
 

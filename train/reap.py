@@ -24,7 +24,9 @@ class Reap:
     """The keys of `make reap`."""
 
     uri: str = setting("", "MLflow store; none: mlflow.db beside the Makefile")
-    minutes: int = setting(10, "after how long without a heartbeat a run elsewhere is stale", unit="minutes", ge=0)
+    minutes: int = setting(
+        10, "time without a heartbeat after which a run on another machine is stale", unit="minutes", ge=0
+    )
 
 
 def reap(argv: list[str]) -> int:

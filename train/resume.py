@@ -33,7 +33,7 @@ class Resume:
     """The keys of `make resume`."""
 
     run: str | None = setting(None, "folder of the run; none: the newest unfinished run below runs/")
-    accept: str = setting("", "names of what may differ from the previous attempt, separated by commas")
+    accept: str = setting("", "changes to allow since the previous attempt, by name, separated by commas")
 
 
 COMMAND_KEYS = tuple(fields_by_key(Resume))
@@ -44,7 +44,7 @@ def resume(argv: list[str]) -> int:
     keys, others = arguments.parse_known(Resume, argv)
     process = {override.key: override.value for override in others}.get("distributed.index", "0")
     if keys.run is None and process != "0":
-        raise ConfigError("run is missing, and each of several processes needs it; use run=FOLDER")
+        raise ConfigError("run is missing; with several processes, each needs run=FOLDER")
     run_dir = open_run_dir(Path(keys.run)) if keys.run is not None else latest_unfinished(ROOT / "runs")
     accepted_changes = frozenset(filter(None, keys.accept.split(",")))
     return resume_run(run_dir, list(map(str, others)), accepted_changes)
@@ -149,5 +149,5 @@ if __name__ == "__main__":
         resume,
         Resume,
         other_keys="All other keys override the run's config: epochs, tracking.uri, data.root, ...; see make train "
-        "ARGS=--help. A key that changes the result has to be named by accept.",
+        "ARGS=--help. Keys that change the result must also be named in accept.",
     )

@@ -307,7 +307,7 @@ def interpreters(torch: str | None, jax: str | None) -> dict[str, str]:
         if subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0:
             available[name] = python
         else:
-            print(f"left out: {name} is not installed for {python}; use --{name} PYTHON", flush=True)
+            print(f"skipped: {name} is not installed for {python}; use --{name} PYTHON", flush=True)
     return available
 
 

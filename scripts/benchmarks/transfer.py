@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if not options.distill and not options.signs:
-        parser.error("--signs must be a folder of images, got none; or use --distill")
+        parser.error("--signs is missing; use --signs FOLDER with one folder of images per sign, or --distill")
     for root in run_folders(options.place and options.place.resolve()):
         rows = (distill if options.distill else transfer)(root, options.signs)
     print(json.dumps(rows, indent=1))

@@ -336,7 +336,7 @@ def distill_table() -> str:
     """Results of `scripts/benchmarks/transfer.py --distill --report scripts/results/distill.json`."""
     [row] = json.loads((FIGURES / "distill.json").read_text())
     ways = (f"{row[way]['mean']:.4f} ± {row[way]['deviation']:.4f}" for way in ("alone", "taught"))
-    lines = ["| teacher | alone | taught | difference, 95 % interval |", "|---:|---:|---:|---:|"]
+    lines = ["| teacher | student alone | distilled student | difference, 95 % interval |", "|---:|---:|---:|---:|"]
     return "\n".join([*lines, f"| {row['teacher']:.4f} | {' | '.join(ways)} | {_difference(row['difference'])} |"])
 
 

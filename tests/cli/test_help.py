@@ -103,7 +103,7 @@ def test_help_of_train_lists_groups_options_and_sections_but_no_internal_ones():
 def test_help_of_sweep_explains_ranges_and_its_keys():
     text = " ".join(help_of("sweep", 80).out.split())
     assert "key=tag(log,interval(1e-4,1e-1)) the same on a logarithmic scale" in text
-    assert "sweep.search=NAME how trials are chosen (grid, random, tpe, asha; default: grid)" in text
+    assert "sweep.search=NAME search algorithm (grid, random, tpe, asha; default: grid)" in text
     for internal in ("sweep.trial=", "sweep.until", "sweep.final"):
         assert internal not in text
 

@@ -161,20 +161,20 @@ MISTAKES = {
     "tracking.experiment=a/b": "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
     "got 'a/b'; use e.g. tracking.experiment=inception",
     "checkpoint.every_steps=5 checkpoint.every_minutes=0.5": "checkpoint.every_epochs, every_steps and every_minutes "
-    "exclude each other, got checkpoint.every_steps=5 checkpoint.every_minutes=0.5; "
-    "use exactly one, or none for every epoch",
+    "are mutually exclusive, got checkpoint.every_steps=5 checkpoint.every_minutes=0.5; "
+    "set only one, or none to save every epoch",
     "on_divergence=ignore": "on_divergence must be one of stop, rollback, got ignore",
     "schedule.warmup_epochs=20": "schedule.warmup_epochs must be at most epochs (12), got 20; "
     "use e.g. schedule.warmup_epochs=1",
     "data.test_fraction=0.95": "data.validation_fraction and data.test_fraction must leave examples for training "
     "(sum below 1), got 0.1 + 0.95",
-    "data.background=[0,0]": "data.background must be red, green and blue, got [0, 0]; "
-    "use data.background=[255,255,255]",
+    "data.background=[0,0]": "data.background must be three numbers (red, green, blue), got [0, 0]; "
+    "use e.g. data.background=[255,255,255]",
     "data.background=[0,0,256]": "data.background must be at least 0 and at most 255, got 256; "
     "use e.g. data.background=[255,255,255]",
-    "jit=on": "jit=on requires deterministic=false, got true; set both, or use jit=off",
-    "data.balanced=true data.class_weights=true": "data.balanced and data.class_weights exclude each other, got both; "
-    "use one of them",
+    "jit=on": "jit=on is not deterministic in TensorFlow; add deterministic=false, or use jit=off",
+    "data.balanced=true data.class_weights=true": "data.balanced and data.class_weights are mutually exclusive; "
+    "set only one of them",
     "data.on_leak=ignore": "data.on_leak must be one of warn, drop, raise, got ignore",
     "augment.mixup=-1": "augment.mixup must be at least 0, got -1.0; use e.g. augment.mixup=0.0",
     "model=vgg16,inception_v1": "model takes a single value, got vgg16,inception_v1; "
@@ -229,8 +229,8 @@ HINTS = {
     "fine_tune.stages=[{epoch:1}]": f"fine_tune.stages must be a list like {STAGES}, got [{{epoch:1}}]",
     "fine_tune.stages=[{epochs:0}]": "fine_tune.stages[0].epochs must be at least 1, got 0; "
     "use e.g. fine_tune.stages[0].epochs=1",
-    "early_stopping=validation/loss": "early_stopping holds several keys, got validation/loss; set one of them, "
-    "e.g. early_stopping.metric=...",
+    "early_stopping=validation/loss": "early_stopping is a section and takes no value, got validation/loss; "
+    "set one of its keys, e.g. early_stopping.metric=...",
     "early_stopping={patience:3}": 'unknown key "early_stopping.patience"; '
     "did you mean early_stopping.patience_epochs?",
     "model.name=vgg16": "model.name cannot be set by itself, got vgg16; use model=vgg16",
@@ -238,7 +238,7 @@ HINTS = {
     "+experiment=fine_tune": "+experiment: the key exists already; omit the +",
     "~epochs": "~epochs: a key cannot be removed; set it instead: epochs=VALUE",
     "~model": "~model: a key cannot be removed; set it instead: model=VALUE",
-    "model@data=vgg16": "model@data is not supported: every group has one place; use model=NAME",
+    "model@data=vgg16": "model@data is not supported: the package of a group is fixed; use model=NAME",
     "model=[vgg16,inception_v1]": "model takes a single value, got vgg16,inception_v1; "
     "to run both: make sweep model=vgg16,inception_v1",
     "seed=range(0,3)": "seed takes a single value, got range(0,3); to run all: make sweep seed=range(0,3)",

@@ -306,8 +306,8 @@ def test_manifest_that_is_not_utf8_is_rejected(tmp_path):
 def test_single_label_is_rejected(tmp_path, text, labels):
     (tmp_path / "table.csv").write_text(text)
     assert message(load, tmp_path / "table.csv") == (
-        f"data.file={tmp_path}/table.csv must have at least two different labels, got {labels}; "
-        "add images of other classes"
+        f"data.file={tmp_path}/table.csv has only {labels} different labels; a classifier needs at least two, "
+        "so add images of other classes"
     )
 
 

@@ -289,18 +289,21 @@ MANY = ["backend=jax", "distributed.processes=2", "distributed.coordinator=node1
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["devices=all"], "devices must be 1 with backend=tensorflow, got all; use backend=jax"),
+        (["devices=all"], "devices=all is not supported with backend=tensorflow; use backend=jax"),
         (
             ["distributed.processes=2"],
-            "distributed.processes must be 1 with backend=tensorflow, got 2; use backend=jax",
+            "distributed.processes=2 is not supported with backend=tensorflow; use backend=jax",
         ),
         (["backend=jax", "devices=none"], "devices must be a positive whole number, or all, got none; use devices=all"),
         (["backend=jax", "devices=0"], "devices must be a positive whole number, or all, got 0; use devices=all"),
         (["backend=jax", "devices=3"], "batch_size must be a multiple of the number of devices (3), got 32; use b"),
         ([*MANY, "devices=4", "batch_size=12"], "multiple of the number of devices (8), got 12; use batch_size=8"),
         ([*MANY, "distributed.index=2"], "distributed.index must be below distributed.processes (2), got 2; number"),
-        (MANY[:2], "distributed.coordinator is required with several processes, got none; use e.g."),
-        ([*MANY, "checkpoint.every_minutes=5"], "checkpoint.every_minutes must be null with several processes, which"),
+        (MANY[:2], "distributed.coordinator is missing, which several processes need to find each other; use"),
+        (
+            [*MANY, "checkpoint.every_minutes=5"],
+            "checkpoint.every_minutes is not supported with several processes, which",
+        ),
     ],
 )
 def test_invalid_distributed_config_is_rejected(overrides: list[str], expected: str):

@@ -117,7 +117,7 @@ def test_killed_run_with_stages_resumes_to_the_same_bits(
         start_run(tmp_path / "run", *overrides)
     assert (
         "weights: 13 layers loaded, block1_conv1 to block5_conv3; "
-        "new: aux_1_conv, aux_1_bn, aux_2_conv, aux_2_bn, fc1, fc2, aux_predictions, predictions"
+        "newly initialised: aux_1_conv, aux_1_bn, aux_2_conv, aux_2_bn, fc1, fc2, aux_predictions, predictions"
     ) in capsys.readouterr().out.splitlines()
     kill_at(None)
     assert resume_run(tmp_path / "run")["weights_sha256"] == summary["weights_sha256"]

@@ -353,7 +353,7 @@ def test_unreachable_server_does_not_stop_the_run_and_its_password_is_written_no
     assert done.last_line.startswith("status=finished")
     assert "make sync run=" in done.err
     assert "uri: http://127.0.0.1:9" in (run / "config.yaml").read_text()
-    assert "not recorded yet" in (run / "uploader.log").read_text()
+    assert "could not upload yet" in (run / "uploader.log").read_text()
     assert holders(b"hunter2", run) == []
     assert "hunter2" not in done.out + done.err
     (run / "planted").write_text("hunter2")
@@ -385,7 +385,7 @@ def test_warnings_of_the_project_reach_the_terminal(tmp_path: Path, capsys: pyte
 def test_two_runs_of_one_process_have_the_same_provenance(tmp_path: Path):
     log = tmp_path / "log"
     factory.prepare_runtime(compose([f"threads={THREADS}"]), log)
-    with pytest.raises(ConfigError, match=f"threads must be the same for all runs of a process, got 1 after {THREADS}"):
+    with pytest.raises(ConfigError, match=f"threads cannot change within a process, from {THREADS} to 1; start"):
         factory.prepare_runtime(compose(["threads=1"]), log)
 
 

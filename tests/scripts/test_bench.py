@@ -56,7 +56,7 @@ def test_missing_baseline_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     available = bench.interpreters(str(none), str(none))
     assert set(available) == {"keras"}
     assert capsys.readouterr().out.splitlines() == [
-        f"left out: {name} is not installed for {none}; use --{name} PYTHON" for name in ("torch", "jax")
+        f"skipped: {name} is not installed for {none}; use --{name} PYTHON" for name in ("torch", "jax")
     ]
     remaining = bench.installed_contestants(list(bench.CONTESTANTS), available)
     assert [name for name in remaining if name.startswith(("PyTorch", "Keras on"))] == []

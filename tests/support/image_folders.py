@@ -59,8 +59,7 @@ def unreadable_message(count, total, named, advice=None):
 
 
 MNIST_FILES = (
-    "data.manual_dir must be a folder with train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
-    "t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
+    "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
 )
 
 

@@ -181,13 +181,15 @@ def test_fine_tuning_without_stages_loads_the_head(pretrained: Path, tmp_path: P
     done = train_tiny(tmp_path / "run", f"model.weights={pretrained}", "epochs=1")
     assert done.code == 0, done.err
     line = next(line for line in done.out.splitlines() if line.startswith("weights: "))
-    assert line.startswith("weights: 99 layers loaded, block1_conv1_conv to predictions; new: aux_1_conv, ")
+    assert line.startswith(
+        "weights: 99 layers loaded, block1_conv1_conv to predictions; newly initialised: aux_1_conv, "
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["experiment=fine_tune"], "fine_tune.stages requires weights to start from, got none; use model.weights="),
+        (["experiment=fine_tune"], "fine_tune.stages requires pretrained weights; use model.weights=PATH"),
         (
             ["experiment=fine_tune", "model.weights=x.h5", "epochs=11"],
             "epochs must be at least those of all fine_tune.stages (12), got 11; use epochs=12",
@@ -209,7 +211,10 @@ def test_fine_tuning_without_stages_loads_the_head(pretrained: Path, tmp_path: P
             )
             for typed in ("[{epoch:1}]", "[{epochs:three}]", "[head]")
         ),
-        (["fine_tune.layer_decay=0.5"], "fine_tune.layer_decay requires fine_tune.stages, got none"),
+        (
+            ["fine_tune.layer_decay=0.5"],
+            "fine_tune.layer_decay has no effect without fine_tune.stages; use experiment=fine_tune",
+        ),
         (
             ["experiment=fine_tune", "model.weights=x.h5", "schedule.warmup_epochs=4"],
             "schedule.warmup_epochs must be at most the epochs of every stage (1 in fine_tune.stages[0]), got 4",

@@ -43,7 +43,9 @@ def check_compatible(previous: JsonObject, current: JsonObject, accepted: frozen
     """Raises: ConfigError naming every change that was not accepted, and the argument that accepts them."""
     unknown = sorted(accepted - {*previous, *current})
     if unknown:
-        raise ConfigError(f"accept must name what may differ, got {unknown[0]}; use names like code or batch_size")
+        raise ConfigError(
+            f'unknown name "{unknown[0]}" in accept; use the names of changed settings, e.g. accept=code,batch_size'
+        )
     unaccepted = unaccepted_changes(previous, current, accepted)
     if not unaccepted:
         return

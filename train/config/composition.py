@@ -176,14 +176,14 @@ def from_stored(
         names = {group: stored_config[group]["name"] for group in schema.GROUPS}
         node_types = {group: schema.GROUPS[group][name] for group, name in names.items()}
     except (KeyError, TypeError):
-        raise ConfigError("config.yaml does not hold a config of this project; restore the run's own file") from None
+        raise ConfigError("config.yaml is not the config of a run; restore the original file") from None
     references = frozenset((key, text) for key, text in find_references(stored_config) if key not in overridden)
     if references and trusted is None:
         trusted = conf_references(names)
     for key, text in sorted(references - (trusted or frozenset())):
         raise ConfigError(
-            f"{key} is stored as {text}, a reference that is resolved only if it is typed or in conf/; pass a value, "
-            f"e.g. '{key}={text}'"
+            f"{key} is stored as {text}, a reference that is resolved only on the command line or in conf/; "
+            f"pass it again: '{key}={text}'"
         )
     try:
         node = OmegaConf.structured(Config)

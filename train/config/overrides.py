@@ -81,7 +81,7 @@ def check_form(override: Override) -> None:
     """Rejects what Hydra's grammar allows and a fixed schema has no use for. Raises: ConfigError."""
     key = override.key_or_group
     if override.package is not None:
-        raise ConfigError(f"{key}@{override.package} is not supported: every group has one place; use {key}=NAME")
+        raise ConfigError(f"{key}@{override.package} is not supported: the package of a group is fixed; use {key}=NAME")
     if override.is_delete() and key not in _removable_groups():
         raise ConfigError(f"~{key}: a key cannot be removed; set it instead: {key}=VALUE")
     if override.is_add() and (key in CONFIG_GROUPS or key in all_keys()):
@@ -249,7 +249,9 @@ def _check_value(name: str, value: object, text: str, sections: Sections) -> Non
         raise ConfigError(unknown_config_key_message(name, sections))
     if name in sections:
         example = next(item.name for item in dataclasses.fields(sections[name]))
-        raise ConfigError(f"{name} holds several keys, got {text}; set one of them, e.g. {name}.{example}=...")
+        raise ConfigError(
+            f"{name} is a section and takes no value, got {text}; set one of its keys, e.g. {name}.{example}=..."
+        )
     _check_type_and_range(key, value, text)
 
 

@@ -136,8 +136,10 @@ class Data:
         ge=1,
     )
     channels: int = setting(3, "1: greyscale, 3: colour; images are converted", choices=(1, 3))
-    background: list[int] = setting([255, 255, 255], "red, green and blue behind transparent pixels", ge=0, le=255)
-    crop_fraction: float = setting(1.0, "centre crop of evaluation, as a fraction of the shorter side", gt=0, le=1)
+    background: list[int] = setting(
+        [255, 255, 255], "colour (red, green, blue) behind transparent pixels", ge=0, le=255
+    )
+    crop_fraction: float = setting(1.0, "centre crop for evaluation, as a fraction of the shorter side", gt=0, le=1)
     validation_fraction: float = setting(
         0.1, "fraction held out for validation if the data set has no such split", gt=0, lt=1
     )
@@ -352,7 +354,7 @@ class Tracking:
 class Sweep:
     """How one command starts several runs; changes no bit of any run and is not part of it."""
 
-    search: str = setting("grid", "how trials are chosen", choices=("grid", "random", "tpe", "asha"))
+    search: str = setting("grid", "search algorithm", choices=("grid", "random", "tpe", "asha"))
     space: dict[str, str] = setting({}, "values or ranges to try, by key; loaded from conf/sweep/ by sweep=NAME")
     trials: int = setting(20, "number of points to try (random, tpe, asha)", unit="points", ge=1)
     first_epochs: int = setting(1, "epochs before the first comparison (asha)", unit="epochs", ge=1)
@@ -367,7 +369,7 @@ class Sweep:
         "processes", "where trials run: local processes, or a Ray cluster", choices=("processes", "ray")
     )
     minutes: float | None = setting(None, "time limit of one trial; null: none", unit="minutes", gt=0)
-    retries: int = setting(1, "how often to resume a trial that was killed", unit="times", ge=0)
+    retries: int = setting(1, "number of times to resume a trial that was killed", unit="times", ge=0)
     halve_batch: bool = setting(
         False, "run a trial that ran out of memory again, with half the batch size, as a new run"
     )
@@ -375,7 +377,7 @@ class Sweep:
     fail_fast: bool = setting(False, "stop the whole sweep at the first failed trial")
     dry_run: bool = setting(False, "check and list all trials, run none")
     fresh: bool = setting(False, "start a new sweep instead of resuming the one with the same arguments")
-    most: int = setting(200, "maximum number of trials, against typing mistakes", unit="trials", ge=1)
+    most: int = setting(200, "maximum number of trials; guards against typing mistakes", unit="trials", ge=1)
     trial: str | None = setting(None, "file of the trial to run", internal=True)
     until: int | None = setting(None, "epoch after which the trial pauses", unit="epochs", ge=1, internal=True)
     final: list[str] = setting([], "settings enabled for the final run", internal=True)
@@ -435,8 +437,13 @@ class Distill:
     """Knowledge distillation: training on the predictions of a larger network, too."""
 
     teacher: str | None = setting(None, "folder of a finished run with the same classes and image size; null: none")
-    weight: float = setting(0.7, "fraction of the loss that is the distance to the teacher's predictions", gt=0, le=1)
-    temperature: float = setting(4.0, "temperature that divides both networks' logits in it", ge=1, le=100)
+    weight: float = setting(
+        0.7,
+        "weight of the distillation loss, to the teacher's predictions; the loss to the labels has the rest",
+        gt=0,
+        le=1,
+    )
+    temperature: float = setting(4.0, "temperature of both networks' softmax in the distillation loss", ge=1, le=100)
 
 
 @dataclass
@@ -489,7 +496,7 @@ class Config:
     threads: int | None = setting(
         None, "compute threads; null: the fastest number measured for the model, at most one per core", ge=1, le=1024
     )
-    deterministic: bool = setting(True, "give the same bits for the same config, data and machine")
+    deterministic: bool = setting(True, "bit-identical results for the same config, data and machine")
     label_smoothing: float = setting(0.0, "fraction of a label spread over all classes", ge=0, lt=1)
     ema: float | None = setting(
         None,
@@ -503,7 +510,7 @@ class Config:
     )
     on_divergence: str = setting(
         "stop",
-        "if the loss is no longer finite: stop, or roll back to the last checkpoint with a lower learning rate",
+        "what to do when the loss is not finite: stop, or roll back to the last checkpoint with a lower learning rate",
         choices=("stop", "rollback"),
     )
     run_dir: str | None = setting(None, "folder of the run; null: runs/<experiment>/<time>-<short id>")

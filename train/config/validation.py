@@ -96,10 +96,11 @@ def _check_consistency(config: Config) -> None:
 def _check_data(data: Data) -> None:
     if len(data.background) != 3:
         raise ConfigError(
-            f"data.background must be red, green and blue, got {data.background}; use data.background=[255,255,255]"
+            f"data.background must be three numbers (red, green, blue), got {data.background}; "
+            "use e.g. data.background=[255,255,255]"
         )
     if data.balanced and data.class_weights:
-        raise ConfigError("data.balanced and data.class_weights exclude each other, got both; use one of them")
+        raise ConfigError("data.balanced and data.class_weights are mutually exclusive; set only one of them")
 
 
 def _check_stages(config: Config) -> None:
@@ -107,14 +108,13 @@ def _check_stages(config: Config) -> None:
     allowed = (ALL_LAYER_GROUPS, UPPER_LAYER_GROUPS, *LAYER_GROUPS[config.model.name], HEAD_LAYER_GROUP)
     if not stages:
         if config.fine_tune.layer_decay != 1:
-            raise ConfigError("fine_tune.layer_decay requires fine_tune.stages, got none; use experiment=fine_tune")
+            raise ConfigError("fine_tune.layer_decay has no effect without fine_tune.stages; use experiment=fine_tune")
         return
     if config.model.weights is None:
-        raise ConfigError("fine_tune.stages requires weights to start from, got none; use model.weights=PATH")
+        raise ConfigError("fine_tune.stages requires pretrained weights; use model.weights=PATH")
     if config.early_stopping.metric is not None:
         raise ConfigError(
-            "early_stopping.metric must be null with fine_tune.stages, whose epochs are fixed, "
-            f"got {config.early_stopping.metric}; omit it"
+            "early_stopping.metric cannot be combined with fine_tune.stages, whose numbers of epochs are fixed; omit it"
         )
     for number, stage in enumerate(stages):
         if stage.from_part not in allowed:
@@ -141,19 +141,17 @@ def _check_interval(checkpoint: Checkpoint) -> None:
     ]
     if len(intervals) > 1:
         raise ConfigError(
-            f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(intervals)}; "
-            "use exactly one, or none for every epoch"
+            f"checkpoint.every_epochs, every_steps and every_minutes are mutually exclusive, "
+            f"got {' '.join(intervals)}; set only one, or none to save every epoch"
         )
 
 
 def _check_backend(config: Config) -> None:
     """JAX compiles everything, and limits GPU memory only by fraction, not by size."""
     if config.backend == "jax" and config.jit == "off":
-        raise ConfigError("jit must be auto or on with backend=jax, which compiles everything, got off; use jit=auto")
+        raise ConfigError("jit=off is not supported with backend=jax, which compiles everything; use jit=auto")
     if config.backend == "jax" and config.gpu_memory is not None:
-        raise ConfigError(
-            f"gpu_memory must be null with backend=jax, which allocates memory as needed, got {config.gpu_memory}"
-        )
+        raise ConfigError("gpu_memory is not supported with backend=jax, which allocates memory as needed; omit it")
 
 
 def _check_devices(config: Config) -> None:
@@ -162,21 +160,21 @@ def _check_devices(config: Config) -> None:
         raise ConfigError(f"devices must be a positive whole number, or all, got {config.devices}; use devices=all")
     for name, value in {"devices": config.devices, "distributed.processes": str(group.processes)}.items():
         if value != "1" and config.backend != "jax":
-            raise ConfigError(f"{name} must be 1 with backend={config.backend}, got {value}; use backend=jax")
+            raise ConfigError(f"{name}={value} is not supported with backend={config.backend}; use backend=jax")
     if group.index >= group.processes:
         raise ConfigError(
             f"distributed.index must be below distributed.processes ({group.processes}), got {group.index}; "
-            "number them from 0"
+            "number the processes from 0"
         )
     if group.processes > 1 and group.coordinator is None:
         raise ConfigError(
-            "distributed.coordinator is required with several processes, got none; "
+            "distributed.coordinator is missing, which several processes need to find each other; "
             "use e.g. distributed.coordinator=node1:4711"
         )
     if group.processes > 1 and config.checkpoint.every_minutes is not None:
         raise ConfigError(
-            "checkpoint.every_minutes must be null with several processes, which share no clock, "
-            f"got {config.checkpoint.every_minutes:g}; use checkpoint.every_steps"
+            "checkpoint.every_minutes is not supported with several processes, which share no clock; "
+            "use checkpoint.every_steps"
         )
     if config.devices.isdigit():
         check_batch(config)
@@ -196,14 +194,14 @@ def check_batch(config: Config) -> None:
 def _check_jit(config: Config) -> None:
     """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here uses it."""
     if config.backend == "tensorflow" and config.jit == "on" and config.deterministic:
-        raise ConfigError("jit=on requires deterministic=false, got true; set both, or use jit=off")
+        raise ConfigError("jit=on is not deterministic in TensorFlow; add deterministic=false, or use jit=off")
 
 
 def _check_rollback(config: Config) -> None:
     if config.on_divergence == "rollback" and config.checkpoint.every_minutes is not None:
         raise ConfigError(
-            "on_divergence=rollback needs checkpoints at the same steps in every run, "
-            "got checkpoint.every_minutes; use checkpoint.every_steps or checkpoint.every_epochs"
+            "on_divergence=rollback cannot be combined with checkpoint.every_minutes, which saves at other steps in "
+            "every run; use checkpoint.every_steps or checkpoint.every_epochs"
         )
 
 

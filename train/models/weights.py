@@ -63,7 +63,7 @@ class LoadReport:
         if self.adapted:
             parts.append(f"{', '.join(self.adapted)} summed over the three colour channels")
         if self.newly_initialized:
-            parts.append(f"new: {', '.join(self.newly_initialized)}")
+            parts.append(f"newly initialised: {', '.join(self.newly_initialized)}")
         if self.unused:
             parts.append(f"unused in file: {', '.join(self.unused)}")
         return f"weights: {'; '.join(parts)}"

@@ -60,11 +60,13 @@ def check_sources(config: Config) -> None:
     run_dir = RunDir(Path(teacher), "")
     model_info = run_dir.model_info() if run_dir.status() == "finished" else {}
     if not model_info:
-        raise ConfigError(f"distill.teacher must be the folder of a finished run, got {teacher}; use another one")
+        raise ConfigError(f"distill.teacher={teacher} is not a finished run; use the folder of one")
     side = schema.resolve_image_size(config)
     expected = [side, side, config.data.channels]
     if (shape := model_info["input"]["shape"]) != expected:
-        raise ConfigError(f"distill.teacher must take images of shape {expected}, got {shape}; use another run")
+        raise ConfigError(
+            f"distill.teacher takes images of shape {shape}, this run has {expected}; use a teacher with the same shape"
+        )
 
 
 def runtime_settings(config: Config) -> RuntimeSettings:
@@ -158,7 +160,9 @@ def load_teacher(config: Config, dataset: Dataset) -> keras.Model | None:
     classes = run_dir.model_info()["classes"]
     expected = [*dataset.classes]
     if classes != expected:
-        raise ConfigError(f"distill.teacher must have the classes {expected}, got {classes}; use another run")
+        raise ConfigError(
+            f"distill.teacher has the classes {classes}, the data {expected}; use a teacher with the same classes"
+        )
     return load_best(run_dir, config)[0]
 
 

@@ -102,7 +102,7 @@ def read_model_info(run: Path) -> tuple[JsonObject, JsonObject]:
     except (FormatVersionError, UnsafePathError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        raise ValueError(f"{run} is not the folder of a run with saved weights; use e.g. run=runs/latest") from None
+        raise ValueError(f"{run} is not a run folder with saved weights; use e.g. run=runs/latest") from None
 
 
 def load_onnx_export(run: Path) -> Callable[[np.ndarray], np.ndarray]:

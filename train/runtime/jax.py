@@ -50,7 +50,7 @@ def initialize(*, device: str, devices: str, group: Distributed) -> None:
     if len(set(counts.values())) > 1:
         listing = ", ".join(f"{count} in process {index}" for index, count in sorted(counts.items()))
         raise ConfigError(
-            f"all processes must have the same number of devices, got {listing}; use the same device and devices"
+            f"the processes have different numbers of devices ({listing}); start all with the same device and devices"
         )
     # The first computation across processes has a time limit of half a minute, later ones of half an hour.
     multihost_utils.sync_global_devices("joined")

@@ -237,8 +237,7 @@ def _check_process_settings(settings: RuntimeSettings, *names: str) -> None:
         value = getattr(settings, name)
         if _process_settings.setdefault(name, value) != value:
             raise ConfigError(
-                f"{name} must be the same for all runs of a process, got {value} after "
-                f"{_process_settings[name]}; use a new process"
+                f"{name} cannot change within a process, from {_process_settings[name]} to {value}; start a new process"
             )
 
 

@@ -215,7 +215,7 @@ def mark_pruned(session: SweepSession) -> None:
     for trial in session.algorithm.abandoned():
         run_dir = trial.run()
         if run_dir and "pruned" not in (summary := trial.summary()):
-            reason = f"pruned after epoch {trial.epochs_done()} of {trial.total_epochs()}: others did better"
+            reason = f"pruned after epoch {trial.epochs_done()} of {trial.total_epochs()}: outperformed by other trials"
             run_dir.write_json("summary.json", summary | {"pruned": True, "failure": reason})
             uploader.start(run_dir, session.config.tracking.uri or uploader.default_uri(ROOT))
 
@@ -305,7 +305,7 @@ def external_result(trial: Trial) -> TrialResult:
         return TrialResult(0)
     if state == "failed":
         return TrialResult(1, trial.summary()["failure"])
-    return TrialResult(1, f"its job left no result in {trial.folder}", is_retryable=state == "interrupted")
+    return TrialResult(1, f"the job wrote no result to {trial.folder}", is_retryable=state == "interrupted")
 
 
 def finish_sweep(session: SweepSession, parent_run: ParentRun, best_trials: list[Trial]) -> int:
@@ -411,11 +411,11 @@ def check_sweep(axes: list[Axis], config: Config) -> None:
     if not axes and settings.seeds == 1:
         raise ConfigError("nothing to sweep: every key has one value; use e.g. seed=0,1,2")
     if settings.seeds > 1 and "seed" in {axis.key for axis in axes}:
-        raise ConfigError(f"sweep.seeds must be 1 if seed has several values, got {settings.seeds}; use one of the two")
+        raise ConfigError("seed has several values and sweep.seeds is above 1; use one of the two")
     if config.distributed.processes > 1:
         raise ConfigError(
-            f"distributed.processes must be 1 in a sweep, which runs each trial in one process, got "
-            f"{config.distributed.processes}; omit it"
+            f"distributed.processes={config.distributed.processes} is not supported in a sweep, which runs each trial "
+            "in one process; omit it"
         )
     points = math.prod(max(1, len(axis.values)) for axis in axes) if settings.search == "grid" else settings.trials
     if settings.search == "asha" and "epochs" in {axis.key for axis in axes}:
@@ -447,8 +447,8 @@ def freeze_trial(
     """Freezes one trial: `base_config` with `values` set. Raises: ConfigError for an invalid config."""
     if unknown := composition.find_references(values) - trusted_references:  # of a resumed sweep, from its folder
         raise ConfigError(
-            f"{min(unknown)[0]} refers to an environment variable that neither conf/ nor the command line names; "
-            "use another run_dir"
+            f"{min(unknown)[0]} of the stored sweep refers to an environment variable that neither conf/ nor the "
+            "command line refers to; use another run_dir"
         )
     node = composition.from_stored(base_config, [], trusted_references)
     try:

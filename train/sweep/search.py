@@ -114,7 +114,7 @@ class OptunaSearch:
             if trials := self._try_one_point():
                 return trials
         self._exhausted = True
-        print_and_log(f"found only {len(self._points)} distinct points, of sweep.trials={self._settings.trials}")
+        print_and_log(f"found only {len(self._points)} distinct points instead of sweep.trials={self._settings.trials}")
         self.expected = len(self._points) * self._settings.seeds
         return []
 

@@ -80,7 +80,7 @@ def grid_points(axes: Iterable[Axis]) -> Iterator[Point]:
     for axis in axes:
         if axis.is_range:
             raise ConfigError(
-                f"{axis.key} must be a list of values for sweep.search=grid, got a range; use {axis.key}=a,b,c, "
+                f"{axis.key} is a range, which sweep.search=grid cannot enumerate; use {axis.key}=a,b,c, "
                 "or sweep.search=random, tpe or asha"
             )
     for values in itertools.product(*(axis.values for axis in axes)):

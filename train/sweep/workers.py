@@ -20,7 +20,7 @@ TRACKING_URI_VARIABLE = "INCEPTION_SWEEP_ADDRESS"  # may hold a password, and is
 REFERENCES_VARIABLE = "INCEPTION_SWEEP_REFERENCES"  # trusted environment references: those in a trial's file are not
 PR_SET_PDEATHSIG = 1
 GPU_DRIVER_DIR = Path("/proc/driver/nvidia/gpus")  # has one folder per GPU
-TIMEOUT_REASON = "it took longer than sweep.minutes allows"
+TIMEOUT_REASON = "exceeded the time limit sweep.minutes"
 STOPPED_REASON = "the sweep was stopped"
 GRACE_SECONDS = 30.0  # between SIGTERM, which a trial obeys at its next batch, and SIGKILL
 POLL_SECONDS = 0.1
@@ -122,7 +122,7 @@ class Worker:
             return TrialResult(0)
         if self.stop_reason:
             return TrialResult(1, self.stop_reason)
-        return None if state == "running" else TrialResult(1, "its process disappeared", is_retryable=True)
+        return None if state == "running" else TrialResult(1, "the process disappeared", is_retryable=True)
 
 
 def find_process(trial: Trial) -> int | None:

@@ -71,7 +71,7 @@ def stored_uri(run_dir: RunDir) -> str:
         return machine_uri()
     if uri is not None and ("${" in str(uri) or "://" not in str(uri)):
         raise ValueError(
-            f"the run's tracking address is stored only as {uri}; "
+            f"the run's tracking.uri is stored as {uri}, which is no address; "
             f"use make sync run={shlex.quote(str(run_dir.path))} uri=ADDRESS"
         )
     return use_stored_uri(run_dir, uri)

@@ -36,7 +36,7 @@ def list_runs(uri: str, experiment: str) -> list[RunRecord]:
     except Exception as error:  # MLflow raises many types
         raise ValueError(f"the MLflow store failed: {redact_passwords(str(error), uri)}; use uri=ADDRESS") from None
     if runs is None:
-        raise ValueError(f"experiment must be one of {experiments or '(none yet)'}, got {experiment}")
+        raise ValueError(f"unknown experiment {experiment}; experiments in the store: {experiments or '(none yet)'}")
     return sorted(runs, key=lambda run: run.start_time)
 
 

@@ -82,7 +82,7 @@ class RunDir:
         except UnsafePathError:
             raise
         except ValueError:
-            raise ValueError(f"{self.path / name} does not hold valid JSON; restore the file") from None
+            raise ValueError(f"{self.path / name} is not valid JSON; restore the original file") from None
 
     def write_yaml(self, name: str, payload: JsonObject) -> None:
         write_atomically(self.path / name, yaml.safe_dump(payload, sort_keys=False, allow_unicode=True))
@@ -136,7 +136,7 @@ class RunDir:
         except yaml.YAMLError:
             config = None
         if not isinstance(config, dict):
-            raise ValueError(f"{self.path / 'config.yaml'} does not hold a config; restore the run's own file")
+            raise ValueError(f"{self.path / 'config.yaml'} is not the config of a run; restore the original file")
         return format_1.current_config(config) if self.format_version() == 1 else config
 
     def sweep_id(self) -> str | None:
@@ -295,7 +295,7 @@ def open_run_dir(path: Path) -> RunDir:
     except (FormatVersionError, UnsafePathError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"run must be a run folder, got {path}; use e.g. run=runs/latest") from None
+        raise ValueError(f"{path} is not a run folder; use e.g. run=runs/latest") from None
 
 
 def latest_unfinished(runs: Path) -> RunDir:

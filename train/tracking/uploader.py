@@ -345,7 +345,7 @@ def upload_until_finished(uploader: Uploader) -> int:
             return REFUSED_EXIT_CODE
         except Exception as error:  # whatever MLflow raises: training must not notice, the upload is completed later
             if (message := f"{type(error).__name__}: {error}") != last_error:
-                print(f"{time.strftime('%H:%M:%S')} not recorded yet: {message}", flush=True)
+                print(f"{time.strftime('%H:%M:%S')} could not upload yet, retrying: {message}", flush=True)
             pause = 5.0
             last_error = message
             if ended:

@@ -38,7 +38,8 @@ def list_manifest(file: str, root: str | None, data_dir: str) -> Listing:
     classes = tuple(sorted({label for _, _, label, _ in lines}))
     if len(classes) < 2:
         raise ValueError(
-            f"data.file={file} must have at least two different labels, got {len(classes)}; add images of other classes"
+            f"data.file={file} has only {len(classes)} different labels; a classifier needs at least two, "
+            "so add images of other classes"
         )
     splits = [split for _, _, _, split in lines]
     if any(splits) and "train" not in splits:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -99,9 +99,13 @@ def _lock(name: str, data_dir: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = locks.acquire(path)
     except locks.LocksUnsupportedError as error:
-        raise ValueError(f"cannot lock files in {data_dir} ({error.strerror}); use storage with file locks") from error
+        raise ValueError(
+            f"cannot lock files in {data_dir} ({error.strerror}); use a data.directory on storage with file locks"
+        ) from error
     except OSError as error:
-        raise ValueError(f"the data folder must be writable, got {data_dir} ({error.strerror}); use another") from error
+        raise ValueError(
+            f"cannot write to {data_dir} ({error.strerror}); make it writable, or use another data.directory"
+        ) from error
     with lock:
         yield
 
@@ -142,10 +146,18 @@ def _preparation_error(
     if _is_no_space(error):
         return _no_space_error(name, needed, data_dir)
     if not tfds_source.manual_files:
-        return ValueError(f"cannot prepare data={name} in {data_dir}: {short_message(error)}; use another data folder")
-    advice = "use the original files" if manual_dir else "use data.manual_dir=PATH with the original files"
+        return ValueError(
+            f"cannot prepare data={name} in {data_dir}: {short_message(error)}; use another data.directory"
+        )
+    files = ", ".join(tfds_source.manual_files)
+    if manual_dir:
+        return ValueError(
+            f"cannot prepare data={name} from data.manual_dir={manual_dir}: {short_message(error)}; "
+            f"use the original files {files}"
+        )
     return ValueError(
-        f"{_manual_dir_message(name, tfds_source)}, got {manual_dir or 'none'} ({short_message(error)}); {advice}"
+        f"cannot prepare data={name}: {short_message(error)}; retry, or download {files} yourself and use "
+        "data.manual_dir=PATH"
     )
 
 
@@ -184,19 +196,11 @@ def _check_network(name: str, tfds_source: Source, urls: Sequence[str]) -> None:
         return  # the server is reachable; the download reports its own errors
     except OSError as error:
         reason = f"{urlsplit(urls[0]).hostname} is unreachable: {getattr(error, 'reason', error)}"
+        origins = dict.fromkeys(url.rpartition("/")[0] for url in urls)
         raise ValueError(
-            f"{_manual_dir_message(name, tfds_source)}, got none ({reason}); {_download_advice(urls)}"
+            f"cannot download data={name} ({reason}); download {', '.join(tfds_source.manual_files)} from "
+            f"{' and '.join(origins)} on another machine, then use data.manual_dir=PATH"
         ) from error
-
-
-def _manual_dir_message(name: str, tfds_source: Source) -> str:
-    files = ", ".join(tfds_source.manual_files)
-    return f"data.manual_dir must be a folder with {files} if data={name} can't be downloaded"
-
-
-def _download_advice(urls: Iterable[str]) -> str:
-    origins = dict.fromkeys(url.rpartition("/")[0] for url in urls)
-    return f"use data.manual_dir=PATH with the files fetched from {' and '.join(origins)}"
 
 
 # ---------------------------------------------------------------------------------------------------------- space
@@ -211,7 +215,7 @@ def _no_space_error(name: str, needed: int, data_dir: str) -> ValueError:
     free = shutil.disk_usage(data_dir).free
     return ValueError(
         f"data={name} needs about {-(-needed // MIB)} MiB of free space in {Path(data_dir).resolve()}, "
-        f"got {free // MIB} MiB; free some space or use a larger disk"
+        f"only {free // MIB} MiB are free; free some space or use a larger disk"
     )
 
 
