@@ -20,12 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from train.cli import arguments, terminal
 from train.config import composition
-from train.config.overrides import HYDRA_ERRORS, check_overrides, explain
+from train.config.overrides import HYDRA_ERRORS, add_missing_keys, check_grammar, check_overrides, explain
 from train.config.schema import ROOT
 from train.sweep import trials, workers
 from train.tracking.run_dir import open_run_dir
 
 CHECK_FLAG = "--check"
+INFO_CHOICES = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # of Hydra
 argv: list[str] = []  # as typed
 
 
@@ -41,10 +42,10 @@ class ArgumentParser(argparse.ArgumentParser):
             self.add_argument(flag, short, action="store_true")
         for flag, short in (("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd")):
             self.add_argument(flag, short)
-        self.add_argument("--cfg", "-c")
+        self.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
         self.add_argument("--package", "-p")
         self.add_argument("--experimental-rerun")
-        self.add_argument("--info", "-i", nargs="?")
+        self.add_argument("--info", "-i", nargs="?", const="all", choices=INFO_CHOICES)
 
     def error(self, message: str) -> NoReturn:
         """Raises: ValueError."""
@@ -144,11 +145,14 @@ def check_command_line() -> list[str]:
     overrides = list(flags.overrides)
     keys = arguments.typed_keys(overrides)
     is_elsewhere = flags.config_path or flags.config_name or flags.config_dir or "hydra.searchpath" in keys
-    if not is_elsewhere:  # else Hydra alone knows the options
+    if is_elsewhere:  # only Hydra knows the options
+        checked = check_grammar(overrides, in_sweep=flags.multirun)
+    else:
         with composition.conf_loader() as loader:
             check_overrides(overrides, loader, in_sweep=flags.multirun)
+            checked = add_missing_keys(overrides, loader) if flags.multirun else overrides
     others = [word for word in argv if word not in overrides and word != CHECK_FLAG]
-    return [*overrides, *(sweep_overrides(keys) if flags.multirun else []), *others]
+    return [*checked, *(sweep_overrides(keys) if flags.multirun else []), *others]
 
 
 def sweep_overrides(typed: set[str]) -> list[str]:

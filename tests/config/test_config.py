@@ -179,6 +179,13 @@ MISTAKES = {
     "augment.mixup=-1": "augment.mixup must be at least 0, got -1.0; use e.g. augment.mixup=0.0",
     "model=vgg16,inception_v1": "model takes a single value, got vgg16,inception_v1; "
     "to run both: make sweep model=vgg16,inception_v1",
+    **{
+        f"experiment=fine_tune model.weights=F fine_tune.stages.{typed}": f"fine_tune.stages{name} is not valid: "
+        "fine_tune.stages must be a list like [{epochs:1,from_part:all,learning_rate_factor:1.0}]"
+        for typed, name in {"0.epoch=2": "[0].epoch", "0.epochs=x": "[0].epochs", "7.epochs=2": "[7]"}.items()
+    },
+    "tracking.uri=//me:pw@there": "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's "
+    "address), got 'there'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
     "model={": "arguments must be key=value, got model={; quote special characters twice: key=\"'...'\"",
 }
 
@@ -245,6 +252,31 @@ HINTS = {
     "tracking.uri=http://me:pw,b": "tracking.uri takes a single value, got several",
     "tracking.url=http://me:pw@there/x?token=y": "arguments must be key=value, got tracking.url=...; "
     "quote special characters twice: key=\"'...'\"",
+    "tracking.uri=//me:pw)pw@there": "arguments must be key=value, got tracking.uri=...; "
+    "quote special characters twice: key=\"'...'\"",
+    "+tracking.uri=postgresql:me:pw)pw@there": "arguments must be key=value, got tracking.uri=...; "
+    "quote special characters twice: key=\"'...'\"",
+    "tracking={uri:postgresql:me:pw)pw@there}": "arguments must be key=value, got tracking=...; "
+    "quote special characters twice: key=\"'...'\"",
+    "tracking=http://me:pw@there:5000": "tracking is a section and takes no value; set one of its keys, "
+    "e.g. tracking.uri=...",
+    "tracking=http://me:pw,b": "tracking takes a single value, got several",
+    "tracking.uri={a:http://me:pw@there}": "tracking.uri must be a string or null",
+    "epochs=http://me:pw@there": "epochs must be a whole number; use e.g. epochs=12",
+    "experiment={a:1}": "experiment must be one of fashion_mnist, fine_tune, sign_digits, got {a:1}",
+    "model={widht:0.5}": 'unknown key "model.widht"; did you mean model.width?',
+    "model={width:9}": "model.width must be above 0 and at most 4, got 9.0; use e.g. model.width=1.0",
+    "model=timm/resnet50": f"model must be one of {MODELS}, got timm/resnet50",
+    "experiment=fashion.yaml": "experiment must be one of fashion_mnist, fine_tune, sign_digits, got fashion.yaml; "
+    "did you mean experiment=fashion_mnist?",
+    "experiment=null": "experiment=null is not needed: omit it",
+    "sweep=null": "sweep=null is not needed: omit it",
+    "schedule.milestones=0.5,0.75": "schedule.milestones takes a single value, got 0.5,0.75; "
+    "use a list: schedule.milestones=[0.5,0.75]",
+    "model.blocks=[conv,conv],[conv]": "model.blocks takes a single value, got [conv,conv],[conv]; "
+    "to run all: make sweep model.blocks=[conv,conv],[conv]",
+    "epochs=-1.0": "epochs must be a whole number, got -1.0; use e.g. epochs=12",
+    "threads=0.0": "threads must be a whole number or null, got 0.0",
 }
 
 
@@ -273,6 +305,17 @@ def test_valid_override_is_composed_after_the_checks(monkeypatch: pytest.MonkeyP
         ("model.name=vgg16_inception", "model.name", "vgg16_inception"),
         ("experiment=claims/depth", "tracking.experiment", "claims"),
         ("experiment=fashion_mnist data.manual_dir=/x", "data.manual_dir", "/x"),
+        ("experiment=fashion_mnist.yaml", "data.name", "fashion_mnist"),
+        ("model=vgg16.yaml", "model.name", "vgg16"),
+        ("~experiment", "epochs", 12),
+        ("~sweep", "epochs", 12),
+        ("optimizer={learning_rate:0.02,momentum:0.8}", "optimizer.momentum", 0.8),
+        ("model={width:0.5}", "model.width", 0.5),
+        ("data=mnist data={channels:3}", "data.channels", 3),
+        ("augment={pad:0.1}", "augment.pad", 0.1),
+        ("schedule={warmup_epochs:0}", "schedule.warmup_epochs", 0.0),
+        ("sweep={trials:3}", "sweep.trials", 3),
+        ("experiment=fine_tune model.weights=F fine_tune.stages.0.epochs=1", "model.weights", "F"),
         ("epochs='3'", "epochs", 3),
         ("schedule.warmup_epochs=0", "schedule.warmup_epochs", 0.0),
         ("data.directory=7", "data.directory", "7"),
@@ -295,6 +338,12 @@ def test_unusual_forms_of_valid_overrides(typed: str, key: str, value: object):
         ("batch_size=8,big", "batch_size must be a whole number, got big; use e.g. batch_size=32"),
         ("epochs=range(0,3)", "epochs must be at least 1, got 0; use e.g. epochs=12"),
         ("model.width=interval(0.1,9)", "model.width must be above 0 and at most 4, got 9.0; use e.g. model.width=1.0"),
+        ("seed=range(0,1,0)", "seed must be a range with a step other than 0; use e.g. seed=range(0,10,2)"),
+        ("epochs=interval(1,5)", "epochs must be a whole number, got interval(1,5); use epochs=range(1,6)"),
+        (
+            "optimizer={learning_rate:1},{learning_rate:2}",
+            "optimizer takes no mapping in a sweep; sweep over its keys: optimizer.KEY=a,b",
+        ),
         ("optimizer.lr=tag(log,interval(0.1,1))", 'unknown key "optimizer.lr"; did you mean optimizer.learning_rate?'),
     ],
 )
@@ -310,6 +359,21 @@ def test_valid_sweep_passes_the_checks():
         overrides.check_overrides(typed, loader, in_sweep=True)
         with pytest.raises(ConfigError, match="model takes a single value"):
             overrides.check_overrides(typed, loader)
+
+
+def test_hydra_may_add_keys_that_only_swept_options_have():
+    typed = ["optimizer=adamw,rmsprop", "optimizer.epsilon=1e-3", "optimizer.weight_decay=0", "seed=0,1", "data=mnist"]
+    with composer.conf_loader() as loader:
+        overrides.check_overrides(typed, loader, in_sweep=True)
+        handed_over = overrides.add_missing_keys(typed, loader)
+        alone = overrides.add_missing_keys(["optimizer=adamw", "optimizer.epsilon=1e-3"], loader)
+    assert handed_over == [typed[0], "++optimizer.epsilon=1e-3", *typed[2:]]
+    assert alone == ["optimizer=adamw", "optimizer.epsilon=1e-3"]
+
+
+def test_sweep_over_options_takes_a_key_that_the_default_option_lacks():
+    done = run_train("-m", "optimizer=adamw,rmsprop", "optimizer.epsilon=1e-3", "--check")
+    assert done == Done(0, "1: optimizer=adamw\n2: optimizer=rmsprop\nthe config is valid\n", "")
 
 
 BROKEN_FILES = {
@@ -348,6 +412,16 @@ def test_option_of_the_users_own_has_the_keys_of_its_schema(tmp_path: Path, monk
         compose(["model=mien"])
 
 
+def test_group_of_the_users_own_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "conf/recipe").mkdir()
+    (tmp_path / "conf/recipe/quick.yaml").write_text("# @package _global_\nepochs: 3\n")
+    monkeypatch.setattr(schema, "ROOT", tmp_path)
+    assert compose(["+recipe=quick"]).epochs == 3
+    with pytest.raises(ConfigError, match=r"^\+recipe must be one of quick, got quik; did you mean \+recipe=quick\?$"):
+        compose(["+recipe=quik"])
+
+
 def test_keys_are_checked_with_a_further_config_folder(tmp_path: Path):
     """Then only Hydra knows the options, so that it composes before anything is checked."""
     (tmp_path / "model").mkdir()
@@ -357,6 +431,9 @@ def test_keys_are_checked_with_a_further_config_folder(tmp_path: Path):
         (["model=mine", "+model.q=2"], 'unknown key "model.q"; valid keys: model.aux_weight, '),
         (["model=mine", "epochz=3"], 'unknown key "epochz"; did you mean epochs?\n'),
         (["model=mine", "epochs=three"], "epochs must be a whole number; use e.g. epochs=12\n"),
+        (["tracking.uri=http://me:pw@h,x"], "tracking.uri takes a single value, got several\n"),
+        (["tracking.uri=http://me:pw)pw@h"], "arguments must be key=value, got tracking.uri=...; quote "),
+        (["tracking=http://me:pw@h"], "tracking is a section and takes no value; set one of its keys, e.g. "),
         (["model=mien"], f"model must be one of {MODELS.replace('vgg16,', 'mine, vgg16,')}, got mien; did you mean "),
     ):
         done = run_train("--config-dir", str(tmp_path), *typed, "--check")
@@ -381,6 +458,14 @@ def test_mistakes_in_keys_of_hydra_are_reported_in_one_line():
 
 def test_unknown_flag_is_named_in_one_line():
     assert run_train("--chekc") == Done(2, "", "error: unrecognized arguments: --chekc; --help lists the flags\n")
+
+
+@pytest.mark.parametrize("words", [["--cfg", "jobs"], ["--info", "x"]])
+def test_choices_of_a_flag_are_named_in_one_line(words: list[str]):
+    from train.__main__ import ArgumentParser
+
+    with pytest.raises(ValueError, match=r"invalid choice: '(jobs|x)' \(choose from .*\); --help lists the flags$"):
+        ArgumentParser().parse_intermixed_args(words)
 
 
 def test_flags_are_those_of_hydra():

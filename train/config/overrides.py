@@ -23,7 +23,7 @@ from omegaconf.errors import (
 )
 
 from train.cli import arguments
-from train.cli.fields import TYPE_DESCRIPTIONS, choices_message, default_of, type_of
+from train.cli.fields import TYPE_DESCRIPTIONS, choices_message, default_of, find_problem, type_of
 from train.config import schema as schema
 from train.config.schema import Config, ConfigError
 from train.config.serialization import format_value
@@ -47,11 +47,27 @@ def _parse(parser: OverridesParser, text: str) -> Override:
         [override] = parser.parse_overrides([text])  # unlike `parse_override`, this passes the loader on
         return override
     except HydraException:
-        key = arguments.Override.key_of(text)
-        shown = f"{key}=..." if "://" in text and key != text else text  # an address may hold a password
+        key = arguments.Override.key_of(text).lstrip("~")
+        shown = f"{key}=..." if "=" in text and may_hold_secret(key, text) else text
     groups = [group for group, options in schema.GROUPS.items() if text in options]
     advice = f"use {groups[0]}={text}" if groups else "quote special characters twice: key=\"'...'\""
     raise ConfigError(f"arguments must be key=value, got {shown}; {advice}")
+
+
+def may_hold_secret(key: str, text: str) -> bool:
+    """Whether no message may repeat the value: of the key with a secret or its section, and any address."""
+    return f"{SECRET_KEY}.".startswith(f"{key}.") or "://" in text
+
+
+def check_grammar(overrides: list[str], *, in_sweep: bool) -> list[str]:
+    """Checks what needs neither the schema nor conf/; returns the overrides.
+
+    Raises: ConfigError for bad grammar, and, unless `in_sweep`, for several values.
+    """
+    for override in parse_overrides(overrides):
+        if not in_sweep:
+            check_single_value(override)
+    return overrides
 
 
 def check_overrides(overrides: Iterable[str], loader: ConfigLoader, *, in_sweep: bool = False) -> None:
@@ -65,13 +81,29 @@ def check_overrides(overrides: Iterable[str], loader: ConfigLoader, *, in_sweep:
         check_form(override)
         if not in_sweep:
             check_single_value(override)
-    group_overrides = [override for override in parsed if override.key_or_group in CONFIG_GROUPS]
+    group_overrides = [override for override in parsed if _selects_option(override, loader)]
     for override in group_overrides:
         _check_options(override, loader)
     candidates = [sections_of(choices, loader) for choices in _combinations(group_overrides)]
     for override in parsed:
         if override not in group_overrides:
             check_override(override, candidates)
+
+
+def add_missing_keys(overrides: Iterable[str], loader: ConfigLoader) -> list[str]:
+    """The checked overrides of a sweep, as Hydra takes them: with `++` before each key that only swept options have.
+
+    Hydra composes a sweep once with the default options, then every trial with its own.
+    """
+    parsed = parse_overrides(overrides, loader)
+    fixed = [o for o in parsed if not o.is_sweep_override() and not o.is_hydra_override()]
+    sections = sections_of(chain(*(_option_words(o) for o in fixed if _selects_option(o, loader))), loader)
+    missing = [o for o in fixed if not _selects_option(o, loader) and _is_missing(o.key_or_group, sections)]
+    return [f"++{str(o.input_line).lstrip('+')}" if o in missing else str(o.input_line) for o in parsed]
+
+
+def _is_missing(name: str, sections: Sections) -> bool:
+    return name not in sections and find_key(name, sections) is None and not _is_inside_a_value(name, sections)
 
 
 # ------------------------------------------------------------------------------------------------------- one override
@@ -82,7 +114,7 @@ def check_form(override: Override) -> None:
     key = override.key_or_group
     if override.package is not None:
         raise ConfigError(f"{key}@{override.package} is not supported: the package of a group is fixed; use {key}=NAME")
-    if override.is_delete() and key not in _removable_groups():
+    if override.is_delete() and key not in (*_removable_groups(), "experiment", "sweep"):
         raise ConfigError(f"~{key}: a key cannot be removed; set it instead: {key}=VALUE")
     if override.is_add() and (key in CONFIG_GROUPS or key in all_keys()):
         raise ConfigError(f"+{key}: the key exists already; omit the +")
@@ -101,19 +133,27 @@ def _removable_groups() -> list[str]:
 
 def _single_value_message(override: Override, advice: str) -> str:
     key = override.key_or_group
-    if key == SECRET_KEY:
+    if may_hold_secret(key, override.get_value_string()):
         return f"{key} takes a single value, got several"
     return f"{key} takes a single value, got {_without_brackets(override)}; {advice}"
 
 
 def _sweep_advice(override: Override) -> str:
     values = _without_brackets(override)
+    if _takes_list(override.key_or_group) and not any(isinstance(value, list) for value in values_of(override)):
+        return f"use a list: {override.key_or_group}=[{values}]"
     all_of_them = "both" if values.count(",") == 1 and "(" not in values else "all"
     return f"to run {all_of_them}: make sweep {override.key_or_group}={values}"
 
 
 def _without_brackets(override: Override) -> str:
-    return override.get_value_string().strip("[]")
+    text = override.get_value_string()
+    return text.strip("[]") if isinstance(override.value(), list) else text
+
+
+def _takes_list(name: str) -> bool:
+    key = find_key(name, _all_sections(name))
+    return key is not None and type_of(key.owner, key.item)[0] is list
 
 
 def values_of(override: Override) -> list[object]:
@@ -122,14 +162,23 @@ def values_of(override: Override) -> list[object]:
     if isinstance(value, IntervalSweep):
         return [end for end in (value.start, value.end) if end is not None]
     if isinstance(value, RangeSweep):
+        _check_step(override.key_or_group, value)
         numbers = value.range()
         return _ends(numbers if isinstance(numbers, range) else list(numbers))
     return sweep_values(override) if override.is_sweep_override() else [value]
 
 
 def sweep_values(override: Override) -> list[object]:
-    """Every value of a sweep over a list or a range."""
+    """Every value of a sweep over a list or a range. Raises: ConfigError for a range without end."""
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        _check_step(override.key_or_group, value)
     return [_plain(value) for value in override.sweep_iterator()]
+
+
+def _check_step(key: str, sweep: RangeSweep) -> None:
+    if sweep.step == 0:
+        raise ConfigError(f"{key} must be a range with a step other than 0; use e.g. {key}=range(0,10,2)")
 
 
 def _ends(values: Sequence[object]) -> list[object]:
@@ -149,6 +198,21 @@ def _plain(value: object) -> object:
 # ------------------------------------------------------------------------------------------------------------ options
 
 
+def _selects_option(override: Override, loader: ConfigLoader) -> bool:
+    """Whether it selects options of a group of conf/, of the user's own, too; a dict holds values of a group's keys.
+
+    Raises: ConfigError for several dicts.
+    """
+    group = override.key_or_group
+    if group in schema_sections() and not override.is_delete():
+        values = [override.value()] if isinstance(override.value(), Glob) else values_of(override)
+        if any(isinstance(value, dict) for value in values):
+            if override.is_sweep_override():
+                raise ConfigError(f"{group} takes no mapping in a sweep; sweep over its keys: {group}.KEY=a,b")
+            return False
+    return group in CONFIG_GROUPS or bool(loader.get_group_options(group))
+
+
 def _check_options(override: Override, loader: ConfigLoader) -> None:
     """Rejects an option that conf/ does not have."""
     group = override.key_or_group
@@ -158,17 +222,20 @@ def _check_options(override: Override, loader: ConfigLoader) -> None:
         if isinstance(value, list):
             raise ConfigError(_single_value_message(override, _sweep_advice(override)))
         if value is None and group not in schema.GROUPS:
-            continue  # no experiment, no search space
-        if str(value) not in (options := options_of(group, loader, str(value))):
+            raise ConfigError(f"{group}=null is not needed: omit it")
+        option = str(value).removesuffix(".yaml")
+        if option not in (options := options_of(group, loader, option)):
             suggestion = suggest_value(group, format_value(value), options)
-            raise ConfigError(choices_message(group, format_value(value), options, suggestion))
+            typed = f"+{group}" if override.is_add() else group
+            raise ConfigError(choices_message(typed, format_value(value), options, suggestion))
 
 
 def options_of(group: str, loader: ConfigLoader, like: str = "") -> list[str]:
     """The options of a group in conf/; with `like` in a sub-folder, such as claims/depth, those of that folder."""
     folder = like.rpartition("/")[0]
-    names = loader.get_group_options(f"{group}/{folder}" if folder else group)
-    return sorted(f"{folder}/{name}" if folder else name for name in names if not name.startswith("_"))
+    if folder and (names := loader.get_group_options(f"{group}/{folder}")):
+        return sorted(f"{folder}/{name}" for name in names if not name.startswith("_"))
+    return sorted(name for name in loader.get_group_options(group) if not name.startswith("_"))
 
 
 def _combinations(group_overrides: list[Override]) -> Iterator[tuple[str, ...]]:
@@ -184,7 +251,8 @@ def _combinations(group_overrides: list[Override]) -> Iterator[tuple[str, ...]]:
 def _option_words(override: Override) -> list[str]:
     if override.is_delete():
         return [f"~{override.key_or_group}"]
-    return [f"{override.key_or_group}={format_value(value)}" for value in values_of(override)]
+    prefix = "+" if override.is_add() else ""
+    return [f"{prefix}{override.key_or_group}={format_value(value)}" for value in values_of(override)]
 
 
 def sections_of(choices: Iterable[str], loader: ConfigLoader) -> Sections:
@@ -229,11 +297,26 @@ def find_key(name: str, sections: Sections) -> Key | None:
 
 def check_override(override: Override, candidates: list[Sections]) -> None:
     """Checks an override of a key in each of the combinations of options. Raises: ConfigError."""
+    _check_interval(override)
     for value in values_of(override):
         several = override.is_sweep_override()
         text = format_value(value) if several else override.get_value_string()
         for sections in candidates:
             _check_value(override.key_or_group, value, text, sections)
+
+
+def _check_interval(override: Override) -> None:
+    """Rejects an interval, which holds fractions, for a key that takes whole numbers."""
+    name = override.key_or_group
+    value = override.value()
+    key = find_key(name, _all_sections(name))
+    if not isinstance(value, IntervalSweep) or key is None or type_of(key.owner, key.item)[0] is not int:
+        return
+    text = override.get_value_string()
+    ends = [value.start, value.end]
+    numbers = [int(end) for end in ends if end is not None and float(end).is_integer()]
+    advice = f"{numbers[0]},{numbers[1] + 1}" if len(numbers) == len(ends) else "FIRST,END"
+    raise ConfigError(f"{name} must be a whole number, got {text}; use {name}=range({advice})")
 
 
 def _check_value(name: str, value: object, text: str, sections: Sections) -> None:
@@ -248,10 +331,7 @@ def _check_value(name: str, value: object, text: str, sections: Sections) -> Non
     if key is None:
         raise ConfigError(unknown_config_key_message(name, sections))
     if name in sections:
-        example = next(item.name for item in dataclasses.fields(sections[name]))
-        raise ConfigError(
-            f"{name} is a section and takes no value, got {text}; set one of its keys, e.g. {name}.{example}=..."
-        )
+        raise ConfigError(_section_message(name, sections[name], text))
     _check_type_and_range(key, value, text)
 
 
@@ -281,17 +361,23 @@ def _check_type_and_range(key: Key, value: object, text: str) -> None:
 def wrong_type_message(key: Key, text: str | None = None) -> str:
     """What the key takes. text: the value as typed; None if it comes from a file."""
     plain, optional = type_of(key.owner, key.item)
-    got = "" if text is None or key.name == SECRET_KEY else f", got {text}"
+    got = "" if text is None or may_hold_secret(key.name, text) else f", got {text}"
     default = default_of(key.item)
     if default == [] and key.name == "fine_tune.stages":
         default = [dataclasses.asdict(schema.FineTuneStage())]
         return f"{key.name} must be a list like {format_value(default)}{got}"
     whole = suggest_whole_number(text or "") if plain is int else None
-    if whole is not None:
+    if whole is not None and not find_problem(key.name, whole, key.item):
         advice = f"; use {key.name}={whole}"
     else:
         advice = f"; use e.g. {key.name}={format_value(default)}" if default not in (None, "") else ""
     return f"{key.name} must be {TYPE_DESCRIPTIONS[plain]}{' or null' if optional else ''}{got}{advice}"
+
+
+def _section_message(name: str, section: type, text: str = "") -> str:
+    example = next(item.name for item in dataclasses.fields(section))
+    got = "" if not text or may_hold_secret(name, text) else f", got {text}"
+    return f"{name} is a section and takes no value{got}; set one of its keys, e.g. {name}.{example}=..."
 
 
 def unknown_config_key_message(name: str, sections: Sections) -> str:
@@ -369,8 +455,12 @@ def _explain_by_key(error: OmegaConfBaseException) -> str | None:
     name = error.full_key
     if not name:
         return None
+    if message := _explain_in_list(name):
+        return message
     sections = _all_sections(name)
     key = find_key(name, sections)
+    if isinstance(error, ValidationError) and name in sections:
+        return _section_message(name, sections[name])
     if isinstance(error, ValidationError) and key:
         return wrong_type_message(key)
     if isinstance(error, InterpolationResolutionError):
@@ -380,6 +470,13 @@ def _explain_by_key(error: OmegaConfBaseException) -> str | None:
             return f'unknown key "{name}"; python -m train --cfg hydra prints the keys of Hydra'
         return unknown_config_key_message(name, schema_sections())
     return None
+
+
+def _explain_in_list(name: str) -> str | None:
+    """What the list takes that the name leads into, as `fine_tune.stages[0].epochs` does; None if there is none."""
+    list_name, bracket, _ = name.partition("[")
+    key = find_key(list_name, _all_sections(list_name))
+    return f"{name} is not valid: {wrong_type_message(key)}" if bracket and key else None
 
 
 def _all_sections(name: str) -> Sections:

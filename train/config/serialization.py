@@ -66,6 +66,8 @@ def extract_credentials(address: str) -> list[str]:
 def strip_credentials(uri: str) -> str:
     """The address without user, password, query and fragment, which may hold secrets."""
     address = uri.partition("?")[0].partition("#")[0]
+    if "://" not in address:  # mistyped: what stands before the @ may be a password all the same
+        return address.rpartition("@")[2]
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
