@@ -20,7 +20,7 @@ from train.cli.fields import fields_by_key, setting
 from train.config import composition
 from train.config.compatibility import IGNORED_KEYS, differing_keys, unaccepted_changes
 from train.config.schema import ROOT, Config, ConfigError, Sweep
-from train.config.serialization import RUN_FORMAT_VERSION, Redactor, flatten, to_dict
+from train.config.serialization import RUN_FORMAT_VERSION, Redactor, flatten, format_override, to_dict
 from train.storage.json_types import JsonObject
 from train.tracking import address
 from train.tracking.run_dir import RunDir, latest_unfinished, open_run_dir
@@ -132,7 +132,7 @@ def ignored_overrides(config: Config, redactor: Redactor) -> list[str]:
     references = {name: value for name, value in redactor.references.items() if value != composition.REDACTED}
     typed = flatten(dataclasses.asdict(config)) | references
     names = dict.fromkeys((*IGNORED_KEYS, *references))
-    return [f"{name}={typed[name]}" for name in names if name != "run_dir" and typed.get(name) is not None]
+    return [format_override(name, typed[name]) for name in names if name != "run_dir" and typed.get(name) is not None]
 
 
 def check_overrides(previous: JsonObject, current: JsonObject, accepted_changes: frozenset[str]) -> None:

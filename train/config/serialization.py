@@ -138,4 +138,10 @@ def format_value(value: object) -> str:
 
 def quote_value(text: str) -> str:
     """Quotes a text for Hydra's override grammar, which gives some characters a meaning."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
+    text = re.sub(r"(\\*)'", r"\1\1\'", text)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"
+
+
+def format_override(name: str, value: object) -> str:
+    """The override that sets the key to the value; a text is quoted, whatever it holds."""
+    return f"{name}={quote_value(value) if isinstance(value, str) else format_value(value)}"
