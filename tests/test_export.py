@@ -22,6 +22,7 @@ from support.shared import Finished
 from train import formats, models
 from train.cli.arguments import parse
 from train.config.composition import compose
+from train.config.schema import Distributed
 from train.config.serialization import Redactor, to_dict
 from train.data.decode import decode, resize
 from train.export import Export, export, load_config, rejection_reason
@@ -274,14 +275,29 @@ def test_invalid_export_is_rejected(overrides: list[str], expected: str):
     assert expected in message(export, overrides)
 
 
-def test_run_on_several_devices_is_exported_on_one(tmp_path: Path):
-    config = compose(["model=vgg16", "backend=jax", "device=cpu", "devices=2"])
+PROCESSES = ["distributed.processes=2", "distributed.index=1", "distributed.coordinator=node1:4711"]
+
+
+@pytest.mark.parametrize("typed", [["devices=2"], PROCESSES])
+def test_run_on_several_devices_is_exported_on_one(typed: list[str], tmp_path: Path):
+    config = compose(["model=vgg16", "backend=jax", "device=cpu", *typed])
     run_dir = RunDir(tmp_path, "a")
     run_dir.write_yaml("config.yaml", to_dict(config, Redactor()))
     run_dir.best.mkdir()
     run_dir.write_json("best/model.json", {"input": {"shape": [32, 32, 3]}, "validation": {}, "data_fingerprint": "b"})
     loaded = load_config(run_dir, [])
     assert (loaded.backend, loaded.device, loaded.devices, loaded.jit) == ("tensorflow", "cpu", "1", "off")
+    assert loaded.distributed == Distributed()
+
+
+def test_run_from_before_a_fixed_key_existed_is_exported(tmp_path: Path):
+    stored = to_dict(compose(["model=vgg16"]), Redactor())
+    del stored["distributed"]
+    run_dir = RunDir(tmp_path, "a")
+    run_dir.write_yaml("config.yaml", stored)
+    run_dir.best.mkdir()
+    run_dir.write_json("best/model.json", {"input": {"shape": [32, 32, 3]}, "validation": {}, "data_fingerprint": "b"})
+    assert load_config(run_dir, []).jit == "off"
 
 
 def test_data_is_not_a_key_of_export(finished: Finished):

@@ -31,6 +31,7 @@ from train.cli.arguments import Override
 from train.cli.fields import fields_by_key, setting
 from train.cli.progress import print_and_log
 from train.config.schema import Config
+from train.config.serialization import flatten
 from train.data.dataset import Dataset, Split
 from train.data.decode import resize
 from train.evaluation import html
@@ -64,8 +65,14 @@ ALLOWED_OVERRIDES = (
     "data.root", "data.file", "data.manual_dir", "data.directory", "threads", "tracking.uri", "tracking.wait_seconds",
 )  # fmt: skip
 FIXED_OVERRIDES = tuple(
-    map(Override.parse, ("evaluate.views=one", "device=cpu", "devices=1", "backend=tensorflow", "jit=off"))
-)
+    map(
+        Override.parse,
+        (
+            "evaluate.views=one", "device=cpu", "devices=1", "distributed.processes=1", "distributed.index=0",
+            "backend=tensorflow", "jit=off",
+        ),
+    )
+)  # fmt: skip
 
 
 @dataclass
@@ -129,7 +136,9 @@ def export(argv: list[str]) -> int:
 
 def load_config(run_dir: RunDir, overrides: list[Override]) -> Config:
     """Loads the run's config, with its own data."""
-    config, _ = stored_runs.evaluation_config(run_dir, run_dir.model_info(), [*FIXED_OVERRIDES, *overrides])
+    stored_keys = flatten(run_dir.config())  # an older run lacks the newer ones
+    fixed = [override for override in FIXED_OVERRIDES if override.key in stored_keys]
+    config, _ = stored_runs.evaluation_config(run_dir, run_dir.model_info(), [*fixed, *overrides])
     config.data = replace(config.data, fingerprint=run_dir.model_info()["data_fingerprint"])
     return config
 
