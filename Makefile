@@ -208,4 +208,4 @@ lock: $(STAMP) ## update the lock files from the dependencies
 
 help: ## list all commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-16s %s\n' "$$name" "$$text"; done
-	@echo; echo 'the keys of a command, with types and defaults: make TARGET ARGS=--help'
+	@echo; echo 'the keys of a command with keys, their types and defaults: make TARGET ARGS=--help'

@@ -104,8 +104,15 @@ def test_help_of_sweep_explains_ranges_and_its_keys():
     text = " ".join(help_of("sweep", 80).out.split())
     assert "key=tag(log,interval(1e-4,1e-1)) the same on a logarithmic scale" in text
     assert "sweep.search=NAME search algorithm (grid, random, tpe, asha; default: grid)" in text
-    for internal in ("sweep.trial=", "sweep.until", "sweep.final"):
+    for internal in ("sweep.trial=", "sweep.until", "sweep.final", "sweep.space"):
         assert internal not in text
+
+
+def test_help_of_data_says_that_the_image_size_depends_on_the_network():
+    meanings = dict(config_help.key_tables("data")["data"])
+    assert meanings["data.image_size=INTEGER"].endswith(
+        "or the model's minimum if larger (px, at least 1; default: null)"
+    )
 
 
 def test_help_of_a_group_says_where_its_options_differ():

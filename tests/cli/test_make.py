@@ -108,7 +108,7 @@ def test_make_passes_check():
 
 def test_help_lists_every_target():
     lines = make("help").out.splitlines()
-    assert lines[-2:] == ["", "the keys of a command, with types and defaults: make TARGET ARGS=--help"]
+    assert lines[-2:] == ["", "the keys of a command with keys, their types and defaults: make TARGET ARGS=--help"]
     listed = {line.split()[0] for line in lines[:-2]}
     makefile = (ROOT / "Makefile").read_text()
     named = {

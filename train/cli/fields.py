@@ -41,7 +41,8 @@ def setting(
 ) -> Any:  # the field stands for a value of its own type, as dataclasses.field does
     """A dataclass field with a meaning, a unit, and a range (`ge <= v <= le` or `gt < v < lt`) or `choices`.
 
-    word: the key that is typed, if it is not the field's name. internal: commands set the key, nobody types it.
+    word: the key that is typed, if it is not the field's name. internal: commands or files set the key, nobody types
+    it.
     """
     limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata: dict[str, object] = {"text": text, "unit": unit, "choices": choices, "limits": limits}

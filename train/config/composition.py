@@ -78,7 +78,7 @@ PATH_KEYS = ("data.root", "data.manual_dir", "data.file", "model.weights", "dist
 
 
 def _expand_home(config: Config) -> None:
-    """Expands `~` in paths: the shell does not, in `data.root=~/images`."""
+    """Expands `~` in paths: the shell does not, in `data.root="'~/images'"`."""
     for key in PATH_KEYS:
         group, _, name = key.rpartition(".")
         node = getattr(config, group) if group else config

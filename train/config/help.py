@@ -112,6 +112,7 @@ def section_rows(section: str) -> Rows:
     keys: dict[tuple[str, str], list[Variant]] = {}
     for option, owner in schema.GROUPS.get(section, {"": schema_sections()[section]}).items():
         values = flatten(dataclasses.asdict(compose([f"{section}={option}"] if option else [])))
+        values["data.image_size"] = None  # composing has replaced the default by the size for the model
         for item in dataclasses.fields(owner):
             if item.metadata and is_typed(section, item):
                 name = f"{section}.{item.name}" if section else item.name

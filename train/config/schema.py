@@ -355,7 +355,9 @@ class Sweep:
     """How one command starts several runs; changes no bit of any run and is not part of it."""
 
     search: str = setting("grid", "search algorithm", choices=("grid", "random", "tpe", "asha"))
-    space: dict[str, str] = setting({}, "values or ranges to try, by key; loaded from conf/sweep/ by sweep=NAME")
+    space: dict[str, str] = setting(
+        {}, "values or ranges to try, by key; loaded from conf/sweep/ by sweep=NAME", internal=True
+    )
     trials: int = setting(20, "number of points to try (random, tpe, asha)", unit="points", ge=1)
     first_epochs: int = setting(1, "epochs before the first comparison (asha)", unit="epochs", ge=1)
     reduction: int = setting(
