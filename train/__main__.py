@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from train.cli import arguments, terminal
 from train.config import composition
 from train.config.overrides import HYDRA_ERRORS, add_missing_keys, check_grammar, check_overrides, explain
-from train.config.schema import ROOT
+from train.config.schema import ROOT, SeveralFaultsError
 from train.sweep import trials, workers
 from train.tracking.run_dir import open_run_dir
 
@@ -122,6 +122,8 @@ def main() -> None:
         compose_and_run()
     except HYDRA_ERRORS as error:
         sys.exit(arguments.print_error(explain(error)))
+    except SeveralFaultsError as errors:
+        sys.exit(max(map(arguments.print_error, errors.messages)))
     except ValueError as error:
         sys.exit(arguments.print_error(str(error)))
     except KeyboardInterrupt:  # before the run has installed its signal handlers

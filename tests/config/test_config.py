@@ -288,6 +288,34 @@ def test_override_is_rejected_before_anything_is_composed(typed: str, monkeypatc
     assert str(caught.value) == HINTS[typed]
 
 
+FAULTS = {
+    "optimizer.lr=0.1 model=googlenet": [HINTS["model=googlenet"], HINTS["optimizer.lr=1"]],
+    "epoch=3 bs=8 seed=1": [HINTS["epoch=3"], HINTS["bs=8"]],
+    "~epochs lr=1": [HINTS["~epochs"], HINTS["lr=1"]],
+    "model=googlenet model.batch_norm=true": [HINTS["model=googlenet"]],  # which exists with the model that was meant
+    "model=vgg16,inception_v1 model.batch_norm=true": [
+        "model takes a single value, got vgg16,inception_v1; to run both: make sweep model=vgg16,inception_v1"
+    ],
+    "experiment=sing_digits data.root=x": [HINTS["experiment=sing_digits"]],  # which may choose the data
+    " ".join(f"x{number}=1" for number in range(13)): ["3 more faults"],
+}
+
+
+@pytest.mark.parametrize("typed", FAULTS)
+def test_every_fault_is_told_in_a_line(typed: str):
+    with pytest.raises(ConfigError) as caught:
+        compose(typed.split(" "))
+    messages = getattr(caught.value, "messages", [str(caught.value)])
+    assert messages[10:] or messages == FAULTS[typed]
+    assert messages[10:] in ([], FAULTS[typed])
+
+
+def test_several_faults_are_printed_one_a_line():
+    done = run_train("optimizer.lr=0.1", "model=googlenet", "--check")
+    lines = [f"error: {HINTS[typed]}\n" for typed in ("model=googlenet", "optimizer.lr=1")]
+    assert done == Done(2, "", "".join(lines))
+
+
 def test_valid_override_is_composed_after_the_checks(monkeypatch: pytest.MonkeyPatch):
     """Negative control of the test above."""
     monkeypatch.setattr("hydra.compose", lambda *_, **__: pytest.fail("composed"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -25,7 +25,7 @@ from omegaconf.errors import (
 from train.cli import arguments
 from train.cli.fields import TYPE_DESCRIPTIONS, choices_message, default_of, find_problem, type_of
 from train.config import schema as schema
-from train.config.schema import Config, ConfigError
+from train.config.schema import Config, ConfigError, SeveralFaultsError
 from train.config.serialization import format_value
 from train.config.suggestions import other_name_of, suggest_key, suggest_value, suggest_whole_number
 from train.config.validation import check_value
@@ -77,17 +77,43 @@ def check_overrides(overrides: Iterable[str], loader: ConfigLoader, *, in_sweep:
     several values where one is needed.
     """
     parsed = [override for override in parse_overrides(overrides, loader) if not override.is_hydra_override()]
-    for override in parsed:
-        check_form(override)
-        if not in_sweep:
-            check_single_value(override)
-    group_overrides = [override for override in parsed if _selects_option(override, loader)]
-    for override in group_overrides:
-        _check_options(override, loader)
-    candidates = [sections_of(choices, loader) for choices in _combinations(group_overrides)]
-    for override in parsed:
-        if override not in group_overrides:
-            check_override(override, candidates)
+    faults = Faults()
+    well_formed = faults.keep_valid(parsed, check_form)
+    if not in_sweep:
+        well_formed = faults.keep_valid(well_formed, check_single_value)
+    group_overrides = [override for override in well_formed if _selects_option(override, loader)]
+    chosen = faults.keep_valid(group_overrides, lambda override: _check_options(override, loader))
+    candidates = [sections_of(choices, loader) for choices in _combinations(chosen)]
+    unknown = {o.key_or_group for o in parsed if o.key_or_group in CONFIG_GROUPS and o not in well_formed}
+    unknown |= {o.key_or_group for o in group_overrides if o not in chosen}
+    if unknown <= set(schema.GROUPS):  # else any group may have another option
+        keys = [o for o in well_formed if o not in group_overrides and o.key_or_group.partition(".")[0] not in unknown]
+        faults.keep_valid(keys, lambda override: check_override(override, candidates))
+    faults.raise_all()
+
+
+class Faults:
+    """The messages about invalid overrides."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    def keep_valid(self, overrides: list[Override], check: Callable[[Override], None]) -> list[Override]:
+        """The overrides that pass the check, which raises ConfigError for the others."""
+        return [override for override in overrides if self._passes(override, check)]
+
+    def _passes(self, override: Override, check: Callable[[Override], None]) -> bool:
+        try:
+            check(override)
+        except ConfigError as error:
+            self._messages.append(str(error))
+            return False
+        return True
+
+    def raise_all(self) -> None:
+        """Raises: ConfigError for a single fault, SeveralFaultsError for several."""
+        if self._messages:
+            raise SeveralFaultsError(self._messages) if len(self._messages) > 1 else ConfigError(self._messages[0])
 
 
 def add_missing_keys(overrides: Iterable[str], loader: ConfigLoader) -> list[str]:

@@ -72,6 +72,15 @@ class ConfigError(ValueError):
     """The user's input cannot be run; one line says what is wrong, what is allowed and what to do."""
 
 
+class SeveralFaultsError(ConfigError):
+    """Several faults of the user's input. messages: one line for each, and the number of those after the tenth."""
+
+    def __init__(self, messages: list[str]) -> None:
+        more = [f"{len(messages) - 10} more faults"] * (len(messages) > 10)
+        self.messages = [*messages[:10], *more]
+        super().__init__("; ".join(self.messages))
+
+
 # --------------------------------------------------------------------------------------------------------- groups
 
 
