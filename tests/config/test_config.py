@@ -369,6 +369,10 @@ def test_unusual_forms_of_valid_overrides(typed: str, key: str, value: object):
         ("seed=range(0,1,0)", "seed must be a range with a step other than 0; use e.g. seed=range(0,10,2)"),
         ("epochs=interval(1,5)", "epochs must be a whole number, got interval(1,5); use epochs=range(1,6)"),
         (
+            "batch_size=interval(1.5,8)",
+            "batch_size must be a whole number, got interval(1.5,8); use batch_size=range(2,9)",
+        ),
+        (
             "optimizer={learning_rate:1},{learning_rate:2}",
             "optimizer takes no mapping in a sweep; sweep over its keys: optimizer.KEY=a,b",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -338,11 +339,10 @@ def _check_interval(override: Override) -> None:
     key = find_key(name, _all_sections(name))
     if not isinstance(value, IntervalSweep) or key is None or type_of(key.owner, key.item)[0] is not int:
         return
-    text = override.get_value_string()
-    ends = [value.start, value.end]
-    numbers = [int(end) for end in ends if end is not None and float(end).is_integer()]
-    advice = f"{numbers[0]},{numbers[1] + 1}" if len(numbers) == len(ends) else "FIRST,END"
-    raise ConfigError(f"{name} must be a whole number, got {text}; use {name}=range({advice})")
+    if value.start is None or value.end is None:
+        return
+    advice = f"{name}=range({math.ceil(value.start)},{math.floor(value.end) + 1})"
+    raise ConfigError(f"{name} must be a whole number, got {override.get_value_string()}; use {advice}")
 
 
 def _check_value(name: str, value: object, text: str, sections: Sections) -> None:
