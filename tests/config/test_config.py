@@ -616,15 +616,16 @@ def test_every_key_has_a_reader():
     for name in schema.GROUPS["schedule"]:
         assert keys("schedule", name) == takes(schedules.SCHEDULES[name]) | {"warmup_epochs"}, name
     for name in schema.GROUPS["optimizer"]:
-        common = {"learning_rate", "weight_decay"}
-        assert keys("optimizer", name) == takes(optimizers.OPTIMIZERS[name]) - {"common"} | common, name
+        keras_class = optimizers.OPTIMIZERS[name].__mro__[2]  # after ours
+        assert keras_class.__module__.startswith("keras."), name
+        assert keys("optimizer", name) - {"weight_decay"} <= takes(keras_class), name
     for name in schema.GROUPS["data"]:
         used = takes(data.load) | takes(pixel_cache.choose_cache) | takes(pipeline.train_batches)
         assert keys("data", name) - {"directory", "fingerprint"} <= used, name
     readers = [path for path in (ROOT / "train").rglob("*.py") if path.name != "schema.py"]
     sources = "".join(path.read_text() for path in [*readers, ROOT / "scripts/claims/claims.py"])
     for item in dataclasses.fields(Config):
-        assert re.search(rf"\bconfig\.{item.name}\b", sources), item.name
+        assert re.search(rf"\b(config|settings)\.{item.name}\b", sources), item.name  # settings: of the runtime
     for name in ("evaluate", "tracking", "fine_tune", "distill"):
         for item in dataclasses.fields(type(getattr(Config(), name))):
             assert re.search(rf"\b(config\.{name}|tracking|tuning)\.{item.name}\b", sources), item.name

@@ -132,7 +132,7 @@ def test_shifts_and_flips_are_uniform():
 def test_pad_out_of_range_is_rejected():
     for wrong in (0.6, -0.1):
         assert message(shift, np.zeros((1, 8, 8, 1), np.uint8), np.zeros((1, 3), np.float32), pad=wrong) == (
-            f"pad must be a fraction of the side in 0..0.5, got {wrong}; use augment.pad=0.125"
+            f"augment.pad must be in 0..0.5 (fraction of the side), got {wrong}; use augment.pad=0.125"
         )
 
 

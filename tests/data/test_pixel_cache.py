@@ -393,13 +393,13 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(opened, tmp_
 @pytest.mark.parametrize("fault", ["folder/complete", "folder/renamed"])
 def test_killed_process_leaves_a_whole_cache_or_none(root, tmp_path, fault):
     code = (
-        "import sys, train.data as d; from train.data import pixel_cache;"
-        "split = d.load('folder', sys.argv[1], image_size=32, channels=3, root=sys.argv[2]).train;"
+        "import sys; from support.image_folders import load_dataset; from train.data import pixel_cache;"
+        "split = load_dataset('folder', sys.argv[1], image_size=32, channels=3, root=sys.argv[2]).train;"
         "print('loaded', flush=True);"
         "pixel_cache.DiskCache(split)"
     )
     done = run_command(
-        sys.executable, "-c", code, str(tmp_path), str(root), env={"INCEPTION_FAULT": f"{fault}:1"}
+        sys.executable, "-c", code, str(tmp_path), str(root), env=WITH_SUPPORT | {"INCEPTION_FAULT": f"{fault}:1"}
     )  # fmt: skip
     assert (done.code, done.out) == (-signal.SIGKILL, "loaded\n")
     split = load(root, tmp_path, image_size=32).train
