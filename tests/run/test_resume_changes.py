@@ -63,7 +63,7 @@ def file_contents(folder: Path) -> dict[str, bytes]:
         (["model=vgg16"], 'unknown key "model"; valid keys: run, accept, '),
         (["again"], "arguments must be key=value, got again; --help lists the keys"),
         (["optimizer.lr=1"], 'unknown key "optimizer.lr"; did you mean optimizer.learning_rate?'),
-        (["run="], " is not a run folder; use e.g. run=runs/latest"),
+        (["run="], ". is not a run folder; use e.g. run=runs/latest"),
         (["epochs=3,4"], "epochs takes a single value, got 3,4; use one of them"),
     ],
 )
