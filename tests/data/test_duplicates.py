@@ -16,6 +16,7 @@ from train.data.ingestion.validation import perceptual_hash
 SPLITS = ("train", "validation", "test")
 DROP = "set data.on_leak=drop to leave them out"
 REFUSED = "data leakage:"
+CONFLICTING = "conflicting labels:"
 MEND = "remove the duplicates, or set data.on_leak=drop"
 
 
@@ -157,7 +158,7 @@ def test_leaks_change_the_fingerprint_only_by_what_is_dropped(root, tmp_path):
 def test_image_with_two_labels_is_named(root):
     share(root, "train/cat/3.png", "train/dog/same.png")
     sentence = "1 image has several labels (train/cat/3.png in train as cat and train/dog/same.png in train as dog)"
-    assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"
+    assert message(load, root, "raise") == f"{CONFLICTING} {sentence}; {MEND}"
     warned = load(root)
     assert warned.notes == (f"warning: {sentence}; {DROP}",)
     assert warned.leak_counts == leak_counts(conflicts=1)
@@ -195,7 +196,7 @@ def test_image_with_two_labels_in_a_folder_without_splits_is_named(tmp_path):
     share(root, "cat/3.png", "dog/same.png")
     split = next(name for name, found in whole.splits.items() if "cat/3.png" in ids(found))
     sentence = f"1 image has several labels (cat/3.png in {split} as cat and dog/same.png in {split} as dog)"
-    assert message(load, root, "raise") == f"{REFUSED} {sentence}; {MEND}"  # one content, one split: no other fault
+    assert message(load, root, "raise") == f"{CONFLICTING} {sentence}; {MEND}"  # one content, one split: no other fault
     assert load(root).notes[0] == f"warning: {sentence}; {DROP}"
 
 

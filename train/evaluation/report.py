@@ -56,7 +56,8 @@ def report_context(run_dir: RunDir, summary: dict[str, Any], lines: list[dict[st
     """Collects the variables of the template."""
     identity = run_dir.identity()
     # A run that is still running, or was killed, has no summary yet.
-    started = {"run_id": run_dir.run_id, "status": "not finished", "data": identity["tags"].get("data", "")}
+    data_name = identity["tags"].get("data", "")
+    started = {"run_id": run_dir.run_id, "status": "not finished", "failure": "", "data": data_name}
     return {
         "name": identity["name"],
         "command": identity.get("command", ""),
