@@ -236,6 +236,8 @@ def test_missing_store_is_reported(tmp_path: Path):
 
 def test_unreachable_store_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):  # set by the query; restored after the test
+        monkeypatch.setenv(name, "")
     error = message(compare, ["uri=http://user:secret@127.0.0.1:9"])
     assert error.startswith("the MLflow store failed: ")
     assert "secret" not in error

@@ -408,8 +408,8 @@ def test_simultaneous_runs_can_create_the_store(tmp_path: Path):
 
 
 def test_credentials_move_from_the_uri_to_the_environment(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):  # restored after the test
+        monkeypatch.setenv(name, "")
     assert mlflow_store.use_credentials("http://me:p%40ss@host:5000/x") == "http://host:5000/x"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "p@ss"

@@ -52,11 +52,19 @@ def write_report(run_dir: RunDir, summary: JsonObject) -> Path:
     return run_dir.path / REPORT_FILE
 
 
+# What the template shows of a summary, as far as it is known.
+SUMMARY_KEYS = (
+    "attempts", "best_epoch", "failure", "macs", "parameters", "peak_memory_bytes", "steps", "steps_executed",
+    "train_images_per_second", "training_macs", "training_parameters", "validation",
+)  # fmt: skip
+
+
 def report_context(run_dir: RunDir, summary: JsonObject, lines: list[JsonObject]) -> JsonObject:
     """Collects the variables of the template."""
     identity = run_dir.identity()
     # A run that is still running, or was killed, has no summary yet.
-    started = {"run_id": run_dir.run_id, "status": "not finished", "data": identity["tags"].get("data", "")}
+    started = dict.fromkeys(SUMMARY_KEYS) | {"run_id": run_dir.run_id, "status": "not finished"}
+    started["data"] = identity["tags"].get("data", "")
     return {
         "name": identity["name"],
         "command": identity.get("command", ""),
