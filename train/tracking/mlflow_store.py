@@ -308,6 +308,13 @@ def is_permanent_error(error: Exception) -> bool:
     )
 
 
+def is_connection_lost(error: Exception) -> bool:
+    """Whether there was no connection to the server, or it was cut."""
+    import requests
+
+    return any(isinstance(cause, requests.ConnectionError) for cause in _error_chain(error))
+
+
 def _is_permanent_status(status: int) -> bool:
     return 400 <= status < 500 and status not in RETRYABLE_STATUS_CODES
 

@@ -214,6 +214,16 @@ class Uploader:
             return False
         return True
 
+    def _send_end(self, send: Callable[[], Any]) -> None:
+        """Sends the run's end, a second time if the connection was cut: a server that could not store a file may have
+        cut it, and the next request, whatever it is, fails."""
+        try:
+            self._send("end", send)
+        except Exception as error:
+            if not mlflow_store.is_connection_lost(error):
+                raise
+            self._send("end", send)
+
     def _report_refusal(self, part: str, error: Exception) -> None:
         """Writes a rejection to the refusals file, which `wait` prints, to the uploader's log and to train.log."""
         message = " ".join(mlflow_store.redact_passwords(str(error) or type(error).__name__, self.uri).split())
@@ -257,9 +267,9 @@ class Uploader:
                 )
         finally:  # the status is sent even if the files cannot be
             if status is not None:
-                self._send("end", lambda: store.finish(self.run_dir.summary()))
+                self._send_end(lambda: store.finish(self.run_dir.summary()))
             elif not self.run_dir.is_running():
-                self._send("end", lambda: mlflow_store.mark_stale(store.client, store.mlflow_id))
+                self._send_end(lambda: mlflow_store.mark_stale(store.client, store.mlflow_id))
         if self.refused:
             raise RefusedError("; ".join(self.refused.values()))
 
