@@ -214,7 +214,7 @@ class Uploader:
             return False
         return True
 
-    def _send_end(self, send: Callable[[], object]) -> None:
+    def _send_end(self, send: Callable[[], None]) -> None:
         """Sends the run's end, a second time if the connection was cut: a server that could not store a file may have
         cut it, and the next request, whatever it is, fails."""
         try:
