@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 
@@ -138,6 +140,31 @@ def test_interrupted_upload_is_completed_in_place(resumed: Path, tracking_server
     [model] = on_server.models
     assert [path.name for path in models.iterdir()] == [model.model_id]
     assert len(client.search_model_versions("name = 'blocked-digits'")) == 1
+
+
+@pytest.mark.parametrize(
+    ("failures", "attempts", "is_sent"),
+    [
+        ([requests.ConnectionError()], 2, True),
+        ([requests.ConnectionError(), requests.ConnectionError()], 2, False),
+        ([requests.HTTPError("500")], 1, False),
+    ],
+    ids=["cut once", "cut twice", "another failure"],
+)
+def test_end_is_sent_again_once_if_the_connection_was_cut(
+    failures: list[Exception], attempts: int, is_sent: bool, tmp_path: Path
+):
+    calls: list[int] = []
+
+    def send() -> None:
+        calls.append(1)
+        if failures:
+            raise failures.pop(0)
+
+    record = uploader.Uploader(ended_run(tmp_path, "cut"), "http://127.0.0.1:9")
+    with nullcontext() if is_sent else pytest.raises(requests.RequestException):
+        record._send_end(send)
+    assert len(calls) == attempts
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

@@ -38,7 +38,7 @@ def current_model_info(model_info: JsonObject) -> JsonObject:
 
 
 def current_config(config: JsonObject) -> JsonObject:
-    """config.yaml with its metric's name of today. `train/loss` stays: its new name is no choice of early stopping."""
+    """config.yaml with the early-stopping metric renamed, but for `train/loss`: its new name is no choice there."""
     rule = config.get("early_stopping")
     if not isinstance(rule, dict) or rule.get("metric") not in METRICS.keys() - {"train/loss"}:
         return config
