@@ -47,6 +47,8 @@ def ui(argv: list[str]) -> int:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             filter(None, (mlflow_store.SITE_PACKAGES, os.environ.get("PYTHONPATH")))
         )
+    # MLflow's background jobs evaluate agents and prompts: eight processes that no view of a run needs.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *argv])
 
 

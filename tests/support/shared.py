@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from support.commands import Done, run_command
-from support.waiting import answers, free_port, wait_for
+from support.waiting import answers, free_port, happens_within
 
 SERVER_PROCESS = "INCEPTION_TEST_SERVER_PROCESS"
 SECRET = "hunter2-in-the-address"
@@ -83,9 +83,11 @@ def start_server(place: Path) -> TrackingServer:
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{place / 'mlflow.db'}",
          "--artifacts-destination", str(place / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
          "--workers", "1"],
-        cwd=place, stdout=(place / "server.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+        cwd=place, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=(place / "server.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     Path(os.environ[SERVER_PROCESS]).write_text(str(process.pid))
     server = TrackingServer(f"http://127.0.0.1:{port}", place / "artifacts")
-    wait_for(lambda: answers(f"{server.uri}/health") == b"OK", 120)
+    if not happens_within(lambda: answers(f"{server.uri}/health") == b"OK", 300):
+        raise AssertionError((place / "server.log").read_text())
     return server

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from mlflow.entities import Run
 
 from support.commands import ROOT, message, run_command, run_train
 from support.shared import SECRET, Finished, once
-from support.waiting import answers, free_port, wait_for
+from support.waiting import answers, free_port, happens_within, wait_for
 from train.tracking import address, environment, mlflow_store, uploader
 from train.tracking.journal import Journal, read_journal
 from train.tracking.run_dir import Heartbeat, RunDir, create_run_dir, open_run_dir
@@ -447,18 +448,22 @@ def test_folder_without_a_run_is_rejected(tmp_path: Path):
 def serving(uri: str, port: int | None = None, end: signal.Signals = signal.SIGTERM) -> Iterator[int]:
     """Start `make ui` and wait until it answers; its port. At the end all its processes get the signal `end`."""
     port = port or free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "train.ui", f"port={port}", f"uri={uri}"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        assert server.stdout is not None
-        assert f"http://127.0.0.1:{port}" in server.stdout.readline()
-        wait_for(lambda: b"<title>MLflow</title>" in answers(f"http://127.0.0.1:{port}/"), 120)
-        yield port
-    finally:
-        os.killpg(server.pid, end)
-        server.wait(20)
+    page = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile("a+") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "train.ui", f"port={port}", f"uri={uri}"],
+            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            is_up = happens_within(lambda: b"<title>MLflow</title>" in answers(page), 300)
+            log.seek(0)
+            output = log.read()
+            assert is_up, output
+            assert output.startswith(f"MLflow UI: {page} ")
+            yield port
+        finally:
+            os.killpg(server.pid, end)
+            server.wait(60)
 
 
 @pytest.mark.slow
@@ -499,14 +504,14 @@ def test_server_killed_before_during_and_after_a_run_loses_nothing(tmp_path: Pat
          f"tracking.uri=http://127.0.0.1:{port}"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for(lambda: (folder / "metrics.jsonl").exists(), 120)
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
     with serving(store_uri, port, signal.SIGKILL):
-        wait_for(lambda: bool(the_run_ids_or_none(port)), 120)  # the uploader caught up by itself
+        wait_for(lambda: bool(the_run_ids_or_none(port)))  # the uploader caught up by itself
     with serving(store_uri, port, signal.SIGKILL):
         assert process.wait(300) == 0  # killed and started again during the run
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with serving(store_uri, port, signal.SIGKILL):
-        done = run_command("make", "sync", f"run={folder}", timeout=120)
+        done = run_command("make", "sync", f"run={folder}", timeout=300)
         if "another process is uploading" in done.err:  # the uploader of the run is doing it
             wait_for(lambda: the_run(f"http://127.0.0.1:{port}")[1].info.status == "FINISHED", 300)
         else:
