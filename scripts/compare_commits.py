@@ -72,6 +72,7 @@ LEFT_OUT = {
     "images_per_second", "train_images_per_second", "data_wait_fraction", "checkpoint_stall_seconds",  # rates
     "peak_memory_bytes",
     "time", "run_id", "config_hash",
+    "accuracy_interval",  # follows from accuracy and examples, which are compared, by a method that may change
 }  # fmt: skip
 COMPARED_BEST = ("accuracy", "loss")  # of the best weights on the validation split: what both forms have
 

@@ -66,6 +66,7 @@ def test_network_of_any_precision_is_exported_in_float32():
     assert not np.array_equal(probabilities, np.asarray(keras.ops.softmax(network(images))))  # negative control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", formats.FORMATS)
 def test_every_format_gives_the_predictions_of_the_run(name: str, shipped: tuple[Done, Path]):
     done, run = shipped
@@ -102,6 +103,7 @@ def by_the_card(python: Path | str, folder: Path, place: Path) -> None:
     assert float(share) == pytest.approx(wanted.max(), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in formats.FORMATS]
 )
@@ -124,6 +126,7 @@ def test_usage_snippet_needs_only_the_packages_of_the_model_card(name: str, ship
     by_the_card(place / "bin/python", folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_model_card_names_its_origin(shipped: tuple[Done, Path]):
     run = shipped[1]
     card, summary = (run / "export/onnx/README.md").read_text(), summary_of(run, "onnx")
@@ -134,6 +137,7 @@ def test_model_card_names_its_origin(shipped: tuple[Done, Path]):
     assert f"{summary['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}, 340 examples)" in card
 
 
+@pytest.mark.slow
 def test_export_is_recorded_in_mlflow(shipped: tuple[Done, Path]):
     from mlflow import MlflowClient
 
@@ -323,6 +327,7 @@ def test_extra_lists_the_packages_of_the_formats():
             assert f"\n{package.replace('_', '-')}==" in f"\n{locked}"
 
 
+@pytest.mark.slow
 def test_exported_model_resizes_larger_images_like_the_pipeline(shipped: tuple[Done, Path]):
     """The exported file resizes a larger image like the pipeline."""
     run = shipped[1]

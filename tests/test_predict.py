@@ -96,6 +96,7 @@ def test_broken_image_is_named_and_stops_nothing(finished: Finished, pictures: P
     assert all(re.fullmatch(r"\S+ +\d [01]\.\d{4}  \d [01]\.\d{4}", row) for row in rows)
 
 
+@pytest.mark.slow
 def test_onnx_predicts_without_tensorflow(shipped: tuple[Done, Path], pictures: Path):
     run = shipped[1]
     code = (
@@ -166,6 +167,7 @@ def test_invalid_prediction_request_is_rejected(overrides: list[str], expected: 
     assert expected in message(predict, overrides)
 
 
+@pytest.mark.slow
 def test_outdated_export_is_not_used(shipped: tuple[Done, Path], tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(shipped[1], run, symlinks=True)

@@ -18,6 +18,7 @@ needs_real_data = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 @needs_real_data
 def test_fashion_mnist_loads_from_files(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from support.commands import FROM_MAKE, ROOT, Done, run_command
+from support.waiting import free_port
 from train.config.schema import Distributed
 from train.distributed.rendezvous import KEY_VARIABLE
 
@@ -52,12 +52,6 @@ def manifest(*words: str, processes: int = 2, **options: Any) -> list[dict[str, 
     done = run_command(sys.executable, str(CLUSTER / "kubernetes.py"), *flags, "--", *words)
     assert done.code == 0, done.err
     return list(yaml.safe_load_all(done.out))
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def test_manifest_has_a_job_a_headless_service_and_a_secret():

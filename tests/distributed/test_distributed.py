@@ -25,6 +25,7 @@ import pytest
 
 from support.commands import FROM_MAKE, ROOT, Done, message, run_command
 from support.shared import once
+from support.waiting import free_port
 from train.config.composition import compose
 from train.config.schema import ConfigError, Distributed
 from train.config.serialization import Redactor, config_hash, to_dict
@@ -34,12 +35,6 @@ from train.distributed.process_group import ProcessGroup, WorkerLostError
 from train.training import checkpoint
 
 # ------------------------------------------------------------------------------------------------------ the meeting
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def outcome(group: Distributed) -> str:

@@ -194,7 +194,7 @@ def has_checkpoint(trial: Trial, suffix: str = "") -> bool:
     return bool(list(trial.folder.glob(f"checkpoints/epoch-*{suffix}")))
 
 
-@pytest.mark.parametrize("how", ["", "unknown"])
+@pytest.mark.parametrize("how", ["", pytest.param("unknown", marks=pytest.mark.slow)])
 def test_trial_ends_after_a_checkpoint_where_its_launcher_is_killed(how: str, trial: Trial):
     """Nobody starts the launcher again. Negative control: a trial that does not call `die_with_parent` goes on."""
     with launched(trial, how) as (launcher, child):

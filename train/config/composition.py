@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 REDACTED = "(from the environment)"
 
 
+@cache
 def register_schema() -> None:
     """Registers the dataclasses with Hydra, under `schema/` so that they are not options of the real groups."""
     store = ConfigStore.instance()
