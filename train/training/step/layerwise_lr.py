@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import keras
 
+from train.training.tensors import Tensor
+
 ALL, UPPER = "all", "upper"
 
 
@@ -16,6 +18,10 @@ class LayerRate(NamedTuple):
 
     multiplier: float = 1.0
     first_update: int = 0
+
+    def scale(self, learning_rate: Tensor) -> Tensor:
+        """The learning rate of the variable. learning_rate: the schedule's."""
+        return learning_rate if self.multiplier == 1.0 else learning_rate * self.multiplier
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,11 @@ class StagedOptimizer(keras.optimizers.Optimizer):
     def update_step(self, gradient: Tensor, variable: Tensor, learning_rate: Tensor) -> None:
         """Decays and updates a variable at its own rate. Keras calls it, on TensorFlow with TensorFlow's variable."""
         _, rate = self.state.rates[identity(variable)]
-        if rate.multiplier != 1.0:
-            learning_rate = learning_rate * rate.multiplier
         if self.weight_decay and identity(variable) in self.state.decayed:
+            # The rate is computed anew, as by Keras: TensorFlow rounds the product in another way if others use it, too.
             decay = variable * ops.cast(self.weight_decay, variable.dtype)
-            self.assign_sub(variable, decay * ops.cast(learning_rate, variable.dtype))
+            self.assign_sub(variable, decay * ops.cast(rate.scale(self.learning_rate), variable.dtype))
+        learning_rate = rate.scale(learning_rate)
         if rate.first_update:
             learning_rate = learning_rate * self.late_start_correction(rate.first_update)
         self.update_variable(gradient, variable, learning_rate)
