@@ -232,6 +232,7 @@ def test_full_disk_ends_the_run_in_one_line_and_it_resumes_with_free_space(
     assert same_journals(disk / "run", uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_run_stopped_by_sigterm_resumes_to_the_same_bits(tmp_path: Path, uninterrupted: tuple[Path, dict]):
     """A real process, signal and store: exit code 143 during training, then one MLflow run of two attempts."""
     from mlflow import MlflowClient

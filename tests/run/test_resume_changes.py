@@ -151,6 +151,7 @@ def test_branch_without_checkpoints_restarts_as_a_new_branch(killed_run: Path, t
     assert (summary["steps"], summary["attempts"]) == (12, 3)
 
 
+@pytest.mark.slow
 def test_more_epochs_are_allowed_and_recorded(tmp_path: Path):
     """A finished run is extended from its end."""
     folder = tmp_path / "run"

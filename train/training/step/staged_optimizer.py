@@ -83,7 +83,7 @@ class StagedOptimizer(keras.optimizers.Optimizer):
         """Decays and updates a variable at its own rate. Keras calls it, on TensorFlow with TensorFlow's variable."""
         _, rate = self.state.rates[identity(variable)]
         if self.weight_decay and identity(variable) in self.state.decayed:
-            # The rate is computed anew, as by Keras: TensorFlow rounds the product in another way if others use it, too.
+            # With a rate of its own, as in Keras: TensorFlow rounds the product in another way if others use the rate.
             decay = variable * ops.cast(self.weight_decay, variable.dtype)
             self.assign_sub(variable, decay * ops.cast(rate.scale(self.learning_rate), variable.dtype))
         learning_rate = rate.scale(learning_rate)
