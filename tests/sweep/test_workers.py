@@ -230,7 +230,8 @@ def test_hanging_trial_of_a_killed_launcher_is_killed_by_the_next_one(trial: Tri
             assert run_in_pool(WorkerPool(1, time_limit_minutes=0.01), trial, lambda: None) == given_up
         assert (is_alive(child), trial.state()) == (True, "running")
         assert run_in_pool(WorkerPool(1, time_limit_minutes=0.01), trial, lambda: None) == given_up
-        assert (is_alive(child), trial.state()) == (False, "interrupted")
+        assert not is_alive(child)
+        assert happens_within(lambda: trial.state() == "interrupted", 60)  # the kernel frees its memory before its lock
 
 
 def test_sweep_that_is_stopped_does_not_wait_for_a_run_started_by_hand(trial: Trial):
