@@ -1,5 +1,7 @@
 # The commands of the laboratory; `make help` lists them.
 #
+# Every command explains its keys: make evaluate ARGS=--help
+#
 # Lower-case arguments (`model=vgg16 seed=0,1`) are passed to the program unchanged; UPPER-CASE ones are variables of
 # this file:
 #   PYTHON   the interpreter that .venv is created with (3.11 to 3.13)
@@ -25,6 +27,11 @@ TARGETS_WITH_KEYS := train resume sweep evaluate compare report export predict s
 TARGETS_WITHOUT_KEYS := setup lock test test-all stress claims bench bench-data bench-guard bench-safeguards lint format docs docs-check help
 RENAMED := torture=stress readme=docs readme-check=docs-check
 
+# Puts every argument in single quotes, a quote inside it as '\'': the shell sees it exactly as it was typed.
+override QUOTED = '$(subst ','\'',$(1))'
+# The name in the list $(2) that the word $(1) was meant to be; empty if it resembles none, or without Python.
+override NEAREST = $(shell $(PYTHON) -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].lower(), sys.argv[2].split(), 1))' $(call QUOTED,$(1)) $(call QUOTED,$(2)) 2>/dev/null)
+
 override ARGUMENT_NAMES := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 override ARGUMENT_NAMES := $(filter-out $(MAKE_VARIABLES) MAKEFLAGS MAKEOVERRIDES -*%,$(ARGUMENT_NAMES))
 
@@ -39,6 +46,10 @@ override NEW_NAME := $(patsubst $(firstword $(UNKNOWN))=%,%,$(filter $(firstword
 ifneq ($(NEW_NAME),)
 $(error make $(firstword $(UNKNOWN)) is now called make $(NEW_NAME))
 endif
+override MEANT := $(call NEAREST,$(firstword $(UNKNOWN)),$(TARGETS_WITH_KEYS) $(TARGETS_WITHOUT_KEYS))
+ifneq ($(MEANT),)
+$(error unknown target "$(firstword $(UNKNOWN))"; did you mean: make $(MEANT))
+endif
 $(error "$(firstword $(UNKNOWN))" is neither a target nor key=value; use e.g. model=$(firstword $(UNKNOWN)), or see: make help)
 endif
 ifneq ($(strip $(ARGUMENT_NAMES)),)
@@ -47,8 +58,6 @@ $(error make $(or $(MAKECMDGOALS),help) takes no key=value arguments, got $(firs
 endif
 endif
 
-# Puts every argument in single quotes, a quote inside it as '\'': the shell sees it exactly as it was typed.
-override QUOTED = '$(subst ','\'',$(1))'
 override FORWARDED = $(foreach name,$(ARGUMENT_NAMES),$(call QUOTED,$(name)=$(value $(name)))) $(ARGS)
 
 # --------------------------------------------------------------------------------------------------------- targets
@@ -199,3 +208,4 @@ lock: $(STAMP) ## update the lock files from the dependencies
 
 help: ## list all commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-16s %s\n' "$$name" "$$text"; done
+	@echo; echo 'the keys of a command with keys, their types and defaults: make TARGET ARGS=--help'

@@ -72,6 +72,7 @@ LEFT_OUT = {
     "images_per_second", "train_images_per_second", "data_wait_fraction", "checkpoint_stall_seconds",  # rates
     "peak_memory_bytes",
     "time", "run_id", "config_hash",
+    "accuracy_interval",  # follows from accuracy and examples, which are compared, by a method that may change
 }  # fmt: skip
 COMPARED_BEST = ("accuracy", "loss")  # of the best weights on the validation split: what both forms have
 
@@ -673,7 +674,9 @@ def main() -> int:
     parser.add_argument("before", metavar="BEFORE", help="a commit, branch or tag")
     parser.add_argument("after", metavar="AFTER", nargs="?", default="HEAD", help="a commit, branch or tag")
     parser.add_argument("--cases", default=",".join(CASES), help=f"comma-separated, of {', '.join(CASES)}")
-    parser.add_argument("--workdir", type=Path, help="kept folder for checkouts, runs and results; default: temporary")
+    parser.add_argument(
+        "--workdir", type=Path, help="folder for checkouts, runs and results, kept at the end; default: a temporary one"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     cases = options.cases.split(",")

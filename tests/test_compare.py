@@ -15,9 +15,11 @@ from support.commands import message
 from support.shared import once
 from train.compare import (
     HEADINGS,
+    DatasetComparison,
     columns_that_fit,
     compare,
     find_baseline,
+    format_row,
     make_labels,
     make_row,
     matches,
@@ -128,6 +130,16 @@ def test_runs_that_differ_only_in_seed_form_a_row(lab: tuple[str, Path]):
     assert (rows[0]["macs"], rows[0]["parameters"], rows[0]["memory"]) == ("200000000", "20000000", "1073741824")
 
 
+def test_printed_interval_of_two_seeds_lies_within_0_and_1():
+    runs = [
+        RunRecord("", "FINISHED", 0, {"seed": str(seed)}, {"a": accuracy}, {})
+        for seed, accuracy in ((0, 0.2), (1, 0.6))
+    ]
+    row = make_row("", runs, "a")
+    cells = dict(zip(HEADINGS, format_row(row, DatasetComparison("", "", [row], None)), strict=True))
+    assert (cells["accuracy"], cells["95 % interval"]) == ("0.4000 ± 0.2828", "0.0058 to 0.9870")
+
+
 def test_differences_are_paired_and_the_baseline_has_none(lab: tuple[str, Path]):
     inception, baseline, narrow = lines_of(lab[1])
     assert float(inception["difference"]) == pytest.approx(0.025)
@@ -144,9 +156,9 @@ def test_pareto_front_is_what_nothing_beats_at_its_cost(lab: tuple[str, Path]):
 
 
 def test_runs_left_out_are_reported(lab: tuple[str, Path]):
-    assert "left out 1 run not finished (failed): broke" in lab[0]
-    assert f"left out 1 run without test/accuracy: {NASTY}" in lab[0]
-    assert "left out 1 run with non-finite test/accuracy: nan" in lab[0]
+    assert "excluded 1 run not finished (failed): broke" in lab[0]
+    assert f"excluded 1 run without test/accuracy: {NASTY}" in lab[0]
+    assert "excluded 1 run with non-finite test/accuracy: nan" in lab[0]
     assert "a sweep" not in lab[0]
 
 
@@ -193,9 +205,10 @@ def test_filter_values_are_parsed_as_for_a_run():
 @pytest.mark.parametrize(
     ("filters", "expected"),
     [
-        (["experiment=nothing"], "experiment must be one of costs, empty, lab, mixed, got nothing"),
+        (["experiment=nothing"], "unknown experiment nothing; experiments in the store: costs, empty, lab, mixed"),
         (["experiment=empty"], "experiment empty has no runs; train one with make train"),
-        (["experiment=lab", "metric=train/loss"], "metric must be auto, test or validation, got train/loss"),
+        (["experiment=lab", "metric=train/loss"], "metric must be one of auto, test, validation, got train/loss"),
+        (["experiment=lab", "modle=vgg16"], "experiment lab); did you mean model=vgg16?"),
         (["experiment=lab", "metric=validation"], "no finished run has best/validation_accuracy: "),
         (["experiment=lab", "epochs=99"], "no run matches epochs=99 (of 15 runs in experiment lab)"),
         (

@@ -132,7 +132,7 @@ def test_invalid_evaluation_is_rejected(finished: Finished, photos: Path, tmp_pa
         assert expected in message(evaluate, [f"run={path}", *overrides])
     (path / "best").unlink()
     assert f"run {path} has no saved weights yet" in message(evaluate, [f"run={path}"])
-    assert "run must be a run folder, got" in message(evaluate, [f"run={tmp_path / 'nowhere'}"])
+    assert f"{tmp_path / 'nowhere'} is not a run folder" in message(evaluate, [f"run={tmp_path / 'nowhere'}"])
 
 
 def test_report_is_written_again_even_without_test_results(finished: Finished, tmp_path: Path):

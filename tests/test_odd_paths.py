@@ -32,6 +32,7 @@ def test_file_uri_leads_back_to_its_file(path: str):
     assert make_url(sqlite_uri(Path(path))).database == path
 
 
+@pytest.mark.slow
 def test_images_store_and_run_in_a_folder_with_an_odd_name(tmp_path: Path):
     folder, random = tmp_path / NAME, np.random.default_rng(0)
     for split, count in (("train", 16), ("validation", 4), ("test", 4)):

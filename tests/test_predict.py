@@ -46,9 +46,9 @@ HEAVY = (
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first forty test digits in several folders, and files that are not valid images."""
     folder = tmp_path_factory.mktemp("pictures")
-    from train import data
+    from support.image_folders import load_digits
 
-    test = data.load("digits", str(ROOT / "data"), image_size=32, channels=1).test
+    test = load_digits(ROOT / "data", image_size=32).test
     for index in range(40):
         path = folder / "digits" / str(index % 3) / f"{index:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +96,7 @@ def test_broken_image_is_named_and_stops_nothing(finished: Finished, pictures: P
     assert all(re.fullmatch(r"\S+ +\d [01]\.\d{4}  \d [01]\.\d{4}", row) for row in rows)
 
 
+@pytest.mark.slow
 def test_onnx_predicts_without_tensorflow(shipped: tuple[Done, Path], pictures: Path):
     run = shipped[1]
     code = (
@@ -152,8 +153,8 @@ def test_folders_patterns_and_files_are_expanded(pictures: Path, monkeypatch: py
         (["images="], "images is missing; use images=PATH"),
         (["images=nothing*"], "no such file or folder: nothing*; images takes files, folders and patterns"),
         (["images=https://example.org/a.png"], "images must be local files, got https://example.org/a.png"),
-        (["images=README.md", "run=nowhere"], "nowhere is not the folder of a run with saved weights"),
-        (["images=README.md", "top=0"], "top must be at least 1, got 0"),
+        (["images=README.md", "run=nowhere"], "nowhere is not a run folder with saved weights"),
+        (["images=README.md", "top=0"], "top must be at least 1, got 0; use e.g. top=5"),
         (["images=README.md", "output=xml"], "output must be one of table, jsonl, got xml"),
         (["images=README.md", "runtime=caffe"], "runtime must be one of keras, onnx, got caffe"),
         (["images=README.md", "runtime=onnx", "attention=x.png"], "attention needs runtime=keras, got runtime=onnx"),
@@ -166,6 +167,7 @@ def test_invalid_prediction_request_is_rejected(overrides: list[str], expected: 
     assert expected in message(predict, overrides)
 
 
+@pytest.mark.slow
 def test_outdated_export_is_not_used(shipped: tuple[Done, Path], tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(shipped[1], run, symlinks=True)
@@ -285,7 +287,7 @@ def png_of(width: int, height: int) -> bytes:
 
 def test_invalid_serve_request_is_rejected(finished: Finished, tmp_path: Path):
     assert run_command(sys.executable, "-m", "train.serve", f"run={tmp_path}").err.startswith(
-        f"error: {tmp_path} is not the folder of a run with saved weights"
+        f"error: {tmp_path} is not a run folder with saved weights"
     )
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

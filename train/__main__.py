@@ -5,10 +5,12 @@ TensorFlow is imported only after the whole command line has been checked.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,13 +19,37 @@ from hydra_plugins.inception_laboratory import register
 from omegaconf import DictConfig, OmegaConf
 
 from train.cli import arguments, terminal
-from train.config import composition, hydra_errors
-from train.config.schema import ROOT
+from train.config import composition
+from train.config.overrides import HYDRA_ERRORS, add_missing_keys, check_grammar, check_overrides, explain
+from train.config.schema import ROOT, SeveralFaultsError
 from train.sweep import trials, workers
 from train.tracking.run_dir import open_run_dir
 
 CHECK_FLAG = "--check"
+INFO_CHOICES = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # of Hydra
 argv: list[str] = []  # as typed
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Splits the command line into Hydra's flags and the overrides."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("overrides", nargs="*")
+        for flag in (CHECK_FLAG, "--hydra-help", "--resolve"):
+            self.add_argument(flag, action="store_true")
+        for flag, short in (("--multirun", "-m"), ("--run", "-r"), ("--shell-completion", "-sc")):
+            self.add_argument(flag, short, action="store_true")
+        for flag, short in (("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd")):
+            self.add_argument(flag, short)
+        self.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+        self.add_argument("--package", "-p")
+        self.add_argument("--experimental-rerun")
+        self.add_argument("--info", "-i", nargs="?", const="all", choices=INFO_CHOICES)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises: ValueError."""
+        raise ValueError(f"{message}; --help lists the flags")
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
@@ -63,7 +89,7 @@ def run(node: DictConfig) -> int:
     with composition.redacting_errors(redactor):
         config = composition.to_config(node, is_stored=node.sweep.trial is not None)
         from train import resume
-        from train.run import factory, train_and_evaluate  # imported late: typing errors are reported at once
+        from train.run import factory, lifecycle  # imported late: typing errors are reported at once
 
         factory.check_files(config)
         factory.check_sources(config)
@@ -77,33 +103,62 @@ def run(node: DictConfig) -> int:
         if is_leader or not resume.config_differences(run_dir, config, redactor):
             return resume.resume_if_same_config(run_dir, config, redactor)
     if is_leader:
-        return train_and_evaluate.train(config, redactor, latest=config.sweep.trial is None)
-    return train_and_evaluate.run_worker(config, redactor)
+        return lifecycle.start_run(config, redactor, latest=config.sweep.trial is None)
+    return lifecycle.run_worker(config, redactor)
 
 
 def main() -> None:
     """Exit codes: 0 finished, 1 failed, 2 invalid command line, 129, 130 and 143 interrupted."""
     terminal.protect_output()
     argv[:] = sys.argv[1:]
-    sys.argv[1:] = [argument for argument in argv if argument != CHECK_FLAG]
-    if {"-m", "--multirun"} & set(argv):
-        sys.argv += sweep_overrides()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting
     composition.register_schema()
     register()
     try:
+        if text := arguments.answer_flags(argv, help_text):
+            print(text)
+            sys.exit()
+        sys.argv[1:] = check_command_line()
         compose_and_run()
-    except hydra_errors.HYDRA_ERRORS as error:
-        sys.exit(arguments.print_error(hydra_errors.explain(error, argv)))
+    except HYDRA_ERRORS as error:
+        sys.exit(arguments.print_error(explain(error)))
+    except SeveralFaultsError as errors:
+        sys.exit(max(map(arguments.print_error, errors.messages)))
     except ValueError as error:
         sys.exit(arguments.print_error(str(error)))
     except KeyboardInterrupt:  # before the run has installed its signal handlers
         sys.exit(130)
 
 
-def sweep_overrides() -> list[str]:
+def help_text() -> str:
+    """What `--help` prints, for a sweep if `--multirun` was typed, too."""
+    from train.config import help as config_help
+
+    if {"-m", "--multirun"} & set(argv):
+        return config_help.sweep_help()
+    return config_help.train_help(word for word in argv if not word.startswith("-") and "=" not in word)
+
+
+def check_command_line() -> list[str]:
+    """Checks what was typed; returns the arguments for Hydra. Raises: ConfigError."""
+    flags = ArgumentParser().parse_intermixed_args(argv)
+    if flags.shell_completion:
+        return argv
+    overrides = list(flags.overrides)
+    keys = arguments.typed_keys(overrides)
+    is_elsewhere = flags.config_path or flags.config_name or flags.config_dir or "hydra.searchpath" in keys
+    if is_elsewhere:  # only Hydra knows the options
+        checked = check_grammar(overrides, in_sweep=flags.multirun)
+    else:
+        with composition.conf_loader() as loader:
+            check_overrides(overrides, loader, in_sweep=flags.multirun)
+            checked = add_missing_keys(overrides, loader) if flags.multirun else overrides
+    others = [word for word in argv if word not in overrides and word != CHECK_FLAG]
+    return [*checked, *(sweep_overrides(keys) if flags.multirun else []), *others]
+
+
+def sweep_overrides(typed: set[str]) -> list[str]:
     """Selects our sweeper and launcher for Hydra, unless others were typed; `--check` becomes a dry run."""
-    typed = {argument.partition("=")[0] for argument in argv}
     plugins = {"hydra/sweeper": "trials", "hydra/launcher": "processes"}
     overrides = [f"{name}={value}" for name, value in plugins.items() if name not in typed]
     return [*overrides, "sweep.dry_run=true"] if CHECK_FLAG in argv else overrides

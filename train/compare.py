@@ -1,5 +1,8 @@
 """`make compare experiment=NAME`: compares the variants in an experiment by accuracy, over seeds, and by cost.
 
+    make compare experiment=inception baseline=model=vgg16
+    make compare experiment=inception epochs=6 sort=macs
+
 Runs that differ only in their seed form one row. Rows are compared only on the same data, by the main output's accuracy
 on a whole split, never by a loss, which may contain auxiliary terms.
 """
@@ -11,19 +14,20 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from train.cli import arguments
+from train.cli.arguments import Override, nearest_key
+from train.cli.fields import fields_by_key, setting
 from train.config.schema import GROUPS, ROOT
 from train.config.serialization import variant_config
 from train.evaluation.html import format_compact, render_template, to_data_uri
-from train.evaluation.statistics import Difference, Mean, mean_interval, paired_difference
+from train.evaluation.statistics import Difference, Mean, mean_accuracy, paired_difference
 from train.storage.atomic import write_atomically
 from train.tracking.mlflow_query import RunRecord, list_runs
 from train.tracking.uploader import default_uri
@@ -41,19 +45,16 @@ MAX_NAMED_RUNS = 3  # of those left out for one reason
 
 @dataclass
 class Compare:
-    """`experiment`: the MLflow experiment. `metric`: test or validation (auto: test if any run has it).
+    """The keys of `make compare`."""
 
-    `baseline`: key=value pairs, separated by commas, that identify one row; the others show their difference to it.
-    `sort`: accuracy, name or a key of COST_METRICS. `uri`: the MLflow store. `out`: the folder for compare.html and
-    compare.csv. All other arguments filter the runs: model=vgg16 epochs=12.
-    """
-
-    experiment: str = "inception"
-    metric: str = "auto"
-    baseline: str = ""
-    sort: str = "accuracy"
-    uri: str = ""
-    out: str = ""
+    experiment: str = setting("inception", "MLflow experiment")
+    metric: str = setting(
+        "auto", "split whose accuracy is compared; auto: test if any run has it", choices=("auto", "test", "validation")
+    )
+    baseline: str = setting("", "row that the others are compared with, as key=value pairs separated by commas")
+    sort: str = setting("accuracy", "sort key of the rows", choices=("accuracy", "name", *COST_METRICS))
+    uri: str = setting("", "MLflow store; none: mlflow.db beside the Makefile")
+    out: str = setting("", "folder for compare.html and compare.csv; none: runs/EXPERIMENT")
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,20 @@ def compare(argv: list[str]) -> None:
 
     Raises: ValueError if there is nothing to compare, or the arguments are wrong.
     """
-    keys, filters = parse_arguments(argv)
+    keys, filters = arguments.parse_known(Compare, argv)
     uri = keys.uri or default_uri(ROOT)
     runs = [run for run in list_runs(uri, keys.experiment) if run.tags.get("kind") != "sweep"]
     if not runs:
         raise ValueError(
             f"experiment {keys.experiment} has no runs; train one with make train, or name another experiment"
         )
-    matching = [run for run in runs if matches(run.params, filters)]
+    matching = [run for run in runs if matches(run.params, dict(map(to_parameter, filters)))]
     if not matching:
-        criteria = " ".join(f"{name}={value}" for name, value in filters.items())
-        raise ValueError(f"no run matches {criteria} (of {len(runs)} runs in experiment {keys.experiment})")
+        criteria = " ".join(map(str, filters))
+        raise ValueError(
+            f"no run matches {criteria} (of {len(runs)} runs in experiment {keys.experiment})"
+            + suggest_key(filters, runs)
+        )
     metric = resolve_metric(keys.metric, matching)
     usable, notes = filter_runs(matching, metric)
     comparisons = [
@@ -112,24 +116,14 @@ def compare(argv: list[str]) -> None:
         print(path)
 
 
-def parse_arguments(argv: list[str]) -> tuple[Compare, dict[str, str]]:
-    """Splits the arguments into this command's options and the filters on runs, {parameter: value}."""
-    options = [argument for argument in argv if argument.partition("=")[0] in Compare.__dataclass_fields__]
-    keys = arguments.parse(Compare, options)
-    filters = {}
-    for argument in argv:
-        if "=" not in argument:
-            raise ValueError(f"arguments must be key=value, got {argument}; use e.g. experiment=inception model=vgg16")
-        if argument not in options:
-            name, value = split_override(argument)
-            filters[name] = value
-    if keys.metric not in ("auto", "test", "validation"):
-        raise ValueError(
-            f"metric must be auto, test or validation, got {keys.metric}; losses may contain auxiliary terms"
-        )
-    if keys.sort not in ("accuracy", "name", *COST_METRICS):
-        raise ValueError(f"sort must be one of accuracy, name, {', '.join(COST_METRICS)}, got {keys.sort}")
-    return keys, filters
+def suggest_key(filters: list[Override], runs: list[RunRecord]) -> str:
+    """Names the key that was meant by one that no run has; empty if there is none."""
+    parameters = {name.removesuffix(".name") for run in runs for name in run.params}
+    for override in filters:
+        meant = nearest_key(override.key, parameters | {*fields_by_key(Compare)})
+        if override.key not in parameters and meant:
+            return f"; did you mean {meant}={override.value}?"
+    return ""
 
 
 def resolve_metric(choice: str, runs: list[RunRecord]) -> str:
@@ -160,15 +154,15 @@ def filter_runs(runs: list[RunRecord], metric: str) -> tuple[list[RunRecord], li
             usable.append(run)
     for reason, names in reasons.items():
         named = ", ".join(names[:MAX_NAMED_RUNS]) + (", ..." if len(names) > MAX_NAMED_RUNS else "")
-        notes.append(f"left out {len(names)} run{'s' if len(names) > 1 else ''} {reason}: {named}")
+        notes.append(f"excluded {len(names)} run{'s' if len(names) > 1 else ''} {reason}: {named}")
     if not usable:
         raise ValueError(f"no finished run has {metric}: {'; '.join(notes)}")
     return usable, notes
 
 
-def group_by(runs: Iterable[RunRecord], key: Callable[[RunRecord], Any]) -> list[list[RunRecord]]:
+def group_by(runs: Iterable[RunRecord], key: Callable[[RunRecord], Hashable]) -> list[list[RunRecord]]:
     """Groups runs with the same key, in the order in which the keys first occur."""
-    groups: dict[Any, list[RunRecord]] = {}
+    groups: dict[Hashable, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return list(groups.values())
@@ -207,7 +201,7 @@ def make_row(label: str, runs: list[RunRecord], metric: str) -> Row:
     }
     costs = {name: statistics.median(values) if values else math.nan for name, values in measured.items()}
     values = {seed: run.metrics[metric] for seed, run in last.items()}
-    return Row(label, variant_config(runs[0].params), values, costs, mean_interval(list(values.values())))
+    return Row(label, variant_config(runs[0].params), values, costs, mean_accuracy(list(values.values())))
 
 
 def make_labels(params: list[dict[str, str]]) -> list[str]:
@@ -253,7 +247,7 @@ def find_baseline(rows: list[Row], selection: str) -> Row | None:
     Raises: ValueError if several rows match.
     """
     overrides = re.split(r",(?![^\[]*\])", selection)  # but not at the commas within lists
-    wanted = dict(map(split_override, overrides)) if selection else {}
+    wanted = dict(to_parameter(Override.parse(text)) for text in overrides) if selection else {}
     matching = [row for row in rows if wanted and matches(row.params, wanted)]
     if len(matching) > 1:
         labels = "; ".join(row.label for row in matching[:10])
@@ -261,10 +255,9 @@ def find_baseline(rows: list[Row], selection: str) -> Row | None:
     return matching[0] if matching else None
 
 
-def split_override(override: str) -> tuple[str, str]:
-    """Splits `key=value`; a group such as `model=vgg16` becomes the parameter `model.name` and its value."""
-    name, _, value = override.partition("=")
-    return f"{name}.name" if name in GROUPS else name, value
+def to_parameter(override: Override) -> tuple[str, str]:
+    """A run's parameter in MLflow and its value; a group such as `model=vgg16` is the parameter `model.name`."""
+    return f"{override.key}.name" if override.key in GROUPS else override.key, override.value
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[bool]:
@@ -303,7 +296,10 @@ def print_tables(comparisons: list[DatasetComparison], notes: list[str], metric:
         for row in rows:
             table.add_row(row["row"], *(row[name] for name in shown))
         console.print(table)
-    console.print("* Pareto front: no row is more accurate with as few multiply-accumulates", style="dim")
+    console.print(
+        "* Pareto front: no other row is more accurate at the same or a lower number of multiply-accumulates",
+        style="dim",
+    )
     for note in notes:
         console.print(note, markup=False)
 
@@ -332,7 +328,7 @@ def format_row(row: Row, comparison: DatasetComparison) -> list[str]:
         row.label + (" *" if row.on_pareto_front else ""),
         str(mean.n),
         f"{mean.mean:.4f}" + (f" ± {mean.deviation:.4f}" if several else ""),
-        f"{mean.low:.4f} to {min(mean.high, 1):.4f}" if several else "one seed",
+        f"{mean.low:.4f} to {mean.high:.4f}" if several else "one seed",
         to_baseline,
         f"{difference.p:.3f}" if difference and difference.n > 1 else "",
         format_known(costs["parameters"], format_compact),
@@ -398,4 +394,8 @@ def write_comparison(
 
 
 if __name__ == "__main__":
-    arguments.main(compare)
+    arguments.main(
+        compare,
+        Compare,
+        other_keys="All other keys filter the runs by their config: model=vgg16 epochs=12; see make train ARGS=--help.",
+    )

@@ -1,5 +1,8 @@
 """`make cost model=NAME`: the cost of a network block by block, and of its blocks without reductions or factorisation.
 
+    make cost model=inception_v3
+    make cost model=vgg16_inception model.width=0.5 data.image_size=32 classes=10
+
 Nothing is trained and no weight gets a value. All figures are for one image and one forward pass.
 """
 
@@ -8,20 +11,30 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.config import composition, schema
 from train.config.schema import resolve_image_size
 from train.runtime import setup
 
-CLASSES = "classes"
+if TYPE_CHECKING:
+    from train.models.ablations import BlockAblation
+    from train.models.cost import BlockCost
 
 
-def parse_arguments(argv: list[str]) -> tuple[Any, tuple[int, int, int], int]:
+@dataclass
+class Cost:
+    """The keys of `make cost`."""
+
+    classes: int = setting(1000, "number of classes", ge=2)
+
+
+def parse_arguments(argv: list[str]) -> tuple[schema.Model, tuple[int, int, int], int]:
     """Returns the model's config, the input shape and the number of classes.
 
     `classes=` belongs to this command; every other argument is a key of `make train`. Without `data.image_size` and
@@ -29,24 +42,15 @@ def parse_arguments(argv: list[str]) -> tuple[Any, tuple[int, int, int], int]:
 
     Raises: ValueError for an unknown key.
     """
-    options = [argument for argument in argv if argument.startswith(f"{CLASSES}=")]
-    overrides = [argument for argument in argv if argument not in options]
-    config = composition.compose(overrides)
-    names = {override.partition("=")[0] for override in overrides}
-    classes = arguments.parse(Cost, options).classes
+    keys, overrides = arguments.parse_known(Cost, argv)
+    config = composition.compose(list(map(str, overrides)))
+    names = {override.key for override in overrides}
     setup.import_backend("tensorflow", Path(os.devnull))  # takes seconds: after the arguments have been checked
     from train.models import NATIVE_SIZE
 
     side = resolve_image_size(config) if "data.image_size" in names else NATIVE_SIZE[config.model.name]
     channels = config.data.channels if "data.channels" in names else 3
-    return config.model, (side, side, channels), classes
-
-
-@dataclass
-class Cost:
-    """`classes`: the number of classes."""
-
-    classes: int = 1000
+    return config.model, (side, side, channels), keys.classes
 
 
 def print_cost(argv: list[str]) -> None:
@@ -71,7 +75,7 @@ def print_cost(argv: list[str]) -> None:
         console.print(ablations_table(rows_of_ablations))
 
 
-def blocks_table(title: str, rows: list[Any], total: Any) -> Table:
+def blocks_table(title: str, rows: list[BlockCost], total: BlockCost) -> Table:
     """Makes a table with a row per block and their sum."""
     table = Table("block", "output", title=title, title_justify="left")
     for name in ("parameters", "multiply-accumulates", "activations"):
@@ -82,12 +86,12 @@ def blocks_table(title: str, rows: list[Any], total: Any) -> Table:
     return table
 
 
-def _row_cells(row: Any) -> list[str]:
+def _row_cells(row: BlockCost) -> list[str]:
     shape = " x ".join(map(str, row.output_shape))
     return [row.block, shape, f"{row.parameters:,}", f"{row.macs:,}", f"{row.activations:,}"]
 
 
-def ablations_table(ablations: list[Any]) -> Table:
+def ablations_table(ablations: list[BlockAblation]) -> Table:
     """Makes a table of each Inception block's cost, as built and without 1x1 reductions or factorisation."""
     title = "block ablations: millions of multiply-accumulates, ratio to the block as built"
     table = Table("block", title=title, title_justify="left")
@@ -104,4 +108,9 @@ def _format_ratio(value: int, baseline: int) -> str:
 
 
 if __name__ == "__main__":
-    arguments.main(print_cost, only_prints=True)
+    arguments.main(
+        print_cost,
+        Cost,
+        other_keys="All other keys are those of make train: model=NAME, model.width, ...; see make train ARGS=--help.",
+        only_prints=True,
+    )

@@ -1,6 +1,6 @@
 """`make evaluate run=<run folder>`: evaluates a run's best checkpoint on a whole split, or on other data.
 
-    make evaluate run=runs/latest                                        (the test split of its own data)
+    make evaluate run=runs/latest  # the test split of its own data
     make evaluate run=runs/latest split=validation evaluate.views=mirror
     make evaluate run=runs/latest data=folder data.root=photos split=all
 
@@ -12,19 +12,20 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.cli.progress import print_and_log
 from train.config.schema import Config
+from train.data.dataset import Dataset, Split
 from train.evaluation import report, results
 from train.evaluation.metrics import ClassificationResult
 from train.run import factory, stored_runs
-from train.runtime import setup
+from train.storage.json_types import JsonObject
 from train.tracking import address, uploader
 from train.tracking.run_dir import open_run_dir
 from train.training.signals import SignalHandler
@@ -34,10 +35,10 @@ SPLITS = ("train", "validation", "test", "all")
 
 @dataclass
 class Evaluate:
-    """`run`: the folder of a run. `split`: train, validation, test, or all three together."""
+    """The keys of `make evaluate`."""
 
-    run: str = "runs/latest"
-    split: str = "test"
+    run: str = setting("runs/latest", "folder of the run")
+    split: str = setting("test", "split to evaluate, or all three together", choices=SPLITS)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -46,8 +47,6 @@ def evaluate(argv: list[str]) -> None:
     Raises: ValueError if the run has no weights yet, or the data has classes that the network does not know.
     """
     keys, overrides = arguments.parse_known(Evaluate, argv)
-    if keys.split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {keys.split}")
     run_dir = open_run_dir(Path(keys.run))
     model_info = run_dir.model_info()
     if not model_info:
@@ -55,7 +54,7 @@ def evaluate(argv: list[str]) -> None:
     config, is_other_data = stored_runs.evaluation_config(run_dir, model_info, overrides)
     uri = address.run_uri(run_dir, overrides)
     factory.check_files(config)
-    config, notes = setup.prepare(config, run_dir.inside("train.log"))
+    config, notes = factory.prepare_runtime(config, run_dir.inside("train.log"))
     print_and_log(*notes)
     dataset, _ = factory.load_data(config, crops=False)
     factory.check_fingerprint(config, dataset)
@@ -64,11 +63,10 @@ def evaluate(argv: list[str]) -> None:
     print_and_log(*dataset.notes, f"{output_dir.name}: {len(split):,} examples of {dataset.name}")
     model, predict = factory.load_best(run_dir, config)
     indices = class_indices(dataset.classes, model_info["classes"])
-    with factory.surface_example_errors():
-        logits, labels = factory.predict_split(config, split, len(dataset.classes), predict, SignalHandler())
-        result = ClassificationResult(logits, indices[labels], model_info["classes"])
-        metrics = results.write_results(output_dir, split, result)
-        results.write_plots(output_dir, split, result, metrics, model)
+    logits, labels = factory.predict_split(config, split, len(dataset.classes), predict, SignalHandler())
+    result = ClassificationResult(logits, indices[labels], model_info["classes"])
+    metrics = results.write_results(output_dir, split, result)
+    results.write_plots(output_dir, split, result, metrics, model)
     print_metrics(metrics)
     report.write_report(run_dir, run_dir.summary())
     uploader.upload_and_wait(run_dir, uri, config.tracking.wait_seconds)
@@ -83,7 +81,7 @@ def evaluation_name(config: Config, split: str, is_other_data: bool) -> str:
     return "-".join([*([data_name] if is_other_data else []), split, *([views] if views != "one" else [])])
 
 
-def merge_splits(dataset: Any) -> Any:
+def merge_splits(dataset: Dataset) -> Split:
     """Joins all splits into one, called `all`."""
     indices, labels = (
         np.concatenate([getattr(split, name) for split in dataset.splits.values()]) for name in ("indices", "labels")
@@ -105,7 +103,7 @@ def class_indices(classes: tuple[str, ...], known_classes: list[str]) -> np.ndar
     return np.array([known_classes.index(name) for name in classes])
 
 
-def print_metrics(metrics: dict[str, Any]) -> None:
+def print_metrics(metrics: JsonObject) -> None:
     """Prints the headline metrics."""
     table = Table(box=None, header_style="dim", pad_edge=False, show_header=False)
     low, high = metrics["accuracy_interval"]
@@ -120,4 +118,9 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.main(evaluate)
+    arguments.main(
+        evaluate,
+        Evaluate,
+        other_keys="All other keys override the run's config: data=NAME and data.KEY, evaluate.views, device, ...; see "
+        "make train ARGS=--help.",
+    )

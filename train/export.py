@@ -9,7 +9,6 @@ the whole test split; if it passes, it is kept in export/FORMAT/ in the run's fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -18,9 +17,9 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -28,17 +27,28 @@ from rich.table import Table
 
 from train import formats
 from train.cli import arguments
+from train.cli.arguments import Override
+from train.cli.fields import fields_by_key, setting
 from train.cli.progress import print_and_log
 from train.config.schema import Config
+from train.config.serialization import flatten
+from train.data.dataset import Dataset, Split
 from train.data.decode import resize
 from train.evaluation import html
-from train.evaluation.metrics import bootstrap_interval, log_softmax
+from train.evaluation.metrics import log_softmax
+from train.evaluation.statistics import accuracy_interval
+from train.formats.runtimes import PredictFunction
 from train.run import factory, stored_runs
 from train.runtime import setup
 from train.storage.atomic import write_atomically
+from train.storage.checksummed import file_sha256
+from train.storage.json_types import JsonObject
 from train.tracking import address, run_metadata, uploader
 from train.tracking.run_dir import RunDir, open_run_dir
 from train.training.signals import SignalHandler
+
+if TYPE_CHECKING:
+    import keras
 
 log = logging.getLogger(__name__)
 
@@ -54,20 +64,31 @@ MAX_LISTED_CLASSES = 50  # on the model card
 ALLOWED_OVERRIDES = (
     "data.root", "data.file", "data.manual_dir", "data.directory", "threads", "tracking.uri", "tracking.wait_seconds",
 )  # fmt: skip
+FIXED_OVERRIDES = tuple(
+    map(
+        Override.parse,
+        (
+            "evaluate.views=one", "device=cpu", "devices=1", "distributed.processes=1", "distributed.index=0",
+            "backend=tensorflow", "jit=off",
+        ),
+    )
+)  # fmt: skip
 
 
 @dataclass
 class Export:
-    """`run`: the folder of a finished run. `format`: a key of formats.FORMATS, or all. `quantize`: none, float16, int8.
+    """The keys of `make export`."""
 
-    `export.max_accuracy_drop`: how much accuracy an exported file may lose, from 0 to 1; one that loses more is not
-    kept. Other arguments, of ALLOWED_OVERRIDES, set the data's present location, the MLflow store and the threads.
-    """
-
-    run: str = "runs/latest"
-    format: str = "keras"
-    quantize: str = "none"
-    max_accuracy_drop: float = field(default=0.01, metadata={"word": "export.max_accuracy_drop"})
+    run: str = setting("runs/latest", "folder of a finished run")
+    format: str = setting("keras", "format of the file", choices=(*formats.FORMATS, "all"))
+    quantize: str = setting("none", "quantization of the weights", choices=formats.QUANTIZATIONS)
+    max_accuracy_drop: float = setting(
+        0.01,
+        "maximum drop in accuracy; an export that loses more is rejected",
+        ge=0,
+        le=1,
+        word="export.max_accuracy_drop",
+    )
 
 
 @dataclass(frozen=True)
@@ -78,8 +99,8 @@ class ReferenceResult:
     [N, classes], of the network in float32 on images that the pipeline has resized.
     """
 
-    network: Any
-    dataset: Any
+    network: keras.Model
+    dataset: Dataset
     classes: tuple[str, ...]
     labels: np.ndarray
     accuracy: float
@@ -93,8 +114,7 @@ def export(argv: list[str]) -> int:
     """
     keys, overrides = arguments.parse_known(Export, argv)
     format_names = formats.resolve_formats(keys.format, keys.quantize)
-    if not 0 <= keys.max_accuracy_drop <= 1:
-        raise ValueError(f"export.max_accuracy_drop must be from 0 to 1, got {keys.max_accuracy_drop}; use e.g. 0.01")
+    arguments.check_keys(overrides, [*fields_by_key(Export), *ALLOWED_OVERRIDES])
     run_dir = open_run_dir(Path(keys.run))
     if run_dir.status() != "finished" or not run_dir.model_info():
         raise ValueError(
@@ -104,7 +124,7 @@ def export(argv: list[str]) -> int:
     config = load_config(run_dir, overrides)
     uri = address.run_uri(run_dir, overrides)
     factory.check_files(config)
-    config, notes = setup.prepare(config, run_dir.inside("train.log"))
+    config, notes = factory.prepare_runtime(config, run_dir.inside("train.log"))
     print_and_log(*notes)
     with run_metadata.log_to_file(run_dir):
         reference = measure_reference(run_dir, config)
@@ -114,20 +134,11 @@ def export(argv: list[str]) -> int:
     return int(any(row["refused"] for row in rows))
 
 
-def load_config(run_dir: RunDir, overrides: list[str]) -> Config:
-    """Loads the run's config, with its own data.
-
-    Raises: ValueError for an override that an export must not change.
-    """
-    for override in overrides:
-        if override.partition("=")[0] not in ALLOWED_OVERRIDES:
-            keys = [item.metadata.get("word", item.name) for item in fields(Export)]
-            raise ValueError(
-                f'unknown key "{override.partition("=")[0]}"; valid keys: {", ".join((*keys, *ALLOWED_OVERRIDES))}'
-            )
-    config, _ = stored_runs.evaluation_config(
-        run_dir, run_dir.model_info(), ["evaluate.views=one", "device=cpu", "backend=tensorflow", "jit=off", *overrides]
-    )
+def load_config(run_dir: RunDir, overrides: list[Override]) -> Config:
+    """Loads the run's config, with its own data."""
+    stored_keys = flatten(run_dir.config())  # an older run lacks the newer ones
+    fixed = [override for override in FIXED_OVERRIDES if override.key in stored_keys]
+    config, _ = stored_runs.evaluation_config(run_dir, run_dir.model_info(), [*fixed, *overrides])
     config.data = replace(config.data, fingerprint=run_dir.model_info()["data_fingerprint"])
     return config
 
@@ -140,18 +151,19 @@ def measure_reference(run_dir: RunDir, config: Config) -> ReferenceResult:
     dataset, _ = factory.load_data(config, crops=False)
     factory.check_fingerprint(config, dataset)
     classes = tuple(run_dir.model_info()["classes"])
-    print_and_log(*dataset.notes, f"reference: {len(dataset.test):,} test examples of {dataset.name}, unexported")
+    print_and_log(
+        *dataset.notes, f"reference: the run's model on {len(dataset.test):,} test examples of {dataset.name}"
+    )
     network, predict = factory.load_best(run_dir, config)
-    with factory.surface_example_errors():
-        logits, labels = factory.predict_split(config, dataset.test, len(classes), predict, SignalHandler())
-        predict_float32 = Step.make_predictor(to_float32(network), jit=False)
-        float32_logits, _ = factory.predict_split(config, dataset.test, len(classes), predict_float32, SignalHandler())
+    logits, labels = factory.predict_split(config, dataset.test, len(classes), predict, SignalHandler())
+    predict_float32 = Step.make_predictor(to_float32(network), jit=False)
+    float32_logits, _ = factory.predict_split(config, dataset.test, len(classes), predict_float32, SignalHandler())
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     deployed = deployment_model(network, config.data.crop_fraction)
     return ReferenceResult(deployed, dataset, classes, labels, accuracy, np.exp(log_softmax(float32_logits)))
 
 
-def full_size_batches(split: Any) -> Iterator[np.ndarray]:
+def full_size_batches(split: Split) -> Iterator[np.ndarray]:
     """Yields all examples at full size, uint8 [n, H, W, C]; consecutive ones of equal size share a batch."""
     batch: list[np.ndarray] = []
     for start in range(0, len(split), BATCH_SIZE):
@@ -166,12 +178,10 @@ def full_size_batches(split: Any) -> Iterator[np.ndarray]:
     yield np.stack(batch)
 
 
-def export_format(
-    run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult
-) -> dict[str, Any]:
+def export_format(run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult) -> JsonObject:
     """Exports one format and returns its summary; a converter's error is printed and stops no other format."""
     label = name if keys.quantize == "none" else f"{name}-{keys.quantize}"
-    print_and_log(f"{label}: writing the file and measuring it")
+    print_and_log(f"{label}: exporting and measuring")
     final_dir = run_dir.inside(f"export/{label}")
     temporary_dir = final_dir.with_name(f".{label}")
     try:
@@ -189,7 +199,7 @@ def export_format(
 
 def write_and_measure(
     run_dir: RunDir, config: Config, name: str, keys: Export, reference: ReferenceResult, directory: Path
-) -> dict[str, Any]:
+) -> JsonObject:
     """Writes a format into `directory` and measures it; `refused` in its summary says why it must not be kept."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -206,7 +216,7 @@ def write_and_measure(
         "network": run_dir.best_sha256(),
         "time": time.time(),
         "bytes": size_of(file),
-        "sha256": sha256_of(file),
+        "sha256": file_sha256(*list_files(file)),
         "processor": setup.processor_name("tensorflow", "cpu"),
         "threads": config.threads,
         **measure_export(formats.load_predictor(name, file, config.threads), reference, images),
@@ -218,7 +228,7 @@ def write_and_measure(
     return summary
 
 
-def rejection_reason(summary: dict[str, Any], max_accuracy_drop: float) -> str:
+def rejection_reason(summary: JsonObject, max_accuracy_drop: float) -> str:
     """Says why a file must not be kept; empty for a good one."""
     if not math.isfinite(summary["largest_difference"]):
         return "output contains NaN or infinity"
@@ -226,19 +236,19 @@ def rejection_reason(summary: dict[str, Any], max_accuracy_drop: float) -> str:
     return f"accuracy drops by {drop:.4f}, more than {max_accuracy_drop:g}" if drop > max_accuracy_drop else ""
 
 
-def measure_export(predict: Any, reference: ReferenceResult, calibration_images: np.ndarray) -> dict[str, Any]:
+def measure_export(predict: PredictFunction, reference: ReferenceResult, calibration_images: np.ndarray) -> JsonObject:
     """Measures an exported file in its own runtime.
 
     `largest_difference` is that of a probability to the run's network in float32.
     """
     probabilities = np.concatenate([predict(batch) for batch in full_size_batches(reference.dataset.test)])
     if probabilities.shape != reference.probabilities.shape:
-        raise ValueError(f"output must be of shape {reference.probabilities.shape}, got {probabilities.shape}")
+        raise ValueError(f"the output has shape {probabilities.shape} instead of {reference.probabilities.shape}")
     correct = probabilities.argmax(axis=1) == reference.labels
     batch = calibration_images[:TIMING_BATCH_SIZE]
     return {
         "accuracy": float(correct.mean()),
-        "accuracy_interval": bootstrap_interval(int(correct.sum()), len(correct)),
+        "accuracy_interval": accuracy_interval(int(correct.sum()), len(correct)),
         "run_accuracy": reference.accuracy,
         "largest_difference": float(np.abs(probabilities - reference.probabilities).max()),  # nan if any is
         "examples": len(correct),
@@ -247,7 +257,7 @@ def measure_export(predict: Any, reference: ReferenceResult, calibration_images:
     }
 
 
-def measure_throughput(predict: Any, images: np.ndarray) -> float:
+def measure_throughput(predict: PredictFunction, images: np.ndarray) -> float:
     """Returns images per second: the median of TIMING_CALLS calls after a warm-up."""
     predict(images)
     seconds = []
@@ -258,15 +268,15 @@ def measure_throughput(predict: Any, images: np.ndarray) -> float:
     return len(images) / statistics.median(seconds)
 
 
-def sample_calibration_images(split: Any, crop_fraction: float) -> np.ndarray:
+def sample_calibration_images(split: Split, crop_fraction: float) -> np.ndarray:
     """Takes training images evenly over the split: uint8 [N, L, L, C]; their crop has the network's input size."""
     indices = np.linspace(0, len(split) - 1, min(CALIBRATION_IMAGES, len(split))).astype(int).tolist()
     side = round(split.image_spec.image_size / crop_fraction)
     full_size = (split.decode_full(index, data) for index, data in zip(indices, split.read(indices), strict=True))
-    return np.stack([resize(image, side) for image in full_size])
+    return np.stack([resize(image, side, crop_fraction=1) for image in full_size])
 
 
-def render_model_card(run_dir: RunDir, summary: dict[str, Any], crop_fraction: float) -> str:
+def render_model_card(run_dir: RunDir, summary: JsonObject, crop_fraction: float) -> str:
     """Writes the model card: use, input and output, results. Source: Mitchell et al. 2019 (Model Cards)."""
     best = run_dir.model_info()
     side, _, channels = best["input"]["shape"]
@@ -290,25 +300,18 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in list_files(path))
 
 
-def sha256_of(path: Path) -> str:
-    """Hashes a file, or all files in a folder in the order of their names."""
-    digest = hashlib.sha256()
-    for file in list_files(path):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 def list_files(path: Path) -> list[Path]:
+    """Returns the file itself, or all files in a folder in the order of their names."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def print_results(rows: list[dict[str, Any]]) -> None:
+def print_results(rows: list[JsonObject]) -> None:
     """Prints a table with a row per format."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("format", "accuracy", "change", "largest difference", "size", "images/s", ""):
         table.add_column(name, justify="left" if name in ("format", "") else "right")
     for row in rows:
-        verdict = f"not kept: {row['refused']}" if row["refused"] else ""
+        verdict = f"rejected: {row['refused']}" if row["refused"] else ""
         if "accuracy" not in row:
             table.add_row(row["label"], "", "", "", "", "", verdict)
             continue
@@ -324,4 +327,6 @@ def print_results(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.main(export)
+    arguments.main(
+        export, Export, other_keys=f"Keys of the run that can be overridden: {', '.join(ALLOWED_OVERRIDES)}."
+    )

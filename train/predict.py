@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.run.predictor import BATCH_SIZE, RUNTIMES, Network, load_network, predict_files, top_classes
 
 OUTPUTS = ("table", "jsonl")
@@ -29,18 +30,14 @@ MAX_ATTENTION_IMAGES = 24  # in the Grad-CAM plot
 
 @dataclass
 class Predict:
-    """`run`: the folder of a run. `images`: local files, folders and glob patterns, separated by commas.
+    """The keys of `make predict`."""
 
-    `top`: the number of classes listed per image. `output`: table or jsonl. `runtime`: keras, or onnx for the exported
-    file. `attention`: a PNG for a Grad-CAM plot of the first images.
-    """
-
-    run: str = "runs/latest"
-    images: str = ""
-    top: int = 5
-    output: str = "table"
-    runtime: str = "keras"
-    attention: str = ""
+    run: str = setting("runs/latest", "folder of the run")
+    images: str = setting("", "local files, folders and glob patterns, separated by commas; required")
+    top: int = setting(5, "number of classes listed per image", ge=1)
+    output: str = setting("table", "output format: a table, or one JSON object per line", choices=OUTPUTS)
+    runtime: str = setting("keras", "run the Keras model, or the file of make export format=onnx", choices=RUNTIMES)
+    attention: str = setting("", "PNG file for a Grad-CAM plot of the first images")
 
 
 def predict(argv: list[str]) -> int:
@@ -68,11 +65,6 @@ def predict(argv: list[str]) -> int:
 
 
 def validate_arguments(keys: Predict) -> Predict:
-    for name, allowed in (("runtime", RUNTIMES), ("output", OUTPUTS)):
-        if getattr(keys, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(keys, name)}")
-    if keys.top < 1:
-        raise ValueError(f"top must be at least 1, got {keys.top}")
     if keys.attention and keys.runtime != "keras":
         raise ValueError(f"attention needs runtime=keras, got runtime={keys.runtime}")
     if keys.attention and not keys.attention.endswith(".png"):
@@ -158,6 +150,7 @@ def draw_attention(path: Path, network: Network, examples: list[tuple[np.ndarray
 
     images, probabilities = (np.stack(arrays) for arrays in zip(*examples, strict=True))
     predicted = probabilities.argmax(axis=1)
+    assert network.model is not None  # attention= is refused with another runtime
     maps, layer = grad_cam(network.model, images, predicted)
     titles = [network.classes[index] for index in predicted]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,4 +159,4 @@ def draw_attention(path: Path, network: Network, examples: list[tuple[np.ndarray
 
 
 if __name__ == "__main__":
-    arguments.main(predict, only_prints=True)
+    arguments.main(predict, Predict, only_prints=True)

@@ -1,4 +1,9 @@
-"""`make reap`: marks runs as failed that MLflow shows as running although their process is gone."""
+"""`make reap`: marks runs as failed that MLflow shows as running although their process is gone.
+
+    make reap minutes=30
+
+A run of this machine is stale if its process is gone, one of another machine if it sends no heartbeat.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.config.schema import ROOT
 from train.tracking import mlflow_store
 from train.tracking.run_dir import open_run_dir
@@ -15,10 +21,12 @@ from train.tracking.run_dir import open_run_dir
 
 @dataclass
 class Reap:
-    """`uri`: the MLflow store, by default mlflow.db beside the Makefile; `minutes`: heartbeat timeout."""
+    """The keys of `make reap`."""
 
-    uri: str = ""
-    minutes: int = 10
+    uri: str = setting("", "MLflow store; none: mlflow.db beside the Makefile")
+    minutes: int = setting(
+        10, "time without a heartbeat after which a run on another machine is stale", unit="minutes", ge=0
+    )
 
 
 def reap(argv: list[str]) -> int:
@@ -60,4 +68,4 @@ def stale_reason(tags: dict[str, str], started_at: float, silence_seconds: float
 
 
 if __name__ == "__main__":
-    arguments.main(reap)
+    arguments.main(reap, Reap)

@@ -1,5 +1,7 @@
 """`make report run=<run folder>`: writes a run's report, one self-contained HTML page.
 
+    make report run=runs/latest
+
 A run writes its report when it ends; this command rewrites it from the run's folder.
 """
 
@@ -9,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.evaluation.report import write_report
 from train.tracking.run_dir import open_run_dir
 
 
 @dataclass
 class Report:
-    """`run`: the folder of a run."""
+    """The keys of `make report`."""
 
-    run: str = "runs/latest"
+    run: str = setting("runs/latest", "folder of the run")
 
 
 def report(argv: list[str]) -> None:
@@ -27,4 +30,4 @@ def report(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    arguments.main(report)
+    arguments.main(report, Report)

@@ -1,5 +1,9 @@
 """`make resume [run=<run folder>] [epochs=...]`: resumes an unfinished run, in its folder and its MLflow run.
 
+    make resume
+    make resume run=runs/latest epochs=20
+    make resume run=runs/latest batch_size=64 accept=batch_size
+
 The run's stored config is used, never conf/. The result has the bits, journal and record of an uninterrupted run.
 """
 
@@ -7,34 +11,43 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train.cli import arguments
+from train.cli.arguments import typed_keys
+from train.cli.fields import fields_by_key, setting
 from train.config import composition
 from train.config.compatibility import IGNORED_KEYS, differing_keys, unaccepted_changes
 from train.config.schema import ROOT, Config, ConfigError, Sweep
-from train.config.serialization import RUN_FORMAT_VERSION, Redactor, flatten, to_dict
+from train.config.serialization import RUN_FORMAT_VERSION, Redactor, flatten, format_override, to_dict
+from train.storage.json_types import JsonObject
 from train.tracking import address
 from train.tracking.run_dir import RunDir, latest_unfinished, open_run_dir
 
-COMMAND_KEYS = ("run", "accept")
 POST_TRAINING_KEYS = ("evaluate.test", "evaluate.report", "tracking.log_model")  # a finished run can still do these
 
 
-def resume(argv: list[str]) -> int:
-    """Resumes a run; returns the exit code. `run`: its folder (default: the newest unfinished run below runs/).
-    `accept`: comma-separated names of what may differ from the previous attempt. All other keys are config overrides.
+@dataclass
+class Resume:
+    """The keys of `make resume`."""
 
-    Raises: ValueError for what does not fit the run.
-    """
-    typed = dict(split_override(argument) for argument in argv)
-    if "run" not in typed and typed.get("distributed.index", "0") != "0":
-        raise ConfigError("run is missing, and each of several processes needs it; use run=FOLDER")
-    run_dir = open_run_dir(Path(typed["run"])) if "run" in typed else latest_unfinished(ROOT / "runs")
-    accepted_changes = frozenset(filter(None, typed.get("accept", "").split(",")))
-    overrides = [argument for argument in argv if split_override(argument)[0] not in COMMAND_KEYS]
-    return resume_run(run_dir, overrides, accepted_changes)
+    run: str | None = setting(None, "folder of the run; none: the newest unfinished run below runs/")
+    accept: str = setting("", "changes to allow since the previous attempt, by name, separated by commas")
+
+
+COMMAND_KEYS = tuple(fields_by_key(Resume))
+
+
+def resume(argv: list[str]) -> int:
+    """Resumes a run; returns the exit code. Raises: ValueError for what does not fit the run."""
+    keys, others = arguments.parse_known(Resume, argv)
+    process = {override.key: override.value for override in others}.get("distributed.index", "0")
+    if keys.run is None and process != "0":
+        raise ConfigError("run is missing; with several processes, each needs run=FOLDER")
+    run_dir = open_run_dir(Path(keys.run)) if keys.run is not None else latest_unfinished(ROOT / "runs")
+    accepted_changes = frozenset(filter(None, keys.accept.split(",")))
+    return resume_run(run_dir, list(map(str, others)), accepted_changes)
 
 
 def resume_run(
@@ -59,15 +72,15 @@ def resume_run(
         command = f"make resume run={shlex.quote(str(run_dir.path))} epochs=NUMBER"
         print(f"the run is finished: {run_dir.path}; to train longer: {command}")
         return 0
-    if is_leader and "tracking.uri" not in {split_override(override)[0] for override in overrides}:
+    if is_leader and "tracking.uri" not in typed_keys(overrides):
         address.use_stored_uri(run_dir, config.tracking.uri)
-    from train.run import factory, train_and_evaluate
+    from train.run import factory, lifecycle
 
     factory.check_files(config)
     factory.check_sources(config)
     if is_leader:
-        return train_and_evaluate.run_session(run_dir, config, redactor, accepted_changes)
-    return train_and_evaluate.run_worker(config, redactor)
+        return lifecycle.continue_run(run_dir, config, redactor, accepted_changes)
+    return lifecycle.run_worker(config, redactor)
 
 
 def report_old_format(run_dir: RunDir) -> int:
@@ -81,7 +94,7 @@ def report_old_format(run_dir: RunDir) -> int:
     )
 
 
-def is_complete(run_dir: RunDir, previous: dict[str, Any], current: dict[str, Any]) -> bool:
+def is_complete(run_dir: RunDir, previous: JsonObject, current: JsonObject) -> bool:
     """Whether nothing is left to do. previous, current: the flattened config, as stored and with overrides."""
     has_new_task = any(current[name] and not previous.get(name) for name in POST_TRAINING_KEYS)
     return run_dir.status() == "finished" and current["epochs"] <= previous["epochs"] and not has_new_task
@@ -119,10 +132,10 @@ def ignored_overrides(config: Config, redactor: Redactor) -> list[str]:
     references = {name: value for name, value in redactor.references.items() if value != composition.REDACTED}
     typed = flatten(dataclasses.asdict(config)) | references
     names = dict.fromkeys((*IGNORED_KEYS, *references))
-    return [f"{name}={typed[name]}" for name in names if name != "run_dir" and typed.get(name) is not None]
+    return [format_override(name, typed[name]) for name in names if name != "run_dir" and typed.get(name) is not None]
 
 
-def check_overrides(previous: dict[str, Any], current: dict[str, Any], accepted_changes: frozenset[str]) -> None:
+def check_overrides(previous: JsonObject, current: JsonObject, accepted_changes: frozenset[str]) -> None:
     """Rejects changes that affect the bits and were not accepted by name; more epochs are always allowed."""
     for name in unaccepted_changes(previous, current, accepted_changes):
         raise ConfigError(
@@ -131,13 +144,10 @@ def check_overrides(previous: dict[str, Any], current: dict[str, Any], accepted_
         )
 
 
-def split_override(override: str) -> tuple[str, str]:
-    """The key and the value. Raises: ConfigError for anything but key=value."""
-    name, equals, value = override.partition("=")
-    if not equals:
-        raise ConfigError(f"expected key=value, got {override}; use e.g. run=runs/latest")
-    return name, value
-
-
 if __name__ == "__main__":
-    arguments.main(resume)
+    arguments.main(
+        resume,
+        Resume,
+        other_keys="All other keys override the run's config: epochs, tracking.uri, data.root, ...; see make train "
+        "ARGS=--help. Keys that change the result must also be named in accept.",
+    )

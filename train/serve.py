@@ -14,13 +14,14 @@ import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.data.decode import resize
 from train.run import predictor
+from train.storage.json_types import JsonObject
 from train.tracking import mlflow_server
 
 INPUTS_ERROR = "inputs must be base64-encoded image files, or one array [N, H, W, C] of whole numbers in 0..255"
@@ -28,10 +29,10 @@ INPUTS_ERROR = "inputs must be base64-encoded image files, or one array [N, H, W
 
 @dataclass
 class Serve:
-    """`run`: the folder of a run. `port`: the server's port on 127.0.0.1."""
+    """The keys of `make serve`."""
 
-    run: str = "runs/latest"
-    port: int = 5001
+    run: str = setting("runs/latest", "folder of the run")
+    port: int = setting(5001, "port on 127.0.0.1", ge=1, le=65535)
 
 
 def serve(argv: list[str]) -> None:
@@ -49,7 +50,7 @@ class ServedModel:
         self.lock = threading.Lock()  # the network uses all cores for one request
         self.network.predict(np.zeros((1, *self.network.image_spec.shape), np.uint8))  # compiles
 
-    def predict(self, inputs: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:  # noqa: ARG002
+    def predict(self, inputs: object, params: JsonObject | None = None) -> list[JsonObject]:  # noqa: ARG002
         """inputs: an array, a table with one column, or a dictionary with one entry, of numbers or of strings."""
         try:
             images = self.decode_images(inputs)
@@ -61,7 +62,7 @@ class ServedModel:
                 predictions.extend(self.network.predict(images[start : start + predictor.BATCH_SIZE]))
         return [self.format_prediction(probabilities) for probabilities in predictions]
 
-    def decode_images(self, inputs: Any) -> np.ndarray:
+    def decode_images(self, inputs: object) -> np.ndarray:
         """Returns uint8 [N, S, S, C]. Raises: ValueError for inputs of another kind, shape or range."""
         if isinstance(inputs, dict) and len(inputs) == 1:
             inputs = next(iter(inputs.values()))
@@ -81,13 +82,13 @@ class ServedModel:
             raise ValueError(f"{INPUTS_ERROR} with at most {self.network.max_pixels:,} pixels, got {values.shape[1:3]}")
         return np.stack([resize(image, spec.image_size, spec.crop_fraction) for image in values.astype(np.uint8)])
 
-    def decode_image(self, index: int, text: Any) -> np.ndarray:
+    def decode_image(self, index: int, text: str | bytes) -> np.ndarray:
         try:
             return predictor.decode_image(self.network, base64.b64decode(text, validate=True))
         except (ValueError, TypeError, binascii.Error) as error:
             raise ValueError(f"{INPUTS_ERROR}; input {index} cannot be read: {error}") from None
 
-    def format_prediction(self, probabilities: np.ndarray) -> dict[str, Any]:
+    def format_prediction(self, probabilities: np.ndarray) -> JsonObject:
         [(name, probability)] = predictor.top_classes(probabilities, self.network.classes, 1)
         by_class = dict(zip(self.network.classes, map(float, probabilities), strict=True))
         return {"class": name, "probability": probability, "probabilities": by_class}
@@ -99,4 +100,4 @@ def _load_pyfunc(path: str) -> ServedModel:
 
 
 if __name__ == "__main__":
-    arguments.main(serve)
+    arguments.main(serve, Serve)

@@ -1,4 +1,9 @@
-"""`make sync run=<run folder>`: completes a run in MLflow from its journal."""
+"""`make sync run=<run folder>`: completes a run in MLflow from its journal.
+
+    make sync run=runs/latest
+
+A run uploads itself; this is for one whose MLflow store was not reachable.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.tracking import address, mlflow_store, uploader
 from train.tracking.run_dir import open_run_dir
 
 
 @dataclass
 class Sync:
-    """`run`: the run folder; `uri`: the MLflow store, if the stored address is another one or lacks its password."""
+    """The keys of `make sync`."""
 
-    run: str = "runs/latest"
-    uri: str = ""
+    run: str = setting("runs/latest", "folder of the run")
+    uri: str = setting("", "MLflow store, if the run's stored address is another one or lacks its password")
 
 
 def sync(argv: list[str]) -> int:
@@ -38,4 +44,4 @@ def sync(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    arguments.main(sync)
+    arguments.main(sync, Sync)

@@ -1,4 +1,9 @@
-"""`make ui`: serves the MLflow UI for this project's store on 127.0.0.1."""
+"""`make ui`: serves the MLflow UI for this project's store on 127.0.0.1.
+
+    make ui port=5001
+
+It runs until Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from train.cli import arguments
+from train.cli.fields import setting
 from train.config.schema import ROOT
 from train.tracking import mlflow_store
 from train.tracking.mlflow_server import check_port_free
@@ -14,10 +20,10 @@ from train.tracking.mlflow_server import check_port_free
 
 @dataclass
 class Ui:
-    """`port`: the port on 127.0.0.1; `uri`: the MLflow store, by default mlflow.db beside the Makefile."""
+    """The keys of `make ui`."""
 
-    port: int = 5000
-    uri: str = ""
+    port: int = setting(5000, "port on 127.0.0.1", ge=1, le=65535)
+    uri: str = setting("", "MLflow store; none: mlflow.db beside the Makefile")
 
 
 def ui(argv: list[str]) -> int:
@@ -47,4 +53,4 @@ def ui(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    arguments.main(ui)
+    arguments.main(ui, Ui)

@@ -37,6 +37,26 @@ SIZES = (1_000, 10_000, 100_000, 1_000_000)
 CACHED_BATCH = 256
 
 
+WHOLE_EPOCH = {"first_batch": 0, "shard": (0, 1), "balanced": False, "class_weights": False}
+
+
+def config_defaults(group: str, name: str) -> dict[str, Any]:
+    """The config's defaults of one option of a group, as arguments of its builder."""
+    from train.config import schema
+
+    return schema.options(schema.GROUPS[group][name]())
+
+
+def load_dataset(name: str, data_dir: Path, **chosen: Any) -> Any:
+    """Opens a data set; what is not chosen is as in the config."""
+    from train import data
+
+    options = config_defaults("data", name) | chosen
+    for key in ("directory", "fingerprint", "cache", "ram_budget", "balanced", "class_weights"):
+        del options[key]
+    return data.load(name, str(data_dir), **options)
+
+
 # ------------------------------------------------------------------------------------------------------- contestants
 
 
@@ -56,13 +76,12 @@ def bare(folder: Path, threads: int) -> Callable[[], Iterable]:
 
 def ours(folder: Path, threads: int, name: str, **chosen: Any) -> Callable[[], Iterable]:
     """This project's training batches. chosen: parameters of the augmentation, besides `side` and `batch`."""
-    from train import data
     from train.data import pipeline, pixel_cache
     from train.data.augmentation import policy
 
     side, batch = chosen.pop("side", SIDE), chosen.pop("batch", BATCH)
-    augmentation = policy.build(name, **chosen)
-    dataset = data.load("folder", str(folder.parent / "data"), image_size=side, channels=3, root=str(folder))
+    augmentation = policy.build(name, **(config_defaults("augment", name) | chosen))
+    dataset = load_dataset("folder", folder.parent / "data", image_size=side, root=str(folder), on_leak="warn")
     dataset, _ = pixel_cache.choose_cache(dataset, "auto", 1.0, crops=augmentation.random_resized_crop is not None)
     epochs = iter(range(1000))
 
@@ -75,6 +94,7 @@ def ours(folder: Path, threads: int, name: str, **chosen: Any) -> Callable[[], I
             augmentation=augmentation,
             num_classes=CLASSES,
             threads=threads,
+            **WHOLE_EPOCH,
         )
 
     return epoch
@@ -322,14 +342,19 @@ def make_records(folder: Path, number: int) -> None:
 
 def open_and_read(folder: Path) -> dict[str, float]:
     """Opens the data set and reads 200 batches. The second call counts, since the first one indexes all images."""
-    from train import data
     from train.data import pipeline, pixel_cache
     from train.data.augmentation import policy
 
-    dataset = data.load("digits", str(folder), image_size=32, channels=1)
+    dataset = load_dataset("digits", folder, image_size=32, channels=1)
     dataset, _ = pixel_cache.choose_cache(dataset, "none", 0.0, crops=False)
     stream = pipeline.train_batches(
-        dataset.train, batch_size=BATCH, seed=0, epoch=0, augmentation=policy.build("flip_crop"), num_classes=10
+        dataset.train,
+        batch_size=BATCH,
+        seed=0,
+        epoch=0,
+        augmentation=policy.build("flip_crop", **config_defaults("augment", "flip_crop")),
+        num_classes=10,
+        **WHOLE_EPOCH,
     )
     for _ in stream.take(200 if len(dataset.train) > 200 * BATCH else 20):
         pass
@@ -357,9 +382,11 @@ def odd(folder: Path) -> list[dict[str, Any]]:
     """Inspects every file that the folder's `index.json` lists; counts results by the format that Pillow detects."""
     from train.data.ingestion.validation import Limits, inspect
 
+    defaults = config_defaults("data", "folder")
+    limits = Limits(**{name: defaults[name] for name in ("max_bytes", "max_pixels", "on_error", "max_skipped")})
     kinds: dict[str, Counter] = {}
     for entry in json.loads((folder / "index.json").read_text()):
-        info = inspect((folder / entry["file"]).read_bytes(), 0, Limits())
+        info = inspect((folder / entry["file"]).read_bytes(), 0, limits)
         kind = kinds.setdefault(entry.get("format", "no format"), Counter())
         kind.update(["files", "named" if info.problem else "decoded"])
         print(f"{entry['file']}: {info.problem or f'{info.format} {info.width}x{info.height}'}")

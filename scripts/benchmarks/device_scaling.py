@@ -78,8 +78,9 @@ def count() -> None:
 
     overrides = ["model=inception_v3", "backend=jax", "device=cpu", "devices=2", "precision=float32", "jit=on"]
     config = compose([*overrides, "threads=2", "data.image_size=75", "model.width=0.03", "batch_size=2"])
-    backends.get_backend("jax").initialize(config)
-    backends.get_backend("jax").set_up(config)
+    backend = backends.get_backend("jax")
+    backend.initialize(device="cpu", devices="2", group=config.distributed)
+    backend.set_up(device="cpu", devices=2, threads=2, gpu_memory=None, deterministic=config.deterministic)
     import jax
     import numpy as np
 

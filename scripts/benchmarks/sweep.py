@@ -35,7 +35,7 @@ def run_seconds(arguments: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=2, help="number of turns among which the trials are divided")
+    parser.add_argument("--rounds", type=int, default=2, help="number of rounds that the trials are divided into")
     parser.add_argument("--report", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args()
     by_hand = 0.0

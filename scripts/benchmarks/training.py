@@ -5,6 +5,7 @@
     python scripts/benchmarks/training.py --models vgg16_inception --rounds 1
     python scripts/benchmarks/training.py --settings   (writes train/runtime/auto_settings.json)
     python scripts/benchmarks/training.py --guard   (compares one ratio with the stored results)
+    python scripts/benchmarks/training.py --guard --against before.json   (with those of --report before.json)
 
 Every measurement runs in its own process; the contestants alternate, and the medians over the rounds are compared, with
 their range. Ours is `make train` with everything on: tracking, checkpoints, validation, exact input stream; the
@@ -265,8 +266,7 @@ def settings(root: Path, models: list[str], rounds: int) -> None:
     from train.runtime import setup
 
     here = machine()
-    device = "gpu" if here["gpu"] else "cpu"
-    kind, tasks = setup.device_capability("tensorflow", device), {task.model: task for task in GPU_TASKS if here["gpu"]}
+    kind, tasks = here["capability"], {task.model: task for task in GPU_TASKS if here["gpu"]}
     for model in models:
         side = MIN_IMAGE_SIZE[model]
         task = tasks.get(model, Task(model, side, 1, 64, 9, ("data=digits", f"data.image_size={side}")))
@@ -307,7 +307,7 @@ def interpreters(torch: str | None, jax: str | None) -> dict[str, str]:
         if subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0:
             available[name] = python
         else:
-            print(f"left out: {name} is not installed for {python}; use --{name} PYTHON", flush=True)
+            print(f"skipped: {name} is not installed for {python}; use --{name} PYTHON", flush=True)
     return available
 
 
@@ -325,7 +325,10 @@ def machine() -> dict[str, Any]:
     from train.runtime import setup
 
     gpu = Path("/proc/driver/nvidia/version").exists()
-    return {"processor": setup.processor_name("tensorflow", "cpu"), "cores": setup.cores(), "gpu": gpu}
+    return {
+        "processor": setup.processor_name("tensorflow", "cpu"), "cores": setup.cores(), "gpu": gpu,
+        "capability": setup.device_capability("tensorflow", "gpu" if gpu else "cpu"),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -350,10 +353,21 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def guard(results: dict[str, Any]) -> int:
+def check_comparable(here: dict[str, Any], figures: Path) -> None:
+    """Raises: ValueError if the stored results are of another kind of device, whose ratios say nothing about this."""
+    there = json.loads(figures.read_text())["machine"]["capability"]
+    if there != here["capability"]:
+        only = f'--models {GUARDED[0]} --only "{GUARDED[1]}" --report before.json'
+        raise ValueError(
+            f"{figures} was measured on {there}, this is {here['capability']}; measure the earlier commit here with "
+            f"{only}, and use --guard --against before.json"
+        )
+
+
+def guard(results: dict[str, Any], figures: Path) -> int:
     """Returns 1 if the guarded ratio is lower than the stored one by more than the noise, else 0."""
     model, name = GUARDED
-    stored = json.loads(FIGURES.read_text())
+    stored = json.loads(figures.read_text())
     [before] = [network["ratios"][name]["median"] for network in stored["networks"] if network["model"] == model]
     [now] = [network["ratios"][name]["median"] for network in results["networks"] if network["model"] == model]
     passed = now >= SLACK * before
@@ -370,6 +384,7 @@ def main() -> int:
     parser.add_argument("--jax", help="an interpreter with JAX, Keras and this project's requirements")
     parser.add_argument("--settings", action="store_true", help="measure the `auto` settings for this kind of device")
     parser.add_argument("--guard", action="store_true", help="compare one ratio with the stored results")
+    parser.add_argument("--against", type=Path, default=FIGURES, help="the results that --guard compares with")
     parser.add_argument("--report", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if options.settings:
@@ -378,8 +393,11 @@ def main() -> int:
         return 0
     results: dict[str, Any] = {"machine": machine(), "networks": []}
     tasks = GPU_TASKS if results["machine"]["gpu"] else CPU_TASKS
-    if options.guard and results["machine"]["gpu"]:
-        parser.error("--guard compares with CPU results, but this machine has a GPU; use --report and compare")
+    if options.guard:
+        try:
+            check_comparable(results["machine"], options.against)
+        except ValueError as error:
+            parser.error(str(error))
     names = [name for name in CONTESTANTS if name == "make train" or name.startswith(options.only)]
     if options.guard:
         tasks, names = [task for task in tasks if task.model == GUARDED[0]], ["make train", GUARDED[1]]
@@ -404,7 +422,7 @@ def main() -> int:
             if options.report:
                 options.report.write_text(json.dumps(results | {"rate": rate}, indent=1) + "\n")
     print(table(results))
-    return guard(results) if options.guard else 0
+    return guard(results, options.against) if options.guard else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.statistics import mean_interval, paired_difference
+from train.evaluation.statistics import mean_accuracy, paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = [
@@ -118,7 +118,7 @@ def compare(accuracies: dict[tuple, float], one: tuple, other: tuple) -> dict[st
     }
     difference = paired_difference(by_seed[one], by_seed[other])
     assert difference
-    means = {group[-1]: vars(mean_interval(list(by_seed[group].values()))) for group in (one, other)}
+    means = {group[-1]: vars(mean_accuracy(list(by_seed[group].values()))) for group in (one, other)}
     return {**means, "difference": vars(difference)}
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if not options.distill and not options.signs:
-        parser.error("--signs must be a folder of images, got none; or use --distill")
+        parser.error("--signs is missing; use --signs FOLDER with one folder of images per sign, or --distill")
     for root in run_folders(options.place and options.place.resolve()):
         rows = (distill if options.distill else transfer)(root, options.signs)
     print(json.dumps(rows, indent=1))

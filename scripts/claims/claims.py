@@ -125,14 +125,14 @@ def run(trial: Trial) -> dict[str, Any]:
 def train_or_resume(overrides: list[str]) -> int:
     """Does what `make train` does with these overrides, and resumes an interrupted run. Returns the exit code."""
     from train import resume
-    from train.run import train_and_evaluate
+    from train.run import lifecycle
     from train.tracking.run_dir import open_run_dir
 
     config: Config = compose(overrides)
     folder = Path(str(config.run_dir))
     if (folder / "run.json").exists():
         return resume.resume_if_same_config(open_run_dir(folder), config, Redactor())
-    return train_and_evaluate.train(config, Redactor(), latest=False)
+    return lifecycle.start_run(config, Redactor(), latest=False)
 
 
 def is_finished(folder: Path) -> bool:

@@ -6,6 +6,7 @@
 The image must have a checkout in its working directory in which `make train backend=jax ARGS=--check` was run once, on
 a machine with a GPU, to install all requirements. `--claim` names a PersistentVolumeClaim with access mode
 ReadWriteMany: its folders `runs` and `data` are mounted into the checkout, so that data is prepared once for all pods.
+The Secret holds the key by which the pods recognise each other; a stranger in the cluster's network can't take part.
 If a pod dies, the others exit too; all are restarted and resume the run. A pod that is evicted gets SIGTERM: all
 processes stop after the same step and save a checkpoint.
 """
@@ -13,11 +14,13 @@ processes stop after the same step and save a checkpoint.
 from __future__ import annotations
 
 import argparse
+import secrets
 from typing import Any
 
 import yaml
 
 PORT = 4711
+KEY_VARIABLE = "INCEPTION_RENDEZVOUS_KEY"
 GRACE_SECONDS = 180  # for a step and a checkpoint
 SHARED = ("runs", "data")
 WAIT_SECONDS = 600  # covers pulling the image, and the back-off before failed pods are restarted
@@ -26,7 +29,7 @@ WAIT_SECONDS = 600  # covers pulling the image, and the back-off before failed p
 def manifest(
     overrides: list[str], name: str, image: str, processes: int, claim: str, gpus: int, workdir: str
 ) -> list[dict[str, Any]]:
-    """Returns a Job and the headless Service by which its pods find the first pod."""
+    """Returns a Secret with a new key, a headless Service by which the pods find the first pod, and a Job."""
     device = [] if gpus else ["device=cpu"]
     container = {
         "name": "train",
@@ -36,6 +39,7 @@ def manifest(
         "env": [
             {"name": "PROCESSES", "value": str(processes)},
             {"name": "COORDINATOR", "value": f"{name}-0.{name}:{PORT}"},
+            {"name": KEY_VARIABLE, "valueFrom": {"secretKeyRef": {"name": name, "key": "rendezvous-key"}}},
         ],
         "resources": {"limits": {"nvidia.com/gpu": gpus}} if gpus else {},
         "volumeMounts": [
@@ -75,12 +79,18 @@ def manifest(
             "ports": [{"name": "rendezvous", "port": PORT}],
         },
     }
-    return [service, job]
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name},
+        "stringData": {"rendezvous-key": secrets.token_hex(32)},
+    }
+    return [secret, service, job]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="inception", help="name of the Job and the Service")
+    parser.add_argument("--name", default="inception", help="name of the Job, the Service and the Secret")
     parser.add_argument("--image", required=True)
     parser.add_argument("--processes", type=int, required=True, help="number of pods")
     parser.add_argument("--claim", required=True, help="PersistentVolumeClaim for runs/ and data/")

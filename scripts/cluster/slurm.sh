@@ -6,6 +6,7 @@
 # The checkout must be on storage that all machines share. Run `make train backend=jax ARGS=--check` there once, on a
 # machine with a GPU, to install all requirements. Data that must be downloaded by hand is prepared beforehand
 # (data.manual_dir). Other settings precede the script: sbatch --nodes=8 --time=24:00:00 scripts/cluster/slurm.sh ...
+# Only the processes of this job can take part: they share a secret, which every start of the job draws anew.
 #SBATCH --job-name=inception
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -22,6 +23,8 @@
 set -u
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export COORDINATOR="$first:$((10000 + SLURM_JOB_ID % 20000))"  # below Linux's ephemeral ports
+INCEPTION_RENDEZVOUS_KEY=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export INCEPTION_RENDEZVOUS_KEY                                 # in the environment: arguments are seen by all users
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"                # srun does not inherit it
 srun --kill-on-bad-exit=1 scripts/cluster/process.sh "run_dir=runs/slurm-$SLURM_JOB_ID" "$@"
 code=$?

@@ -75,7 +75,11 @@ def test_quoted_values_reach_the_config():
 
 REFUSED = {
     ("train", "vgg16"): '"vgg16" is neither a target nor key=value; use e.g. model=vgg16, or see: make help',
-    ("trian", "model=vgg16"): '"trian" is neither a target nor key=value; use e.g. model=trian',
+    ("trian", "model=vgg16"): 'unknown target "trian"; did you mean: make train',
+    ("train", "ARGS=--check", "evalute"): 'unknown target "evalute"; did you mean: make evaluate',
+    ("Sweep",): 'unknown target "Sweep"; did you mean: make sweep',
+    ("it's",): "\"it's\" is neither a target nor key=value; use e.g. model=it's, or see: make help",
+    ("trian", "PYTHON=/no/python"): '"trian" is neither a target nor key=value; use e.g. model=trian',
     (
         "train",
         "EPOCHS=3",
@@ -103,7 +107,9 @@ def test_make_passes_check():
 
 
 def test_help_lists_every_target():
-    listed = {line.split()[0] for line in make("help").out.splitlines()}
+    lines = make("help").out.splitlines()
+    assert lines[-2:] == ["", "the keys of a command with keys, their types and defaults: make TARGET ARGS=--help"]
+    listed = {line.split()[0] for line in lines[:-2]}
     makefile = (ROOT / "Makefile").read_text()
     named = {
         word

@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 
 from support.commands import ROOT, THREADS, Done, run_command
+from support.runs import train_session
 from train.cli import terminal
 from train.config import composition
 from train.config.serialization import Redactor
-from train.run import train_and_evaluate
-from train.sweep.workers import SweepSignalHandler, classify_exit
-from train.tracking import run_metadata, uploader
+from train.sweep.workers import classify_exit
+from train.tracking import uploader
 from train.tracking.run_dir import create_run_dir
 from train.training import checkpoint
-from train.training.signals import Interrupted, SignalHandler
+from train.training.signals import Interrupted, SignalHandler, StopSignals
 
 DEADLINE_SECONDS = 120.0  # generous; no test asserts how long something takes
 
@@ -242,13 +242,16 @@ def test_replaced_streams_are_kept():
 
 PRINTS = """
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 from train.cli import arguments
+@dataclass
+class Keys:
+    pass
 def story(words):
     for number in range(100_000):
         print("line", number)
     print("done", file=sys.stderr)
-arguments.main(story, only_prints=sys.argv.pop() == "prints")
+arguments.main(story, Keys, only_prints=sys.argv.pop() == "prints")
 """
 
 
@@ -292,7 +295,7 @@ def test_all_signals_of_a_closing_terminal_count_as_one_request(numbers: tuple[i
         with pytest.raises(Interrupted, match=f"^stopped by {signal.Signals(numbers[0]).name}$") as stop:
             signals.raise_if_requested()
     assert (signals.exit_code(), stop.value.immediate) == (128 + numbers[0], False)
-    sweep_signals = SweepSignalHandler()
+    sweep_signals = StopSignals()
     with sweep_signals.installed():
         send(*numbers)
     assert (sweep_signals.exit_code(), sweep_signals.immediate) == (128 + numbers[0], False)
@@ -302,8 +305,8 @@ def test_all_signals_of_a_closing_terminal_count_as_one_request(numbers: tuple[i
 @pytest.mark.usefixtures("hangup")
 def test_only_a_repeated_signal_of_a_person_stops_immediately(monkeypatch: pytest.MonkeyPatch):
     """However late the signals arrive."""
-    monkeypatch.setattr(SignalHandler, "REPEAT_SECONDS", 0.0)
-    sweep_signals = SweepSignalHandler()
+    monkeypatch.setattr(StopSignals, "REPEAT_SECONDS", 0.0)
+    sweep_signals = StopSignals()
     with SignalHandler().installed() as signals, signals.deferred():
         send(HUP, HUP)
         with pytest.raises(Interrupted, match="SIGTERM") as stop:
@@ -311,15 +314,15 @@ def test_only_a_repeated_signal_of_a_person_stops_immediately(monkeypatch: pytes
     assert stop.value.immediate
     with sweep_signals.installed():
         send(HUP, HUP)
-        assert (sweep_signals.signal, sweep_signals.immediate) == (HUP, False)
+        assert (sweep_signals.received_signal(), sweep_signals.immediate) == (HUP, False)
         send(TERM)
-        assert (sweep_signals.signal, sweep_signals.immediate) == (TERM, True)
+        assert (sweep_signals.received_signal(), sweep_signals.immediate) == (TERM, True)
 
 
 @pytest.mark.usefixtures("hangup")
 def test_sighup_ignored_at_start_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    sweep_signals = SweepSignalHandler()
+    sweep_signals = StopSignals()
     with SignalHandler().installed() as signals, sweep_signals.installed():
         send(HUP, HUP)
     assert (signals.exit_code(), sweep_signals.exit_code()) == (0, 0)
@@ -329,8 +332,8 @@ def test_sighup_ignored_at_start_stays_ignored():
 # Waiting for a locked mutex is a single call: Python runs no handler until it returns.
 STUCK = """
 import ctypes
-from train.training.signals import SignalHandler
-SignalHandler.GRACE_SECONDS, SignalHandler.REPEAT_SECONDS = 0.1, 60.0
+from train.training.signals import SignalHandler, StopSignals
+SignalHandler.GRACE_SECONDS, StopSignals.REPEAT_SECONDS = 0.1, 60.0
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 with SignalHandler().installed() as signals, signals.deferred():
     lock(mutex)
@@ -400,13 +403,9 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("untouched") / "run"
     config = composition.compose([*TINY, f"run_dir={folder}"])
     run_dir = create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
-    session = train_and_evaluate.RunSession(
-        run_dir, config, Redactor(), SignalHandler(), summary=run_metadata.initial_summary(run_dir, config)
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploader, "start", lambda *_: None)
-        train_and_evaluate.train_and_evaluate(session)
-    return session.summary
+        return train_session(run_dir, config, Redactor())
 
 
 def uploaders(folder: Path) -> list[int]:

@@ -42,5 +42,5 @@ def test_more_epochs_are_a_change_that_needs_no_acceptance():
 
 
 def test_unknown_name_cannot_be_accepted():
-    with pytest.raises(ConfigError, match="accept must name what may differ, got cod; use names like code"):
+    with pytest.raises(ConfigError, match='unknown name "cod" in accept; use the names'):
         check_compatible(WAS, IS, frozenset({"cod"}), RUN)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from support.commands import ROOT, run_command, run_train
+from support.commands import ROOT, Done, run_command, run_train
 from train.config import composition as composer
-from train.config import hydra_errors
+from train.config import overrides
 from train.config import schema as schema
 from train.config.composition import compose
 from train.config.schema import Config, ConfigError, Sweep
@@ -118,7 +121,7 @@ MISTAKES = {
     "model.widht=2": 'unknown key "model.widht"; did you mean model.width?',
     "learning_rate=1": 'unknown key "learning_rate"; did you mean optimizer.learning_rate?',
     "+model.q=2": 'unknown key "model.q"; valid keys: model.aux_weight, model.batch_norm_momentum, '
-    "model.blocks, model.head, model.name, model.weights, model.width",
+    "model.blocks, model.head, model.weights, model.width",
     "model.batch_norm=false": "model.batch_norm exists only for model=inception_v1",
     "data.root=/tmp": "data.root exists only for data=folder or manifest",
     "epochs=three": "epochs must be a whole number, got three; use e.g. epochs=12",
@@ -158,26 +161,365 @@ MISTAKES = {
     "tracking.experiment=a/b": "tracking.experiment must be a plain name (no slash, no leading dot, not latest), "
     "got 'a/b'; use e.g. tracking.experiment=inception",
     "checkpoint.every_steps=5 checkpoint.every_minutes=0.5": "checkpoint.every_epochs, every_steps and every_minutes "
-    "exclude each other, got checkpoint.every_steps=5 checkpoint.every_minutes=0.5; "
-    "use exactly one, or none for every epoch",
+    "are mutually exclusive, got checkpoint.every_steps=5 checkpoint.every_minutes=0.5; "
+    "set only one, or none to save every epoch",
     "on_divergence=ignore": "on_divergence must be one of stop, rollback, got ignore",
     "schedule.warmup_epochs=20": "schedule.warmup_epochs must be at most epochs (12), got 20; "
     "use e.g. schedule.warmup_epochs=1",
     "data.test_fraction=0.95": "data.validation_fraction and data.test_fraction must leave examples for training "
     "(sum below 1), got 0.1 + 0.95",
-    "data.background=[0,0]": "data.background must be red, green and blue, got [0, 0]; "
-    "use data.background=[255,255,255]",
+    "data.background=[0,0]": "data.background must be three numbers (red, green, blue), got [0, 0]; "
+    "use e.g. data.background=[255,255,255]",
     "data.background=[0,0,256]": "data.background must be at least 0 and at most 255, got 256; "
     "use e.g. data.background=[255,255,255]",
-    "jit=on": "jit=on requires deterministic=false, got true; set both, or use jit=off",
-    "data.balanced=true data.class_weights=true": "data.balanced and data.class_weights exclude each other, got both; "
-    "use one of them",
+    "jit=on": "jit=on is not deterministic in TensorFlow; add deterministic=false, or use jit=off",
+    "data.balanced=true data.class_weights=true": "data.balanced and data.class_weights are mutually exclusive; "
+    "set only one of them",
     "data.on_leak=ignore": "data.on_leak must be one of warn, drop, raise, got ignore",
     "augment.mixup=-1": "augment.mixup must be at least 0, got -1.0; use e.g. augment.mixup=0.0",
     "model=vgg16,inception_v1": "model takes a single value, got vgg16,inception_v1; "
     "to run both: make sweep model=vgg16,inception_v1",
+    **{
+        f"experiment=fine_tune model.weights=F fine_tune.stages.{typed}": f"fine_tune.stages{name} is not valid: "
+        "fine_tune.stages must be a list like [{epochs:1,from_part:all,learning_rate_factor:1.0}]"
+        for typed, name in {"0.epoch=2": "[0].epoch", "0.epochs=x": "[0].epochs", "7.epochs=2": "[7]"}.items()
+    },
+    "tracking.uri=//me:pw@there": "tracking.uri must be http(s)://host:port or sqlite:///path (or another database's "
+    "address), got 'there'; use e.g. tracking.uri=http://127.0.0.1:5000, or null for mlflow.db",
     "model={": "arguments must be key=value, got model={; quote special characters twice: key=\"'...'\"",
 }
+
+
+MODELS = "inception_resnet_v2, inception_v1, inception_v3, vgg16, vgg16_inception"
+STAGES = "[{epochs:1,from_part:all,learning_rate_factor:1.0}]"
+
+# Override -> the whole message, which needs no composed config.
+HINTS = {
+    "lr=1": 'unknown key "lr"; did you mean optimizer.learning_rate?',
+    "optimizer.lr=1": 'unknown key "optimizer.lr"; did you mean optimizer.learning_rate?',
+    "bs=8": 'unknown key "bs"; did you mean batch_size?',
+    "epoch=3": 'unknown key "epoch"; did you mean epochs?',
+    "training.epochs=3": 'unknown key "training.epochs"; did you mean epochs?',
+    "arch=vgg16": 'unknown key "arch"; did you mean model?',
+    "wd=0.1": 'unknown key "wd"; did you mean optimizer.weight_decay?',
+    "optimizer.beta1=0.9": 'unknown key "optimizer.beta1"; did you mean optimizer.beta_1 (only with optimizer=adamw)?',
+    "optimizer=adamw optimizer.momentum=0.9": "optimizer.momentum exists only for optimizer=sgd or rmsprop",
+    "experiment=fashion_mnist data.root=x": "data.root exists only for data=folder or manifest",
+    "vgg16": "arguments must be key=value, got vgg16; use model=vgg16",
+    "model=googlenet": f"model must be one of {MODELS}, got googlenet; did you mean model=inception_v1?",
+    "model=inceptionv3": f"model must be one of {MODELS}, got inceptionv3; did you mean model=inception_v3?",
+    "model=null": f"model must be one of {MODELS}, got null",
+    "model=": f"model must be one of {MODELS}, got ",
+    "optimizer=adam": "optimizer must be one of adamw, rmsprop, sgd, got adam; did you mean optimizer=adamw?",
+    "augment=null": "augment must be one of crop, flip_crop, inception, none, randaugment, got null; "
+    "did you mean augment=none?",
+    "experiment=sing_digits": "experiment must be one of fashion_mnist, fine_tune, sign_digits, got sing_digits; "
+    "did you mean experiment=sign_digits?",
+    "sweep=rate": "sweep must be one of blocks, rates, got rate; did you mean sweep=rates?",
+    "precision=bf16": "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got bf16; "
+    "did you mean precision=mixed_bfloat16?",
+    "precision=fp16": "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got fp16; "
+    "did you mean precision=mixed_float16?",
+    "precision=fp32": "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got fp32; "
+    "did you mean precision=float32?",
+    "device=cuda": "device must be one of auto, cpu, gpu, got cuda; did you mean device=gpu?",
+    "early_stopping.metric=validation/main_accuracy": "early_stopping.metric must be one of validation/accuracy, "
+    "validation/loss, train/accuracy, train/loss, got validation/main_accuracy; "
+    "did you mean early_stopping.metric=validation/accuracy?",
+    "batch_size=32.0": "batch_size must be a whole number, got 32.0; use batch_size=32",
+    "epochs=1e3": "epochs must be a whole number, got 1e3; use epochs=1000",
+    "data.image_size=224x224": "data.image_size must be a whole number or null, got 224x224; use data.image_size=224",
+    "data.image_size=[64,64]": "data.image_size must be a whole number or null, got [64,64]; use data.image_size=64",
+    "data.image_size=64x32": "data.image_size must be a whole number or null, got 64x32",
+    "epochs=[1,2]": "epochs must be a whole number, got [1,2]; use e.g. epochs=12",
+    "fine_tune.stages=head": f"fine_tune.stages must be a list like {STAGES}, got head",
+    "fine_tune.stages=[{epoch:1}]": f"fine_tune.stages must be a list like {STAGES}, got [{{epoch:1}}]",
+    "fine_tune.stages=[{epochs:0}]": "fine_tune.stages[0].epochs must be at least 1, got 0; "
+    "use e.g. fine_tune.stages[0].epochs=1",
+    "early_stopping=validation/loss": "early_stopping is a section and takes no value, got validation/loss; "
+    "set one of its keys, e.g. early_stopping.metric=...",
+    "early_stopping={patience:3}": 'unknown key "early_stopping.patience"; '
+    "did you mean early_stopping.patience_epochs?",
+    "model.name=vgg16": "model.name cannot be set by itself, got vgg16; use model=vgg16",
+    "+epochs=3": "+epochs: the key exists already; omit the +",
+    "+experiment=fine_tune": "+experiment: the key exists already; omit the +",
+    "~epochs": "~epochs: a key cannot be removed; set it instead: epochs=VALUE",
+    "~model": "~model: a key cannot be removed; set it instead: model=VALUE",
+    "model@data=vgg16": "model@data is not supported: the package of a group is fixed; use model=NAME",
+    "model=[vgg16,inception_v1]": "model takes a single value, got vgg16,inception_v1; "
+    "to run both: make sweep model=vgg16,inception_v1",
+    "seed=range(0,3)": "seed takes a single value, got range(0,3); to run all: make sweep seed=range(0,3)",
+    "tracking.uri=http://me:pw,b": "tracking.uri takes a single value, got several",
+    "tracking.url=http://me:pw@there/x?token=y": "arguments must be key=value, got tracking.url=...; "
+    "quote special characters twice: key=\"'...'\"",
+    "tracking.uri=//me:pw)pw@there": "arguments must be key=value, got tracking.uri=...; "
+    "quote special characters twice: key=\"'...'\"",
+    "+tracking.uri=postgresql:me:pw)pw@there": "arguments must be key=value, got tracking.uri=...; "
+    "quote special characters twice: key=\"'...'\"",
+    "tracking={uri:postgresql:me:pw)pw@there}": "arguments must be key=value, got tracking=...; "
+    "quote special characters twice: key=\"'...'\"",
+    "tracking=http://me:pw@there:5000": "tracking is a section and takes no value; set one of its keys, "
+    "e.g. tracking.uri=...",
+    "tracking=http://me:pw,b": "tracking takes a single value, got several",
+    "tracking.uri={a:http://me:pw@there}": "tracking.uri must be a string or null",
+    "epochs=http://me:pw@there": "epochs must be a whole number; use e.g. epochs=12",
+    "experiment={a:1}": "experiment must be one of fashion_mnist, fine_tune, sign_digits, got {a:1}",
+    "model={widht:0.5}": 'unknown key "model.widht"; did you mean model.width?',
+    "model={width:9}": "model.width must be above 0 and at most 4, got 9.0; use e.g. model.width=1.0",
+    "model=timm/resnet50": f"model must be one of {MODELS}, got timm/resnet50",
+    "experiment=fashion.yaml": "experiment must be one of fashion_mnist, fine_tune, sign_digits, got fashion.yaml; "
+    "did you mean experiment=fashion_mnist?",
+    "experiment=null": "experiment=null is not needed: omit it",
+    "sweep=null": "sweep=null is not needed: omit it",
+    "schedule.milestones=0.5,0.75": "schedule.milestones takes a single value, got 0.5,0.75; "
+    "use a list: schedule.milestones=[0.5,0.75]",
+    "model.blocks=[conv,conv],[conv]": "model.blocks takes a single value, got [conv,conv],[conv]; "
+    "to run all: make sweep model.blocks=[conv,conv],[conv]",
+    "epochs=-1.0": "epochs must be a whole number, got -1.0; use e.g. epochs=12",
+    "threads=0.0": "threads must be a whole number or null, got 0.0",
+}
+
+
+@pytest.mark.parametrize("typed", HINTS)
+def test_override_is_rejected_before_anything_is_composed(typed: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hydra.compose", lambda *_, **__: pytest.fail("composed"))
+    with pytest.raises(ConfigError) as caught:
+        compose(typed.split(" "))
+    assert str(caught.value) == HINTS[typed]
+
+
+FAULTS = {
+    "optimizer.lr=0.1 model=googlenet": [HINTS["model=googlenet"], HINTS["optimizer.lr=1"]],
+    "epoch=3 bs=8 seed=1": [HINTS["epoch=3"], HINTS["bs=8"]],
+    "~epochs lr=1": [HINTS["~epochs"], HINTS["lr=1"]],
+    "model=googlenet model.batch_norm=true": [HINTS["model=googlenet"]],  # which exists with the model that was meant
+    "model=vgg16,inception_v1 model.batch_norm=true": [
+        "model takes a single value, got vgg16,inception_v1; to run both: make sweep model=vgg16,inception_v1"
+    ],
+    "experiment=sing_digits data.root=x": [HINTS["experiment=sing_digits"]],  # which may choose the data
+    " ".join(f"x{number}=1" for number in range(13)): ["3 more faults"],
+}
+
+
+@pytest.mark.parametrize("typed", FAULTS)
+def test_every_fault_is_told_in_a_line(typed: str):
+    with pytest.raises(ConfigError) as caught:
+        compose(typed.split(" "))
+    messages = getattr(caught.value, "messages", [str(caught.value)])
+    assert messages[10:] or messages == FAULTS[typed]
+    assert messages[10:] in ([], FAULTS[typed])
+
+
+def test_several_faults_are_printed_one_a_line():
+    done = run_train("optimizer.lr=0.1", "model=googlenet", "--check")
+    lines = [f"error: {HINTS[typed]}\n" for typed in ("model=googlenet", "optimizer.lr=1")]
+    assert done == Done(2, "", "".join(lines))
+
+
+def test_valid_override_is_composed_after_the_checks(monkeypatch: pytest.MonkeyPatch):
+    """Negative control of the test above."""
+    monkeypatch.setattr("hydra.compose", lambda *_, **__: pytest.fail("composed"))
+    with pytest.raises(pytest.fail.Exception, match="composed"):
+        compose(["epochs=3"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "value"),
+    [
+        ("++epochs=3", "epochs", 3),
+        ("~augment", "augment.name", "none"),
+        ("~schedule", "schedule.name", "constant"),
+        ("early_stopping={metric:validation/loss}", "early_stopping.metric", "validation/loss"),
+        ("model.name=vgg16_inception", "model.name", "vgg16_inception"),
+        ("experiment=claims/depth", "tracking.experiment", "claims"),
+        ("experiment=fashion_mnist data.manual_dir=/x", "data.manual_dir", "/x"),
+        ("experiment=fashion_mnist.yaml", "data.name", "fashion_mnist"),
+        ("model=vgg16.yaml", "model.name", "vgg16"),
+        ("~experiment", "epochs", 12),
+        ("~sweep", "epochs", 12),
+        ("optimizer={learning_rate:0.02,momentum:0.8}", "optimizer.momentum", 0.8),
+        ("model={width:0.5}", "model.width", 0.5),
+        ("data=mnist data={channels:3}", "data.channels", 3),
+        ("augment={pad:0.1}", "augment.pad", 0.1),
+        ("schedule={warmup_epochs:0}", "schedule.warmup_epochs", 0.0),
+        ("sweep={trials:3}", "sweep.trials", 3),
+        ("experiment=fine_tune model.weights=F fine_tune.stages.0.epochs=1", "model.weights", "F"),
+        ("epochs='3'", "epochs", 3),
+        ("schedule.warmup_epochs=0", "schedule.warmup_epochs", 0.0),
+        ("data.directory=7", "data.directory", "7"),
+        ("epochs=${batch_size}", "epochs", 32),
+    ],
+)
+def test_unusual_forms_of_valid_overrides(typed: str, key: str, value: object):
+    assert flatten(dataclasses.asdict(compose(typed.split(" "))))[key] == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("model=vgg16,inception_v1 model.batch_norm=true,false", "model.batch_norm exists only for model=inception_v1"),
+        ("model=vgg16,resnet", f"model must be one of {MODELS}, got resnet"),
+        (
+            "model=glob(vgg*) model.blocks=[conv]",
+            "model.blocks exists only for model=vgg16_inception",
+        ),
+        ("batch_size=8,big", "batch_size must be a whole number, got big; use e.g. batch_size=32"),
+        ("epochs=range(0,3)", "epochs must be at least 1, got 0; use e.g. epochs=12"),
+        ("model.width=interval(0.1,9)", "model.width must be above 0 and at most 4, got 9.0; use e.g. model.width=1.0"),
+        ("seed=range(0,1,0)", "seed must be a range with a step other than 0; use e.g. seed=range(0,10,2)"),
+        ("epochs=interval(1,5)", "epochs must be a whole number, got interval(1,5); use epochs=range(1,6)"),
+        (
+            "batch_size=interval(1.5,8)",
+            "batch_size must be a whole number, got interval(1.5,8); use batch_size=range(2,9)",
+        ),
+        (
+            "optimizer={learning_rate:1},{learning_rate:2}",
+            "optimizer takes no mapping in a sweep; sweep over its keys: optimizer.KEY=a,b",
+        ),
+        ("optimizer.lr=tag(log,interval(0.1,1))", 'unknown key "optimizer.lr"; did you mean optimizer.learning_rate?'),
+    ],
+)
+def test_every_value_of_a_sweep_is_checked(typed: str, expected: str):
+    with composer.conf_loader() as loader, pytest.raises(ConfigError) as caught:
+        overrides.check_overrides(typed.split(" "), loader, in_sweep=True)
+    assert str(caught.value) == expected
+
+
+def test_valid_sweep_passes_the_checks():
+    typed = ["model=glob(*)", "seed=range(0,3)", "optimizer=sgd,rmsprop", "optimizer.momentum=interval(0.8,0.9)"]
+    with composer.conf_loader() as loader:
+        overrides.check_overrides(typed, loader, in_sweep=True)
+        with pytest.raises(ConfigError, match="model takes a single value"):
+            overrides.check_overrides(typed, loader)
+
+
+def test_hydra_may_add_keys_that_only_swept_options_have():
+    typed = ["optimizer=adamw,rmsprop", "optimizer.epsilon=1e-3", "optimizer.weight_decay=0", "seed=0,1", "data=mnist"]
+    with composer.conf_loader() as loader:
+        overrides.check_overrides(typed, loader, in_sweep=True)
+        handed_over = overrides.add_missing_keys(typed, loader)
+        alone = overrides.add_missing_keys(["optimizer=adamw", "optimizer.epsilon=1e-3"], loader)
+    assert handed_over == [typed[0], "++optimizer.epsilon=1e-3", *typed[2:]]
+    assert alone == ["optimizer=adamw", "optimizer.epsilon=1e-3"]
+
+
+def test_sweep_over_options_takes_a_key_that_the_default_option_lacks():
+    done = run_train("-m", "optimizer=adamw,rmsprop", "optimizer.epsilon=1e-3", "--check")
+    assert done == Done(0, "1: optimizer=adamw\n2: optimizer=rmsprop\nthe config is valid\n", "")
+
+
+BROKEN_FILES = {
+    "epochs: [1": ("config.yaml, line ", "; correct the file"),
+    "epochs: many": ("", "epochs must be a whole number; use e.g. epochs=12"),
+    "epochz: 3": ("", 'unknown key "epochz"; did you mean epochs?'),
+    "optimizer: {learning_rate: fast}": ("", "optimizer.learning_rate must be a number; use e.g. "),
+    "optimizer: {lr: 1}": ("", 'unknown key "optimizer.lr"; did you mean optimizer.learning_rate?'),
+    "model: {batch_norm: true}": ("", "model.batch_norm exists only for model=inception_v1"),
+    "run_dir: ${nothing}": ("", "the reference ${...} in run_dir cannot be resolved; check its name, or set the env"),
+    "epochs: 0": ("", "epochs must be at least 1, got 0; use e.g. epochs=12"),
+}
+
+
+@pytest.mark.parametrize("line", BROKEN_FILES)
+def test_mistake_in_a_file_of_conf_is_reported_in_one_line(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    with (tmp_path / "conf/config.yaml").open("a") as file:
+        file.write(f"\n{line}\n")
+    monkeypatch.setattr(schema, "ROOT", tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        compose([])
+    start, end = BROKEN_FILES[line]
+    assert start in str(caught.value)
+    assert end in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_option_of_the_users_own_has_the_keys_of_its_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    own = "defaults:\n  - /schema/model/inception_v1@_here_\n\nwidth: 0.5\n"
+    (tmp_path / "conf/model/mine.yaml").write_text(own)
+    monkeypatch.setattr(schema, "ROOT", tmp_path)
+    assert compose(["model=mine", "model.batch_norm=false"]).model == schema.InceptionV1(width=0.5, batch_norm=False)
+    with pytest.raises(ConfigError, match=r"model must be one of .*, mine, .*, got mien; did you mean model=mine"):
+        compose(["model=mien"])
+
+
+def test_group_of_the_users_own_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "conf/recipe").mkdir()
+    (tmp_path / "conf/recipe/quick.yaml").write_text("# @package _global_\nepochs: 3\n")
+    monkeypatch.setattr(schema, "ROOT", tmp_path)
+    assert compose(["+recipe=quick"]).epochs == 3
+    with pytest.raises(ConfigError, match=r"^\+recipe must be one of quick, got quik; did you mean \+recipe=quick\?$"):
+        compose(["+recipe=quik"])
+
+
+def test_keys_are_checked_with_a_further_config_folder(tmp_path: Path):
+    """Then only Hydra knows the options, so that it composes before anything is checked."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("defaults:\n  - /schema/model/vgg16@_here_\n")
+    for typed, expected in (
+        (["model=mine"], None),
+        (["model=mine", "+model.q=2"], 'unknown key "model.q"; valid keys: model.aux_weight, '),
+        (["model=mine", "epochz=3"], 'unknown key "epochz"; did you mean epochs?\n'),
+        (["model=mine", "epochs=three"], "epochs must be a whole number; use e.g. epochs=12\n"),
+        (["tracking.uri=http://me:pw@h,x"], "tracking.uri takes a single value, got several\n"),
+        (["tracking.uri=http://me:pw)pw@h"], "arguments must be key=value, got tracking.uri=...; quote "),
+        (["tracking=http://me:pw@h"], "tracking is a section and takes no value; set one of its keys, e.g. "),
+        (["model=mien"], f"model must be one of {MODELS.replace('vgg16,', 'mine, vgg16,')}, got mien; did you mean "),
+    ):
+        done = run_train("--config-dir", str(tmp_path), *typed, "--check")
+        assert done.code == (2 if expected else 0)
+        assert done.err.startswith(f"error: {expected}" if expected else "")
+        assert done.err.count("\n") <= 1
+
+
+def test_mistakes_in_keys_of_hydra_are_reported_in_one_line():
+    for typed, expected in (
+        (
+            "hydra/launcher=nothing",
+            "hydra/launcher must be one of basic, processes, submitit_local, submitit_slurm, got ",
+        ),
+        ("hydra.jobb.name=x", 'unknown key "hydra.jobb'),
+    ):
+        done = run_train("-m", "seed=0,1", typed, "--check")
+        assert done.code == 2
+        assert done.err.startswith(f"error: {expected}")
+        assert done.err.count("\n") == 1
+
+
+def test_unknown_flag_is_named_in_one_line():
+    assert run_train("--chekc") == Done(2, "", "error: unrecognized arguments: --chekc; --help lists the flags\n")
+
+
+@pytest.mark.parametrize("words", [["--cfg", "jobs"], ["--info", "x"]])
+def test_choices_of_a_flag_are_named_in_one_line(words: list[str]):
+    from train.__main__ import ArgumentParser
+
+    with pytest.raises(ValueError, match=r"invalid choice: '(jobs|x)' \(choose from .*\); --help lists the flags$"):
+        ArgumentParser().parse_intermixed_args(words)
+
+
+def test_flags_are_those_of_hydra():
+    from hydra._internal.utils import get_args_parser
+
+    from train.__main__ import ArgumentParser
+
+    def options(parser: argparse.ArgumentParser) -> set[str]:
+        return {option for action in parser._actions for option in action.option_strings}
+
+    assert options(get_args_parser()) - {"-h", "--help", "--version"} == options(ArgumentParser()) - {"--check"}
+
+
+def test_files_of_conf_repeat_no_default_of_the_schema():
+    for group, names in schema.GROUPS.items():
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            values = yaml.safe_load(path.read_text())
+            defaults = dataclasses.asdict(names[path.stem]())
+            assert [name for name, value in values.items() if name in defaults and defaults[name] == value] == [], path
+    values = yaml.safe_load((ROOT / "conf/config.yaml").read_text())
+    defaults = dataclasses.asdict(Config())
+    assert [name for name, value in values.items() if name in defaults and defaults[name] == value] == []
 
 
 def test_default_config_matches_the_expected_values():
@@ -274,15 +616,16 @@ def test_every_key_has_a_reader():
     for name in schema.GROUPS["schedule"]:
         assert keys("schedule", name) == takes(schedules.SCHEDULES[name]) | {"warmup_epochs"}, name
     for name in schema.GROUPS["optimizer"]:
-        common = {"learning_rate", "weight_decay"}
-        assert keys("optimizer", name) == takes(optimizers.OPTIMIZERS[name]) - {"common"} | common, name
+        keras_class = optimizers.OPTIMIZERS[name].__mro__[2]  # after ours
+        assert keras_class.__module__.startswith("keras."), name
+        assert keys("optimizer", name) - {"weight_decay"} <= takes(keras_class), name
     for name in schema.GROUPS["data"]:
         used = takes(data.load) | takes(pixel_cache.choose_cache) | takes(pipeline.train_batches)
         assert keys("data", name) - {"directory", "fingerprint"} <= used, name
     readers = [path for path in (ROOT / "train").rglob("*.py") if path.name != "schema.py"]
     sources = "".join(path.read_text() for path in [*readers, ROOT / "scripts/claims/claims.py"])
     for item in dataclasses.fields(Config):
-        assert re.search(rf"\bconfig\.{item.name}\b", sources), item.name
+        assert re.search(rf"\b(config|settings)\.{item.name}\b", sources), item.name  # settings: of the runtime
     for name in ("evaluate", "tracking", "fine_tune", "distill"):
         for item in dataclasses.fields(type(getattr(Config(), name))):
             assert re.search(rf"\b(config\.{name}|tracking|tuning)\.{item.name}\b", sources), item.name
@@ -291,11 +634,11 @@ def test_every_key_has_a_reader():
 
 
 def test_config_hash_covers_exactly_what_decides_the_result():
-    base = config_hash(compose([]), Redactor())
+    base = config_hash(to_dict(compose([]), Redactor()))
     same = compose(["run_dir=/x", "tracking.uri=sqlite:////x.db", "tracking.every_steps=1"])
-    assert config_hash(same, Redactor()) == base
+    assert config_hash(to_dict(same, Redactor())) == base
     for word in ("seed=1", "model.width=0.5", "augment=none", "precision=float32", "data.channels=3"):
-        assert config_hash(compose([word]), Redactor()) != base, word
+        assert config_hash(to_dict(compose([word]), Redactor())) != base, word
 
 
 def test_secrets_are_not_stored():
@@ -360,7 +703,7 @@ def test_check_accepts_a_valid_config_without_training(tmp_path: Path):
 def test_data_errors_are_found_before_tensorflow_is_imported(tmp_path: Path):
     done = run_train("data=folder", "--check")
     assert done.code == 2
-    assert "data.root must be a folder with one sub-folder of images per class, got" in done.err
+    assert "data.root is missing; use data.root=PATH, a folder with one sub-folder of images per class" in done.err
     (tmp_path / "only").mkdir()
     done = run_train("data=folder", f"data.root={tmp_path}", "--check")
     assert done.code == 2
@@ -408,11 +751,11 @@ def test_completion_offers_groups_and_keys():
 
 def test_trainer_does_not_import_mlflow():
     """Nothing that training imports brings it in; the modules of the uploader import it when they need it."""
-    script = "import sys, train.run.train_and_evaluate, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
+    script = "import sys, train.run.lifecycle, train.tracking.uploader; sys.exit('mlflow' in sys.modules)"
     assert run_command(sys.executable, "-c", script).code == 0
 
 
 def test_unknown_hydra_error_is_not_hidden():
     from hydra.errors import HydraException
 
-    assert hydra_errors.explain(HydraException("something\nnew")) == "something new"
+    assert overrides.explain(HydraException("something\nnew")) == "something new"

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-import train.data
 from support.batches import photo_image
-from support.image_folders import load_digits, make_folder
+from support.commands import WITH_SUPPORT
+from support.image_folders import load_dataset, load_digits, make_folder
 from train.data import decode
 from train.data.ingestion import validation
 
@@ -21,11 +21,12 @@ def data_dir(tmp_path_factory):
     base = tmp_path_factory.mktemp("data")
     (base / "digits" / "incomplete.abc_1.0.0").mkdir(parents=True)
     code = (
-        "import sys, train.data as d; s = d.load('digits', sys.argv[1], image_size=8, channels=1);"
+        "import sys; from support.image_folders import load_digits; s = load_digits(sys.argv[1]);"
         "print(s.fingerprint, s.split_sizes)"
     )
     command = [sys.executable, "-c", code, str(base)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env=WITH_SUPPORT, **pipes) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     (base / "said.json").write_text(json.dumps([out for out, _ in outputs]))
@@ -69,5 +70,5 @@ def photos(tmp_path_factory):
     photo_image(90, 130, 101).save(root / "train" / "cat" / "turned.jpg", quality=95, exif=turned)
     photo_image(90, 130, 102).save(root / "train" / "dog" / "bitmap.png")
     photo_image(90, 130, 103).convert("L").save(root / "train" / "dog" / "grey.jpg", quality=95)
-    loaded = train.data.load("folder", str(base / "data"), image_size=32, channels=3, root=str(root))
+    loaded = load_dataset("folder", str(base / "data"), image_size=32, channels=3, root=str(root))
     return replace(loaded.train, cache_mode="files")

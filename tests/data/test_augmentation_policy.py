@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from support.batches import make_augmentation
 from support.commands import message
 from support.images import in_map, noise
 from train.data import sampling
@@ -17,14 +18,14 @@ LOWEST, HIGHEST = 0.0, 0.999
 
 
 def test_unknown_augmentation_is_rejected():
-    assert message(policy.build, "flipcrop") == (
+    assert message(policy.build, "flipcrop", erase=0.0, mixup=0.0, cutmix=0.0) == (
         "augment must be one of none, crop, flip_crop, inception, randaugment, got flipcrop; use augment=crop"
     )
 
 
 def test_every_name_has_its_stages():
     def stages(name, **options):
-        built = policy.build(name, **options)
+        built = make_augmentation(name, **options)
         return (
             built.random_resized_crop,
             built.randaugment,
@@ -42,23 +43,23 @@ def test_every_name_has_its_stages():
 
 
 def test_options_reach_their_stage():
-    assert policy.build(
+    assert make_augmentation(
         "inception", least_area=0.3, most_stretch=2.0, color=0.5, mirror=False
     ).random_resized_crop == random_resized_crop.RandomResizedCrop(0.3, 2.0, 0.5, False)
-    built = policy.build("randaugment", ops=3, magnitude=15.0, pad=0.25, mirror=False)
+    built = make_augmentation("randaugment", ops=3, magnitude=15.0, pad=0.25, mirror=False)
     assert built.randaugment == randaugment.RandAugment(3, 15.0)
     assert built.batch_ops[0].apply.keywords == {"pad": 0.25, "mirror": False}
-    assert policy.build("flip_crop", pad=0.0).batch_ops[0].apply.keywords == {"pad": 0.0, "mirror": True}
-    assert policy.build("none", erase=0.3).batch_ops[0].apply.keywords == {"probability": 0.3}
+    assert make_augmentation("flip_crop", pad=0.0).batch_ops[0].apply.keywords == {"pad": 0.0, "mirror": True}
+    assert make_augmentation("none", erase=0.3).batch_ops[0].apply.keywords == {"probability": 0.3}
     with pytest.raises(TypeError, match="magnitude"):
-        policy.build("crop", magnitude=3)
+        make_augmentation("crop", magnitude=3)
 
 
 # ------------------------------------------------------------------------------------------------------------- shifts
 
 
 def shift(images, draws, name="crop", **options):
-    [move] = policy.build(name, **options).batch_ops
+    [move] = make_augmentation(name, **options).batch_ops
     return move.apply(images, draws)
 
 
@@ -93,10 +94,10 @@ def test_flip_crop_moves_pixels(draw, moved):
 
 
 BATCH_OPS = {
-    "crop": policy.build("crop").batch_ops[0],
-    "flip_crop": policy.build("flip_crop").batch_ops[0],
-    "randaugment": policy.build("randaugment").batch_ops[0],
-    "erase": policy.build("none", erase=0.5).batch_ops[0],
+    "crop": make_augmentation("crop").batch_ops[0],
+    "flip_crop": make_augmentation("flip_crop").batch_ops[0],
+    "randaugment": make_augmentation("randaugment").batch_ops[0],
+    "erase": make_augmentation("none", erase=0.5).batch_ops[0],
 }
 
 
@@ -131,7 +132,7 @@ def test_shifts_and_flips_are_uniform():
 def test_pad_out_of_range_is_rejected():
     for wrong in (0.6, -0.1):
         assert message(shift, np.zeros((1, 8, 8, 1), np.uint8), np.zeros((1, 3), np.float32), pad=wrong) == (
-            f"pad must be a fraction of the side in 0..0.5, got {wrong}; use augment.pad=0.125"
+            f"augment.pad must be in 0..0.5 (fraction of the side), got {wrong}; use augment.pad=0.125"
         )
 
 
@@ -216,4 +217,4 @@ def test_fraction_of_erased_images_is_the_probability():
 
 
 def test_erase_probability_of_zero_adds_no_batch_op():
-    assert policy.build("none", erase=0.0).batch_ops == ()
+    assert make_augmentation("none", erase=0.0).batch_ops == ()

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from support.commands import message
+from support.images import MAX_PIXELS, WHITE, decode_image, image_spec
 from train.data import decode
-from train.data.decode import Header, ImageSpec
+from train.data.decode import Header
 
 FORMATS = "not an image in a supported format (JPEG, PNG, GIF, BMP, WEBP)"
 BACKGROUND = (10, 200, 70)
@@ -38,15 +39,15 @@ def test_color_and_grey_images_are_decoded_exactly(kind):
     pixels = noise(5, 7, 3)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     data = encode(Image.fromarray(pixels), kind, **options)
-    np.testing.assert_array_equal(decode.decode(data, 3), pixels)
-    np.testing.assert_array_equal(decode.decode(data, 1), luma(pixels))
+    np.testing.assert_array_equal(decode_image(data, 3), pixels)
+    np.testing.assert_array_equal(decode_image(data, 1), luma(pixels))
 
 
 def test_grey_becomes_colour_by_repetition():
     pixels = noise(5, 7, 1)
     data = encode(Image.fromarray(pixels[..., 0]))
-    np.testing.assert_array_equal(decode.decode(data, 1), pixels)
-    np.testing.assert_array_equal(decode.decode(data, 3), pixels.repeat(3, axis=2))
+    np.testing.assert_array_equal(decode_image(data, 1), pixels)
+    np.testing.assert_array_equal(decode_image(data, 3), pixels.repeat(3, axis=2))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -65,33 +66,33 @@ def test_exif_orientation_is_applied(orientation):
     }[orientation]
     exif = turned(orientation)
     data = encode(Image.fromarray(np.ascontiguousarray(stored)), "JPEG", quality=100, subsampling=0, exif=exif)
-    pixels = decode.decode(data, 3).astype(int)
+    pixels = decode_image(data, 3).astype(int)
     assert pixels.shape == (16, 24, 3)
     assert np.abs(pixels - upright).max() <= 3
 
 
 def test_broken_exif_counts_as_upright():
     data = encode(Image.fromarray(noise(8, 8, 3)), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert decode.decode(data, 3).shape == (8, 8, 3)
+    assert decode_image(data, 3).shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("background", [decode.WHITE, BACKGROUND])
+@pytest.mark.parametrize("background", [WHITE, BACKGROUND])
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_is_composed_onto_the_background(mode, background):
     pixels = noise(6, 6, len(mode))
     pixels[0, :, -1], pixels[1, :, -1] = 0, 255
     data = encode(Image.fromarray(pixels))
-    decoded = decode.decode(data, 3, background).astype(int)
+    decoded = decode_image(data, 3, background).astype(int)
     colour, alpha = pixels[..., :-1].astype(float), pixels[..., -1:] / 255
     expected = np.broadcast_to(colour * alpha + np.array(background) * (1 - alpha), (6, 6, 3))
     np.testing.assert_array_equal(decoded[0], np.broadcast_to(background, (6, 3)))
     np.testing.assert_array_equal(decoded[1], np.broadcast_to(pixels[1, :, :-1], (6, 3)))
     assert np.abs(decoded - expected).max() <= 1
-    grey = decode.decode(data, 1, background)
+    grey = decode_image(data, 1, background)
     np.testing.assert_array_equal(grey[0], np.broadcast_to(luma(np.array([background], np.uint8)), (6, 1)))
     np.testing.assert_array_equal(grey, luma(decoded))
-    if background == decode.WHITE:
-        np.testing.assert_array_equal(decode.decode(data, 3), decoded)  # unless told otherwise
+    if background == WHITE:
+        np.testing.assert_array_equal(decode_image(data, 3), decoded)  # unless told otherwise
 
 
 def test_palette_images_are_decoded_with_and_without_transparency():
@@ -99,21 +100,21 @@ def test_palette_images_are_decoded_with_and_without_transparency():
     image = Image.frombytes("P", (2, 2), indices.tobytes())
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     expected = np.array([[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [40, 50, 60]]])
-    for background in (decode.WHITE, BACKGROUND):
-        np.testing.assert_array_equal(decode.decode(encode(image), 3, background), expected)
-        np.testing.assert_array_equal(decode.decode(encode(image, "GIF"), 3, background), expected)
-    for background in (decode.WHITE, BACKGROUND):
+    for background in (WHITE, BACKGROUND):
+        np.testing.assert_array_equal(decode_image(encode(image), 3, background), expected)
+        np.testing.assert_array_equal(decode_image(encode(image, "GIF"), 3, background), expected)
+    for background in (WHITE, BACKGROUND):
         expected[0, 1] = expected[1, 1] = background
         for kind in ("PNG", "GIF"):
             clear = encode(image, kind, transparency=1)
-            np.testing.assert_array_equal(decode.decode(clear, 3, background), expected)
+            np.testing.assert_array_equal(decode_image(clear, 3, background), expected)
 
 
 def test_image_spec_sets_the_background():
     data = encode(Image.new("RGBA", (4, 4), (1, 2, 3, 0)))
-    seen = decode.decode_and_resize(data, ImageSpec(2, 3, background=BACKGROUND))
+    seen = decode.decode_and_resize(data, image_spec(2, 3, background=BACKGROUND))
     np.testing.assert_array_equal(seen, np.broadcast_to(BACKGROUND, (2, 2, 3)))
-    np.testing.assert_array_equal(decode.decode_and_resize(data, ImageSpec(2, 3)), np.full((2, 2, 3), 255))
+    np.testing.assert_array_equal(decode.decode_and_resize(data, image_spec(2, 3)), np.full((2, 2, 3), 255))
 
 
 def test_cmyk_is_converted_exactly():
@@ -121,7 +122,7 @@ def test_cmyk_is_converted_exactly():
     ink[:8, :, 0] = 255  # full cyan above, full black below
     ink[8:, :, 3] = 255
     data = encode(Image.frombytes("CMYK", (16, 16), ink.tobytes()), "JPEG", quality=100, subsampling=0)
-    pixels = decode.decode(data, 3).astype(int)
+    pixels = decode_image(data, 3).astype(int)
     assert np.abs(pixels[:8] - [0, 255, 255]).max() <= 2
     assert np.abs(pixels[8:]).max() <= 2
 
@@ -145,25 +146,25 @@ def png(chunks):
 def test_16_bit_samples_keep_their_high_byte():
     grey = np.array([[0, 255, 256], [257 * 100, 65279, 65535]], np.uint16)
     expected = (grey >> 8).astype(np.uint8)[..., None]
-    np.testing.assert_array_equal(decode.decode(png16(grey, 0), 1), expected)
-    np.testing.assert_array_equal(decode.decode(png16(grey, 0), 3), expected.repeat(3, axis=2))
+    np.testing.assert_array_equal(decode_image(png16(grey, 0), 1), expected)
+    np.testing.assert_array_equal(decode_image(png16(grey, 0), 3), expected.repeat(3, axis=2))
     colour = np.random.default_rng(0).integers(0, 2**16, (4, 5, 3), dtype=np.uint16)
-    np.testing.assert_array_equal(decode.decode(png16(colour, 2), 3), colour >> 8)
+    np.testing.assert_array_equal(decode_image(png16(colour, 2), 3), colour >> 8)
     clear = png16(grey, 0, (b"tRNS", struct.pack(">H", 256)))  # the sample 256 is transparent, 255 is not
-    np.testing.assert_array_equal(decode.decode(clear, 1)[0, :, 0], [0, 0, 255])
-    np.testing.assert_array_equal(decode.decode(clear, 3, BACKGROUND)[0], [[0, 0, 0], [0, 0, 0], BACKGROUND])
+    np.testing.assert_array_equal(decode_image(clear, 1)[0, :, 0], [0, 0, 255])
+    np.testing.assert_array_equal(decode_image(clear, 3, BACKGROUND)[0], [[0, 0, 0], [0, 0, 0], BACKGROUND])
 
 
 def test_gif_gives_its_first_frame():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(decode.decode(data, 3), np.broadcast_to([255, 0, 0], (4, 4, 3)))
+    np.testing.assert_array_equal(decode_image(data, 3), np.broadcast_to([255, 0, 0], (4, 4, 3)))
 
 
 def test_broken_bytes_are_rejected_with_a_reason():
     whole = encode(Image.fromarray(noise(64, 64, 3)), "JPEG")
-    assert message(decode.decode, whole[: len(whole) // 2], 3).startswith("image file is truncated")
-    for read in (decode.read_header, lambda data: decode.decode(data, 3)):
+    assert message(decode_image, whole[: len(whole) // 2], 3).startswith("image file is truncated")
+    for read in (lambda data: decode.read_header(data, MAX_PIXELS), lambda data: decode_image(data, 3)):
         assert message(read, b"") == FORMATS
         assert message(read, b"no image") == FORMATS
         assert message(read, encode(Image.new("RGB", (2, 2)), "TIFF")) == FORMATS
@@ -192,14 +193,14 @@ def test_header_has_the_format_and_size(kind, modes):
     for mode in modes:
         through = {"LA": "RGBA", "RGBA": "RGBA", "I;16": "L"}.get(mode, "RGB")
         data = encode(Image.fromarray(noise(5, 7, 4)).convert(through).convert(mode), kind)
-        assert decode.read_header(data) == Header(kind, 7, 5, mode)
+        assert decode.read_header(data, MAX_PIXELS) == Header(kind, 7, 5, mode)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 9])
 def test_header_has_the_stored_size(orientation):
     data = encode(Image.new("RGB", (7, 5)), "JPEG", exif=turned(orientation))
-    assert decode.read_header(data) == Header("JPEG", 7, 5, "RGB")
-    assert decode.decode(data, 3).shape == ((7, 5, 3) if orientation == 6 else (5, 7, 3))
+    assert decode.read_header(data, MAX_PIXELS) == Header("JPEG", 7, 5, "RGB")
+    assert decode_image(data, 3).shape == ((7, 5, 3) if orientation == 6 else (5, 7, 3))
     assert decode.is_upright(data) == (orientation in (1, 9))  # there is no 9
 
 
@@ -207,9 +208,9 @@ def test_more_pixels_than_the_limit_are_rejected():
     data = encode(Image.fromarray(noise(5, 7, 3)))
     expected = "7x5 pixels are more than the limit of 34"
     assert message(decode.read_header, data, 34) == expected
-    assert message(decode.decode, data, 3, max_pixels=34) == expected
+    assert message(decode_image, data, 3, max_pixels=34) == expected
     assert decode.read_header(data, 35).width == 7
-    assert decode.decode(data, 3, max_pixels=35).shape == (5, 7, 3)
+    assert decode_image(data, 3, max_pixels=35).shape == (5, 7, 3)
 
 
 def bomb(width, height, rows=b"\0\0"):
@@ -222,8 +223,8 @@ def test_decompression_bomb_is_rejected_by_its_header(width, height):
     data = bomb(width, height)
     assert len(data) < 70
     expected = f"{width}x{height} pixels are more than the limit of 50,000,000"
-    assert message(decode.read_header, data) == expected
-    assert message(decode.decode, data, 3) == expected
+    assert message(decode.read_header, data, MAX_PIXELS) == expected
+    assert message(decode_image, data, 3) == expected
 
 
 def test_higher_pixel_limit_is_respected():
@@ -241,7 +242,7 @@ def test_rejected_bomb_uses_little_memory(limit, least, most, tmp_path):
         "import re, sys; from pathlib import Path; from train.data import decode;"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024;"
         "data, limit, found = Path(sys.argv[1]).read_bytes(), int(sys.argv[2]), ''; before = peak()\n"
-        "try: found = decode.decode(data, 1, max_pixels=limit).shape\n"
+        "try: found = decode.decode(data, 1, (0, 0, 0), limit).shape\n"
         "except ValueError as error: found = error\n"
         "print(peak() - before, found)"
     )
@@ -268,17 +269,17 @@ def triangle(length, size):
 def test_resize_rounds_the_filter_once(side, size):
     pixels = noise(side, side, 1, seed=side)
     exact = triangle(side, size) @ pixels[..., 0].astype(float) @ triangle(side, size).T
-    assert np.abs(decode.resize(pixels, size)[..., 0] - exact).max() <= 0.5 + 1e-3
+    assert np.abs(decode.resize(pixels, size, crop_fraction=1)[..., 0] - exact).max() <= 0.5 + 1e-3
 
 
 def test_resize_scales_the_short_side_and_crops_the_centre():
     pixels = noise(8, 16, 1)
     whole = triangle(8, 4) @ pixels[..., 0].astype(float) @ triangle(16, 8).T
-    assert np.abs(decode.resize(pixels, 4)[..., 0] - whole[:, 2:6]).max() <= 0.5 + 1e-3
-    turned = decode.resize(pixels.swapaxes(0, 1), 4)[..., 0]
+    assert np.abs(decode.resize(pixels, 4, crop_fraction=1)[..., 0] - whole[:, 2:6]).max() <= 0.5 + 1e-3
+    turned = decode.resize(pixels.swapaxes(0, 1), 4, crop_fraction=1)[..., 0]
     assert np.abs(turned - whole.T[2:6]).max() <= 0.5 + 1e-3
     square = noise(6, 6, 3)
-    assert decode.resize(square, 6) is square
+    assert decode.resize(square, 6, crop_fraction=1) is square
 
 
 def test_crop_fraction_crops_the_centre():
@@ -290,7 +291,7 @@ def test_crop_fraction_crops_the_centre():
     np.testing.assert_array_equal(
         decode.resize(wide.swapaxes(0, 1), 4, crop_fraction=0.5), wide.swapaxes(0, 1)[6:10, 2:6]
     )
-    np.testing.assert_array_equal(decode.resize(wide, 8), wide[:, 4:12])
+    np.testing.assert_array_equal(decode.resize(wide, 8, crop_fraction=1), wide[:, 4:12])
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 8), (8, 12, 8), (20, 16, 4)])
@@ -301,16 +302,16 @@ def test_crop_fraction_scales_the_image_and_crops_the_centre(height, width, size
     top, left = (tall - size) // 2, (wide - size) // 2
     seen = decode.resize(pixels, size, crop_fraction=0.5)[..., 0]
     assert np.abs(seen - exact[top : top + size, left : left + size]).max() <= 0.5 + 1e-3
-    assert np.abs(decode.resize(pixels, size)[..., 0] - seen.astype(float)).max() > 10
+    assert np.abs(decode.resize(pixels, size, crop_fraction=1)[..., 0] - seen.astype(float)).max() > 10
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_spec_is_decoded_cropped_and_scaled(channels):
     pixels = noise(8, 12, 3)
-    data, view = encode(Image.fromarray(pixels)), ImageSpec(4, channels, crop_fraction=0.5)
+    data, view = encode(Image.fromarray(pixels)), image_spec(4, channels, crop_fraction=0.5)
     seen = decode.decode_and_resize(data, view)
     assert seen.shape == view.shape == (4, 4, channels)
-    np.testing.assert_array_equal(seen, decode.decode(data, channels)[2:6, 4:8])
-    whole = decode.decode_and_resize(data, ImageSpec(4, channels))
-    np.testing.assert_array_equal(whole, decode.resize(decode.decode(data, channels), 4))
+    np.testing.assert_array_equal(seen, decode_image(data, channels)[2:6, 4:8])
+    whole = decode.decode_and_resize(data, image_spec(4, channels))
+    np.testing.assert_array_equal(whole, decode.resize(decode_image(data, channels), 4, crop_fraction=1))
     assert (whole != seen).any()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.data
 from support.commands import message
+from support.image_folders import load_dataset
 from train.data.ingestion import duplicates, example_index
 from train.data.ingestion.validation import perceptual_hash
 
@@ -44,7 +44,7 @@ def share(root, one, *others):
 
 def load(root, on_leak="warn", **options):
     options = {"image_size": 4, "channels": 3} | options
-    return train.data.load("folder", str(root.parent / "data"), root=str(root), on_leak=on_leak, **options)
+    return load_dataset("folder", str(root.parent / "data"), root=str(root), on_leak=on_leak, **options)
 
 
 def ids(split):
@@ -141,7 +141,7 @@ def test_split_emptied_by_dropping_is_rejected(root):
     for path in sorted((root / "validation").rglob("*.png")):
         share(root, path.relative_to(root), f"test/{path.parent.name}/v{path.name}")
     assert load(root).split_sizes == {"train": 24, "validation": 8, "test": 16}
-    assert message(load, root, "drop").startswith("data.validation must have at least one example, got none of 48; ")
+    assert message(load, root, "drop").startswith("the validation split is empty (0 of 48 examples); ")
 
 
 def test_leaks_change_the_fingerprint_only_by_what_is_dropped(root, tmp_path):

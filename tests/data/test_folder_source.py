@@ -42,8 +42,7 @@ def test_split_folders_above_the_classes_are_used(tmp_path):
     assert load_folder(root, tmp_path).split_sizes == {"train": 40, "validation": 8, "test": 4}
     write_image(root / "test" / "bird" / "1.png")
     assert message(load_folder, root, tmp_path) == (
-        f"data.root must have the same classes in every split, got {root / 'test' / 'bird'}, which train does not "
-        "have; rename or remove it"
+        f"class folder {root / 'test' / 'bird'} has no counterpart in train; rename or remove it"
     )
 
 
@@ -84,7 +83,7 @@ def test_files_that_are_not_images_are_named(folder, tmp_path):
 def test_stray_files_folders_and_pipes_are_named(folder, tmp_path):
     (folder / "README").touch()
     assert message(load_folder, folder, tmp_path) == (
-        f"data.root must contain only folders above the images, got {folder / 'README'}; move it into a class folder"
+        f"{folder / 'README'} is not in a class folder; move it into one, or remove it"
     )
     (folder / "README").unlink()
     os.mkfifo(folder / "cat" / "pipe.jpg")
@@ -145,7 +144,7 @@ def test_class_folder_outside_the_root_is_rejected(folder, tmp_path):
 
 def test_self_referencing_link_beside_the_classes_is_named(folder, tmp_path):
     (folder / "loop").symlink_to("loop")
-    expected = f"data.root must contain only folders above the images, got {folder}/loop; move it into a class folder"
+    expected = f"{folder}/loop is not in a class folder; move it into one, or remove it"
     assert message(load_folder, folder, tmp_path) == expected
 
 

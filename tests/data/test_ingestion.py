@@ -23,14 +23,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from support.commands import ROOT, run_command
+from support.commands import ROOT, WITH_SUPPORT, run_command
+from support.image_folders import load_dataset
+from support.images import decode_image, make_limits
 from train import data
-from train.data.decode import FORMATS, decode, read_header
-from train.data.ingestion.validation import ExampleInfo, Limits, inspect
+from train.data.decode import FORMATS, read_header
+from train.data.ingestion.validation import ExampleInfo, inspect
 
 REAL = os.environ.get("INCEPTION_REAL_DATA")
 NO_IMAGE = "not an image in a supported format (JPEG, PNG, GIF, BMP, WEBP)"
-LIMITS = Limits(max_pixels=10**6)
+LIMITS = make_limits(max_pixels=10**6)
 
 
 @cache
@@ -60,7 +62,7 @@ def is_sound_or_told(found: ExampleInfo, data: bytes) -> bool:
     """Whether it decodes to the size in its header, or has a reason of one line."""
     if found.problem:
         return "\n" not in found.problem
-    return decode(data, 3).shape in ((found.height, found.width, 3), (found.width, found.height, 3))
+    return decode_image(data, 3).shape in ((found.height, found.width, 3), (found.width, found.height, 3))
 
 
 # ------------------------------------------------------------------------------------------------------ broken bytes
@@ -183,7 +185,7 @@ def fill(root: Path, number: int = 40) -> None:
 
 
 def load(root: Path, index: Path, **options) -> data.dataset.Dataset:
-    return data.load("folder", str(index), image_size=16, channels=3, root=str(root), **options)
+    return load_dataset("folder", index, image_size=16, channels=3, root=str(root), **options)
 
 
 @contextlib.contextmanager
@@ -287,9 +289,9 @@ def test_jpeg_with_decoder_warnings_is_decoded_by_pillow(shared_folder: Path, ca
 LOAD = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30,) * 2)  # of addresses, of which TensorFlow alone takes most
-from train import data
+from support.image_folders import load_dataset
 from train.data.pixel_cache import load_into_memory
-found = data.load(
+found = load_dataset(
     "folder", sys.argv[2], image_size=32, channels=3, root=sys.argv[1], on_error="skip", max_skipped=500, on_leak="warn"
 )
 for split in found.splits.values():
@@ -301,7 +303,7 @@ print(json.dumps([found.split_sizes, found.fingerprint, found.skipped]))
 
 def loaded_in_two_gib(root: Path, index: Path) -> list:
     """Loads in a separate process; returns (counts, fingerprint, skipped)."""
-    done = run_command(sys.executable, "-c", LOAD, str(root), str(index), timeout=300)
+    done = run_command(sys.executable, "-c", LOAD, str(root), str(index), env=WITH_SUPPORT, timeout=300)
     assert done.code == 0, done.err[-2000:]
     return json.loads(done.out.splitlines()[-1])
 
@@ -341,8 +343,8 @@ def test_odd_images_are_accepted_or_rejected(shared_folder: Path):
 def test_broken_image_releases_the_lock_of_large_images():
     broken = png_of_header(2100, 2100)  # above the size at which one waits for another
     for _ in range(3):
-        assert inspect(broken, 0, Limits()).problem.startswith("image file is truncated")
-    done = threading.Thread(target=inspect, args=(broken, 0, Limits()))
+        assert inspect(broken, 0, make_limits()).problem.startswith("image file is truncated")
+    done = threading.Thread(target=inspect, args=(broken, 0, make_limits()))
     done.start()
     done.join(10)
     assert not done.is_alive()

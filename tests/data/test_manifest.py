@@ -11,9 +11,8 @@ from PIL import Image
 
 import train.data
 from support.commands import message
+from support.image_folders import load_dataset
 from train.data.ingestion import validation
-
-TABLE = "data.file must be a table of path, label and split, got"
 
 
 def write_image(path, value=0, **options):
@@ -68,7 +67,7 @@ def write_table(manifest, lines):
 
 def load(manifest, root=None, **options):
     data_dir = (root or manifest.parent).parent / "data"
-    return train.data.load(
+    return load_dataset(
         "manifest",
         str(data_dir),
         image_size=4,
@@ -93,24 +92,24 @@ def where(loaded):
 
 def test_manifest_is_checked_before_any_import(tmp_path):
     def check(file, **options):
-        return message(train.data.check, "manifest", file=file, **options)
+        return message(train.data.check, "manifest", data_dir="data", file=file, **options)
 
-    needed = "data.file must be a CSV or JSON lines file of path and label, got"
-    assert check(None) == f"{needed} none; use data.file=PATH"
+    use = "use data.file=PATH, a CSV or JSON lines file of path and label"
+    assert check(None) == f"data.file is missing; {use}"
     for nowhere in (str(tmp_path), f"{tmp_path}/none.csv"):
-        assert check(nowhere) == f"{needed} {nowhere}, which is not a file; use data.file=PATH"
+        assert check(nowhere) == f"data.file={nowhere} is not a file; {use}"
     (tmp_path / "table.xlsx").touch()
     assert check(f"{tmp_path}/table.xlsx") == (
-        f"data.file must end in .csv, .jsonl, .ndjson, got {tmp_path}/table.xlsx; use a table of one of these kinds"
+        f"data.file must end in .csv, .jsonl, .ndjson, got {tmp_path}/table.xlsx; convert it to one of these formats"
     )
     for name in ("table.csv", "table.jsonl", "table.ndjson", "TABLE.CSV"):
         (tmp_path / name).touch()
-        train.data.check("manifest", file=f"{tmp_path}/{name}", root=str(tmp_path))
+        train.data.check("manifest", data_dir="data", file=f"{tmp_path}/{name}", root=str(tmp_path))
     assert check(f"{tmp_path}/table.csv", root=f"{tmp_path}/none") == (
-        f"data.root must be the folder that paths are relative to, got {tmp_path}/none; use data.root=PATH"
+        f"data.root={tmp_path}/none is not a folder; use the folder that the table's paths are relative to"
     )
     assert check(f"{tmp_path}/table.csv", manual_dir=str(tmp_path)) == (
-        f"data.manual_dir must be left out for data=manifest, got {tmp_path}; use data.manual_dir=null"
+        f"data=manifest needs no manually downloaded files, got data.manual_dir={tmp_path}; omit it"
     )
 
 
@@ -149,7 +148,7 @@ def test_val_is_an_alias_of_validation(root):
 def test_lines_without_a_split_are_for_training(root):
     lines = lines_of(split=lambda number: "test" if number < 6 else "")
     error = message(load, write_csv(root / "table.csv", lines))
-    assert error == f"data.file must have lines of split train, got none in {root}/table.csv; use split=train"
+    assert error == (f"no line of data.file={root}/table.csv is in split train; write train into the column split")
     lines[6:7] = [(*lines[6][:2], "train")]
     for name in ("table.csv", "table.jsonl"):
         loaded = load(write_table(root / name, lines))
@@ -247,60 +246,59 @@ def test_another_root_gives_another_data_set(tmp_path):
 # ----------------------------------------------------------------------------------------------------- faulty manifests
 
 
-USE_LABEL, USE_PATH = "a label in every line", "a path in every line"
-USE_COLUMNS, USE_SPLIT = "the columns path, label, split", "one of train, validation, val, test"
-USE_CSV, USE_JSON = "CSV with a header line path,label", 'lines like {"path": "a.jpg", "label": "cat"}'
+USE_LABEL, USE_PATH = "give every line a label", "give every line a path"
+USE_COLUMNS, USE_SPLIT = "use the columns path, label, split", "use one of train, validation, val, test"
+USE_CSV, USE_JSON = "use CSV with a header line path,label", 'use lines like {"path": "a.jpg", "label": "cat"}'
 
 FAULTS = {  # name of the file: what is in it, the line that is named, what it says
     "empty label.csv": ("path,label\na.png,cat\na.png,\n", 3, "no label", USE_LABEL),
     "empty path.csv": ("path,label\n,cat\n", 2, "no path", USE_PATH),
     "short line.csv": ("path,label\n\na.png\n", 3, "no label", USE_LABEL),
     "no column label.csv": ("path\na.png\n", 2, "no label", USE_LABEL),
-    "another column.csv": ("path,label,size\na.png,cat,7\n", 1, "size", USE_COLUMNS),
-    "unknown split.csv": ("path,label,split\na.png,cat,dev\n", 2, "split dev", USE_SPLIT),
-    "twice.csv": ("path,label\na,cat\nb,dog\na,dog\n", 4, "a again, first in line 2", "each path once"),
+    "another column.csv": ("path,label,size\na.png,cat,7\n", 1, 'unknown column "size"', USE_COLUMNS),
+    "unknown split.csv": ("path,label,split\na.png,cat,dev\n", 2, 'unknown split "dev"', USE_SPLIT),
+    "twice.csv": ("path,label\na,cat\nb,dog\na,dog\n", 4, "a is already in line 2", "list each path once"),
     "over two lines.csv": ('path,label\n"a\nb",cat\nc,\n', 4, "no label", USE_LABEL),
     "text after a quote.csv": ('path,label\na,cat\n"b"c,cat\n', 3, "',' expected after '\"'", USE_CSV),
     "open quote.csv": ('path,label\na.png,cat\n"b.png,cat\n', 3, "unexpected end of data", USE_CSV),
     "no label.jsonl": ('{"path": "a", "label": "cat"}\n\n{"path": "a.png"}\n', 3, "no label", USE_LABEL),
     "empty path.jsonl": ('{"path": "", "label": "cat"}\n', 1, "no path", USE_PATH),
     "null.jsonl": ('{"path": "a.png", "label": null}\n', 1, "no label", USE_LABEL),
-    "another key.jsonl": ('{"path": "a", "label": "b", "size": 7}\n', 1, "size", USE_COLUMNS),
-    "unknown split.jsonl": ('{"path": "a", "label": "b", "split": "x"}\n', 1, "split x", USE_SPLIT),
-    "twice.jsonl": (2 * '{"path": "a", "label": "b"}\n', 2, "a again, first in line 1", "each path once"),
-    "csv.jsonl": ("path,label\n", 1, "path,label", USE_JSON),
-    "list.jsonl": ("\n[1, 2]\n", 2, "[1, 2]", USE_JSON),
-    "long.jsonl": ("{" + 60 * "a", 1, "{" + 39 * "a", USE_JSON),
-    "deep.jsonl": (100_000 * "[", 1, 40 * "[", USE_JSON),
+    "another key.jsonl": ('{"path": "a", "label": "b", "size": 7}\n', 1, 'unknown column "size"', USE_COLUMNS),
+    "unknown split.jsonl": ('{"path": "a", "label": "b", "split": "x"}\n', 1, 'unknown split "x"', USE_SPLIT),
+    "twice.jsonl": (2 * '{"path": "a", "label": "b"}\n', 2, "a is already in line 1", "list each path once"),
+    "csv.jsonl": ("path,label\n", 1, "not a JSON object: path,label", USE_JSON),
+    "list.jsonl": ("\n[1, 2]\n", 2, "not a JSON object: [1, 2]", USE_JSON),
+    "long.jsonl": ("{" + 60 * "a", 1, "not a JSON object: {" + 39 * "a", USE_JSON),
+    "deep.jsonl": (100_000 * "[", 1, "not a JSON object: " + 40 * "[", USE_JSON),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faulty_line_is_named(tmp_path, name):
-    text, line, got, use = FAULTS[name]
+    text, line, problem, advice = FAULTS[name]
     (tmp_path / name).write_text(text)
-    assert message(load, tmp_path / name) == f"{TABLE} {got} in {tmp_path}/{name}:{line}; use {use}"
+    assert message(load, tmp_path / name) == f"{tmp_path}/{name}:{line}: {problem}; {advice}"
 
 
 def test_line_with_too_many_fields_is_named(tmp_path):
     (tmp_path / "table.csv").write_text("path,label,split\na.png,cat,train\nb, c.png,dog,train\n")
-    error = message(load, tmp_path / "table.csv")
-    assert error.startswith(f"{TABLE} ")
-    assert f" in {tmp_path}/table.csv:3; use " in error
-    assert "None" not in error
+    assert message(load, tmp_path / "table.csv") == (
+        f'{tmp_path}/table.csv:3: "train" is after the last column; use as many fields as the header line has'
+    )
 
 
 def test_missing_header_line_is_named(tmp_path):
     (tmp_path / "table.csv").write_text("a.png,cat\nb.png,dog\n")
     error = message(load, tmp_path / "table.csv")
-    assert error == f"{TABLE} a.png in {tmp_path}/table.csv:1; use the columns path, label, split"
+    assert error == f'{tmp_path}/table.csv:1: unknown column "a.png"; use the columns path, label, split'
 
 
 def test_manifest_that_is_not_utf8_is_rejected(tmp_path):
     for name in ("table.csv", "table.jsonl"):
         (tmp_path / name).write_bytes('{"path": "ä.png", "label": "cat"}\n'.encode("latin-1"))
         assert message(load, tmp_path / name) == (
-            f"data.file must be readable, got {tmp_path}/{name} (not UTF-8); use data.file=PATH"
+            f"cannot read data.file={tmp_path}/{name} (not UTF-8); fix it, or use another file"
         )
 
 
@@ -308,7 +306,8 @@ def test_manifest_that_is_not_utf8_is_rejected(tmp_path):
 def test_single_label_is_rejected(tmp_path, text, labels):
     (tmp_path / "table.csv").write_text(text)
     assert message(load, tmp_path / "table.csv") == (
-        f"data.file must have at least two labels, got {labels} in {tmp_path}/table.csv; use a full table"
+        f"data.file={tmp_path}/table.csv has only {labels} different labels; a classifier needs at least two, "
+        "so add images of other classes"
     )
 
 

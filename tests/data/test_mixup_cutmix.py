@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from support.batches import make_augmentation
 from support.images import in_map, noise
-from train.data.augmentation import mixup_cutmix, policy
+from train.data.augmentation import mixup_cutmix
 
 
 def mixed(images, labels, draws, **alphas):
@@ -111,7 +112,7 @@ def test_alpha_of_zero_disables_mixup_or_cutmix(alphas, only):
 
 
 def test_no_mixing_without_alphas():
-    assert policy.build("flip_crop", mixup=0.0, cutmix=0.0).mixup_cutmix is None
+    assert make_augmentation("flip_crop", mixup=0.0, cutmix=0.0).mixup_cutmix is None
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 8.0])

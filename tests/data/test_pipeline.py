@@ -4,12 +4,10 @@ import hashlib
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import train.data
 from support.batches import (
     BATCH_SIZE,
     RecordingStore,
@@ -17,10 +15,12 @@ from support.batches import (
     batch_labels,
     equal_batches,
     eval_epoch,
+    make_augmentation,
     make_noise_folder,
     train_epoch,
 )
-from support.commands import message
+from support.commands import WITH_SUPPORT, message
+from support.image_folders import load_dataset
 from train.data import dataset, pipeline, pixel_cache, sampling
 from train.data.augmentation import policy
 
@@ -38,7 +38,7 @@ def noise_dataset(tmp_path_factory):
     """160 noisy images for training, of three classes of 20, 50 and 90; 12 for validation, 40 for the test."""
     base = tmp_path_factory.mktemp("noise")
     root = make_noise_folder(base / "root", CLASS_COUNTS)
-    return train.data.load("folder", str(base / "data"), image_size=8, channels=3, root=str(root))
+    return load_dataset("folder", str(base / "data"), image_size=8, channels=3, root=str(root))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def test_epoch_has_every_example_once(train_split):
 
 
 AUGMENTATIONS = {
-    "flip_crop_erase": policy.build("flip_crop", erase=0.5),
-    "randaugment_mixed": policy.build("randaugment", mixup=0.2, cutmix=1.0),
+    "flip_crop_erase": make_augmentation("flip_crop", erase=0.5),
+    "randaugment_mixed": make_augmentation("randaugment", mixup=0.2, cutmix=1.0),
 }
 
 
@@ -87,7 +87,7 @@ def test_stream_depends_on_seed_and_epoch_only(train_split, augmentation):
 
 
 def test_every_example_is_augmented_by_its_own_draws(train_split):
-    chosen = policy.build("randaugment", erase=0.5)
+    chosen = make_augmentation("randaugment", erase=0.5)
     indices = sampling.permutation(1, 3, 160)
     rows = sampling.uniform_rows(1, "paint", 3, 160, chosen.randaugment.num_draws)
     expected = np.stack([chosen.randaugment.apply(train_split.load_example(index), rows[index]) for index in indices])
@@ -122,7 +122,10 @@ def test_shards_of_all_processes_make_up_the_epoch(train_split, augmentation):
         ]
         together = [tuple(map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
         assert equal_batches(whole, together)
-    assert "shard must be a part of a batch of 16, got 1 of 3" in message(train_epoch, train_split, shard=(1, 3))
+    assert message(train_epoch, train_split, shard=(1, 3)) == (
+        "batch_size must be a multiple of the number of shards, got 16 for shard 1 of 3; "
+        "use another batch_size, or another number of processes"
+    )
 
 
 @pytest.mark.parametrize("where", CACHE_MODES)
@@ -194,42 +197,40 @@ def test_resuming_decodes_no_earlier_example(train_split, monkeypatch):
 @pytest.mark.slow
 def test_deterministic_mode_does_not_change_batches(train_split, photos):
     code = (
-        "import sys, hashlib, tensorflow as tf, train.data as d; from dataclasses import replace;"
-        "from train.data import pipeline; from train.data.augmentation import policy;"
+        "import sys, hashlib, tensorflow as tf; from dataclasses import replace;"
+        "from support.batches import make_augmentation, train_stream; from support.image_folders import load_dataset;"
         "tf.config.experimental.enable_op_determinism(); tf.keras.utils.set_random_seed(0);"
-        "noise, photos = (d.load('folder', sys.argv[i + 1], image_size=size, channels=3, root=sys.argv[i]).train"
+        "noise, photos = (load_dataset('folder', sys.argv[i + 1], image_size=size, channels=3, root=sys.argv[i]).train"
         " for i, size in ((1, 8), (3, 32)));"
-        "options = dict(batch_size=16, seed=1, epoch=0, num_classes=3);"
         "say = lambda split, chosen: print(hashlib.sha256(b''.join(part.numpy().tobytes() for batch in"
-        " pipeline.train_batches(split, augmentation=chosen, **options) for part in batch)).hexdigest());"
-        "[say(replace(noise, cache_mode=place), policy.build('randaugment', cutmix=1.0))"
+        " train_stream(split, augmentation=chosen) for part in batch)).hexdigest());"
+        "[say(replace(noise, cache_mode=place), make_augmentation('randaugment', cutmix=1.0))"
         " for place in ('memory', 'none')];"
-        "say(replace(photos, cache_mode='files'), policy.inception())"
+        "say(replace(photos, cache_mode='files'), make_augmentation('inception'))"
     )
     folders = [part for split in (train_split, photos) for part in (split.error_prefix, split.cache_dir.parent)]
     command = [sys.executable, "-c", code, *map(str, folders)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd()).stdout.split()
-    mixed = digest(train_epoch(train_split, augmentation=policy.build("randaugment", cutmix=1.0)))
-    assert output == [mixed, mixed, digest(train_epoch(photos, augmentation=policy.inception()))]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=WITH_SUPPORT).stdout.split()
+    mixed = digest(train_epoch(train_split, augmentation=make_augmentation("randaugment", cutmix=1.0)))
+    assert output == [mixed, mixed, digest(train_epoch(photos, augmentation=make_augmentation("inception")))]
 
 
 @pytest.mark.slow
 def test_prefetching_to_a_device_does_not_change_batches(train_split):
     code = (
-        "import sys, tensorflow as tf, train.data as d; from train.data import pipeline;"
-        "from train.data.augmentation import policy;"
+        "import sys, tensorflow as tf;"
+        "from support.batches import train_stream; from support.image_folders import load_dataset;"
         "[cpu] = tf.config.list_physical_devices('CPU');"
         "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2);"
-        "split = d.load('folder', sys.argv[2], image_size=8, channels=3, root=sys.argv[1]).train;"
-        "there = pipeline.train_batches(split, augmentation=policy.crop(), batch_size=16, seed=1, epoch=0,"
-        " num_classes=3).take(2);"
-        "pairs = list(zip(pipeline.prefetch_to_device(there, 'CPU:1'), there, strict=True));"
+        "split = load_dataset('folder', sys.argv[2], image_size=8, channels=3, root=sys.argv[1]).train;"
+        "there = train_stream(split).take(2);"
+        "pairs = list(zip(there.prefetch_to_device('CPU:1'), there, strict=True));"
         "print(len(pairs), {t.device[-5:] for pair in pairs for t in pair[0]},"
         " {t.device[-5:] for pair in pairs for t in pair[1]},"
         " all((a.numpy() == b.numpy()).all() for one, two in pairs for a, b in zip(one, two)))"
     )
     command = [sys.executable, "-c", code, str(train_split.error_prefix), str(train_split.cache_dir.parent)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd()).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=WITH_SUPPORT).stdout
     assert output == "2 {'CPU:1'} {'CPU:0'} True\n"
 
 
@@ -237,18 +238,19 @@ def test_prefetching_to_a_device_does_not_change_batches(train_split):
 def test_epoch_starts_without_copying_the_pixels(train_split):
     """1,000 images at 224 px, 144 MiB; in a separate process, since freed memory would be reused first."""
     code = (
-        "import sys, numpy as np, tensorflow as tf, train.data as d; from dataclasses import replace;"
-        "from train.data import pipeline; from train.data.augmentation import policy;"
+        "import sys, numpy as np, tensorflow as tf; from dataclasses import replace;"
+        "from support.batches import train_stream; from support.image_folders import load_dataset;"
+        "from train.data.augmentation import policy;"
         "from train.data.pixel_cache import images; tf.config.experimental.enable_op_determinism();"
-        "split = d.load('folder', sys.argv[2], image_size=224, channels=3, root=sys.argv[1]).train;"
+        "split = load_dataset('folder', sys.argv[2], image_size=224, channels=3, root=sys.argv[1]).train;"
         "many = replace(split, indices=np.resize(split.indices, 1000), labels=np.resize(split.labels, 1000));"
         "own = lambda: int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) // 1024;"
         "mine = own(); images(many); held = own() - mine;"
-        "stream = pipeline.train_batches(many, augmentation=policy.none(), batch_size=4, seed=1, epoch=0,"
-        " num_classes=3); mine = own(); next(iter(stream)); print(held, own() - mine)"
+        "stream = train_stream(many, augmentation=policy.none(), batch_size=4);"
+        "mine = own(); next(iter(stream)); print(held, own() - mine)"
     )
     command = [sys.executable, "-c", code, str(train_split.error_prefix), str(train_split.cache_dir.parent)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd()).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=WITH_SUPPORT).stdout
     held, more = map(int, output.split())
     assert 140 < held < 200
     assert more < 40
@@ -326,7 +328,7 @@ def test_balanced_epoch_follows_the_balanced_order(train_split):
 
 @pytest.mark.parametrize(("options", "mixed"), [({"mixup": 0.4}, 1.0), ({"cutmix": 1.0}, 0.5), ({}, 0.0)])
 def test_mixed_batches_are_floats_with_dense_labels_that_sum_to_one(train_split, options, mixed):
-    batches = train_epoch(train_split, augmentation=policy.build("none", **options))
+    batches = train_epoch(train_split, augmentation=make_augmentation("none", **options))
     assert {batch[0].dtype for batch in batches} == {np.dtype(np.float32 if mixed else np.uint8)}
     assert {batch[1].dtype for batch in batches} == {np.dtype(np.float32)}
     np.testing.assert_allclose(batch_labels(batches).sum(axis=1), 1, atol=1e-6)
@@ -338,7 +340,7 @@ def test_mixed_batches_are_floats_with_dense_labels_that_sum_to_one(train_split,
 
 def test_mixup_partner_is_the_next_example_of_the_batch(train_split):
     still = train_epoch(train_split, augmentation=policy.none())
-    mixing = policy.build("none", mixup=0.4)
+    mixing = make_augmentation("none", mixup=0.4)
     shares = mixing.mixup_cutmix.draw(1, 0, 160)[sampling.permutation(1, 0, 160), :1].reshape(10, BATCH_SIZE, 1)
     for batch, (images, labels), own in zip(train_epoch(train_split, augmentation=mixing), still, shares, strict=True):
         expected = own * labels + (1 - own) * np.roll(labels, -1, axis=0)

@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.data
-from support.batches import INCEPTION, RecordingStore, batch_images, equal_batches, photo_image, train_epoch
-from train.data import decode, sampling
-from train.data.augmentation import policy, random_resized_crop
+from support.batches import (
+    INCEPTION,
+    RecordingStore,
+    batch_images,
+    equal_batches,
+    make_augmentation,
+    photo_image,
+    train_epoch,
+)
+from support.image_folders import load_dataset
+from support.images import decode_image
+from train.data import sampling
+from train.data.augmentation import random_resized_crop
 
 
 def crop_epoch(split, **options):
@@ -57,7 +66,7 @@ def test_batch_size_does_not_change_crops(photos):
         np.testing.assert_array_equal(images, whole[: len(images)])
 
 
-PLAIN_CROP = policy.inception(color=0.0, mirror=False)
+PLAIN_CROP = make_augmentation("inception", color=0.0, mirror=False)
 
 
 def test_crops_differ_from_example_to_example(tmp_path):
@@ -67,7 +76,7 @@ def test_crops_differ_from_example_to_example(tmp_path):
             (root / part / name).mkdir(parents=True)
             for number in range(count):
                 photo_image(120, 160, 7).save(root / part / name / f"{number}.jpg", quality=90)
-    loaded = train.data.load("folder", str(tmp_path / "data"), image_size=32, channels=3, root=str(root))
+    loaded = load_dataset("folder", str(tmp_path / "data"), image_size=32, channels=3, root=str(root))
     images = batch_images(crop_epoch(replace(loaded.train, cache_mode="files"), batch_size=12, augmentation=PLAIN_CROP))
     assert len({image.tobytes() for image in images}) == 12  # of one and the same picture
 
@@ -105,7 +114,7 @@ def test_other_images_are_cropped_from_the_pixels_of_pillow(photos, name):
     actual = images_by_example(
         crop_epoch(photos, batch_size=38, augmentation=PLAIN_CROP), sampling.permutation(1, 0, 38)
     )[index]
-    pixels = decode.decode(photos.read([index])[0], 3)
+    pixels = decode_image(photos.read([index])[0], 3)
     assert pixels.shape == ((130, 90, 3) if name == "turned.jpg" else (90, 130, 3))
     np.testing.assert_array_equal(actual, cropped_by_hand(pixels, box_of(index, pixels.shape[:2])))
 
@@ -117,7 +126,7 @@ def test_crop_has_the_colours_of_its_own_draws(photos):
     names = [index for index in range(38) if photos.example_id(index).endswith((".png", "cmyk.jpg", "turned.jpg"))]
     assert len(names) == 5
     for index in names:
-        pixels = decode.decode(photos.read([index])[0], 3)
+        pixels = decode_image(photos.read([index])[0], 3)
         cut = cut_by_hand(pixels, box_of(index, pixels.shape[:2]))
         expected = np.empty((32, 32, 3), np.uint8)
         INCEPTION.random_resized_crop.render_into(cut, turned[index], maps[index], expected)
@@ -139,7 +148,7 @@ def test_crop_of_a_plain_jpeg_matches_pillow(photos, name):
     """Exactly if the crop is too small to be scaled while decoding, and approximately if it is halved."""
     [index] = [index for index in range(38) if photos.example_id(index).endswith(name)]
     assert photos.is_fast_jpeg(index)
-    pixels = decode.decode(photos.read([index])[0], 3)
+    pixels = decode_image(photos.read([index])[0], 3)
     boxes = [box_of(index, photos.stored_size(index), epoch=epoch) for epoch in range(30)]
     large = [min(box[0].stop - box[0].start, box[1].stop - box[1].start) >= 64 for box in boxes]
     for halved in {*large}:
@@ -160,7 +169,7 @@ def test_crops_of_grey_images_match_pillow(photos):
     assert equal_batches(batches, crop_epoch(grey, threads=1))
     actual = images_by_example(crop_epoch(grey, batch_size=38, augmentation=PLAIN_CROP), sampling.permutation(1, 0, 38))
     for index in (index for index in range(38) if photos.example_id(index).endswith((".png", "cmyk.jpg", "/grey.jpg"))):
-        pixels = decode.decode(photos.read([index])[0], 1)
+        pixels = decode_image(photos.read([index])[0], 1)
         expected = cropped_by_hand(pixels, box_of(index, pixels.shape[:2]))
         np.testing.assert_array_equal(actual[index], expected.reshape(32, 32, 1))
 
@@ -173,8 +182,8 @@ def test_repeated_examples_of_a_balanced_epoch_are_augmented_differently(tmp_pat
             (root / part / name).mkdir(parents=True)
             for number in range(count):
                 photo_image(60, 60, next(seeds)).save(root / part / name / f"{number}.png")
-    split = train.data.load("folder", str(tmp_path / "data"), image_size=32, channels=3, root=str(root)).train
-    for chosen in (policy.crop(pad=0.5), PLAIN_CROP):
+    split = load_dataset("folder", str(tmp_path / "data"), image_size=32, channels=3, root=str(root)).train
+    for chosen in (make_augmentation("crop", pad=0.5), PLAIN_CROP):
         part = replace(split, cache_mode="files") if chosen.random_resized_crop else split
         [(images, labels)] = crop_epoch(part, batch_size=12, augmentation=chosen, balanced=True, num_classes=2)
         dogs = images[labels[:, 1] == 1]

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.data
-from support.commands import message
-from train.data import dataset, parallel_map, pipeline, pixel_cache
-from train.data.augmentation import policy
+from support.batches import eval_stream, train_stream
+from support.commands import WITH_SUPPORT, message, run_command
+from support.image_folders import load_dataset
+from train.data import dataset, parallel_map, pixel_cache
+from train.data.example_error import ExampleError
 from train.data.sources.listing import FileStore
 from train.storage import checksummed
 
@@ -42,7 +44,7 @@ def root(tmp_path_factory):
 
 def load(root, data_dir, **options):
     defaults = {"image_size": SIDE, "channels": 3, "root": str(root)}
-    return train.data.load("folder", str(data_dir), **(defaults | options))
+    return load_dataset("folder", str(data_dir), **(defaults | options))
 
 
 @pytest.fixture
@@ -146,10 +148,10 @@ def test_cache_choice_is_reported(root, tiny_disk):
 def test_too_little_memory_is_rejected(root, tmp_path):
     opened = load(root, tmp_path / "data", image_size=4096)
     template = (
-        "data.cache=memory has no room for {}: {} GiB of data.ram_budget left, {} GiB needed; "
+        "data.cache=memory is too small for the {} split: it needs {} GiB, {} GiB of data.ram_budget are left; "
         "use data.cache=auto, or data.ram_budget={}"
     )
-    for crops, values in ((False, ("train", "0.50", "0.94")), (True, ("test", "0.22", "0.47"))):
+    for crops, values in ((False, ("train", "0.94", "0.50")), (True, ("test", "0.47", "0.22"))):
         refused = message(pixel_cache.choose_cache, opened, "memory", 0.5, crops=crops)
         assert refused == template.format(*values, refused.rpartition("=")[2])  # the number: see the next test
 
@@ -167,8 +169,8 @@ def test_too_little_disk_is_rejected(root, tiny_disk):
     disk = tiny_disk("400k")
     opened = load(root, disk)
     assert message(pixel_cache.choose_cache, opened, "disk", 1.0, crops=False).startswith(
-        "data.cache=disk has no room for train: 0.00 GiB of half of the free disk left, 0.00 GiB needed; "
-        "use data.cache=auto"
+        "data.cache=disk is too small for the train split: it needs 0.00 GiB, "
+        "0.00 GiB of half of the free disk are left; use data.cache=auto"
     )
     assert cache_modes(pixel_cache.choose_cache(opened, "auto", 1.0, crops=False)[0]) == all_splits("memory")
     assert cache_modes(pixel_cache.choose_cache(opened, "none", 1.0, crops=False)[0]) == all_splits("none")
@@ -327,13 +329,14 @@ def test_flipped_bit_is_named_by_the_stream(opened):
     split = replace(opened.test, cache_mode="disk")
 
     def stream():
-        return list(pipeline.eval_batches(split, batch_size=4, num_classes=2))
+        return list(eval_stream(split, batch_size=4, num_classes=2))
 
     assert len(stream()) == 3
     flip(split, 7)
-    with pytest.raises(Exception, match="cannot read") as caught:
+    with pytest.raises(ExampleError) as caught:
         stream()
-    assert pipeline.extract_example_error(caught.value) == damaged(split, 7)
+    assert str(caught.value) == damaged(split, 7)
+    assert (caught.value.split, caught.value.example_id) == ("test", split.example_id(7))
     flip(split, 7)
     assert len(stream()) == 3
 
@@ -356,7 +359,7 @@ def test_truncated_cache_file_is_named(opened, name, size):
     with (path / name).open("r+b") as file:
         file.truncate(size)
     error = message(lambda: pixel_cache.DiskCache(split).read(np.arange(10)))
-    assert error == f"cannot read {split.name}: pixel cache {path} is truncated; to rebuild it: rm -r {path}"
+    assert error == f"pixel cache {path} of the test split is truncated; to rebuild it: rm -r {path}"
 
 
 def test_broken_example_is_named_and_nothing_is_cached(root, tmp_path):
@@ -385,6 +388,26 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(opened, tmp_
         (folder / name / "pixels.npy").write_bytes(b"half")
     pixel_cache.DiskCache(opened.test)
     assert cache_files(tmp_path / "data") == sorted([*others, pixel_cache.cache_path(opened.test).name])
+
+
+@pytest.mark.parametrize("fault", ["folder/complete", "folder/renamed"])
+def test_killed_process_leaves_a_whole_cache_or_none(root, tmp_path, fault):
+    code = (
+        "import sys; from support.image_folders import load_dataset; from train.data import pixel_cache;"
+        "split = load_dataset('folder', sys.argv[1], image_size=32, channels=3, root=sys.argv[2]).train;"
+        "print('loaded', flush=True);"
+        "pixel_cache.DiskCache(split)"
+    )
+    done = run_command(
+        sys.executable, "-c", code, str(tmp_path), str(root), env=WITH_SUPPORT | {"INCEPTION_FAULT": f"{fault}:1"}
+    )  # fmt: skip
+    assert (done.code, done.out) == (-signal.SIGKILL, "loaded\n")
+    split = load(root, tmp_path, image_size=32).train
+    name = pixel_cache.cache_path(split).name
+    [left] = cache_files(tmp_path)
+    assert (left == name) == (fault == "folder/renamed")
+    np.testing.assert_array_equal(pixel_cache.DiskCache(split).read(np.arange(20)), exact(split))
+    assert cache_files(tmp_path) == [name]
 
 
 # ------------------------------------------------------------------------------ full disk, no permission, two processes
@@ -416,9 +439,7 @@ def test_memory_is_used_when_the_folder_is_not_writable(no_folder, decoded):
     assert choice_message == "pixel cache: train, validation, test in memory (0.00 GiB)"
     for _ in range(2):
         fresh = replace(dataset_in_memory.train)  # as after another start
-        stream = pipeline.train_batches(
-            fresh, batch_size=10, seed=0, epoch=0, augmentation=policy.crop(), num_classes=2
-        )
+        stream = train_stream(fresh, batch_size=10, num_classes=2)
         assert [images.shape for images, _ in stream] == [(10, 64, 64, 3)] * 2
     assert len(decoded) == 40  # each start anew
     assert no_folder.train.cache_dir.read_text() == "in the way"
@@ -427,7 +448,7 @@ def test_memory_is_used_when_the_folder_is_not_writable(no_folder, decoded):
 def test_auto_does_not_choose_a_disk_that_is_not_writable(no_folder):
     chosen, choice_message = pixel_cache.choose_cache(no_folder, "auto", 0, crops=False)
     assert choice_message == "pixel cache: train, validation, test not cached (decoded every epoch)"
-    stream = pipeline.eval_batches(chosen.test, batch_size=10, num_classes=2)
+    stream = eval_stream(chosen.test, batch_size=10, num_classes=2)
     assert [images.shape for images, _ in stream] == [(10, 64, 64, 3)]
 
 
@@ -436,9 +457,10 @@ def test_two_processes_share_one_cache_folder(root, tmp_path, locked, made):
     """One process writes it while the other waits; without locks both write."""
     load(root, tmp_path)
     code = (
-        "import sys, contextlib, pathlib, hashlib, train.data as d; from train.data import pixel_cache;"
+        "import sys, contextlib, pathlib, hashlib; from train.data import pixel_cache;"
+        "from support.image_folders import load_dataset;"
         "from train.storage import checksummed;"
-        "split = d.load('folder', sys.argv[1], image_size=512, channels=3, root=sys.argv[2]).train;"
+        "split = load_dataset('folder', sys.argv[1], image_size=512, channels=3, root=sys.argv[2]).train;"
         "keep, times = pixel_cache._write_cache, [];"
         "pixel_cache._write_cache = lambda *given: (times.append(1), keep(*given));"
         "checksummed.exclusive = checksummed.exclusive if sys.argv[3] else lambda _: contextlib.nullcontext();"
@@ -447,7 +469,8 @@ def test_two_processes_share_one_cache_folder(root, tmp_path, locked, made):
         " pixel_cache.cache_path(split).name, len(times))"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(root), locked]
-    both = [subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True}
+    both = [subprocess.Popen(command, env=WITH_SUPPORT, **pipes) for _ in range(2)]
     assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
     for process in both:
         process.stdin.write("go\n")

@@ -8,14 +8,15 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from support.images import jpeg, noise, photo
+from support.batches import make_augmentation
+from support.images import decode_image, jpeg, noise, photo
 from train.data import decode, sampling
-from train.data.augmentation import policy, random_resized_crop
+from train.data.augmentation import random_resized_crop
 
 # ----------------------------------------------------------------------------------------------- colours of a crop
 
 
-CROP = policy.inception().random_resized_crop
+CROP = make_augmentation("inception").random_resized_crop
 COLUMNS = ("area", "stretch", "y", "x", "mirror", "brightness", "contrast", "saturation", "hue")
 LAST = np.float32(1) - np.float32(2**-24)  # the largest draw
 
@@ -44,14 +45,14 @@ def distorted_by_hand(pixels, draws, color=1.0, every=8):
 def distort(pixels, draws, color=1.0):
     """The result of the color matrix, neither clipped nor rounded."""
     channels = pixels.shape[-1]
-    [colors] = policy.inception(color=color).random_resized_crop.color_matrices(draws, channels)
+    [colors] = make_augmentation("inception", color=color).random_resized_crop.color_matrices(draws, channels)
     mean = pixels[::8].mean(axis=(0, 1))
     return pixels @ colors[:, :channels].T + colors[:, channels:-1] @ mean + colors[:, -1]
 
 
 def finish(pixels, draws, side=None, mirrored=False, **options):
     """`pixels` as a finished crop, of the same size or of `side`."""
-    chosen = policy.inception(**options).random_resized_crop
+    chosen = make_augmentation("inception", **options).random_resized_crop
     [colors] = chosen.color_matrices(draws, pixels.shape[-1])
     return filled(chosen, pixels, mirrored, colors, side or len(pixels))
 
@@ -128,7 +129,7 @@ def test_color_strength_of_zero_changes_no_color(channels):
     np.testing.assert_array_equal(finish(pixels, extreme, color=0.0), pixels)
     for maps in (
         CROP.color_matrices(drawn(), channels),
-        policy.inception(color=0.0).random_resized_crop.color_matrices(extreme, channels),
+        make_augmentation("inception", color=0.0).random_resized_crop.color_matrices(extreme, channels),
     ):
         np.testing.assert_allclose(maps, [np.eye(channels, 2 * channels + 1)], atol=1e-7)
 
@@ -191,7 +192,7 @@ def test_pixels_are_clipped_to_0_and_255(channels):
 
 
 def boxes(size, count=2000, **options):
-    chosen = policy.inception(**options).random_resized_crop
+    chosen = make_augmentation("inception", **options).random_resized_crop
     draws = sampling.uniform_rows(5, "crop", 0, count, random_resized_crop.DRAWS)
     return chosen.sample_boxes(np.tile(np.array(size, np.int32), (count, 1)), draws)
 
@@ -269,7 +270,7 @@ def test_boxes_reach_the_last_row_and_column():
 
 def test_boxes_of_given_draws_match_calculations_by_hand():
     """Half of the area of 400x300 is 60000; as wide as the image it is 200 high, a stretch of 1.5."""
-    whole = policy.inception(least_area=0.0, most_stretch=2.0).random_resized_crop
+    whole = make_augmentation("inception", least_area=0.0, most_stretch=2.0).random_resized_crop
     height, width = math.sqrt(60000 / math.sqrt(0.5 * 1.5)), math.sqrt(60000 * math.sqrt(0.5 * 1.5))
     assert (round(height), round(width)) == (263, 228)
     np.testing.assert_array_equal(box((400, 300), whole, area=0.5), [69, 36, 263, 228])
@@ -277,7 +278,7 @@ def test_boxes_of_given_draws_match_calculations_by_hand():
     np.testing.assert_array_equal(box((400, 300), whole, area=0.5, stretch=1, y=0, x=0), [0, 0, 200, 300])
     np.testing.assert_array_equal(box((400, 300), whole, area=0.125, stretch=1, y=LAST, x=0.25), [313, 32, 87, 173])
     np.testing.assert_array_equal(
-        box((400, 300), policy.inception(least_area=1.0).random_resized_crop, stretch=0), [0, 0, 400, 300]
+        box((400, 300), make_augmentation("inception", least_area=1.0).random_resized_crop, stretch=0), [0, 0, 400, 300]
     )
     np.testing.assert_array_equal(box((1000, 50), area=1, y=0.5), [467, 0, 67, 50])
 
@@ -356,7 +357,7 @@ def test_jpeg_scale_keeps_the_crop_at_least_as_large_as_the_output():
 def test_jpeg_decoded_at_full_size_matches_pillow(options):
     for size in ((90, 120), (91, 133), (2, 3), (17, 8)):
         data = jpeg(noise(*size, 3), quality=70, **options)
-        np.testing.assert_array_equal(decode.decode_jpeg(data), decode.decode(data, 3))
+        np.testing.assert_array_equal(decode.decode_jpeg(data), decode_image(data, 3))
         for part in (2, 4, 8):
             assert decode.decode_jpeg(data, part).shape == (-(-size[0] // part), -(-size[1] // part), 3)
     turned = Image.Exif()
@@ -385,7 +386,7 @@ def test_half_of_the_crops_are_mirrored():
     draws = sampling.uniform_rows(0, "crop", 0, 4000, random_resized_crop.DRAWS)
     np.testing.assert_array_equal(CROP.mirror_mask(draws), draws[:, COLUMNS.index("mirror")] < 0.5)
     assert 0.47 < CROP.mirror_mask(draws).mean() < 0.53
-    assert not policy.inception(mirror=False).random_resized_crop.mirror_mask(draws).any()
+    assert not make_augmentation("inception", mirror=False).random_resized_crop.mirror_mask(draws).any()
 
 
 def test_crop_is_resized_distorted_clipped_and_rounded_once():
@@ -420,7 +421,7 @@ def test_crop_decoded_at_a_reduced_scale_is_close_to_the_resized_full_crop(box, 
     actual = cut(data, box, side)
     ratio = max(ratio for ratio in (1, 2, 4, 8) if ratio == 1 or min(box[2:]) >= side * ratio)
     assert actual.shape == (box[2] // ratio, box[3] // ratio, 3)
-    decoded = decode.decode(data, 3)
+    decoded = decode_image(data, 3)
     top, left, height, width = (part // ratio * ratio for part in box)  # off by less than a pixel of the result
     whole = decoded[top : top + height, left : left + width].astype(np.float32)
     expected = tf.image.resize(whole, actual.shape[:2], "area").numpy()
@@ -455,7 +456,7 @@ def test_downscaling_averages_pixels(box, channels):
 def test_downscaling_matches_the_jpeg_decoder_at_any_size(size):
     data = jpeg(photo(*size))
     for part in (2, 4, 8):
-        actual = random_resized_crop.downscale(decode.decode(data, 3), part)
+        actual = random_resized_crop.downscale(decode_image(data, 3), part)
         assert actual.shape == decode.decode_jpeg(data, part).shape
         assert np.abs(actual.astype(float) - decode.decode_jpeg(data, part)).mean() < 1.5
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.data
+from support.image_folders import load_dataset
+from support.images import decode_image
 from train.data import decode
 
 REAL = os.environ.get("INCEPTION_REAL_DATA")
@@ -17,12 +18,11 @@ needs_real_data = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 @needs_real_data
 def test_fashion_mnist_loads_from_files(tmp_path):
-    loaded = train.data.load(
-        "fashion_mnist", str(tmp_path), image_size=28, channels=1, manual_dir=f"{REAL}/fashion_mnist"
-    )
+    loaded = load_dataset("fashion_mnist", str(tmp_path), image_size=28, channels=1, manual_dir=f"{REAL}/fashion_mnist")
     assert loaded.split_sizes == {"train": 54155, "validation": 5845, "test": 10000}
     assert loaded.leak_counts == {"shared": 0, "conflicts": 0, "alike": 0}
     assert loaded.classes[9] == "Ankle boot"
@@ -35,7 +35,7 @@ def test_fashion_mnist_loads_from_files(tmp_path):
 @pytest.mark.real_data
 @needs_real_data
 def test_sign_digits_load_with_orientation(tmp_path):
-    loaded = train.data.load("folder", str(tmp_path), image_size=32, channels=3, root=f"{REAL}/sign_digits")
+    loaded = load_dataset("folder", str(tmp_path), image_size=32, channels=3, root=f"{REAL}/sign_digits")
     assert sum(loaded.split_sizes.values()) == 2062
     assert loaded.leak_counts == {"shared": 0, "conflicts": 0, "alike": 0}
     assert loaded.classes == tuple("0123456789")
@@ -45,7 +45,7 @@ def test_sign_digits_load_with_orientation(tmp_path):
     for split, row in turned:
         data = split.read([row])[0]
         stored = np.asarray(Image.open(io.BytesIO(data)))
-        np.testing.assert_array_equal(decode.decode(data, 3), np.rot90(stored, -1))
+        np.testing.assert_array_equal(decode_image(data, 3), np.rot90(stored, -1))
 
 
 def orientation(split, row):

@@ -2,18 +2,19 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import train.data
 from support.commands import message
-from support.image_folders import MNIST_FILES, load_digits
+from support.image_folders import load_digits
 
 
 def test_importing_and_checking_load_no_library(folder):
     code = (
         "import sys; before = set(sys.modules); import train.data as d;"
-        "d.check('folder', root=sys.argv[1]); d.check('digits');"
+        "d.check('folder', data_dir='data', root=sys.argv[1]); d.check('digits', data_dir='data');"
         "loaded = {name.partition('.')[0] for name in set(sys.modules) - before};"
         "print(sorted(loaded - sys.stdlib_module_names))"
     )
@@ -22,57 +23,58 @@ def test_importing_and_checking_load_no_library(folder):
     assert output == "['train']\n"  # neither TensorFlow nor NumPy nor Pillow
 
 
-EXPECTED_ROOT = "data.root must be a folder with one sub-folder of images per class"
-
-
 def test_unknown_source_is_rejected():
-    assert message(train.data.check, "digit") == (
+    assert message(train.data.check, "digit", data_dir="data") == (
         "data must be one of digits, mnist, fashion_mnist, cifar10, imagenette, tf_flowers, imagenet2012, folder, "
         "manifest, got digit; use data=digits"
     )
 
 
 def test_unusable_root_is_rejected(tmp_path, folder):
-    check, use = train.data.check, "use data.root=PATH"
-    assert message(check, "folder") == f"{EXPECTED_ROOT}, got none; {use}"
-    assert message(check, "folder", root="/nowhere") == f"{EXPECTED_ROOT}, got /nowhere, which is not a folder; {use}"
+    check = partial(train.data.check, data_dir="data")
+    use = "use data.root=PATH, a folder with one sub-folder of images per class"
+    assert message(check, "folder") == f"data.root is missing; {use}"
+    assert message(check, "folder", root="/nowhere") == f"data.root=/nowhere is not a folder; {use}"
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert message(check, "folder", root=str(empty)) == f"{EXPECTED_ROOT}, got {empty}, which has no sub-folders; {use}"
+    assert message(check, "folder", root=str(empty)) == f"{empty} has no class folders; {use}"
     (empty / "cat").mkdir()
-    one = f"{EXPECTED_ROOT}, at least two, got only cat in {empty}; {use}"
-    assert message(check, "folder", root=str(empty)) == one
+    assert message(check, "folder", root=str(empty)) == (
+        f"{empty} has only one class folder, cat; a classifier needs at least two"
+    )
     (empty / "dog").mkdir()
-    assert message(check, "folder", root=str(empty)) == f"{EXPECTED_ROOT}, got {empty / 'cat'} with no images; {use}"
+    no_images = f"class folder {empty / 'cat'} holds no images; add some, or remove the folder"
+    assert message(check, "folder", root=str(empty)) == no_images
     (empty / "cat" / "notes.jpg").write_text("no image, whatever it is called")
-    assert message(check, "folder", root=str(empty)) == f"{EXPECTED_ROOT}, got {empty / 'cat'} with no images; {use}"
+    assert message(check, "folder", root=str(empty)) == no_images
     assert message(check, "digits", root=str(folder)) == (
-        f"data.root must be left out for data=digits, got {folder}; use data=folder data.root={folder}"
+        f"data=digits has no data.root, got {folder}; to use your own images: data=folder data.root={folder}"
     )
     check("folder", root=str(folder))
 
 
 def test_unusable_manual_dir_is_rejected(tmp_path):
-    check = train.data.check
+    check = partial(train.data.check, data_dir=str(tmp_path))
+    files = ", ".join(train.data.SOURCES["mnist"].manual_files)
     assert message(check, "mnist", manual_dir="/nowhere") == (
-        f"{MNIST_FILES} for data=mnist, got /nowhere, which is not a folder; use data.manual_dir=PATH"
+        f"data.manual_dir=/nowhere is not a folder; use the folder with {files}"
     )
     (tmp_path / "train-images-idx3-ubyte.gz").touch()
-    assert message(check, "mnist", manual_dir=str(tmp_path), data_dir=str(tmp_path)) == (
-        f"{MNIST_FILES} for data=mnist, got {tmp_path} without train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, "
-        "t10k-labels-idx1-ubyte.gz; use a folder that holds them all"
+    assert message(check, "mnist", manual_dir=str(tmp_path)) == (
+        f"data.manual_dir={tmp_path} lacks train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, "
+        "t10k-labels-idx1-ubyte.gz; add what is missing"
     )
-    assert message(check, "imagenet2012", data_dir=str(tmp_path)) == (
-        "data.manual_dir must be a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar for data=imagenet2012, "
-        "got none; use data.manual_dir=PATH, the download requires an account"
+    assert message(check, "imagenet2012") == (
+        "data.manual_dir is missing: downloading data=imagenet2012 requires an account; download "
+        "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar yourself, then use data.manual_dir=PATH"
     )
     assert message(check, "digits", manual_dir=str(tmp_path)) == (
-        f"data.manual_dir must be left out for data=digits, got {tmp_path}; use data.manual_dir=null"
+        f"data=digits needs no manually downloaded files, got data.manual_dir={tmp_path}; omit it"
     )
     done = tmp_path / "mnist" / "3.0.1"
     done.mkdir(parents=True)
     (done / "dataset_info.json").touch()
-    check("mnist", manual_dir=str(tmp_path), data_dir=str(tmp_path))  # prepared: the files are not needed any more
+    check("mnist", manual_dir=str(tmp_path))  # prepared: the files are not needed any more
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,8 @@ def test_unusable_manual_dir_is_rejected(tmp_path):
         ({"image_size": 0}, "data.image_size must be at least 1 pixel, got 0; use data.image_size=32"),
         (
             {"validation_fraction": 0.5, "test_fraction": 0.5},
-            "validation and test fraction must be above 0 and their sum below 1, got 0.5 and 0.5; use 0.1 and 0.2",
+            "data.validation_fraction and data.test_fraction must be above 0 and their sum below 1, got 0.5 and 0.5; "
+            "use e.g. 0.1 and 0.2",
         ),
     ],
 )

@@ -20,7 +20,8 @@ def test_smaller_train_per_class_is_a_subset_of_a_larger_one(data_dir, digits_8)
         names[few] = {data.train.example_id(index) for index in range(len(data.train))}
     assert names[3] < names[10] < {digits_8.train.example_id(index) for index in range(len(digits_8.train))}
     with pytest.raises(
-        ValueError, match=r"data.train_per_class must be at most \d+, the number of \d examples in train, got "
+        ValueError,
+        match=r"^class \d has only \d+ examples in train, fewer than data.train_per_class=1000; use \d+ or null",
     ):
         load_digits(data_dir, train_per_class=1000)
 
@@ -63,9 +64,7 @@ def test_given_split_without_readable_images_is_rejected(tmp_path):
     make_folder(root / "test", 2, start=100)
     for path in (root / "test").rglob("*.png"):
         path.write_bytes(path.read_bytes()[:50])
-    assert message(load_folder, root, tmp_path, on_error="skip").startswith(
-        "data.test must have at least one example, got none of "
-    )
+    assert message(load_folder, root, tmp_path, on_error="skip").startswith("the test split is empty (0 of ")
 
 
 def test_class_imbalance_is_reported(tmp_path):
@@ -86,6 +85,6 @@ def test_class_imbalance_is_reported(tmp_path):
 def test_empty_split_is_rejected(tmp_path):
     root = make_folder(tmp_path / "root", 2)
     assert message(load_folder, root, tmp_path, validation_fraction=0.01) == (
-        "data.validation must have at least one example, got none of 4; use more images, a larger fraction, "
-        "or a folder validation/ that holds the class folders of this split"
+        "the validation split is empty (0 of 4 examples); add images, use a larger fraction for it, "
+        "or add a folder validation/ with class folders"
     )

@@ -1,6 +1,7 @@
 """Prepared data sets: digits, two processes preparing at once, damaged shards, downloads that fail."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from PIL import Image
 
 import train.data
 from support.commands import message
-from support.image_folders import DIGITS_FINGERPRINT, MNIST_FILES, load_digits
+from support.image_folders import DIGITS_FINGERPRINT, MNIST_FILES, load_dataset, load_digits
 from train.data.sources import tfds
 
 
@@ -82,10 +83,10 @@ def test_missing_network_is_reported(tmp_path, monkeypatch):
         raise OSError(f"asked {request.get_method()} with {timeout} s")
 
     monkeypatch.setattr(tfds.urllib.request, "urlopen", unreachable)
-    assert message(train.data.load, "mnist", str(tmp_path), image_size=28, channels=1) == (
-        f"{MNIST_FILES} if data=mnist can't be downloaded, got none "
-        "(storage.googleapis.com is unreachable: asked HEAD with 5 s); "
-        "use data.manual_dir=PATH with the files fetched from https://storage.googleapis.com/cvdf-datasets/mnist"
+    assert message(load_dataset, "mnist", tmp_path, image_size=28, channels=1) == (
+        "cannot download data=mnist (storage.googleapis.com is unreachable: asked HEAD with 5 s); "
+        f"download {MNIST_FILES} from https://storage.googleapis.com/cvdf-datasets/mnist on another machine, "
+        "then use data.manual_dir=PATH"
     )
     assert not list(tmp_path.glob("mnist*"))
 
@@ -95,17 +96,18 @@ def test_wrong_manual_files_are_rejected(tmp_path):
     by_hand.mkdir()
     for name in train.data.SOURCES["mnist"].manual_files:
         (by_hand / name).write_bytes(b"something else")
-    error = message(train.data.load, "mnist", str(tmp_path), image_size=28, channels=1, manual_dir=str(by_hand))
-    assert error.startswith(f"{MNIST_FILES} if data=mnist can't be downloaded, got {by_hand} (Artifact ")
-    assert error.endswith("has wrong checksum); use the original files")
+    error = message(load_dataset, "mnist", tmp_path, image_size=28, channels=1, manual_dir=str(by_hand))
+    assert error.startswith(f"cannot prepare data=mnist from data.manual_dir={by_hand}: Artifact ")
+    assert error.endswith(f"has wrong checksum; use the original files {MNIST_FILES}")
     assert not list((tmp_path / "mnist").iterdir())
 
 
 def test_too_little_disk_space_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 2**20))
-    error = message(train.data.load, "mnist", str(tmp_path), image_size=28, channels=1)
+    error = message(load_dataset, "mnist", tmp_path, image_size=28, channels=1)
     assert error == (
-        f"data=mnist needs about 45 MiB of free space in {tmp_path}, got 5 MiB; free some space or use a larger disk"
+        f"data=mnist needs about 45 MiB of free space in {tmp_path}, only 5 MiB are free; "
+        "free some space or use a larger disk"
     )
 
 
@@ -115,7 +117,7 @@ def test_disk_that_fills_up_while_preparing_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tfds, "_download_and_prepare", fill)
     error = message(load_digits, tmp_path)
-    assert error.startswith(f"data=digits needs about 1 MiB of free space in {tmp_path}, got ")
+    assert error.startswith(f"data=digits needs about 1 MiB of free space in {tmp_path}, only ")
 
 
 def test_png_of_the_builder_is_readable_by_pillow():
@@ -123,3 +125,19 @@ def test_png_of_the_builder_is_readable_by_pillow():
 
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png(pixels)))), pixels)
+
+
+def test_folder_that_cannot_be_locked_is_rejected(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    in_the_way = tmp_path / "file" / "data"
+    assert message(lambda: tfds._lock("digits", str(in_the_way)).__enter__()) == (
+        f"cannot write to {in_the_way} (Not a directory); make it writable, or use another data.directory"
+    )
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert message(lambda: tfds._lock("digits", str(tmp_path)).__enter__()) == (
+        f"cannot lock files in {tmp_path} (No locks available); use a data.directory on storage with file locks"
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,9 @@ import pytest
 import yaml
 
 from support.commands import FROM_MAKE, ROOT, Done, run_command
+from support.waiting import free_port
 from train.config.schema import Distributed
+from train.distributed.rendezvous import KEY_VARIABLE
 
 CLUSTER = ROOT / "scripts/cluster"
 TINY = ["model=vgg16", "model.width=0.05", "device=cpu", "threads=1", "precision=float32", "epochs=2",
@@ -27,6 +28,7 @@ TINY = ["model=vgg16", "model.width=0.05", "device=cpu", "threads=1", "precision
 SRUN = """#!/bin/sh
 [ "$1" = --kill-on-bad-exit=1 ] && shift
 [ "$SRUN_CPUS_PER_TASK" = 8 ] || exit 9
+[ "${#INCEPTION_RENDEZVOUS_KEY}" = 64 ] || exit 10
 for task in 1 0; do
     SLURM_PROCID=$task "$@" &
     eval "task$task=\\$!"
@@ -52,14 +54,8 @@ def manifest(*words: str, processes: int = 2, **options: Any) -> list[dict[str, 
     return list(yaml.safe_load_all(done.out))
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-def test_manifest_has_a_job_and_a_headless_service():
-    service, job = manifest("model=vgg16", "run_dir=runs/a", processes=4, name="first", gpus=2)
+def test_manifest_has_a_job_a_headless_service_and_a_secret():
+    secret, service, job = manifest("model=vgg16", "run_dir=runs/a", processes=4, name="first", gpus=2)
     assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     # A headless service has no address of its own: a pod of an indexed job is found as <job>-<index>.<subdomain>.
@@ -75,10 +71,13 @@ def test_manifest_has_a_job_and_a_headless_service():
     [container] = pod["spec"]["containers"]
     waiting = "distributed.wait_seconds=600"  # time to pull images and for the growing back-off of failed pods
     assert container["command"] == ["scripts/cluster/process.sh", waiting, "model=vgg16", "run_dir=runs/a"]
-    assert {one["name"]: one["value"] for one in container["env"]} == {
-        "PROCESSES": "4",
-        "COORDINATOR": f"first-0.first:{service['spec']['ports'][0]['port']}",
-    }
+    assert (secret["apiVersion"], secret["kind"], secret["metadata"]) == ("v1", "Secret", {"name": "first"})
+    [(entry, _)] = secret["stringData"].items()
+    assert container["env"] == [
+        {"name": "PROCESSES", "value": "4"},
+        {"name": "COORDINATOR", "value": f"first-0.first:{service['spec']['ports'][0]['port']}"},
+        {"name": KEY_VARIABLE, "valueFrom": {"secretKeyRef": {"name": "first", "key": entry}}},
+    ]
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 2}}
     [volume] = pod["spec"]["volumes"]
     assert container["volumeMounts"] == [
@@ -88,8 +87,14 @@ def test_manifest_has_a_job_and_a_headless_service():
     assert volume["persistentVolumeClaim"] == {"claimName": "shared"}
 
 
+def test_every_manifest_has_a_key_of_its_own():
+    keys = [manifest("run_dir=runs/a")[0]["stringData"]["rendezvous-key"] for _ in range(2)]
+    assert keys[0] != keys[1]
+    assert all(re.fullmatch("[0-9a-f]{64}", key) for key in keys)
+
+
 def test_pods_without_a_gpu_use_the_cpu():
-    _, job = manifest("run_dir=runs/a", gpus=0)
+    *_, job = manifest("run_dir=runs/a", gpus=0)
     [container] = job["spec"]["template"]["spec"]["containers"]
     assert container["command"][2:] == ["device=cpu", "run_dir=runs/a"]  # overrides the device=gpu of process.sh
     assert container["resources"] == {}
@@ -127,9 +132,10 @@ def test_process_script_requires_its_variables(name: str):
 def test_pods_of_a_job_train_together(tmp_path: Path):
     """The command and environment of the container, once per index."""
     overrides = [*TINY, f"run_dir={tmp_path / 'run'}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
-    _, job = manifest(*overrides)
+    secret, _, job = manifest(*overrides)
     [container] = job["spec"]["template"]["spec"]["containers"]
-    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    variables = {variable["name"]: variable.get("value", "") for variable in container["env"]}
+    [variables[KEY_VARIABLE]] = secret["stringData"].values()
     variables["COORDINATOR"] = f"127.0.0.1:{free_port()}"
     inherited = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
     pods = [

@@ -12,51 +12,102 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Pipe, deliver_challenge
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.commands import FROM_MAKE, ROOT, Done, message
+from support.commands import FROM_MAKE, ROOT, Done, message, run_command
 from support.shared import once
+from support.waiting import free_port
 from train.config.composition import compose
 from train.config.schema import ConfigError, Distributed
-from train.config.serialization import Redactor, config_hash
-from train.distributed import rendezvous
-from train.distributed.process_group import ProcessGroup
+from train.config.serialization import Redactor, config_hash, to_dict
+from train.distributed import liveness, process_group, rendezvous
+from train.distributed.liveness import PeerMonitor
+from train.distributed.process_group import ProcessGroup, WorkerLostError
 from train.training import checkpoint
 
 # ------------------------------------------------------------------------------------------------------ the meeting
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+def outcome(group: Distributed) -> str:
+    """The error of a process, empty for success."""
+    try:
+        connections = rendezvous.rendezvous(group)
+    except ConfigError as fault:
+        return str(fault)
+    for connection in connections:
+        connection.close()
+    return ""
 
 
 def met(*groups: tuple[int, int], patience: float = 1.0) -> list[str]:
     """Let processes (index, processes) meet; return the error of each, empty for success."""
     address = f"127.0.0.1:{free_port()}"
-
-    def come(index: int, processes: int) -> str:
-        try:
-            rendezvous.rendezvous(
-                Distributed(coordinator=address, index=index, processes=processes, wait_seconds=patience)
-            )
-        except ConfigError as fault:
-            return str(fault)
-        return ""
-
     with ThreadPoolExecutor(len(groups)) as pool:
-        return [one.result() for one in [pool.submit(come, *group) for group in groups]]
+        return list(pool.map(lambda group: outcome(Distributed(address, group[1], group[0], patience)), groups))
+
+
+@contextmanager
+def led(processes: int, patience: float = 20) -> Iterator[tuple[str, list[str]]]:
+    """The address of a process 0 that is waiting, and a list that holds its outcome afterwards."""
+    address = f"127.0.0.1:{free_port()}"
+    outcomes: list[str] = []
+    group = Distributed(address, processes, 0, patience)
+    leader = threading.Thread(target=lambda: outcomes.append(outcome(group)), daemon=True)
+    leader.start()
+    yield address, outcomes
+    leader.join(patience + 10)
+    assert not leader.is_alive()
+
+
+def reached(address: str) -> socket.socket:
+    """A plain connection to a process 0 that may only be starting."""
+    while True:
+        try:
+            return socket.create_connection(rendezvous.parse_address(address), 5)
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+
+
+def authenticated(address: str, key: bytes) -> Connection:
+    """A connection of the standard library's own client."""
+    reached(address).close()
+    return Client(rendezvous.parse_address(address), authkey=key)
+
+
+def claim(address: str, key: bytes, index: int) -> Connection:
+    """Take an index of three, as a stranger would who knows the protocol."""
+    connection = authenticated(address, key)
+    connection.send_bytes(json.dumps({"index": index, "processes": 3}).encode())
+    return connection
 
 
 def test_rendezvous_of_all_processes_succeeds():
     assert met((2, 4), (0, 4), (3, 4), (1, 4), patience=10) == [""] * 4
     assert met((0, 1)) == [""]  # a single process needs no rendezvous
+
+
+def test_connections_stay_open_between_process_0_and_the_others():
+    address = f"127.0.0.1:{free_port()}"
+    with ThreadPoolExecutor(3) as pool:
+        groups = [Distributed(address, 3, index, 10) for index in range(3)]
+        leader, *others = pool.map(rendezvous.rendezvous, groups)
+    assert (len(leader), [len(one) for one in others]) == (2, [1, 1])
+    assert not any(connection.poll(0.2) for connection in leader)
+    others[0][0].close()
+    assert [connection.poll(5) for connection in leader].count(True) == 1
+    with socket.create_server(("127.0.0.1", rendezvous.parse_address(address)[1])):
+        pass  # JAX listens there next
+    for connection in (*leader, *others[1]):
+        connection.close()
 
 
 def test_missing_process_0_is_reported():
@@ -92,65 +143,103 @@ def test_disagreement_about_index_or_number_of_processes_is_rejected(groups: tup
     assert any(other == f"rejected by process 0: {leader}" for other in others)
 
 
+@pytest.mark.parametrize("key", [b"", b"the secret of this run"])
+def test_index_is_taken_by_who_knows_the_key(key: bytes, monkeypatch: pytest.MonkeyPatch):
+    """The control of the test below: the protocol is the right one."""
+    monkeypatch.setenv(rendezvous.KEY_VARIABLE, key.decode())
+    with led(3, patience=2) as (address, outcomes):
+        claimed = claim(address, key, 1)
+    assert outcomes[0].startswith(f"timed out after 2 s: process 2 of 3 did not connect to {address}; start it with")
+    assert json.loads(claimed.recv_bytes())["error"] == outcomes[0]
+
+
+@pytest.mark.parametrize("key", [b"", b"another secret"])
+def test_stranger_without_the_key_takes_no_index(key: bytes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(rendezvous.KEY_VARIABLE, "the secret of this run")
+    with led(3, patience=2) as (address, outcomes):
+        with pytest.raises(AuthenticationError):
+            claim(address, key, 1)
+        own = threading.Thread(target=outcome, args=(Distributed(address, 3, 2, 20),), daemon=True)
+        own.start()
+    own.join(10)
+    assert outcomes == [
+        f"timed out after 2 s: process 1 of 3 did not connect to {address}; 1 connected with another "
+        "INCEPTION_RENDEZVOUS_KEY; start it with distributed.index=1 and the same key"
+    ]
+
+
+def test_stranger_does_not_keep_the_others_out(monkeypatch: pytest.MonkeyPatch):
+    """Neither one with another key nor one that connects and stays silent."""
+    monkeypatch.setenv(rendezvous.KEY_VARIABLE, "the secret of this run")
+    monkeypatch.setattr(rendezvous, "REPLY_SECONDS", 1)
+    with led(2) as (address, outcomes):
+        silent = reached(address)
+        with pytest.raises(AuthenticationError):
+            claim(address, b"another secret", 1)
+        assert outcome(Distributed(address, 2, 1, 20)) == ""
+        silent.close()
+    assert outcomes == [""]
+
+
+def test_process_with_another_key_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(rendezvous.KEY_VARIABLE, "one")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def challenge() -> None:
+            connection = Connection(server.accept()[0].detach())
+            with suppress(AuthenticationError):
+                deliver_challenge(connection, b"other")
+            connection.close()
+
+        threading.Thread(target=challenge, daemon=True).start()
+        assert outcome(Distributed(address, 2, 1, 5)) == (
+            f"process 0 at {address} has another INCEPTION_RENDEZVOUS_KEY; set the same value for all processes"
+        )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("coordinator", ["node1:4711", "10.0.0.1:4711", "[2001:db8::1]:4711"])
+def test_address_on_a_network_needs_a_key(index: int, coordinator: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(rendezvous.KEY_VARIABLE, raising=False)
+    error = outcome(Distributed(coordinator, 2, index, 5))
+    assert error == (
+        f"INCEPTION_RENDEZVOUS_KEY is not set, so that anybody on the network could join at {coordinator}; set this "
+        "environment variable to the same secret for all processes (openssl rand -hex 32 prints one), or use "
+        "distributed.coordinator=127.0.0.1:4711 on a single machine"
+    )
+
+
+def test_address_on_a_network_is_used_with_a_key(monkeypatch: pytest.MonkeyPatch):
+    """0.0.0.0 is every interface of this machine, and no loopback address."""
+    monkeypatch.setenv(rendezvous.KEY_VARIABLE, "the secret of this run")
+    address = f"0.0.0.0:{free_port()}"
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(outcome, [Distributed(address, 2, index, 10) for index in (0, 1)])) == ["", ""]
+
+
 def test_process_may_disconnect_and_reconnect():
     """Like a restarted container; a process that has disconnected does not count."""
-    address = f"127.0.0.1:{free_port()}"
-    outcomes: list[str] = []
-
-    def lead(patience: float) -> None:
-        group = Distributed(coordinator=address, processes=3, wait_seconds=patience)
-        outcomes.append(message(rendezvous.rendezvous, group) if patience < 5 else str(rendezvous.rendezvous(group)))
-
-    def come_and_go() -> None:
-        while True:
-            try:
-                with socket.create_connection(rendezvous.parse_address(address), 5) as line:
-                    line.sendall(json.dumps({"index": 1, "processes": 3}).encode() + b"\n")
-                    time.sleep(0.3)
-                return
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-
-    leader = threading.Thread(target=lead, args=(20,))
-    leader.start()
-    come_and_go()
-    others = [
-        threading.Thread(target=rendezvous.rendezvous, args=(Distributed(address, 3, index, 20),), daemon=True)
-        for index in (1, 2)
-    ]
-    for one in others:
-        one.start()
-    for one in (leader, *others):
-        one.join(20)
-    assert outcomes == ["None"]
-    leader = threading.Thread(target=lead, args=(2,))
-    leader.start()
-    come_and_go()
-    leader.join(20)
-    assert "timed out after 2 s: processes 1, 2 of 3 did not connect to" in outcomes[1]
+    with led(3) as (address, outcomes):
+        claim(address, b"", 1).close()
+        with ThreadPoolExecutor(2) as pool:
+            others = list(pool.map(outcome, [Distributed(address, 3, index, 20) for index in (1, 2)]))
+    assert (outcomes, others) == ([""], ["", ""])
+    with led(3, patience=2) as (address, outcomes):
+        claim(address, b"", 1).close()
+    assert "timed out after 2 s: processes 1, 2 of 3 did not connect to" in outcomes[0]
 
 
-def test_client_with_another_protocol_is_rejected():
-    address = f"127.0.0.1:{free_port()}"
-    outcomes: list[str] = []
-
-    def lead() -> None:
-        rendezvous.rendezvous(Distributed(coordinator=address, processes=2, wait_seconds=10))
-        outcomes.append("met")
-
-    leader = threading.Thread(target=lead)
-    leader.start()
-    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"index": "first"}\n', b""):
-        while True:
-            try:
-                with socket.create_connection(rendezvous.parse_address(address), 5) as line:
-                    line.sendall(noise)
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-    rendezvous.rendezvous(Distributed(coordinator=address, index=1, processes=2, wait_seconds=10))
-    leader.join(20)
-    assert outcomes == ["met"]
+def test_client_with_another_protocol_is_ignored():
+    """With a valid length, too; an object that is pickled is never loaded."""
+    with led(2) as (address, outcomes):
+        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b"\0\0\0\x02[]", b"\0\0\0\0", b""):
+            with reached(address) as line:
+                line.sendall(noise)
+        for words in (b"[1, 2]", b'{"index": "first"}', b'{"index": 1}', b"\x80\x04N.", b"x" * 5000):
+            authenticated(address, b"").send_bytes(words)
+        assert outcome(Distributed(address, 2, 1, 10)) == ""
+    assert outcomes == [""]
 
 
 def test_server_with_another_protocol_is_not_process_0():
@@ -195,18 +284,21 @@ MANY = ["backend=jax", "distributed.processes=2", "distributed.coordinator=node1
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["devices=all"], "devices must be 1 with backend=tensorflow, got all; use backend=jax"),
+        (["devices=all"], "devices=all is not supported with backend=tensorflow; use backend=jax"),
         (
             ["distributed.processes=2"],
-            "distributed.processes must be 1 with backend=tensorflow, got 2; use backend=jax",
+            "distributed.processes=2 is not supported with backend=tensorflow; use backend=jax",
         ),
         (["backend=jax", "devices=none"], "devices must be a positive whole number, or all, got none; use devices=all"),
         (["backend=jax", "devices=0"], "devices must be a positive whole number, or all, got 0; use devices=all"),
         (["backend=jax", "devices=3"], "batch_size must be a multiple of the number of devices (3), got 32; use b"),
         ([*MANY, "devices=4", "batch_size=12"], "multiple of the number of devices (8), got 12; use batch_size=8"),
         ([*MANY, "distributed.index=2"], "distributed.index must be below distributed.processes (2), got 2; number"),
-        (MANY[:2], "distributed.coordinator is required with several processes, got none; use e.g."),
-        ([*MANY, "checkpoint.every_minutes=5"], "checkpoint.every_minutes must be null with several processes, which"),
+        (MANY[:2], "distributed.coordinator is missing, which several processes need to find each other; use"),
+        (
+            [*MANY, "checkpoint.every_minutes=5"],
+            "checkpoint.every_minutes is not supported with several processes, which",
+        ),
     ],
 )
 def test_invalid_distributed_config_is_rejected(overrides: list[str], expected: str):
@@ -220,9 +312,9 @@ def test_coordinator_does_not_change_the_config_hash():
         compose([*overrides, f"distributed.coordinator={address}"]) for address in ("node1:4711", "node9:4712")
     )
     assert (
-        config_hash(first, Redactor())
-        == config_hash(second, Redactor())
-        != config_hash(compose(overrides[:1]), Redactor())
+        config_hash(to_dict(first, Redactor()))
+        == config_hash(to_dict(second, Redactor()))
+        != config_hash(to_dict(compose(overrides[:1]), Redactor()))
     )
 
 
@@ -253,6 +345,99 @@ def test_other_processor_is_recorded_and_other_threads_are_rejected():
     assert "processes 0 and 2 differ: threads is 4 and 8; start all processes with" in message(
         group.verify_same_config, own
     )
+
+
+# --------------------------------------------------------------------------------------------------- lost processes
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PeerMonitor]]:
+    """The monitors of three processes; this one is process 0."""
+    (first, first_end), (second, second_end) = Pipe(), Pipe()
+    monitors = [PeerMonitor([first, second]), PeerMonitor([first_end]), PeerMonitor([second_end])]
+    monkeypatch.setattr(liveness, "_monitor", monitors[0])
+    yield monitors
+    for monitor in monitors:
+        monitor.leave()
+
+
+def test_loss_of_a_process_reaches_all(peers: list[PeerMonitor]):
+    assert [peer.is_peer_lost(0.1) for peer in peers] == [False] * 3
+    peers[1].leave()  # its connection closes, as when it ends
+    assert [peer.is_peer_lost(5) for peer in (peers[0], peers[2])] == [True, True]
+
+
+def raised(error: Exception) -> Exception:
+    """What an error becomes that is raised while training in three processes."""
+    with pytest.raises(Exception) as caught, ProcessGroup(0, 3).translate_connection_errors():
+        raise error
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", ["JaxRuntimeError", "ValueError"])
+def test_error_of_jax_is_a_lost_process_if_one_is_gone(kind: str, peers: list[PeerMonitor]):
+    """Whatever its words are: JAX raises ValueError where a function runs at once."""
+    errors = pytest.importorskip("jax.errors")
+    peers[2].leave()
+    error = (ValueError if kind == "ValueError" else errors.JaxRuntimeError)("UNKNOWN: something went wrong")
+    lost = raised(error)
+    assert isinstance(lost, WorkerLostError)
+    assert str(lost).startswith("lost contact with another process; see its log, then run make resume")
+    assert lost.__cause__ is error
+
+
+def test_error_of_jax_is_its_own_while_all_are_there(peers: list[PeerMonitor], monkeypatch: pytest.MonkeyPatch):
+    """Whatever its words are. The others are told, since this process will not go on."""
+    errors = pytest.importorskip("jax.errors")
+    monkeypatch.setattr(process_group, "LOSS_SECONDS", 0.2)
+    error = errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Gloo, NCCL, coordination, Connection")
+    assert raised(error) is error
+    assert [peer.is_peer_lost(5) for peer in peers[1:]] == [True, True]
+
+
+def test_errors_of_the_run_stay_what_they_are(peers: list[PeerMonitor]):
+    pytest.importorskip("jax")
+    peers[1].leave()
+    for error in (ConfigError("processes 0 and 1 differ"), KeyError("x"), RuntimeError("Connection closed")):
+        assert raised(error) is error
+
+
+TALKING = """
+import os, sys
+from train.config.schema import Distributed
+from train.distributed import liveness, rendezvous
+from train.distributed.process_group import ProcessGroup, WorkerLostError
+import jax
+index, address = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_platforms", "cpu")
+liveness.watch(rendezvous.rendezvous(Distributed(address, 3, index, 60)))
+jax.distributed.initialize(address, 3, index, cluster_detection_method="deactivate")
+group = ProcessGroup(index, 3)
+try:
+    with group.translate_connection_errors():
+        for step in range(10**6):
+            if (index, step) == (1, 5):
+                os.kill(os.getpid(), 9)
+            assert group.broadcast_metrics({"step": step + index}) == {"step": step}
+except WorkerLostError as error:
+    print(type(error.__cause__).__name__, error, flush=True)
+    os._exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_process_killed_while_all_communicate_is_lost():
+    """Three real processes; the one that is killed is neither the leader nor connected to the other that is left."""
+    pytest.importorskip("jax")
+    address = f"127.0.0.1:{free_port()}"
+    with ThreadPoolExecutor(3) as pool:
+        commands = [[sys.executable, "-c", TALKING, str(index), address] for index in range(3)]
+        done = list(pool.map(lambda command: run_command(*command), commands))
+    assert [one.code for one in done] == [3, -9, 3], done[0].err + done[2].err
+    for one in (done[0], done[2]):
+        kind, _, line = one.out.splitlines()[-1].partition(" ")
+        assert kind in ("ValueError", "JaxRuntimeError")
+        assert line.startswith("lost contact with another process; see its log, then run make resume")
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

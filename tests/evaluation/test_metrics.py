@@ -11,7 +11,6 @@ from support.commands import message
 from train.evaluation import test_time_augmentation
 from train.evaluation.metrics import (
     ClassificationResult,
-    bootstrap_interval,
     calibration_bins,
     compute_metrics,
     cross_entropy,
@@ -77,13 +76,9 @@ def test_edge_confidence_falls_into_the_lower_bin_and_certainty_into_the_last():
     assert (high["high"], high["accuracy"]) == (1.0, 1.0)
 
 
-def test_interval_matches_resampled_examples():
-    right = np.arange(200) < 150
-    drawn = np.random.default_rng(1).choice(right, (4000, 200)).mean(1)
-    low, high = bootstrap_interval(150, 200)
-    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.01)
-    assert bootstrap_interval(150, 200) == [low, high]
-    assert bootstrap_interval(10, 10) == [1.0, 1.0]
+def test_accuracy_has_its_wilson_interval():
+    low, high = compute_metrics(outcome())["accuracy_interval"]
+    assert (low, high) == pytest.approx((0.2999933, 0.9032286), abs=1e-7)  # 4 of 6, by the formula
 
 
 def test_non_finite_logits_are_rejected():

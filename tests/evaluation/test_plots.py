@@ -154,11 +154,11 @@ def test_first_filters_belong_to_the_first_convolution():
 
 def test_comparison_plots_are_drawn_for_one_seed_and_several():
     from train.compare import Row
-    from train.evaluation.statistics import mean_interval
+    from train.evaluation.statistics import mean_accuracy
 
     def row(label: str, values: list[float], macs: float, *, best: bool) -> Row:
         figures = {"parameters": 1.0, "macs": macs, "images_per_second": 1.0, "memory": 1.0}
-        return Row(label, {}, dict(enumerate(values)), figures, mean_interval(values), on_pareto_front=best)
+        return Row(label, {}, dict(enumerate(values)), figures, mean_accuracy(values), on_pareto_front=best)
 
     shown = [
         row("a", [0.9, 0.95, 0.92], 1e8, best=True),
@@ -168,6 +168,8 @@ def test_comparison_plots_are_drawn_for_one_seed_and_several():
     axes = comparison.plot_pareto_front(shown, "test/accuracy").axes[0]
     assert axes.get_xscale() == "log"
     assert {text.get_text() for text in axes.texts} == {"a", "b", "c"}
+    wide = comparison.plot_seeds([row("d", [0.2, 0.6], 1e8, best=True)], "test/accuracy").axes[0].lines[1].get_xdata()
+    assert (wide[0], wide[1]) == pytest.approx((0.0058, 0.9870), abs=1e-4)  # within [0, 1]
     many = comparison.plot_seeds(shown * 40, "test/accuracy")
     assert "the first 60 of 120" in many.axes[0].get_title(loc="left")
     unknown = [row("a", [0.9], float("nan"), best=False)]

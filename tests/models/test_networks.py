@@ -1,5 +1,6 @@
 """The networks: published numbers, names, inputs and outputs, options."""
 
+import inspect
 import math
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tensorflow as tf
 
 from support.networks import LIGHT_NAMES, NAMES, layer_names, make_network, min_side
 from train import models
+from train.config import schema
 from train.models import blocks
 from train.models.weights import without_weights
 
@@ -310,6 +312,17 @@ def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError) as raised:
         models.build(name, shape, num_classes, **options)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_builders_have_no_defaults_and_build_takes_those_of_the_schema(name):
+    options = inspect.signature(models.BUILDERS[name]).parameters
+    assert {option: parameter.default for option, parameter in options.items()} == dict.fromkeys(
+        options, inspect.Parameter.empty
+    )
+    configured = schema.options(schema.GROUPS["model"][name]())
+    del configured["weights"]
+    assert models.default_options(name) == configured
 
 
 def test_option_names_of_each_network():

@@ -75,7 +75,7 @@ def test_unused_heads_of_the_file_are_reported(tmp_path):
     assert {"fc1", "fc2", "aux_predictions"} <= set(report.unused)
     summary = report.summary()
     assert summary.startswith(
-        "weights: 13 layers loaded, block1_conv1 to block5_conv3; new: predictions; unused in file:"
+        "weights: 13 layers loaded, block1_conv1 to block5_conv3; newly initialised: predictions; unused in file:"
     )
     assert "fc1, fc2" in summary
 
@@ -156,7 +156,7 @@ def test_imagenet_weights_fill_the_trunk(monkeypatch):
     monkeypatch.setattr(keras.applications, "VGG16", lambda **_: theirs)  # what would be fetched
     ours = make_network("vgg16", channels=3, width=1.0, aux_weight=0)
     report = models.load_weights(ours, "imagenet")
-    assert report.summary() == "weights: 13 layers loaded, block1_conv1 to block5_conv3; new: predictions"
+    assert report.summary() == "weights: 13 layers loaded, block1_conv1 to block5_conv3; newly initialised: predictions"
     for layer in theirs.layers:
         for one, other in zip(
             layer.get_weights(), ours.get_layer(layer.name).get_weights() if layer.weights else (), strict=True

@@ -44,6 +44,7 @@ def test_format_1_files_are_read_in_the_current_format(run: Path):
     assert folder.config()["early_stopping"]["metric"] == "validation/accuracy"
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_format_1_run_gives_the_old_metrics_and_a_report(run: Path):
     done = command("evaluate", run, "tracking.wait_seconds=0", f"tracking.uri=sqlite:///{run.parent}/mlflow.db")
     assert done.code == 0, done.err
@@ -55,6 +56,7 @@ def test_evaluation_of_a_format_1_run_gives_the_old_metrics_and_a_report(run: Pa
     assert "validation/accuracy" in page
 
 
+@pytest.mark.slow
 def test_model_of_a_format_1_run_is_exported_and_classifies(run: Path):
     uri = f"tracking.uri=sqlite:///{run.parent}/mlflow.db"
     done = command("export", run, "format=keras", "tracking.wait_seconds=0", uri)

@@ -20,9 +20,9 @@ from support.runs import EVERY_4_STEPS, TINY, Killed, read_journal, resume_run, 
 from support.waiting import wait_for
 from train import models
 from train.config import composition
-from train.config.serialization import Redactor
+from train.config.serialization import Redactor, config_hash, to_dict
 from train.data import pipeline
-from train.run import state, train_and_evaluate
+from train.run import lifecycle, state
 from train.tracking import uploader
 from train.tracking.journal import ReplayError, comparable
 from train.tracking.run_dir import create_run_dir
@@ -58,10 +58,9 @@ def test_loader_threads_prefetch_and_logging_change_no_bit(
 
 def test_compute_threads_change_the_config_hash():
     """They change bits, so the hashes must differ."""
-    from train.config.serialization import config_hash
 
     one, two = (composition.compose([f"threads={number}"]) for number in (1, 2))
-    assert config_hash(one, Redactor()) != config_hash(two, Redactor())
+    assert config_hash(to_dict(one, Redactor())) != config_hash(to_dict(two, Redactor()))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_killed_run_with_stages_resumes_to_the_same_bits(
         start_run(tmp_path / "run", *overrides)
     assert (
         "weights: 13 layers loaded, block1_conv1 to block5_conv3; "
-        "new: aux_1_conv, aux_1_bn, aux_2_conv, aux_2_bn, fc1, fc2, aux_predictions, predictions"
+        "newly initialised: aux_1_conv, aux_1_bn, aux_2_conv, aux_2_bn, fc1, fc2, aux_predictions, predictions"
     ) in capsys.readouterr().out.splitlines()
     kill_at(None)
     assert resume_run(tmp_path / "run")["weights_sha256"] == summary["weights_sha256"]
@@ -215,7 +214,7 @@ def test_full_disk_ends_the_run_in_one_line_and_it_resumes_with_free_space(
     monkeypatch.setattr(state.fault_injection, "fail_point", point)
     config = composition.compose([f"run_dir={disk / 'run'}", f"threads={THREADS}", *TINY, EVERY_4_STEPS])
     folder = create_run_dir(config.run_dir, ROOT / "runs", "tests", latest=False)
-    assert train_and_evaluate.run_session(folder, config, Redactor()) == 1
+    assert lifecycle.continue_run(folder, config, Redactor(), frozenset()) == 1
     errors = capsys.readouterr().err
     assert expected.format(disk / "run") in errors
     assert "error: cannot write " in errors
@@ -233,6 +232,7 @@ def test_full_disk_ends_the_run_in_one_line_and_it_resumes_with_free_space(
     assert same_journals(disk / "run", uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_run_stopped_by_sigterm_resumes_to_the_same_bits(tmp_path: Path, uninterrupted: tuple[Path, dict]):
     """A real process, signal and store: exit code 143 during training, then one MLflow run of two attempts."""
     from mlflow import MlflowClient

@@ -17,7 +17,7 @@ from train import resume
 from train.config import composition
 from train.config.compatibility import check_compatible
 from train.config.schema import ConfigError
-from train.config.serialization import Redactor, to_dict
+from train.config.serialization import Redactor, quote_value, to_dict
 from train.run import state
 from train.tracking import uploader
 from train.tracking.run_dir import open_run_dir
@@ -61,12 +61,15 @@ def file_contents(folder: Path) -> dict[str, bytes]:
         (["precision=float16"], "precision must be one of auto, float32, mixed_bfloat16, mixed_float16, got float16"),
         (["colour=red"], 'unknown key "colour"; valid keys: run, accept, augment.cutmix, '),
         (["model=vgg16"], 'unknown key "model"; valid keys: run, accept, '),
-        (["again"], "expected key=value, got again; use e.g. run=runs/latest"),
+        (["again"], "arguments must be key=value, got again; --help lists the keys"),
+        (["optimizer.lr=1"], 'unknown key "optimizer.lr"; did you mean optimizer.learning_rate?'),
+        (["run="], ". is not a run folder; use e.g. run=runs/latest"),
+        (["epochs=3,4"], "epochs takes a single value, got 3,4; use one of them"),
     ],
 )
 def test_incompatible_override_is_rejected_in_one_line(overrides: list[str], expected: str, killed_run: Path):
     before = file_contents(killed_run)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ValueError) as caught:
         resume.resume([f"run={killed_run}", *overrides])
     assert str(caught.value).startswith(expected)
     assert file_contents(killed_run) == before
@@ -148,6 +151,7 @@ def test_branch_without_checkpoints_restarts_as_a_new_branch(killed_run: Path, t
     assert (summary["steps"], summary["attempts"]) == (12, 3)
 
 
+@pytest.mark.slow
 def test_more_epochs_are_allowed_and_recorded(tmp_path: Path):
     """A finished run is extended from its end."""
     folder = tmp_path / "run"
@@ -202,10 +206,23 @@ def test_restarted_training_applies_overrides_that_may_differ(tmp_path: Path, mo
     reference = Redactor({"data.root": "${oc.env:PICTURES}"}, {})
     for redactor, root in ((Redactor(), tmp_path), (reference, "${oc.env:PICTURES}")):
         overrides = resume.ignored_overrides(config, redactor)
-        assert f"data.root={root}" in overrides and "tracking.uri=http://me:secret@h:1" in overrides
+        assert f"data.root='{root}'" in overrides and "tracking.uri='http://me:secret@h:1'" in overrides
         node = composition.from_stored(to_dict(config, Redactor()), overrides)
         assert composition.to_config(node).data == config.data
     assert not any(override.startswith(("seed", "run_dir", "data.manual_dir")) for override in overrides)
+
+
+PATHS = ["/data/a(1)", "~ é = # & [ ] { } ,", "it's", "C:\\", "null", "7", " "]
+ADDRESS = "postgresql://me:pw@h/db?sslmode=require&x=(1)"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_restarted_training_takes_any_path_and_address(path: str):
+    typed = [f"data.root={quote_value(path)}", f"tracking.uri={quote_value(ADDRESS)}", "gpu_memory=512"]
+    config = composition.compose(["data=folder", *typed])
+    overrides = resume.ignored_overrides(config, Redactor())
+    resumed = composition.to_config(composition.from_stored(to_dict(config, Redactor()), overrides), is_stored=True)
+    assert (resumed.data, resumed.tracking, resumed.gpu_memory) == (config.data, config.tracking, 512)
 
 
 def test_redacted_value_must_be_given_again(killed_run: Path):

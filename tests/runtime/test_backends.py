@@ -176,8 +176,14 @@ def test_every_network_trains_on_jax(model: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["backend=jax", "jit=off"], "jit must be auto or on with backend=jax, which compiles everything, got off"),
-        (["backend=jax", "gpu_memory=4096"], "gpu_memory must be null with backend=jax, which allocates memory as "),
+        (
+            ["backend=jax", "jit=off"],
+            "jit=off is not supported with backend=jax, which compiles everything; use jit=auto",
+        ),
+        (
+            ["backend=jax", "gpu_memory=4096"],
+            "gpu_memory is not supported with backend=jax, which allocates memory as ",
+        ),
         (["backend=torch"], "backend must be one of tensorflow, jax, got torch"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from support.commands import ROOT, run_command
 from train.config.composition import compose
 from train.config.schema import MIN_IMAGE_SIZE
+from train.run import factory
 from train.runtime import setup
 
 MEASURED = {
@@ -35,8 +36,9 @@ def a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settled(*words: str) -> tuple[str, str, int | None, str]:
-    config, why = setup.resolve_auto(compose(["device=cpu", *words]))
-    return config.precision, config.jit, config.threads, why
+    config = compose(["device=cpu", *words])
+    settings, why = setup.resolve_auto(factory.runtime_settings(config), config.model.name)
+    return settings.precision, settings.jit, settings.threads, why
 
 
 @pytest.mark.usefixtures("a_processor")

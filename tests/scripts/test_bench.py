@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import ROOT
+from support.commands import ROOT, message
 from support.scripts import load_script
 from train import models
 
@@ -32,19 +32,26 @@ def test_baseline_supports_every_layer_of_the_networks(name: str):
 
 
 @pytest.mark.parametrize(("now", "code"), [(2.0, 0), (1.81, 0), (1.79, 1)])
-def test_guard_tolerates_only_noise(
-    now: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
+def test_guard_tolerates_only_noise(now: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture):
     bench = load_script("benchmarks/training.py")
 
     def figures(ratio: float) -> dict:
         model, name = bench.GUARDED
         return {"networks": [{"model": model, "ratios": {name: {"median": ratio}}}]}
 
-    monkeypatch.setattr(bench, "FIGURES", tmp_path / "speed.json")
     (tmp_path / "speed.json").write_text(json.dumps(figures(2.0)))
-    assert bench.guard(figures(now)) == code
+    assert bench.guard(figures(now), tmp_path / "speed.json") == code
     assert capsys.readouterr().out.startswith(f"vgg16_inception / Keras fit, float32: {now:.2f}, stored 2.00: ")
+
+
+def test_guard_rejects_the_results_of_another_kind_of_device():
+    bench = load_script("benchmarks/training.py")
+    bench.check_comparable({"capability": "cpu_bfloat16"}, bench.FIGURES)
+    assert message(bench.check_comparable, {"capability": "cpu"}, bench.FIGURES) == (
+        f"{bench.FIGURES} was measured on cpu_bfloat16, this is cpu; measure the earlier commit here with "
+        '--models vgg16_inception --only "Keras fit, float32" --report before.json, '
+        "and use --guard --against before.json"
+    )
 
 
 @pytest.mark.slow
@@ -56,7 +63,7 @@ def test_missing_baseline_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     available = bench.interpreters(str(none), str(none))
     assert set(available) == {"keras"}
     assert capsys.readouterr().out.splitlines() == [
-        f"left out: {name} is not installed for {none}; use --{name} PYTHON" for name in ("torch", "jax")
+        f"skipped: {name} is not installed for {none}; use --{name} PYTHON" for name in ("torch", "jax")
     ]
     remaining = bench.installed_contestants(list(bench.CONTESTANTS), available)
     assert [name for name in remaining if name.startswith(("PyTorch", "Keras on"))] == []

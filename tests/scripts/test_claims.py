@@ -49,6 +49,7 @@ def test_claim_is_documented_and_its_runs_compose(name: str, claims: ModuleType,
     assert all(trial.command.startswith("make train model=") for trial in trials)
 
 
+@pytest.mark.slow
 def test_claims_share_common_runs(claims: ModuleType):
     chosen = claims.claims(["bottleneck", "factorised", "auxiliary"])
     one, two, three = ({trial.key for trial in claims.trials_of(*claim)} for claim in chosen.items())

@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from train.config import schema
 from train.data import pipeline
 from train.data.augmentation import policy
 
@@ -36,13 +37,32 @@ def to_numpy(stream):
     return [tuple(part.numpy() for part in batch) for batch in stream]
 
 
+def make_augmentation(name, **options):
+    """The augmentation with this name; options that a test does not set have the config's defaults."""
+    return policy.build(name, **(schema.options(schema.GROUPS["augment"][name]()) | options))
+
+
+TRAIN_OPTIONS = {
+    "batch_size": BATCH_SIZE, "seed": 1, "epoch": 0, "first_batch": 0, "num_classes": 3, "balanced": False,
+    "class_weights": False, "shard": pipeline.SINGLE_SHARD, "augmentation": make_augmentation("crop"),
+}  # fmt: skip
+EVAL_OPTIONS = {"batch_size": BATCH_SIZE, "num_classes": 3, "shard": pipeline.SINGLE_SHARD}
+
+
+def train_stream(split, **options):
+    return pipeline.train_batches(split, **(TRAIN_OPTIONS | options))
+
+
+def eval_stream(split, **options):
+    return pipeline.eval_batches(split, **(EVAL_OPTIONS | options))
+
+
 def train_epoch(split, **options):
-    defaults = {"batch_size": BATCH_SIZE, "seed": 1, "epoch": 0, "num_classes": 3, "augmentation": policy.crop()}
-    return to_numpy(pipeline.train_batches(split, **(defaults | options)))
+    return to_numpy(train_stream(split, **options))
 
 
 def eval_epoch(split, **options):
-    return to_numpy(pipeline.eval_batches(split, **({"batch_size": BATCH_SIZE, "num_classes": 3} | options)))
+    return to_numpy(eval_stream(split, **options))
 
 
 def equal_batches(one, other):
@@ -70,4 +90,4 @@ class RecordingStore:
         return self.store.read(rows)
 
 
-INCEPTION = policy.inception()
+INCEPTION = make_augmentation("inception")

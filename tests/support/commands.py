@@ -21,6 +21,7 @@ FROM_MAKE = {
     "MFLAGS",
     "ARGS",
 }  # its words are not ours
+WITH_SUPPORT = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # for code in another process that imports `support`
 
 
 @dataclass

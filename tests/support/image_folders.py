@@ -9,8 +9,20 @@ DIGITS_FINGERPRINT = "9394412a559e0ae377593c7ee5a5b60fc6b95adae6de4a362d77f1d781
 FORMATS = "not an image in a supported format (JPEG, PNG, GIF, BMP, WEBP)"
 
 
+# Of a test that says nothing else.
+LOAD_OPTIONS = {
+    "background": (255, 255, 255), "crop_fraction": 1.0, "validation_fraction": 0.1, "test_fraction": 0.2,
+    "max_bytes": 2**26, "max_pixels": 50_000_000, "on_error": "raise", "max_skipped": 100, "on_leak": "warn",
+    "train_per_class": None,
+}  # fmt: skip
+
+
+def load_dataset(name, data_dir, **options):
+    return train.data.load(name, str(data_dir), **(LOAD_OPTIONS | options))
+
+
 def load_digits(data_dir, **options):
-    return train.data.load("digits", str(data_dir), **({"image_size": 8, "channels": 1} | options))
+    return load_dataset("digits", data_dir, **({"image_size": 8, "channels": 1} | options))
 
 
 def write_image(path, value=0, side=6, mode="RGB", **options):
@@ -28,7 +40,7 @@ def make_folder(root, count=20, classes=("cat", "dog"), start=0):
 
 
 def load_folder(root, tmp_path, **options):
-    return train.data.load("folder", str(tmp_path / "data"), image_size=4, channels=3, root=str(root), **options)
+    return load_dataset("folder", tmp_path / "data", image_size=4, channels=3, root=str(root), **options)
 
 
 def example_ids(split):
@@ -47,8 +59,7 @@ def unreadable_message(count, total, named, advice=None):
 
 
 MNIST_FILES = (
-    "data.manual_dir must be a folder with train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
-    "t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
+    "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
 )
 
 

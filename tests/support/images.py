@@ -6,6 +6,24 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from train.data.decode import ImageSpec, decode
+from train.data.ingestion.validation import Limits
+
+WHITE = (255, 255, 255)
+MAX_PIXELS = 50_000_000
+
+
+def decode_image(data, channels, background=WHITE, max_pixels=MAX_PIXELS):
+    return decode(data, channels, background, max_pixels)
+
+
+def image_spec(image_size, channels, background=WHITE, crop_fraction=1.0):
+    return ImageSpec(image_size, channels, background, crop_fraction)
+
+
+def make_limits(**options):
+    return Limits(**({"max_bytes": 2**26, "max_pixels": MAX_PIXELS, "on_error": "raise", "max_skipped": 100} | options))
+
 
 def noise(height, width, channels, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)

@@ -10,9 +10,11 @@ import yaml
 
 from support.commands import ROOT, THREADS
 from train.config import composition
+from train.config.schema import Config
 from train.config.serialization import Redactor
-from train.run import train_and_evaluate
-from train.tracking import run_metadata
+from train.distributed.process_group import ProcessGroup
+from train.run.recorder import RunRecorder
+from train.run.train_and_evaluate import RunSession, train_and_evaluate
 from train.tracking.journal import comparable
 from train.tracking.run_dir import RunDir, create_run_dir, open_run_dir
 from train.training.signals import SignalHandler
@@ -54,13 +56,12 @@ def resume_run(folder: Path, *overrides: str, accepted: str = "") -> dict[str, A
 
 
 def train_session(
-    run_dir: RunDir, config: Any, redactor: Redactor, accepted: frozenset[str] = frozenset()
+    run_dir: RunDir, config: Config, redactor: Redactor, accepted: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    session = train_and_evaluate.RunSession(
-        run_dir, config, redactor, SignalHandler(), accepted, run_metadata.initial_summary(run_dir, config)
-    )
-    train_and_evaluate.train_and_evaluate(session)
-    return session.summary
+    """Train or resume a run within this process, without the lifecycle around it; return its summary."""
+    recorder = RunRecorder(run_dir, config, redactor, accepted)
+    train_and_evaluate(RunSession(config, redactor, SignalHandler(), ProcessGroup(0, 1), recorder))
+    return recorder.summary
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:

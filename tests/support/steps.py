@@ -23,7 +23,6 @@ import numpy as np
 from keras import layers
 
 from train import models
-from train.config.schema import Config
 from train.runtime import backends
 from train.training import losses, optimizers, schedules, step
 from train.training.step.layerwise_lr import FreezeSchedule
@@ -142,6 +141,8 @@ def make_step(case: str, policy: str, **changes: Any) -> Any:
         rate,
         EXAMPLES,
         False,
+        float_images=False,
+        example_weights=False,
         measure_gradients=True,
         freeze_schedule=plan,
         teacher=teacher,
@@ -310,7 +311,7 @@ def run(cases: list[str]) -> dict[str, dict[str, Any]]:
 
 def main(folder: Path, cases: list[str]) -> None:
     backend = keras.backend.backend()
-    backends.get_backend(backend).set_up(Config(device="cpu"))
+    backends.get_backend(backend).set_up(device="cpu", devices=1, threads=None, gpu_memory=None, deterministic=True)
     (folder / f"{backend}.pickle").write_bytes(pickle.dumps(run(cases)))
 
 

@@ -81,9 +81,11 @@ def compile_model(model: keras.Model, optimizer: keras.optimizers.Optimizer | No
     return model
 
 
-def make_step(model: keras.Model, examples: int = EXAMPLES, **kind: bool) -> Step:
+def make_step(model: keras.Model, examples: int = EXAMPLES, **kind: Any) -> Step:
+    options = dict.fromkeys(("float_images", "example_weights", "measure_gradients"), False)
+    options |= {"freeze_schedule": None, "teacher": None} | kind
     rate = getattr(model.optimizer, "inner_optimizer", model.optimizer)._learning_rate  # the schedule, not its value
-    return Step(model, keras.Model(model.input, model.output["main"]), rate, examples, jit=False, **kind)
+    return Step(model, keras.Model(model.input, model.output["main"]), rate, examples, jit=False, **options)
 
 
 def make_batch(examples: int = EXAMPLES, seed: int = 0, flawed: bool = False) -> tuple[tf.Tensor, tf.Tensor]:

@@ -95,7 +95,7 @@ def test_search_ends_when_the_search_space_is_exhausted(tmp_path: Path, capsys: 
     axis = Axis("n", values=(0.1, 0.2, 0.7), words=("0.1", "0.2", "0.7"))
     _, create = make_search(tmp_path, axis, search="random", trials=50)
     assert len(run_search(create())) == 3
-    assert capsys.readouterr().out == "found only 3 distinct points, of sweep.trials=50\n"
+    assert capsys.readouterr().out == "found only 3 distinct points instead of sweep.trials=50\n"
 
 
 def test_failed_trial_has_no_value_in_optuna(tmp_path: Path):

@@ -21,7 +21,8 @@ from support.waiting import happens_within
 from train.config.schema import Config, Sweep
 from train.sweep import run, search
 from train.sweep.trials import SweepDir, Trial
-from train.sweep.workers import SweepSignalHandler, TrialResult
+from train.sweep.workers import TrialResult
+from train.training.signals import StopSignals
 
 
 def test_trial_with_half_the_batch_gets_its_own_run_dir(tmp_path: Path):
@@ -58,7 +59,7 @@ def test_password_of_the_tracking_uri_is_written_nowhere(tmp_path: Path):
 
 def make_session(sweep_dir: SweepDir, **settings: Any) -> run.SweepSession:
     """The session of a launcher with a grid search."""
-    session = run.SweepSession(sweep_dir, Config(sweep=Sweep(**settings)), None, SweepSignalHandler())
+    session = run.SweepSession(sweep_dir, Config(sweep=Sweep(**settings)), None, StopSignals())
     session.algorithm = search.GridSearch(sweep_dir)
     return session
 

@@ -57,7 +57,7 @@ def test_sweep_killed_during_creation_is_created_again(tmp_path: Path):
     assert [trial.number for trial in make_sweep(tmp_path, 1).trials] == [0]
 
 
-@pytest.mark.parametrize("text", ["/a b/c,d={x}$y", "it's", "back\\slash", "tail\\'q", "[a"])
+@pytest.mark.parametrize("text", ["/a b/c,d={x}$y", "it's", "back\\slash", "tail\\'q", "end\\", "end\\\\", "[a"])
 def test_trial_path_survives_quoting(text: str):
     assert OverridesParser.create().parse_override(f"sweep.trial={quote_value(text)}").value() == text
 

@@ -7,17 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from support.commands import ROOT, run_train
-from support.sweeps import CompletedSweep, make_sweep
+from support.commands import ROOT, THREADS, run_train
+from support.sweeps import SMALL, make_sweep, trial_record
 from support.waiting import happens_within
+from train.config import composition
+from train.config.serialization import Redactor, to_dict
 from train.sweep import trials, workers
 from train.sweep.trials import Trial
-from train.sweep.workers import SweepSignalHandler, TrialResult, WorkerPool, classify_exit
+from train.sweep.workers import TrialResult, WorkerPool, classify_exit
+from train.training.signals import StopSignals
 
 
 def test_exit_codes_are_classified(tmp_path: Path):
@@ -119,22 +123,22 @@ def test_gpu_is_shared_only_with_a_memory_limit(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def trial(tmp_path: Path, swept: CompletedSweep, monkeypatch: pytest.MonkeyPatch) -> Trial:
-    """A trial that has not started."""
+def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
+    """A trial that has not started, and takes longer than any test."""
     monkeypatch.setattr(workers, "GRACE_SECONDS", 0.5)
-    record = json.loads((swept.path / "trials/000.json").read_text())
-    del record["number"]
-    record["config"]["tracking"]["uri"] = f"sqlite:///{tmp_path / 'mlflow.db'}"  # a store of its own
+    overrides = [*SMALL, "epochs=1000", "steps_per_epoch=4", "batch_size=8", f"threads={THREADS}"]
+    config = composition.compose([*overrides, f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"])
+    record = trial_record(0) | {"config": to_dict(config, Redactor())}
     [created] = trials.create_sweep(tmp_path, ["x"], str(tmp_path / "sweep"), {}, [record]).trials
     return created
 
 
-def run_in_pool(pool: WorkerPool, trial: Trial, watch: Any) -> list[TrialResult]:
+def run_in_pool(pool: WorkerPool, trial: Trial, watch: Callable[[], object]) -> list[TrialResult]:
     """Run the trial in the pool; return its results."""
     waiting, results = [trial], []
     pool.run(
         lambda: waiting.pop() if waiting else None, lambda _, result: bool(results.append(result)) or True, watch,
-        SweepSignalHandler(),
+        StopSignals(),
     )  # fmt: skip
     return results
 
@@ -151,16 +155,93 @@ def test_hanging_trial_is_killed(trial: Trial):
     assert run_in_pool(pool, trial, watch) == [TrialResult(-9, workers.TIMEOUT_REASON)]
 
 
-@pytest.mark.parametrize("state", ["waiting", "running"])
-def test_hanging_trial_of_a_dead_launcher_is_killed(state: str, trial: Trial):
-    [worker] = WorkerPool(1).workers
-    worker.start(trial, None)
-    assert worker.process
-    assert happens_within(lambda: trial.state() == state, 300)
-    assert happens_within(lambda: workers.find_process(trial), 60)
+# Starts the first trial of a sweep; its process does not know its launcher if its number is not passed on.
+KILLED_LAUNCHER = """
+import os, signal, sys, time
+from pathlib import Path
+from train.sweep import workers
+from train.sweep.trials import SweepDir
+folder, how = sys.argv[1:]
+if how == "unknown":
+    workers.PARENT_PID_VARIABLE = "NOT_READ"
+[trial] = SweepDir(Path(folder), {}).trials
+[worker] = workers.WorkerPool(1).workers
+worker.start(trial, None)
+print(worker.process.pid, flush=True)
+if how == "at once":
     worker.process.send_signal(signal.SIGSTOP)
-    assert run_in_pool(WorkerPool(1, time_limit_minutes=0.01), trial, worker.process.poll) == [
-        TrialResult(1, workers.TIMEOUT_REASON)
-    ]
-    assert worker.process.wait(60) == -signal.SIGKILL
-    assert workers.find_process(trial) is None
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def launched(trial: Trial, how: str = "") -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A launcher of the trial, and the trial's process."""
+    command = [sys.executable, "-c", KILLED_LAUNCHER, str(trial.file.parent.parent), how]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout
+        child = int(launcher.stdout.readline())
+        try:
+            yield launcher, child
+        finally:
+            launcher.kill()
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+
+def has_checkpoint(trial: Trial, suffix: str = "") -> bool:
+    return bool(list(trial.folder.glob(f"checkpoints/epoch-*{suffix}")))
+
+
+@pytest.mark.parametrize("how", ["", pytest.param("unknown", marks=pytest.mark.slow)])
+def test_trial_ends_after_a_checkpoint_where_its_launcher_is_killed(how: str, trial: Trial):
+    """Nobody starts the launcher again. Negative control: a trial that does not call `die_with_parent` goes on."""
+    with launched(trial, how) as (launcher, child):
+        assert happens_within(lambda: has_checkpoint(trial), 300)
+        launcher.kill()
+        launcher.wait()
+        assert happens_within(lambda: not is_alive(child), 120 if not how else 5) == (not how)
+        assert has_checkpoint(trial, "-stop") == (not how)
+        assert trial.state() == ("running" if how else "interrupted")
+
+
+def test_trial_ends_where_its_launcher_is_killed_before_it_asks(trial: Trial):
+    """It has no lock yet, so that the next launcher starts the trial: it must not meet another process then."""
+    with launched(trial, "at once") as (launcher, child):
+        assert launcher.wait(60) == -signal.SIGKILL
+        assert (is_alive(child), trial.state()) == (True, "waiting")
+        os.kill(child, signal.SIGCONT)
+        assert happens_within(lambda: not is_alive(child), 120)
+        assert sorted(path.name for path in trial.folder.iterdir()) == ["output.txt"]
+
+
+def test_hanging_trial_of_a_killed_launcher_is_killed_by_the_next_one(trial: Trial, monkeypatch: pytest.MonkeyPatch):
+    """It does not obey the signal that its launcher's death sends. Negative control: who does not look for its process
+    can only give it up."""
+    with launched(trial) as (launcher, child):
+        assert happens_within(lambda: trial.state() == "running", 300)
+        os.kill(child, signal.SIGSTOP)
+        launcher.kill()
+        launcher.wait()
+        given_up = [TrialResult(1, workers.TIMEOUT_REASON)]
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "find_process", lambda _: None)
+            assert run_in_pool(WorkerPool(1, time_limit_minutes=0.01), trial, lambda: None) == given_up
+        assert (is_alive(child), trial.state()) == (True, "running")
+        assert run_in_pool(WorkerPool(1, time_limit_minutes=0.01), trial, lambda: None) == given_up
+        assert not is_alive(child)
+        assert happens_within(lambda: trial.state() == "interrupted", 60)  # the kernel frees its memory before its lock
+
+
+def test_sweep_that_is_stopped_does_not_wait_for_a_run_started_by_hand(trial: Trial):
+    trial.folder.mkdir()
+    (trial.folder / "run.json").write_text(json.dumps({"format_version": 2, "run_id": "x"}))
+    run_dir = trial.run()
+    assert run_dir
+    [worker] = WorkerPool(1).workers
+    with run_dir.locked():
+        worker.start(trial, None)
+        assert (worker.process, worker.poll()) == (None, None)
+        worker.stop(workers.STOPPED_REASON)
+        assert worker.poll() == TrialResult(1, workers.STOPPED_REASON)

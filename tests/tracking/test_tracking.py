@@ -284,7 +284,7 @@ def test_uploader_of_an_earlier_attempt_leaves_the_run_to_the_new_one(tmp_path: 
     recorder = uploader.start(folder, f"http://127.0.0.1:{free_port()}")
     assert recorder is not None
     log = folder.path / "uploader.log"
-    wait_for(lambda: log.exists() and "not recorded yet" in log.read_text(), 300)
+    wait_for(lambda: log.exists() and "could not upload yet" in log.read_text(), 300)
     assert recorder.poll() is None
     Heartbeat(folder.path / "heartbeat").close()
     assert recorder.wait(300) == 0
@@ -431,17 +431,17 @@ def test_sync_uses_the_store_of_the_run(finished: Finished, tmp_path: Path):
     assert address.stored_uri(folder) == "sqlite:////place/mlflow.db"
     folder.write_yaml("config.yaml", {"tracking": {"uri": None}})
     assert address.stored_uri(folder) == mlflow_store.default_uri(ROOT)
-    expected = "the run's tracking address is stored only as ${oc.env:INCEPTION_TEST_STORE}; "
+    expected = "the run's tracking.uri is stored as ${oc.env:INCEPTION_TEST_STORE}, which is no address; "
     expected += f"use make sync run='{finished.path}' uri=ADDRESS"
     assert message(address.stored_uri, open_run_dir(finished.path)) == expected
 
 
 def test_folder_without_a_run_is_rejected(tmp_path: Path):
-    with pytest.raises(ValueError, match="run must be a run folder, got"):
+    with pytest.raises(ValueError, match="is not a run folder; use"):
         open_run_dir(tmp_path)
     done = run_command("make", "sync", f"run={tmp_path}")
     assert done.code == 2
-    assert done.err.splitlines()[0] == f"error: run must be a run folder, got {tmp_path}; use e.g. run=runs/latest"
+    assert done.err.splitlines()[0] == f"error: {tmp_path} is not a run folder; use e.g. run=runs/latest"
 
 
 @contextmanager

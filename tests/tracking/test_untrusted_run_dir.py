@@ -107,11 +107,11 @@ def test_stored_reference_in_any_key_must_be_given_again(key: str, received: Run
     config[group][name] = [REFERENCES[0]] * 5 if name == "blocks" else REFERENCES[0]
     error = message(composition.from_stored, config, [])
     if key == "data.name":
-        assert error.startswith("config.yaml does not hold a config of this project")
+        assert error.startswith("config.yaml is not the config of a run; restore the original file")
         return
     assert error == (
-        f"{key} is stored as {REFERENCES[0]}, a reference that is resolved only if it is typed or in conf/; "
-        f"pass a value, e.g. '{key}={REFERENCES[0]}'"
+        f"{key} is stored as {REFERENCES[0]}, a reference that is resolved only on the command line or in conf/; "
+        f"pass it again: '{key}={REFERENCES[0]}'"
     )
 
 
@@ -279,7 +279,7 @@ def test_invalid_yaml_is_reported_in_one_line(tmp_path: Path):
     folder = RunDir(tmp_path, "x")
     for text in ("- a\n- b\n", "a: [", "!!python/object/apply:os.system ['true']"):
         (tmp_path / "config.yaml").write_text(text)
-        expected = f"{tmp_path}/config.yaml does not hold a config; restore the run's own file"
+        expected = f"{tmp_path}/config.yaml is not the config of a run; restore the original file"
         assert message(folder.config) == expected
     with pytest.raises(yaml.YAMLError):
         yaml.safe_load("!!python/object/apply:os.system ['true']")

@@ -97,14 +97,14 @@ def test_changed_teacher_is_rejected_on_resume(teacher: Path, tmp_path: Path):
 
 def test_unsuitable_teachers_are_rejected(finished: Finished, tmp_path: Path):
     error = message(factory.check_sources, compose([f"distill.teacher={tmp_path}"]))
-    assert error.startswith(f"distill.teacher must be the folder of a finished run, got {tmp_path}")
+    assert error.startswith(f"distill.teacher={tmp_path} is not a finished run")
     copy = tmp_path / "unfinished"
     shutil.copytree(finished.path, copy, symlinks=True)
     (copy / "summary.json").unlink()
-    assert "distill.teacher must be the folder of a finished run" in message(
+    assert f"distill.teacher={copy} is not a finished run" in message(
         factory.check_sources, compose([f"distill.teacher={copy}"])
     )
     overrides = [f"distill.teacher={finished.path}", "data.image_size=48"]
-    assert "distill.teacher must take images of shape [48, 48, 1], got [32, 32, 1]" in message(
+    assert "distill.teacher takes images of shape [32, 32, 1], this run has [48, 48, 1]" in message(
         factory.check_sources, compose(overrides)
     )

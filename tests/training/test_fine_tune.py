@@ -20,6 +20,7 @@ from train.config import schema as schema
 from train.config.composition import compose, minimal_command
 from train.config.serialization import flatten
 from train.training.step.layerwise_lr import FreezeSchedule
+from train.training.step.staged_optimizer import StagedOptimizer
 from train.training.step.tensorflow import Step
 
 STAGES = (
@@ -89,10 +90,14 @@ def test_stages_cover_their_epochs():
         FreezeSchedule({"a": [], "head": []}, ((1, "b"),))
 
 
+def begin_stage(optimizer: StagedOptimizer, plan: FreezeSchedule, stage: int, variables: list[keras.Variable]) -> None:
+    rates = plan.rates(stage)
+    optimizer.begin_stage([(variable, rates[variable.path]) for variable in variables])
+
+
 def test_unfrozen_group_starts_with_fresh_adam_moments():
     """The first update of a weight equals the learning rate, at any step (Kingma & Ba 2015, section 2.1)."""
     from train.training import optimizers, schedules
-    from train.training.step.layerwise_lr import layerwise_lr
 
     reset_keras("float32")
     late, head = (keras.layers.Dense(3, kernel_initializer="ones", name=name) for name in ("late", "head"))
@@ -106,11 +111,11 @@ def test_unfrozen_group_starts_with_fresh_adam_moments():
     optimizer.build([*late.trainable_variables, *head.trainable_variables])
     plan = FreezeSchedule({"late": [late], "head": [head]}, ((1, "head"), (1, "all")), 1.0, 50)
     gradients = [tf.ones((2, 3)), tf.ones(3)]
+    begin_stage(optimizer, plan, 0, head.trainable_variables)
     for _ in range(50):
-        with layerwise_lr(optimizer, plan, 0):
-            optimizer.apply(gradients, head.trainable_variables)
-    with layerwise_lr(optimizer, plan, 1):
-        optimizer.apply(gradients * 2, [*late.trainable_variables, *head.trainable_variables])
+        optimizer.apply(gradients, head.trainable_variables)
+    begin_stage(optimizer, plan, 1, [*late.trainable_variables, *head.trainable_variables])
+    optimizer.apply(gradients * 2, [*late.trainable_variables, *head.trainable_variables])
     np.testing.assert_allclose(late.kernel.numpy(), 1 - 0.1, rtol=1e-4)
     np.testing.assert_allclose(head.kernel.numpy(), 1 - 51 * 0.1, rtol=1e-3)
 
@@ -144,7 +149,6 @@ def test_every_group_has_its_own_learning_rate(decay: float = 0.5):
 def test_weights_decay_at_the_rate_of_their_group(name: str):
     """Without a gradient, only the decay changes a weight."""
     from train.training import optimizers, schedules
-    from train.training.step.layerwise_lr import layerwise_lr
 
     reset_keras("float32")
     layer = keras.layers.Dense(3, kernel_initializer="ones")
@@ -155,10 +159,10 @@ def test_weights_decay_at_the_rate_of_their_group(name: str):
     optimizer = optimizers.build_optimizer(name, rate, gradient_clip=None, gradient_accumulation=1, ema=None, **rules)
     optimizer.build(layer.trainable_variables)
     plan = FreezeSchedule({"late": [layer], "middle": [], "head": []}, ((1, "all"),), 0.5)
-    with layerwise_lr(optimizer, plan, 0):
-        optimizer.apply([tf.zeros((2, 3)), tf.zeros(3)], layer.trainable_variables)
+    begin_stage(optimizer, plan, 0, layer.trainable_variables)
+    optimizer.apply([tf.zeros((2, 3)), tf.zeros(3)], layer.trainable_variables)
     np.testing.assert_allclose(layer.kernel.numpy(), 1 - 0.1 * 0.25 * 0.5, rtol=1e-6)
-    assert "update_step" not in vars(optimizer)
+    np.testing.assert_array_equal(layer.bias.numpy(), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -177,13 +181,15 @@ def test_fine_tuning_without_stages_loads_the_head(pretrained: Path, tmp_path: P
     done = train_tiny(tmp_path / "run", f"model.weights={pretrained}", "epochs=1")
     assert done.code == 0, done.err
     line = next(line for line in done.out.splitlines() if line.startswith("weights: "))
-    assert line.startswith("weights: 99 layers loaded, block1_conv1_conv to predictions; new: aux_1_conv, ")
+    assert line.startswith(
+        "weights: 99 layers loaded, block1_conv1_conv to predictions; newly initialised: aux_1_conv, "
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["experiment=fine_tune"], "fine_tune.stages requires weights to start from, got none; use model.weights="),
+        (["experiment=fine_tune"], "fine_tune.stages requires pretrained weights; use model.weights=PATH"),
         (
             ["experiment=fine_tune", "model.weights=x.h5", "epochs=11"],
             "epochs must be at least those of all fine_tune.stages (12), got 11; use epochs=12",
@@ -205,7 +211,10 @@ def test_fine_tuning_without_stages_loads_the_head(pretrained: Path, tmp_path: P
             )
             for typed in ("[{epoch:1}]", "[{epochs:three}]", "[head]")
         ),
-        (["fine_tune.layer_decay=0.5"], "fine_tune.layer_decay requires fine_tune.stages, got none"),
+        (
+            ["fine_tune.layer_decay=0.5"],
+            "fine_tune.layer_decay has no effect without fine_tune.stages; use experiment=fine_tune",
+        ),
         (
             ["experiment=fine_tune", "model.weights=x.h5", "schedule.warmup_epochs=4"],
             "schedule.warmup_epochs must be at most the epochs of every stage (1 in fine_tune.stages[0]), got 4",

@@ -1,4 +1,4 @@
-"""Fused kernels: the same numbers as Keras, in less time."""
+"""Fused kernels of layers: the same numbers as Keras, in less time."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -9,8 +9,7 @@ import pytest
 import tensorflow as tf
 
 from train import models
-from train.training import optimizers
-from train.training.step.fused_kernels import FUSED_UPDATES, fused_kernels
+from train.training.step.fused_kernels import fused_kernels
 
 SHAPE = (5, 6, 7, 8)
 
@@ -53,7 +52,7 @@ def trained(model: keras.Model, by: Any, images: np.ndarray) -> dict[str, np.nda
 
 
 def ours(model: keras.Model) -> Any:
-    return fused_kernels(model, keras.optimizers.SGD())
+    return fused_kernels(model)
 
 
 def plain(_: keras.Model) -> Any:
@@ -185,66 +184,3 @@ def test_other_convolutions_are_not_replaced(options: dict, batch: int):
     if options.get("groups", 1) == 1:
         assert "Conv2DBackpropFilter" in kinds_of(model, ours, batch)
     np.testing.assert_array_equal(outputs, model(np.zeros((batch, 6, 7, 5), np.float32)))
-
-
-# --------------------------------------------------------------------------------------------------------- updates
-
-OPTIMIZERS = {
-    "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
-    "nesterov": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "no momentum": lambda: keras.optimizers.SGD(0.1),
-    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1, beta_1=0.8),
-    "amsgrad": lambda: keras.optimizers.AdamW(0.01, amsgrad=True),
-    "rmsprop": lambda: keras.optimizers.RMSprop(0.01, momentum=0.9, epsilon=1.0),
-    "no momentum, rmsprop": lambda: keras.optimizers.RMSprop(0.01),
-}
-ONE_KERNEL = {
-    "momentum": "ResourceApplyKerasMomentum", "nesterov": "ResourceApplyKerasMomentum", "adamw": "ResourceApplyAdam",
-    "rmsprop": "ResourceApplyRMSProp",
-}  # fmt: skip
-
-
-def updated(name: str, by: Any) -> tuple[dict[str, np.ndarray], set[str]]:
-    """Weights and slots after five steps, and the kinds of operations."""
-    weights = [
-        keras.Variable(np.linspace(-1, 1, 6).reshape(2, 3).astype(np.float32)),
-        keras.Variable(np.ones(4, np.float32)),
-    ]
-    optimizer = OPTIMIZERS[name]()
-    optimizer.build(weights)
-
-    @tf.function(autograph=False)
-    def step(gradients: list[tf.Tensor]) -> None:
-        optimizer.apply(gradients, weights)
-
-    draw = np.random.default_rng(0)
-    gradients = [[tf.constant(draw.normal(size=w.shape), tf.float32) for w in weights] for _ in range(5)]
-    with by(optimizer):
-        graph = step.get_concrete_function(gradients[0]).graph
-    for one in gradients:
-        step(one)
-    actual = {f"{number}": v.numpy() for number, v in enumerate([*weights, *optimizer.variables])}
-    return actual, {op.type for op in graph.get_operations()}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fused_update_matches_keras(name: str):
-    model = layer_of()
-    theirs, _ = updated(name, lambda _: nullcontext())
-    actual, kinds = updated(name, lambda optimizer: fused_kernels(model, optimizer))
-    assert kinds & set(ONE_KERNEL.values()) == ({ONE_KERNEL[name]} if name in ONE_KERNEL else set())
-    assert actual.keys() == theirs.keys()
-    for number, value in theirs.items():
-        np.testing.assert_allclose(actual[number], value, rtol=1e-5, atol=1e-6, err_msg=number)
-
-
-def test_every_optimizer_has_a_fused_update():
-    options = {"weight_decay": 0.01, "gradient_clip": None, "gradient_accumulation": 1, "ema": None}
-    own = {
-        "sgd": {"momentum": 0.9, "nesterov": True},
-        "adamw": {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7},
-        "rmsprop": {"rho": 0.9, "momentum": 0.9, "epsilon": 1.0},
-    }
-    assert own.keys() == optimizers.OPTIMIZERS.keys()
-    for name, choice in own.items():
-        assert type(optimizers.build_optimizer(name, lambda _: 0.1, **options, **choice)) in FUSED_UPDATES

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from support.commands import ROOT
-from train.training.signals import Interrupted, SignalHandler
+from train.training.signals import Interrupted, SignalHandler, StopSignals
 
 
 def test_second_signal_and_signal_outside_the_loop_raise_immediately():
@@ -30,7 +30,7 @@ def test_repeated_signal_within_a_moment_counts_once(monkeypatch: pytest.MonkeyP
     with SignalHandler().installed() as signals, signals.deferred():
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        monkeypatch.setattr(SignalHandler, "REPEAT_SECONDS", 0.0)
+        monkeypatch.setattr(StopSignals, "REPEAT_SECONDS", 0.0)
         with pytest.raises(Interrupted) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
     assert stop.value.immediate

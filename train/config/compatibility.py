@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from train.config.schema import ConfigError
 from train.config.serialization import RENDEZVOUS_KEYS
+from train.storage.json_types import JsonObject
 
 # Keys that may differ between attempts: they change no bit, or a fingerprint of what they name is compared instead.
 IGNORED_KEYS = (
@@ -22,7 +22,7 @@ IGNORED_KEYS = (
 )  # fmt: skip
 
 
-def differing_keys(previous: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def differing_keys(previous: JsonObject, current: JsonObject) -> list[str]:
     """Names of the differing values, without IGNORED_KEYS."""
     return [
         name
@@ -31,7 +31,7 @@ def differing_keys(previous: dict[str, Any], current: dict[str, Any]) -> list[st
     ]
 
 
-def unaccepted_changes(previous: dict[str, Any], current: dict[str, Any], accepted: frozenset[str]) -> list[str]:
+def unaccepted_changes(previous: JsonObject, current: JsonObject, accepted: frozenset[str]) -> list[str]:
     """Names of the changes that were not accepted. More epochs need no acceptance: they follow those already done."""
     longer = current["epochs"] > previous["epochs"]
     return [
@@ -39,13 +39,13 @@ def unaccepted_changes(previous: dict[str, Any], current: dict[str, Any], accept
     ]
 
 
-def check_compatible(
-    previous: dict[str, Any], current: dict[str, Any], accepted: frozenset[str], run_dir: Path
-) -> None:
+def check_compatible(previous: JsonObject, current: JsonObject, accepted: frozenset[str], run_dir: Path) -> None:
     """Raises: ConfigError naming every change that was not accepted, and the argument that accepts them."""
     unknown = sorted(accepted - {*previous, *current})
     if unknown:
-        raise ConfigError(f"accept must name what may differ, got {unknown[0]}; use names like code or batch_size")
+        raise ConfigError(
+            f'unknown name "{unknown[0]}" in accept; use the names of changed settings, e.g. accept=code,batch_size'
+        )
     unaccepted = unaccepted_changes(previous, current, accepted)
     if not unaccepted:
         return

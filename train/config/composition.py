@@ -10,21 +10,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from train.cli.arguments import unknown_key_message
 from train.config import schema as schema
-from train.config.hydra_errors import HYDRA_ERRORS, default_options, explain, unknown_key_message
+from train.config.overrides import (
+    HYDRA_ERRORS,
+    Sections,
+    check_form,
+    check_override,
+    check_overrides,
+    check_single_value,
+    explain,
+    parse_overrides,
+    schema_sections,
+    unknown_config_key_message,
+)
 from train.config.schema import Config, ConfigError
 from train.config.serialization import Redactor, extract_credentials, flatten, format_value, quote_value
+from train.config.suggestions import suggest_key
 from train.config.validation import check
+from train.storage.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 REDACTED = "(from the environment)"
 
 
+@cache
 def register_schema() -> None:
     """Registers the dataclasses with Hydra, under `schema/` so that they are not options of the real groups."""
     store = ConfigStore.instance()
@@ -59,7 +79,7 @@ PATH_KEYS = ("data.root", "data.manual_dir", "data.file", "model.weights", "dist
 
 
 def _expand_home(config: Config) -> None:
-    """Expands `~` in paths: the shell does not, in `data.root=~/images`."""
+    """Expands `~` in paths: the shell does not, in `data.root="'~/images'"`."""
     for key in PATH_KEYS:
         group, _, name = key.rpartition(".")
         node = getattr(config, group) if group else config
@@ -67,7 +87,7 @@ def _expand_home(config: Config) -> None:
             setattr(node, name, _expand_value(key, getattr(node, name)))
 
 
-def _expand_value(key: str, value: Any) -> Any:
+def _expand_value(key: str, value: object) -> object:
     """The value of a key; in a path, the home directory replaces `~`."""
     if key in PATH_KEYS and isinstance(value, str):
         return os.path.expanduser(value)  # noqa: PTH111 - keeps the rest as typed
@@ -83,13 +103,13 @@ def _resolve_links(config: Config) -> None:
         config.model.weights = str(weights.parent.parent.resolve() / "best" / weights.name)
 
 
-def _reject_unknown_keys(config: Any, prefix: str = "") -> None:
-    """Rejects keys that `+name=value` adds, which gets past Hydra's own test for unknown keys."""
-    field_names = {item.name for item in dataclasses.fields(config)}
+def _reject_unknown_keys(config: DataclassInstance, prefix: str = "") -> None:
+    """Rejects keys that `+key=value` adds where the overrides could not be checked, as with Hydra's --config-dir."""
+    names = {item.name for item in dataclasses.fields(config)}
     for name, value in vars(config).items():
-        if name not in field_names:
-            raise ConfigError(unknown_key_message(prefix + name, []))
-        if dataclasses.is_dataclass(value):
+        if name not in names:
+            raise ConfigError(unknown_config_key_message(prefix + name, schema_sections()))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             _reject_unknown_keys(value, f"{prefix}{name}.")
 
 
@@ -99,14 +119,23 @@ def compose(overrides: list[str]) -> Config:
     Raises: ConfigError.
     """
     from hydra import compose as hydra_compose
+
+    try:
+        with conf_loader() as loader:
+            check_overrides(overrides, loader)
+            return to_config(hydra_compose("config", overrides=overrides))
+    except HYDRA_ERRORS as error:
+        raise ConfigError(explain(error)) from None
+
+
+@contextmanager
+def conf_loader() -> Iterator[ConfigLoader]:
+    """Hydra, set up with conf/ and the schema, but for whatever else uses it in this process."""
     from hydra import initialize_config_dir
 
     register_schema()
-    try:
-        with isolated_hydra(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
-            return to_config(hydra_compose("config", overrides=overrides))
-    except HYDRA_ERRORS as error:
-        raise ConfigError(explain(error, overrides)) from None
+    with isolated_hydra(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
 
 
 @contextmanager
@@ -122,7 +151,7 @@ def isolated_hydra() -> Iterator[None]:
 
 
 def from_stored(
-    stored_config: dict[str, Any],
+    stored_config: JsonObject,
     overrides: list[str],
     trusted: References | None = None,
     *,
@@ -138,60 +167,62 @@ def from_stored(
     Raises: ConfigError for an override of an unknown key, and for a value that was neither stored nor passed.
     """
     stored_keys = flatten(stored_config)
-    overridden = [override.partition("=")[0] for override in overrides]
+    parsed = parse_overrides(overrides)
+    overridden = [override.key_or_group for override in parsed]
+    valid_keys = [*command_keys, *sorted(stored_keys)]
     for name in overridden:
         if name not in stored_keys:
-            raise ConfigError(f'unknown key "{name}"; valid keys: {", ".join((*command_keys, *sorted(stored_keys)))}')
+            raise ConfigError(unknown_key_message(name, valid_keys, suggest_key(name, valid_keys)))
     try:
         names = {group: stored_config[group]["name"] for group in schema.GROUPS}
         node_types = {group: schema.GROUPS[group][name] for group, name in names.items()}
     except (KeyError, TypeError):
-        raise ConfigError("config.yaml does not hold a config of this project; restore the run's own file") from None
+        raise ConfigError("config.yaml is not the config of a run; restore the original file") from None
     references = frozenset((key, text) for key, text in find_references(stored_config) if key not in overridden)
     if references and trusted is None:
         trusted = conf_references(names)
     for key, text in sorted(references - (trusted or frozenset())):
         raise ConfigError(
-            f"{key} is stored as {text}, a reference that is resolved only if it is typed or in conf/; pass a value, "
-            f"e.g. '{key}={text}'"
+            f"{key} is stored as {text}, a reference that is resolved only on the command line or in conf/; "
+            f"pass it again: '{key}={text}'"
         )
     try:
         node = OmegaConf.structured(Config)
         for group, node_type in node_types.items():
             node[group] = OmegaConf.structured(node_type)
-        node = cast(DictConfig, OmegaConf.merge(node, stored_config, _parse_overrides(overrides)))
+        node = cast(DictConfig, OmegaConf.merge(node, stored_config, _to_node(parsed, schema_sections() | node_types)))
     except HYDRA_ERRORS as error:
-        raise ConfigError(explain(error, overrides)) from None
-    redacted = [name for name, value in flatten(cast(dict, OmegaConf.to_container(node))).items() if value == REDACTED]
+        raise ConfigError(explain(error)) from None
+    redacted = [
+        name for name, value in flatten(cast(JsonObject, OmegaConf.to_container(node))).items() if value == REDACTED
+    ]
     if redacted:
         raise ConfigError(f"{redacted[0]} was not stored with the run; pass it again: {redacted[0]}=VALUE")
     return node
 
 
-def _parse_overrides(overrides: list[str]) -> DictConfig:
-    """Parses values by Hydra's grammar, as `make train` does: YAML's would read off as false."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
+def _to_node(overrides: list[Override], sections: Sections) -> DictConfig:
+    """The checked values of the overrides. Raises: ConfigError."""
     node = OmegaConf.create()
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
-        if override.is_sweep_override():
-            raise ConfigError(f"{key} takes a single value, got {override.get_value_string()}; use one of them")
-        OmegaConf.update(node, key, _expand_value(key, override.value()))
+    for override in overrides:
+        check_form(override)
+        check_single_value(override, "use one of them")
+        check_override(override, [sections])
+        OmegaConf.update(node, override.key_or_group, _expand_value(override.key_or_group, override.value()))
     return node
 
 
 References = frozenset[tuple[str, str]]  # dotted key, text with ${...}
 
 
-def find_references(stored_config: dict[str, Any]) -> References:
+def find_references(stored_config: JsonObject) -> References:
     """The strings of a config that hold a reference, those in lists included."""
     return frozenset(
         (key, text) for key, value in flatten(stored_config).items() for text in _iterate_strings(value) if "${" in text
     )
 
 
-def _iterate_strings(value: Any) -> Iterator[str]:
+def _iterate_strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -202,12 +233,10 @@ def _iterate_strings(value: Any) -> Iterator[str]:
 def conf_references(chosen_options: dict[str, str]) -> References:
     """The references in conf/ today. chosen_options: the option of each group."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
 
-    register_schema()
-    with isolated_hydra(), initialize_config_dir(str(schema.ROOT / "conf"), version_base="1.3"):
+    with conf_loader():
         node = hydra_compose("config", overrides=[f"{group}={name}" for group, name in chosen_options.items()])
-    return find_references(cast(dict, OmegaConf.to_container(node, resolve=False)))
+    return find_references(cast(JsonObject, OmegaConf.to_container(node, resolve=False)))
 
 
 # --------------------------------------------------------------------------------------- references and secrets
@@ -220,14 +249,14 @@ WHOLE_REFERENCE = re.compile(r"\$\{\s*[\w.]+\s*(:\s*\w+\s*)?\}")
 NOT_REPRODUCED = ("run_dir", "tracking.uri", "tracking.wait_seconds", "data.directory", "data.fingerprint")
 
 
-def minimal_command(flat_config: dict[str, Any]) -> str:
+def minimal_command(flat_config: JsonObject) -> str:
     """The shortest `make train ...` that reproduces a run on top of conf/. flat_config: values as they were typed."""
     chosen = {group: flat_config[f"{group}.name"] for group in schema.GROUPS}
     defaults = _defaults_for(*(f"{group}={name}" for group, name in chosen.items()))
     overrides = [
         f"{group}={name}"
         for group, name in chosen.items()
-        if group in ("model", "data") or name != default_options()[group]
+        if group in ("model", "data") or name != _defaults_for()[f"{group}.name"]
     ]
     for name, value in flat_config.items():
         if name in defaults and value not in (defaults[name], REDACTED) and name not in NOT_REPRODUCED:
@@ -237,7 +266,7 @@ def minimal_command(flat_config: dict[str, Any]) -> str:
 
 
 @cache
-def _defaults_for(*groups: str) -> dict[str, Any]:
+def _defaults_for(*groups: str) -> JsonObject:
     """The flat config of conf/ with these options and no other override."""
     return flatten(dataclasses.asdict(compose(list(groups))))
 
@@ -247,7 +276,7 @@ def make_redactor(node: DictConfig) -> Redactor:
 
     A value that is nothing but a reference is stored as that reference; one that mixes it with text is not stored.
     """
-    raw = flatten(cast(dict, OmegaConf.to_container(node, resolve=False)))
+    raw = flatten(cast(JsonObject, OmegaConf.to_container(node, resolve=False)))
     from_env = {name: str(value) for name, value in raw.items() if ENV_REFERENCE.search(str(value))}
     for _ in raw:  # a reference to such a key leads to the environment, too
         from_env |= {

@@ -1,15 +1,20 @@
 """The typed schema of a run: one dataclass per group, and for each key its meaning, unit and range.
 
-YAML under conf/ holds values, this file holds types; validation.py checks the values. Nothing here imports the project,
-Hydra or TensorFlow, so that mistakes are reported at once. Some names and sizes are repeated here on purpose;
-tests/config/test_config.py compares them with the code that they belong to.
+This file holds types and defaults, YAML under conf/ the values that differ; validation.py checks the values. Nothing
+here imports Hydra or TensorFlow, so that mistakes are reported at once. Some names and sizes are repeated here on
+purpose; tests/config/test_config.py compares them with the code that they belong to.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from train.cli.fields import setting
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +65,6 @@ BLOCK_KINDS = (
     "single_5x5",
 )
 
-RENAMED_METRICS = {"validation/main_accuracy": "validation/accuracy", "train/main_accuracy": "train/accuracy"}
 METRICS = ("validation/accuracy", "validation/loss", "train/accuracy", "train/loss")
 
 
@@ -68,23 +72,13 @@ class ConfigError(ValueError):
     """The user's input cannot be run; one line says what is wrong, what is allowed and what to do."""
 
 
-def setting(
-    default: Any,
-    text: str,
-    *,
-    unit: str = "",
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: tuple = (),
-) -> Any:
-    """A dataclass field with a meaning, a unit, and a range (`ge <= v <= le` or `gt < v < lt`) or `choices`."""
-    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"text": text, "unit": unit, "choices": choices, "limits": limits}
-    if isinstance(default, list | dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+class SeveralFaultsError(ConfigError):
+    """Several faults of the user's input. messages: one line for each, and the number of those after the tenth."""
+
+    def __init__(self, messages: list[str]) -> None:
+        more = [f"{len(messages) - 10} more faults"] * (len(messages) > 10)
+        self.messages = [*messages[:10], *more]
+        super().__init__("; ".join(self.messages))
 
 
 # --------------------------------------------------------------------------------------------------------- groups
@@ -151,8 +145,10 @@ class Data:
         ge=1,
     )
     channels: int = setting(3, "1: greyscale, 3: colour; images are converted", choices=(1, 3))
-    background: list[int] = setting([255, 255, 255], "red, green and blue behind transparent pixels", ge=0, le=255)
-    crop_fraction: float = setting(1.0, "centre crop of evaluation, as a fraction of the shorter side", gt=0, le=1)
+    background: list[int] = setting(
+        [255, 255, 255], "colour (red, green, blue) behind transparent pixels", ge=0, le=255
+    )
+    crop_fraction: float = setting(1.0, "centre crop for evaluation, as a fraction of the shorter side", gt=0, le=1)
     validation_fraction: float = setting(
         0.1, "fraction held out for validation if the data set has no such split", gt=0, lt=1
     )
@@ -367,8 +363,10 @@ class Tracking:
 class Sweep:
     """How one command starts several runs; changes no bit of any run and is not part of it."""
 
-    search: str = setting("grid", "how trials are chosen", choices=("grid", "random", "tpe", "asha"))
-    space: dict[str, str] = setting({}, "values or ranges to try, by key; loaded from conf/sweep/ by sweep=NAME")
+    search: str = setting("grid", "search algorithm", choices=("grid", "random", "tpe", "asha"))
+    space: dict[str, str] = setting(
+        {}, "values or ranges to try, by key; loaded from conf/sweep/ by sweep=NAME", internal=True
+    )
     trials: int = setting(20, "number of points to try (random, tpe, asha)", unit="points", ge=1)
     first_epochs: int = setting(1, "epochs before the first comparison (asha)", unit="epochs", ge=1)
     reduction: int = setting(
@@ -382,7 +380,7 @@ class Sweep:
         "processes", "where trials run: local processes, or a Ray cluster", choices=("processes", "ray")
     )
     minutes: float | None = setting(None, "time limit of one trial; null: none", unit="minutes", gt=0)
-    retries: int = setting(1, "how often to resume a trial that was killed", unit="times", ge=0)
+    retries: int = setting(1, "number of times to resume a trial that was killed", unit="times", ge=0)
     halve_batch: bool = setting(
         False, "run a trial that ran out of memory again, with half the batch size, as a new run"
     )
@@ -390,10 +388,10 @@ class Sweep:
     fail_fast: bool = setting(False, "stop the whole sweep at the first failed trial")
     dry_run: bool = setting(False, "check and list all trials, run none")
     fresh: bool = setting(False, "start a new sweep instead of resuming the one with the same arguments")
-    most: int = setting(200, "maximum number of trials, against typing mistakes", unit="trials", ge=1)
-    trial: str | None = setting(None, "(internal) file of the trial to run")
-    until: int | None = setting(None, "(internal) epoch after which the trial pauses", unit="epochs", ge=1)
-    final: list[str] = setting([], "(internal) settings enabled for the final run")
+    most: int = setting(200, "maximum number of trials; guards against typing mistakes", unit="trials", ge=1)
+    trial: str | None = setting(None, "file of the trial to run", internal=True)
+    until: int | None = setting(None, "epoch after which the trial pauses", unit="epochs", ge=1, internal=True)
+    final: list[str] = setting([], "settings enabled for the final run", internal=True)
 
 
 @dataclass
@@ -450,8 +448,13 @@ class Distill:
     """Knowledge distillation: training on the predictions of a larger network, too."""
 
     teacher: str | None = setting(None, "folder of a finished run with the same classes and image size; null: none")
-    weight: float = setting(0.7, "fraction of the loss that is the distance to the teacher's predictions", gt=0, le=1)
-    temperature: float = setting(4.0, "temperature that divides both networks' logits in it", ge=1, le=100)
+    weight: float = setting(
+        0.7,
+        "weight of the distillation loss, to the teacher's predictions; the loss to the labels has the rest",
+        gt=0,
+        le=1,
+    )
+    temperature: float = setting(4.0, "temperature of both networks' softmax in the distillation loss", ge=1, le=100)
 
 
 @dataclass
@@ -504,7 +507,7 @@ class Config:
     threads: int | None = setting(
         None, "compute threads; null: the fastest number measured for the model, at most one per core", ge=1, le=1024
     )
-    deterministic: bool = setting(True, "give the same bits for the same config, data and machine")
+    deterministic: bool = setting(True, "bit-identical results for the same config, data and machine")
     label_smoothing: float = setting(0.0, "fraction of a label spread over all classes", ge=0, lt=1)
     ema: float | None = setting(
         None,
@@ -518,7 +521,7 @@ class Config:
     )
     on_divergence: str = setting(
         "stop",
-        "if the loss is no longer finite: stop, or roll back to the last checkpoint with a lower learning rate",
+        "what to do when the loss is not finite: stop, or roll back to the last checkpoint with a lower learning rate",
         choices=("stop", "rollback"),
     )
     run_dir: str | None = setting(None, "folder of the run; null: runs/<experiment>/<time>-<short id>")
@@ -564,6 +567,6 @@ def resolve_image_size(config: Config) -> int:
     return max(DEFAULT_IMAGE_SIZE[config.data.name], MIN_IMAGE_SIZE[config.model.name])
 
 
-def options(group: Any) -> dict[str, Any]:
+def options(group: DataclassInstance) -> dict[str, Any]:  # passed on as keyword arguments of many types
     """The keys of a group, except `name`, as keyword arguments for its builder."""
     return {item.name: getattr(group, item.name) for item in fields(group) if item.name != "name"}

@@ -8,10 +8,10 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from train.config.schema import Config
+from train.storage.json_types import JsonObject
 
 RUN_FORMAT_VERSION = 2  # of a run folder; raised when older versions of the project can no longer read it
 
@@ -20,7 +20,7 @@ class FormatVersionError(ValueError):
     """The run was written by a newer version of the project."""
 
 
-def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
+def check_format_version(run_dir: Path, run_json: JsonObject) -> None:
     """Raises: FormatVersionError if the folder was written in a newer format."""
     version = run_format_version(run_json)
     if version > RUN_FORMAT_VERSION:
@@ -30,7 +30,7 @@ def check_format_version(run_dir: Path, run_json: dict[str, Any]) -> None:
         )
 
 
-def run_format_version(run_json: dict[str, Any]) -> int:
+def run_format_version(run_json: JsonObject) -> int:
     """The format of a run folder, from its run.json."""
     return run_json.get("format_version", 1)
 
@@ -66,12 +66,14 @@ def extract_credentials(address: str) -> list[str]:
 def strip_credentials(uri: str) -> str:
     """The address without user, password, query and fragment, which may hold secrets."""
     address = uri.partition("?")[0].partition("#")[0]
+    if "://" not in address:  # mistyped: what stands before the @ may be a password all the same
+        return address.rpartition("@")[2]
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
-def to_dict(config: Config, redactor: Redactor) -> dict[str, Any]:
+def to_dict(config: Config, redactor: Redactor) -> JsonObject:
     """The config for storage: environment references as they were typed, addresses without secrets."""
     payload = dataclasses.asdict(config)
     del payload["sweep"], payload["claim"]  # not part of a run
@@ -86,18 +88,20 @@ def to_dict(config: Config, redactor: Redactor) -> dict[str, Any]:
     return payload
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: JsonObject, prefix: str = "") -> JsonObject:
     """Flattens nested dicts to dotted names: `{"model.width": 1.0, ...}`."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for name, value in nested.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
-def config_hash(config: Config, redactor: Redactor) -> str:
-    """SHA-256 over all keys but `run_dir`, `tracking`, `data.fingerprint` and RENDEZVOUS_KEYS; references as typed."""
-    payload = to_dict(config, redactor)
-    flat = flatten({name: value for name, value in payload.items() if name not in ("run_dir", "tracking")})
+def config_hash(stored: JsonObject) -> str:
+    """SHA-256 over all keys but `run_dir`, `tracking`, `data.fingerprint` and RENDEZVOUS_KEYS.
+
+    stored: the config as `to_dict` returns it.
+    """
+    flat = flatten({name: value for name, value in stored.items() if name not in ("run_dir", "tracking")})
     for name in ("data.fingerprint", *RENDEZVOUS_KEYS):
         del flat[name]
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
@@ -113,17 +117,17 @@ NOT_PART_OF_VARIANT = (
 )  # fmt: skip
 
 
-def variant_config(flat: dict[str, Any]) -> dict[str, Any]:
+def variant_config(flat: JsonObject) -> JsonObject:
     """The part of a flat config that repeats of a run over seeds have in common."""
     return {name: v for name, v in flat.items() if name not in NOT_PART_OF_VARIANT and not name.startswith("tracking.")}
 
 
-def variant_id(flat: dict[str, Any]) -> str:
+def variant_id(flat: JsonObject) -> str:
     """Twelve hexadecimal characters that identify a variant."""
     return hashlib.sha256(json.dumps(variant_config(flat), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Formats a value as it is typed in an override."""
     if isinstance(value, list):
         return "[" + ",".join(map(format_value, value)) + "]"
@@ -134,4 +138,10 @@ def format_value(value: Any) -> str:
 
 def quote_value(text: str) -> str:
     """Quotes a text for Hydra's override grammar, which gives some characters a meaning."""
-    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
+    text = re.sub(r"(\\*)'", r"\1\1\'", text)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"
+
+
+def format_override(name: str, value: object) -> str:
+    """The override that sets the key to the value; a text is quoted, whatever it holds."""
+    return f"{name}={quote_value(value) if isinstance(value, str) else format_value(value)}"

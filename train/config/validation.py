@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
+from dataclasses import Field, fields, is_dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from train.cli.fields import find_problem
 from train.config.schema import (  # fmt: skip
     ALL_LAYER_GROUPS,
     GROUPS,
     HEAD_LAYER_GROUP,
     LAYER_GROUPS,
     MIN_IMAGE_SIZE,
-    RENAMED_METRICS,
     UPPER_LAYER_GROUPS,
     Checkpoint,
     Config,
@@ -25,62 +24,44 @@ from train.config.schema import (  # fmt: skip
     Tracking,
 )
 from train.config.serialization import strip_credentials
+from train.config.suggestions import suggest_value
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-def check(config: Any, prefix: str = "") -> None:
+def check(config: DataclassInstance, prefix: str = "") -> None:
     """Checks every value against its key's range, and the keys against each other.
 
     Raises: ConfigError naming the key, the value and what is allowed.
     """
     for item in fields(config):
         value = getattr(config, item.name)
-        name = prefix + item.name
-        if is_dataclass(value):
-            check(value, name + ".")
-        elif isinstance(value, list):
-            for number, element in enumerate(value):
-                if is_dataclass(element):
-                    check(element, f"{name}[{number}].")
-                else:
-                    _check_value(name, element, item)
-        elif value is not None:
-            _check_value(name, value, item)
+        if is_dataclass(value) and not isinstance(value, type):
+            check(value, f"{prefix}{item.name}.")
+        else:
+            check_value(prefix + item.name, value, item)
     if isinstance(config, Config):
         _check_consistency(config)
 
 
-def _check_value(name: str, value: Any, item: dataclasses.Field) -> None:
-    choices, limits = item.metadata["choices"], item.metadata["limits"]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value}; use e.g. {name}={_example(item)}")
-    if choices and value not in choices:
-        hint = f"; it is now called {RENAMED_METRICS[value]}" if value in RENAMED_METRICS else ""
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value}{hint}")
-    too_low = _violates(value, limits["ge"], lambda v, x: v < x) or _violates(value, limits["gt"], lambda v, x: v <= x)
-    too_high = _violates(value, limits["le"], lambda v, x: v > x) or _violates(value, limits["lt"], lambda v, x: v >= x)
-    if too_low or too_high:
-        raise ConfigError(f"{name} must be {describe_limits(item)}, got {value}; use e.g. {name}={_example(item)}")
+def check_value(name: str, value: object, item: Field[object]) -> None:
+    """Checks a key's value, or every element of a list, against the key's range. Raises: ConfigError."""
+    if not isinstance(value, list):
+        _check_element(name, value, item)
+        return
+    for number, element in enumerate(value):
+        if is_dataclass(element) and not isinstance(element, type):
+            check(element, f"{name}[{number}].")
+        else:
+            _check_element(name, element, item)
 
 
-def _violates(value: Any, limit: float | None, test: Any) -> bool:
-    return limit is not None and test(value, limit)
-
-
-def _example(item: dataclasses.Field) -> Any:
-    limits = item.metadata["limits"]
-    if item.default_factory is not MISSING:
-        return "[" + ",".join(map(str, item.default_factory())) + "]"
-    default = item.default if item.default is not MISSING else None
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return default
-    return limits["ge"] if limits["ge"] is not None else 0.5
-
-
-def describe_limits(item: dataclasses.Field) -> str:
-    """A key's range in words, such as "at least 0 and below 1"."""
-    phrases = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    limits = item.metadata["limits"].items()
-    return " and ".join(f"{phrases[name]} {limit:.10g}" for name, limit in limits if limit is not None)
+def _check_element(name: str, value: object, item: Field[object]) -> None:
+    if value is None:
+        return
+    if problem := find_problem(name, value, item, partial(suggest_value, name)):
+        raise ConfigError(problem)
 
 
 def _check_consistency(config: Config) -> None:
@@ -115,10 +96,11 @@ def _check_consistency(config: Config) -> None:
 def _check_data(data: Data) -> None:
     if len(data.background) != 3:
         raise ConfigError(
-            f"data.background must be red, green and blue, got {data.background}; use data.background=[255,255,255]"
+            f"data.background must be three numbers (red, green, blue), got {data.background}; "
+            "use e.g. data.background=[255,255,255]"
         )
     if data.balanced and data.class_weights:
-        raise ConfigError("data.balanced and data.class_weights exclude each other, got both; use one of them")
+        raise ConfigError("data.balanced and data.class_weights are mutually exclusive; set only one of them")
 
 
 def _check_stages(config: Config) -> None:
@@ -126,14 +108,13 @@ def _check_stages(config: Config) -> None:
     allowed = (ALL_LAYER_GROUPS, UPPER_LAYER_GROUPS, *LAYER_GROUPS[config.model.name], HEAD_LAYER_GROUP)
     if not stages:
         if config.fine_tune.layer_decay != 1:
-            raise ConfigError("fine_tune.layer_decay requires fine_tune.stages, got none; use experiment=fine_tune")
+            raise ConfigError("fine_tune.layer_decay has no effect without fine_tune.stages; use experiment=fine_tune")
         return
     if config.model.weights is None:
-        raise ConfigError("fine_tune.stages requires weights to start from, got none; use model.weights=PATH")
+        raise ConfigError("fine_tune.stages requires pretrained weights; use model.weights=PATH")
     if config.early_stopping.metric is not None:
         raise ConfigError(
-            "early_stopping.metric must be null with fine_tune.stages, whose epochs are fixed, "
-            f"got {config.early_stopping.metric}; omit it"
+            "early_stopping.metric cannot be combined with fine_tune.stages, whose numbers of epochs are fixed; omit it"
         )
     for number, stage in enumerate(stages):
         if stage.from_part not in allowed:
@@ -160,19 +141,17 @@ def _check_interval(checkpoint: Checkpoint) -> None:
     ]
     if len(intervals) > 1:
         raise ConfigError(
-            f"checkpoint.every_epochs, every_steps and every_minutes exclude each other, got {' '.join(intervals)}; "
-            "use exactly one, or none for every epoch"
+            f"checkpoint.every_epochs, every_steps and every_minutes are mutually exclusive, "
+            f"got {' '.join(intervals)}; set only one, or none to save every epoch"
         )
 
 
 def _check_backend(config: Config) -> None:
     """JAX compiles everything, and limits GPU memory only by fraction, not by size."""
     if config.backend == "jax" and config.jit == "off":
-        raise ConfigError("jit must be auto or on with backend=jax, which compiles everything, got off; use jit=auto")
+        raise ConfigError("jit=off is not supported with backend=jax, which compiles everything; use jit=auto")
     if config.backend == "jax" and config.gpu_memory is not None:
-        raise ConfigError(
-            f"gpu_memory must be null with backend=jax, which allocates memory as needed, got {config.gpu_memory}"
-        )
+        raise ConfigError("gpu_memory is not supported with backend=jax, which allocates memory as needed; omit it")
 
 
 def _check_devices(config: Config) -> None:
@@ -181,21 +160,21 @@ def _check_devices(config: Config) -> None:
         raise ConfigError(f"devices must be a positive whole number, or all, got {config.devices}; use devices=all")
     for name, value in {"devices": config.devices, "distributed.processes": str(group.processes)}.items():
         if value != "1" and config.backend != "jax":
-            raise ConfigError(f"{name} must be 1 with backend={config.backend}, got {value}; use backend=jax")
+            raise ConfigError(f"{name}={value} is not supported with backend={config.backend}; use backend=jax")
     if group.index >= group.processes:
         raise ConfigError(
             f"distributed.index must be below distributed.processes ({group.processes}), got {group.index}; "
-            "number them from 0"
+            "number the processes from 0"
         )
     if group.processes > 1 and group.coordinator is None:
         raise ConfigError(
-            "distributed.coordinator is required with several processes, got none; "
+            "distributed.coordinator is missing, which several processes need to find each other; "
             "use e.g. distributed.coordinator=node1:4711"
         )
     if group.processes > 1 and config.checkpoint.every_minutes is not None:
         raise ConfigError(
-            "checkpoint.every_minutes must be null with several processes, which share no clock, "
-            f"got {config.checkpoint.every_minutes:g}; use checkpoint.every_steps"
+            "checkpoint.every_minutes is not supported with several processes, which share no clock; "
+            "use checkpoint.every_steps"
         )
     if config.devices.isdigit():
         check_batch(config)
@@ -215,14 +194,14 @@ def check_batch(config: Config) -> None:
 def _check_jit(config: Config) -> None:
     """TensorFlow 2.21 has no deterministic gradient of max pooling under XLA, and every network here uses it."""
     if config.backend == "tensorflow" and config.jit == "on" and config.deterministic:
-        raise ConfigError("jit=on requires deterministic=false, got true; set both, or use jit=off")
+        raise ConfigError("jit=on is not deterministic in TensorFlow; add deterministic=false, or use jit=off")
 
 
 def _check_rollback(config: Config) -> None:
     if config.on_divergence == "rollback" and config.checkpoint.every_minutes is not None:
         raise ConfigError(
-            "on_divergence=rollback needs checkpoints at the same steps in every run, "
-            "got checkpoint.every_minutes; use checkpoint.every_steps or checkpoint.every_epochs"
+            "on_divergence=rollback cannot be combined with checkpoint.every_minutes, which saves at other steps in "
+            "every run; use checkpoint.every_steps or checkpoint.every_epochs"
         )
 
 

@@ -28,24 +28,25 @@ def load(
     *,
     image_size: int,
     channels: int,
-    background: Sequence[int] = (255, 255, 255),
-    crop_fraction: float = 1.0,
+    background: Sequence[int],
+    crop_fraction: float,
+    validation_fraction: float,
+    test_fraction: float,
+    max_bytes: int,
+    max_pixels: int,
+    on_error: str,
+    max_skipped: int,
+    on_leak: str,
+    train_per_class: int | None,
     root: str | None = None,
     manual_dir: str | None = None,
     file: str | None = None,
-    validation_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    max_bytes: int = 2**26,
-    max_pixels: int = 50_000_000,
-    on_error: str = "raise",
-    max_skipped: int = 100,
-    on_leak: str = "warn",
-    train_per_class: int | None = None,
 ) -> "Dataset":
     """Opens a data set; the first time, prepares it under `data_dir` and validates every example.
 
-    name: a key of `SOURCES`. root: the folder of the class folders (`folder`), or the base of relative paths
-    (`manifest`). file: the table of `manifest`. manual_dir: folder with the manually downloaded files of a TFDS set.
+    name: a key of `SOURCES`. root, manual_dir, file: where the data is, each for some sources alone: the folder of the
+    class folders (`folder`), or the base of relative paths (`manifest`); the folder with the manually downloaded files
+    of a TFDS set; the table of `manifest`.
     image_size, channels, background, crop_fraction: see decode.ImageSpec. max_bytes, max_pixels, on_error, max_skipped:
     see ingestion.validation.Limits.
     validation_fraction, test_fraction: in (0, 1), fraction of the examples that go to a split for which the set has no
@@ -55,7 +56,7 @@ def load(
 
     Raises: ValueError in one line, for bad arguments, unreadable files (named), no network, no space.
     """
-    check(name, root=root, manual_dir=manual_dir, file=file, data_dir=data_dir)
+    check(name, data_dir=data_dir, root=root, manual_dir=manual_dir, file=file)
     from train.data.decode import ImageSpec
     from train.data.ingestion.validation import Limits
     from train.data.open import open_dataset

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from train.data.decode import ImageSpec, decode, decode_and_resize, decode_jpeg
+from train.data.example_error import ExampleError
 from train.data.fingerprint import digest
 from train.data.ingestion.example_index import ExampleIndex
 from train.data.sources.listing import Store
@@ -66,19 +67,15 @@ class Split:
     def read(self, indices: Iterable[int]) -> list[bytes]:
         """Reads the encoded bytes of several examples.
 
-        Raises: ValueError naming an example that can't be read or has changed since it was indexed.
+        Raises: ExampleError for the first example that can't be read or has changed since it was indexed.
         """
         indices = list(indices)
-        rows = [int(self.indices[index]) for index in indices]
+        encoded: Iterable[bytes]
         try:
-            encoded = self.store.read(rows)
+            encoded = self.store.read([int(self.indices[index]) for index in indices])
         except OSError:
-            encoded = [self._read_one(index) for index in indices]
-        digests = self.example_index.sha256
-        for index, row, data in zip(indices, rows, encoded, strict=True):
-            if hashlib.sha256(data).hexdigest().encode() != digests[row]:
-                raise self._unreadable_error(index, "changed since it was indexed")
-        return encoded
+            encoded = map(self._read_one, indices)  # each is verified before the next is read: the first error counts
+        return list(self._verify(indices, encoded))
 
     def load_example(self, index: int) -> np.ndarray:
         """Reads and decodes an example: uint8 [image_size, image_size, channels] in 0..255. Raises: see `read`."""
@@ -94,33 +91,44 @@ class Split:
         return self.example_index.numeric_column("height")[row], self.example_index.numeric_column("width")[row]
 
     def decode(self, index: int, data: bytes) -> np.ndarray:
-        """Decodes its bytes and resizes them to the image spec. Raises: ValueError naming the example."""
+        """Decodes its bytes and resizes them to the image spec. Raises: ExampleError."""
         return self._decode_or_raise(index, lambda: decode_and_resize(data, self.image_spec))
 
     def decode_full(self, index: int, data: bytes) -> np.ndarray:
-        """Decodes its bytes at full size: uint8 [H, W, channels]. Raises: ValueError naming the example."""
+        """Decodes its bytes at full size: uint8 [H, W, channels]. Raises: ExampleError."""
         return self._decode_or_raise(
             index, lambda: decode(data, self.image_spec.channels, self.image_spec.background, max_pixels=None)
         )
 
     def decode_jpeg_scaled(self, index: int, data: bytes, scale_denom: int) -> np.ndarray:
-        """Decodes a fast JPEG at 1/scale_denom of its size: uint8 [H, W, 3]. Raises: ValueError naming the example."""
+        """Decodes a fast JPEG at 1/scale_denom of its size: uint8 [H, W, 3]. Raises: ExampleError."""
         return self._decode_or_raise(index, lambda: decode_jpeg(data, scale_denom))
+
+    def error(self, index: int, reason: str, advice: str = "restore the file") -> ExampleError:
+        """Makes the error of an example that can't be read. reason: what is wrong. advice: what to do."""
+        example_id = self.example_id(index)
+        name = f"{self.error_prefix}{example_id}"
+        return ExampleError(name, split=self.name, example_id=example_id, reason=reason, advice=advice)
 
     def _decode_or_raise(self, index: int, decoder: Callable[[], np.ndarray]) -> np.ndarray:
         try:
             return decoder()
         except ValueError as error:
-            raise self._unreadable_error(index, str(error)) from error
+            raise self.error(index, str(error)) from error
 
     def _read_one(self, index: int) -> bytes:
         try:
             return self.store.read([int(self.indices[index])])[0]
         except OSError as error:
-            raise self._unreadable_error(index, error.strerror or str(error)) from error
+            raise self.error(index, error.strerror or str(error)) from error
 
-    def _unreadable_error(self, index: int, reason: str) -> ValueError:
-        return ValueError(f"cannot read {self.error_prefix}{self.example_id(index)}: {reason}; restore the file")
+    def _verify(self, indices: list[int], encoded: Iterable[bytes]) -> Iterator[bytes]:
+        """Yields encoded bytes whose SHA-256 is the indexed one. Raises: ExampleError."""
+        digests = self.example_index.sha256
+        for index, data in zip(indices, encoded, strict=True):
+            if hashlib.sha256(data).hexdigest().encode() != digests[self.indices[index]]:
+                raise self.error(index, "changed since it was indexed")
+            yield data
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,13 +23,11 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 ORIENTATION = 0x0112  # the EXIF tag
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
-WHITE = (255, 255, 255)
 
-# Converting an image takes several copies of it in memory.
-MAX_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would apply first and could not be configured
+# Converting an image takes several copies of it in memory: two large ones at once may run out of it.
 LARGE_PIXELS = 4_000_000
-_large_image_lock = threading.Lock()  # two at once may run out of memory, and one of them would fail
+_large_image_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class ImageSpec:
 
     image_size: int
     channels: int
-    background: tuple[int, int, int] = WHITE
-    crop_fraction: float = 1.0
+    background: tuple[int, int, int]
+    crop_fraction: float
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -69,7 +67,7 @@ class Header:
     mode: str
 
 
-def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(data: bytes, max_pixels: int) -> Header:
     """Reads the header of an image. Raises: ValueError with a one-line reason, also for more than `max_pixels`."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -78,13 +76,11 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         raise ValueError(_reason(error)) from error
 
 
-def decode(
-    data: bytes, channels: int, background: tuple[int, int, int] = WHITE, max_pixels: int | None = MAX_PIXELS
-) -> np.ndarray:
+def decode(data: bytes, channels: int, background: tuple[int, int, int], max_pixels: int | None) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP, BMP or GIF (first frame); the content determines the format.
 
     EXIF orientation is applied; transparency is composed onto the background; 16-bit samples keep their high byte;
-    colour becomes grey by ITU-R 601-2 luma, grey becomes colour by repetition. No resizing. `max_pixels`: None for
+    colour becomes grey by ITU-R 601-2 luma, grey becomes colour by repetition. No resizing. max_pixels: None for
     images that have been validated.
 
     Returns: uint8 [H, W, channels] in 0..255.
@@ -115,10 +111,10 @@ def decode_jpeg(data: bytes, scale_denom: int = 1) -> np.ndarray:
 
 def decode_and_resize(data: bytes, spec: ImageSpec) -> np.ndarray:
     """Decodes, then resizes: uint8 [image_size, image_size, channels] in 0..255."""
-    return resize(decode(data, spec.channels, spec.background, None), spec.image_size, spec.crop_fraction)
+    return resize(decode(data, spec.channels, spec.background, max_pixels=None), spec.image_size, spec.crop_fraction)
 
 
-def resize(pixels: np.ndarray, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
+def resize(pixels: np.ndarray, image_size: int, crop_fraction: float) -> np.ndarray:
     """Resizes the central square of uint8 [H, W, C] whose side is `crop_fraction` of the short side to `image_size`.
 
     Bilinear, antialiased when shrinking, computed in floating point and rounded once.
@@ -142,7 +138,7 @@ def _resize_plane(plane: np.ndarray, image_size: int, box: tuple[float, float, f
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))
 
 
-def _limit_memory(num_pixels: int) -> contextlib.AbstractContextManager:
+def _limit_memory(num_pixels: int) -> contextlib.AbstractContextManager[object]:
     return _large_image_lock if num_pixels > LARGE_PIXELS else contextlib.nullcontext()
 
 

@@ -37,8 +37,8 @@ def open_dataset(
     validation, test = fractions["validation"], fractions["test"]
     if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
         raise ValueError(
-            f"validation and test fraction must be above 0 and their sum below 1, got {validation} and {test}; "
-            "use 0.1 and 0.2"
+            "data.validation_fraction and data.test_fraction must be above 0 and their sum below 1, "
+            f"got {validation} and {test}; use e.g. 0.1 and 0.2"
         )
     if name == "folder":
         listing = list_folder(str(root), data_dir)

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import uuid
 import zlib
@@ -13,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from train.data import decode, parallel_map
 from train.data.dataset import Dataset, Split
 from train.storage import checksummed
+from train.storage.atomic import atomic_folder
 
 ALIGNMENT = 64  # bytes
 CHUNK = 256  # examples that a thread decodes per task
@@ -53,7 +54,8 @@ def choose_cache(dataset: Dataset, cache: str, ram_budget: float, crops: bool) -
         splits[name] = replace(split, cache_mode=mode)
         sizes_by_mode.setdefault(mode, []).append((name, size))
     sentence = "; ".join(_cache_message(mode, sizes) for mode, sizes in sizes_by_mode.items())
-    return replace(dataset, **splits), f"pixel cache: {sentence}"  # type: ignore[arg-type]
+    chosen = replace(dataset, train=splits["train"], validation=splits["validation"], test=splits["test"])
+    return chosen, f"pixel cache: {sentence}"
 
 
 def _cache_message(cache_mode: str, sizes: list[tuple[str, int]]) -> str:
@@ -82,8 +84,8 @@ def _choose_mode(
     needed = -(-sum(map(decoded_bytes, cached_splits.values())) // GIB)
     alternative = f", or data.ram_budget={needed}" if cache == "memory" else ""
     raise ValueError(
-        f"data.cache={cache} has no room for {name}: {max(available_bytes[cache], 0) / GIB:.2f} GiB of {limit} left, "
-        f"{size / GIB:.2f} GiB needed; use data.cache=auto{alternative}"
+        f"data.cache={cache} is too small for the {name} split: it needs {size / GIB:.2f} GiB, "
+        f"{max(available_bytes[cache], 0) / GIB:.2f} GiB of {limit} are left; use data.cache=auto{alternative}"
     )
 
 
@@ -114,7 +116,7 @@ def make_reader(split: Split) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def decode_examples(split: Split, indices: Sequence[int]) -> np.ndarray:
-    """Reads and decodes examples without a cache. Raises: ValueError naming the example."""
+    """Reads and decodes examples without a cache. Raises: ExampleError."""
     pixels = [split.decode(index, data) for index, data in zip(indices, split.read(indices), strict=True)]
     return np.stack(pixels) if pixels else np.empty((0, *split.image_spec.shape), np.uint8)
 
@@ -156,7 +158,10 @@ class DiskCache:
     """Decoded pixels of a split on disk; each image has a checksum, verified on every read."""
 
     def __init__(self, split: Split):
-        """Decodes and writes all images the first time. Raises: OSError if that fails; ValueError naming an example."""
+        """Decodes and writes all images the first time.
+
+        Raises: OSError if they can't be written; ExampleError; ValueError if the cache is truncated.
+        """
         self._split = split
         folder = cache_path(split)
         if not folder.exists():
@@ -167,10 +172,12 @@ class DiskCache:
             self._pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
             self._checksums = np.load(folder / "sums.npy", allow_pickle=False)
         except (EOFError, ValueError) as error:
-            raise self._damaged_error(split.name, "truncated") from error
+            raise ValueError(
+                f"pixel cache {folder} of the {split.name} split is truncated; {_rebuild_advice(folder)}"
+            ) from error
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Reads images by index. Raises: ValueError if a checksum does not match."""
+        """Reads images by index. Raises: ExampleError if a checksum does not match."""
         images = self._pixels[indices]
         self._verify_checksums(indices.tolist(), images)
         return images
@@ -185,12 +192,12 @@ class DiskCache:
     def _verify_checksums(self, indices: Iterable[int], images: np.ndarray) -> None:
         for index, pixels in zip(indices, images, strict=True):
             if zlib.crc32(pixels) != self._checksums[index]:
-                example = f"{self._split.error_prefix}{self._split.example_id(index)}"
-                raise self._damaged_error(example, "damaged")
+                folder = cache_path(self._split)
+                raise self._split.error(index, f"pixel cache {folder} is damaged", _rebuild_advice(folder))
 
-    def _damaged_error(self, what: str, damage: str) -> ValueError:
-        path = cache_path(self._split)
-        return ValueError(f"cannot read {what}: pixel cache {path} is {damage}; to rebuild it: rm -r {path}")
+
+def _rebuild_advice(folder: Path) -> str:
+    return f"to rebuild it: rm -r {shlex.quote(str(folder))}"
 
 
 def cache_path(split: Split) -> Path:
@@ -207,28 +214,19 @@ def _write_cache(split: Split, folder: Path) -> None:
     """Writes the cache atomically; if two processes do it at the same time, the first one wins."""
     temporary = folder.with_name(f"{_temporary_prefix()}{os.getpid()}-{PROCESS_TOKEN}-{uuid.uuid4().hex}")
     _remove_leftovers(folder.parent)
-    temporary.mkdir(parents=True)
     try:
-        shape = (len(split), *split.image_spec.shape)
-        checksums = np.empty(len(split), np.uint32)
-        with (temporary / "pixels.npy").open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for start, chunk in _decode_chunks(split):
-                checksums[start : start + len(chunk)] = [zlib.crc32(pixels) for pixels in chunk]
-                file.write(chunk.data)
-            _fsync(file)
-        with (temporary / "sums.npy").open("wb") as file:
-            np.save(file, checksums)
-            _fsync(file)
-        with contextlib.suppress(OSError):  # another process was faster
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        with atomic_folder(folder, temporary):
+            shape = (len(split), *split.image_spec.shape)
+            checksums = np.empty(len(split), np.uint32)
+            with (temporary / "pixels.npy").open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for start, chunk in _decode_chunks(split):
+                    checksums[start : start + len(chunk)] = [zlib.crc32(pixels) for pixels in chunk]
+                    file.write(chunk.data)
+            np.save(temporary / "sums.npy", checksums)
+    except OSError:
+        if not folder.exists():  # no other process was faster
+            raise
 
 
 def _remove_leftovers(folder: Path) -> None:

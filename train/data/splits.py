@@ -51,8 +51,8 @@ def limit_per_class(
     for name, members in zip(classes, kept, strict=True):
         if len(members) < per_class:
             raise ValueError(
-                f"data.train_per_class must be at most {len(members)}, the number of {name} examples in train, "
-                f"got {per_class}; use {len(members)} or null"
+                f"class {name} has only {len(members)} examples in train, fewer than data.train_per_class={per_class}; "
+                f"use {len(members)} or null"
             )
     return np.sort(np.concatenate(kept))
 
@@ -72,6 +72,6 @@ def check_not_empty(splits: dict[str, np.ndarray], count: int) -> None:
     for split, rows in splits.items():
         if not len(rows):
             raise ValueError(
-                f"data.{split} must have at least one example, got none of {count}; use more images, "
-                f"a larger fraction, or a folder {split}/ that holds the class folders of this split"
+                f"the {split} split is empty (0 of {count} examples); add images, use a larger fraction for it, "
+                f"or add a folder {split}/ with class folders"
             )

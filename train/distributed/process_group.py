@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from train.cli import arguments
 from train.config.compatibility import differing_keys
-from train.config.schema import Config, ConfigError
+from train.config.schema import ROOT, ConfigError
+from train.distributed import liveness
+from train.storage.json_types import JsonObject
 
 CHUNK_WORDS = 2**22  # 32-bit words per message, so that one compiled function serves all
+LOSS_SECONDS = 2.0  # for the news that a process is gone to arrive, after JAX's error
 PER_PROCESS_KEY = "processor"  # may differ between processes, but not between attempts
 
 
@@ -35,10 +39,6 @@ class ProcessGroup:
     index: int
     size: int
 
-    @classmethod
-    def from_config(cls, config: Config) -> ProcessGroup:
-        return cls(config.distributed.index, config.distributed.processes)
-
     @property
     def is_leader(self) -> bool:
         return self.index == 0
@@ -47,7 +47,7 @@ class ProcessGroup:
     def is_single(self) -> bool:
         return self.size == 1
 
-    def verify_same_config(self, provenance: dict[str, Any]) -> dict[str, Any]:
+    def verify_same_config(self, provenance: JsonObject) -> JsonObject:
         """Checks that all processes have the same config, data and code; adds their processors, where they differ.
 
         Raises: ConfigError in all processes, naming the differences.
@@ -75,8 +75,8 @@ class ProcessGroup:
         return values if self.is_single else json.loads(self._broadcast_bytes(json.dumps(values).encode()))
 
     def broadcast_state(
-        self, metadata: dict[str, Any], state: dict[str, np.ndarray]
-    ) -> tuple[dict, dict[str, np.ndarray]]:
+        self, metadata: JsonObject, state: dict[str, np.ndarray]
+    ) -> tuple[JsonObject, dict[str, np.ndarray]]:
         """Process 0's arguments, on all. state: must have the same names, shapes and dtypes on all."""
         if self.is_single:
             return metadata, state
@@ -116,7 +116,10 @@ class ProcessGroup:
 
     @contextmanager
     def translate_connection_errors(self) -> Iterator[None]:
-        """Turns JAX's error for an unreachable process into a message. Raises: WorkerLostError."""
+        """Turns JAX's error, where it is due to a process that is gone, into a message. Raises: WorkerLostError.
+
+        JAX raises its own type for an asynchronous function, and ValueError itself for one that runs at once.
+        """
         if self.is_single:
             yield
             return
@@ -124,8 +127,11 @@ class ProcessGroup:
 
         try:
             yield
-        except JaxRuntimeError as error:
-            if not any(word in str(error) for word in ("Gloo", "NCCL", "coordination", "Connection")):
+        except (JaxRuntimeError, ValueError) as error:
+            if type(error) not in (JaxRuntimeError, ValueError) or _is_raised_here(error):
+                raise
+            if not liveness.is_peer_lost(timeout=LOSS_SECONDS):
+                liveness.leave()  # this process has failed: the others must not wait for it
                 raise
             raise WorkerLostError(
                 "lost contact with another process; see its log, then run make resume run=FOLDER for each process"
@@ -154,3 +160,9 @@ class ProcessGroup:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
+
+
+def _is_raised_here(error: Exception) -> bool:
+    """Whether this project's own code raised the error: JAX raises ValueError, too, if a process is gone."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "train")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Any
 
 TEMPLATE_DIR = Path(__file__).with_name("templates")
 
@@ -14,7 +13,7 @@ def to_data_uri(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def render_template(template: str, **context: Any) -> str:
+def render_template(template: str, **context: object) -> str:
     """Renders a template; all values are escaped, so that none can become markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-Predict = Callable[[Any], np.ndarray]  # images -> logits float32 [N, classes]
+from train.evaluation.statistics import accuracy_interval
+from train.storage.json_types import JsonObject
+
+Predict = Callable[[object], np.ndarray]  # images, of the backend or NumPy -> logits float32 [N, classes]
+Batches = Iterable[tuple[object, np.ndarray]]  # (images, one-hot labels [N, classes])
 
 CALIBRATION_BINS = 15  # Guo et al. 2017 (On Calibration of Modern Neural Networks), section 5
-CONFIDENCE_LEVEL = 0.95  # of every interval
-BOOTSTRAP_RESAMPLES = 10_000
 
 
-def evaluate(predict: Predict, batches: Iterable[tuple], expected_examples: int) -> dict[str, float]:
+def evaluate(predict: Predict, batches: Batches, expected_examples: int) -> dict[str, float]:
     """Returns `loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `top5_accuracy` and `examples`.
 
-    batches: (images, one-hot labels [N, classes]). With fewer than six classes `top5_accuracy` is 1.
+    With fewer than six classes `top5_accuracy` is 1.
 
     Raises: ValueError if the batches do not hold `expected_examples` examples.
     """
@@ -34,7 +35,7 @@ def evaluate(predict: Predict, batches: Iterable[tuple], expected_examples: int)
     return _summary_metrics(np.concatenate(losses), np.concatenate(ranks))
 
 
-def predict_all(predict: Predict, batches: Iterable[tuple], expected_examples: int) -> tuple[np.ndarray, np.ndarray]:
+def predict_all(predict: Predict, batches: Batches, expected_examples: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns logits float64 [N, classes] and labels int [N] of all examples, in the order of the batches.
 
     Raises: ValueError if the batches do not hold `expected_examples` examples.
@@ -44,7 +45,7 @@ def predict_all(predict: Predict, batches: Iterable[tuple], expected_examples: i
 
 
 def _predict_batches(
-    predict: Predict, batches: Iterable[tuple], expected_examples: int
+    predict: Predict, batches: Batches, expected_examples: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     seen = 0
     for images, labels in batches:
@@ -143,19 +144,19 @@ class ClassificationResult:
         return confusion_matrix(self.labels, self.predicted, labels=range(len(self.classes)))
 
 
-def compute_metrics(result: ClassificationResult) -> dict[str, Any]:
+def compute_metrics(result: ClassificationResult) -> JsonObject:
     """Computes all metrics, ready for JSON; one that is undefined, as the recall of an empty class, is None.
 
-    `accuracy_interval` is the 95 % bootstrap interval over examples; `macro_...` are means over the classes in which
-    the metric is defined; `ece` is the expected calibration error and `calibration` its bins (Guo et al. 2017,
-    equation 3); `roc_auc` is one-versus-rest; rows of `confusion` are true classes.
+    `accuracy_interval` is Wilson's 95 % interval; `macro_...` are means over the classes in which the metric is
+    defined; `ece` is the expected calibration error and `calibration` its bins (Guo et al. 2017, equation 3);
+    `roc_auc` is one-versus-rest; rows of `confusion` are true classes.
     """
     classes = per_class_metrics(result)
     bins = calibration_bins(result)
     macro = {f"macro_{name}": _mean(row[name] for row in classes) for name in ("precision", "recall", "f1")}
     return {
         **summary_metrics(result.logits, result.labels),
-        "accuracy_interval": bootstrap_interval(int(result.correct.sum()), len(result.labels)),
+        "accuracy_interval": accuracy_interval(int(result.correct.sum()), len(result.labels)),
         **macro,
         "roc_auc": _mean(row["roc_auc"] for row in classes),
         "ece": sum(row["examples"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / len(result.labels),
@@ -165,7 +166,7 @@ def compute_metrics(result: ClassificationResult) -> dict[str, Any]:
     }
 
 
-def per_class_metrics(result: ClassificationResult) -> list[dict[str, Any]]:
+def per_class_metrics(result: ClassificationResult) -> list[JsonObject]:
     """Returns each class's name, examples, precision, recall, F1 and one-versus-rest area under the ROC curve."""
     from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
@@ -183,7 +184,7 @@ def per_class_metrics(result: ClassificationResult) -> list[dict[str, Any]]:
     return rows
 
 
-def calibration_bins(result: ClassificationResult) -> list[dict[str, Any]]:
+def calibration_bins(result: ClassificationResult) -> list[JsonObject]:
     """Returns the non-empty bins of equal width: `low`, `high`, `examples`, mean `confidence`, `accuracy`."""
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     bin_indices = np.clip(np.digitize(result.confidence, edges[1:-1], right=True), 0, CALIBRATION_BINS - 1)
@@ -198,17 +199,6 @@ def calibration_bins(result: ClassificationResult) -> list[dict[str, Any]]:
         for number in range(CALIBRATION_BINS)
         if (inside := bin_indices == number).any()
     ]
-
-
-def bootstrap_interval(correct: int, examples: int) -> list[float]:
-    """Computes the percentile interval of the accuracy over resampled examples, with a fixed seed.
-
-    The number of correct examples in a resample is binomial, so that it is drawn directly, not example by example.
-    Source: Efron & Tibshirani 1993, section 13.3.
-    """
-    accuracies = np.random.default_rng(0).binomial(examples, correct / examples, BOOTSTRAP_RESAMPLES) / examples
-    tail = (1 - CONFIDENCE_LEVEL) / 2
-    return [float(value) for value in np.quantile(accuracies, [tail, 1 - tail])]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 from train.config.serialization import flatten
 from train.evaluation.html import render_template, to_data_uri
 from train.storage.atomic import write_atomically
+from train.storage.json_types import JsonObject
 from train.tracking.run_dir import RunDir
 from train.tracking.uploader import EVALUATION_METRICS
 
@@ -32,7 +32,7 @@ RUN_PLOTS = {
 MAX_TABLE_CLASSES = 50  # rows of the per-class table
 
 
-def write_report(run_dir: RunDir, summary: dict[str, Any]) -> Path:
+def write_report(run_dir: RunDir, summary: JsonObject) -> Path:
     """Draws the learning curves and writes the page; returns its path. summary: the contents of summary.json.
 
     Raises: ValueError for a run whose journal has no epoch.
@@ -59,7 +59,7 @@ SUMMARY_KEYS = (
 )  # fmt: skip
 
 
-def report_context(run_dir: RunDir, summary: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+def report_context(run_dir: RunDir, summary: JsonObject, lines: list[JsonObject]) -> JsonObject:
     """Collects the variables of the template."""
     identity = run_dir.identity()
     # A run that is still running, or was killed, has no summary yet.
@@ -83,7 +83,7 @@ def report_context(run_dir: RunDir, summary: dict[str, Any], lines: list[dict[st
     }
 
 
-def read_evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
+def read_evaluations(run_dir: RunDir) -> list[JsonObject]:
     """Reads all evaluations of the run, the test split's first: name, scores and plots."""
     names = (path.parent.name for path in run_dir.path.glob("evaluation/*/scores.json"))
     return [

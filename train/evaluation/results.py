@@ -12,12 +12,17 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from train.evaluation.metrics import ClassificationResult, compute_metrics
 from train.storage.atomic import write_atomically
+from train.storage.json_types import JsonObject
+
+if TYPE_CHECKING:
+    import keras
+    from matplotlib.figure import Figure
 
 CSV_COLUMNS = ("id", "class", "predicted", "confidence", "probability_of_class")
 SUMMARY_METRICS = (
@@ -27,7 +32,24 @@ MAX_TOP_ERRORS = 24  # in the plot
 GRAD_CAM_EXAMPLES = 12  # in the plot
 
 
-def write_results(output_dir: Path, split: Any, result: ClassificationResult) -> dict[str, Any]:
+class ImageShape(Protocol):
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+
+
+class EvaluatedSplit(Protocol):
+    """What the results need of a split; `train.data.dataset.Split` is one."""
+
+    @property
+    def image_spec(self) -> ImageShape: ...
+
+    def example_id(self, index: int) -> str: ...
+
+    def load_example(self, index: int) -> np.ndarray: ...
+
+
+def write_results(output_dir: Path, split: EvaluatedSplit, result: ClassificationResult) -> JsonObject:
     """Writes scores.json and predictions.csv into `output_dir`; returns the metrics. split: the one evaluated."""
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics = compute_metrics(result)
@@ -36,7 +58,7 @@ def write_results(output_dir: Path, split: Any, result: ClassificationResult) ->
     return metrics
 
 
-def predictions_csv(split: Any, result: ClassificationResult) -> str:
+def predictions_csv(split: EvaluatedSplit, result: ClassificationResult) -> str:
     """Formats the predictions as CSV with CSV_COLUMNS."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -49,25 +71,25 @@ def predictions_csv(split: Any, result: ClassificationResult) -> str:
 
 
 def write_plots(
-    output_dir: Path, split: Any, result: ClassificationResult, metrics: dict[str, Any], model: Any
+    output_dir: Path, split: EvaluatedSplit, result: ClassificationResult, metrics: JsonObject, model: keras.Model
 ) -> None:
     """Draws all plots of an evaluation into `output_dir`. model: images -> logits, the one evaluated."""
-    from train.evaluation.plots import classification, image_grids
+    from train.evaluation.plots import classification
     from train.evaluation.plots.style import to_png
 
     names = list(result.classes)
-    plots: dict[str, Callable[[], Any]] = {
+    plots: dict[str, Callable[[], Figure]] = {
         "confusion.png": lambda: classification.plot_confusion_matrix(metrics["confusion"], names),
         "reliability.png": lambda: classification.plot_reliability_diagram(metrics["calibration"], metrics["ece"]),
         "classes.png": lambda: classification.plot_per_class_f1(metrics["classes"]),
-        "mistakes.png": lambda: top_errors(split, result, image_grids),
-        "attention.png": lambda: grad_cam_examples(split, result, model, image_grids),
+        "mistakes.png": lambda: top_errors(split, result),
+        "attention.png": lambda: grad_cam_examples(split, result, model),
     }
     for name, plot in plots.items():
         write_atomically(output_dir / name, to_png(plot()))
 
 
-def write_filters_plot(output_dir: Path, model: Any) -> None:
+def write_filters_plot(output_dir: Path, model: keras.Model) -> None:
     """Draws the filters of the first convolution into filters.png."""
     from train.evaluation.plots import image_grids
     from train.evaluation.plots.style import to_png
@@ -76,8 +98,10 @@ def write_filters_plot(output_dir: Path, model: Any) -> None:
     write_atomically(output_dir / "filters.png", to_png(image_grids.plot_filters(*first_conv_kernel(model))))
 
 
-def top_errors(split: Any, result: ClassificationResult, image_grids: Any) -> Any:
+def top_errors(split: EvaluatedSplit, result: ClassificationResult) -> Figure:
     """Plots the most confident errors."""
+    from train.evaluation.plots import image_grids
+
     wrong = np.flatnonzero(~result.correct)
     chosen = wrong[np.argsort(-result.confidence[wrong], kind="stable")][:MAX_TOP_ERRORS]
     return image_grids.plot_top_errors(
@@ -88,8 +112,9 @@ def top_errors(split: Any, result: ClassificationResult, image_grids: Any) -> An
     )
 
 
-def grad_cam_examples(split: Any, result: ClassificationResult, model: Any, image_grids: Any) -> Any:
+def grad_cam_examples(split: EvaluatedSplit, result: ClassificationResult, model: keras.Model) -> Figure:
     """Plots Grad-CAM maps, half of them of errors if there are enough, the others of correct predictions."""
+    from train.evaluation.plots import image_grids
     from train.models.grad_cam import grad_cam
 
     wrong = np.flatnonzero(~result.correct)
@@ -116,7 +141,7 @@ def evenly_spaced(indices: np.ndarray, count: int) -> np.ndarray:
     return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
 
 
-def load_images(split: Any, indices: np.ndarray) -> np.ndarray:
+def load_images(split: EvaluatedSplit, indices: np.ndarray) -> np.ndarray:
     """Loads examples of a split, uint8 [N, S, S, C]."""
     if not len(indices):
         return np.zeros((0, *split.image_spec.shape), np.uint8)

@@ -6,7 +6,6 @@ A view maps uint8 `[N, H, W, C]` to the same shape; probabilities are averaged, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -63,7 +62,7 @@ def average_views(predict: Predict, views_name: str) -> Predict:
     if len(views) == 1:
         return predict
 
-    def mean(images: Any) -> np.ndarray:
+    def mean(images: object) -> np.ndarray:
         pixels = np.asarray(images)
         log_probabilities = [log_softmax(predict(view(pixels)).astype(np.float64)) for view in views]
         return np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(views))

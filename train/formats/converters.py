@@ -7,9 +7,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+    import onnx
+    import tensorflow as tf
 
 NEVER_QUANTIZED = ("preprocessing", "probabilities")  # parts of node names that keep float32
 LUMA_WEIGHTS = (19595, 38470, 7471)  # ITU-R 601-2 in units of 1/65,536, as Pillow rounds them
@@ -23,7 +28,7 @@ class ExportBundle:
     quantize: none, float16 or int8. calibration_images: uint8 [N, H, W, C], for the ranges of int8 activations.
     """
 
-    model: Any
+    model: keras.Model
     classes: Sequence[str]
     background: Sequence[int]
     quantize: str
@@ -49,13 +54,13 @@ def write_saved_model(bundle: ExportBundle, path: Path) -> None:
     channels = model.input_shape[-1]
     names = tf.constant(list(bundle.classes))
 
-    def with_classes(probabilities: Any) -> dict[str, Any]:
+    def with_classes(probabilities: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"probabilities": probabilities, CLASSES: tf.tile(names[None], [tf.shape(probabilities)[0], 1])}
 
-    def serve(images: Any) -> dict[str, Any]:
+    def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
         return with_classes(model(images, training=False))
 
-    def encoded(encoded: Any) -> dict[str, Any]:
+    def encoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
         output_spec = tf.TensorSpec([len(bundle.classes)], tf.float32)
         probabilities = tf.map_fn(
             lambda data: model(_decode_image(data, channels, bundle.background)[None], training=False)[0],
@@ -71,17 +76,17 @@ def write_saved_model(bundle: ExportBundle, path: Path) -> None:
     archive.write_out(str(path), verbose=False)
 
 
-def _decode_image(data: Any, channels: int, background: Sequence[int]) -> Any:
+def _decode_image(data: tf.Tensor, channels: int, background: Sequence[int]) -> tf.Tensor:
     """Decodes a string to uint8 [H, W, channels], bit-identical to train.data.decode for upright images."""
     import tensorflow as tf
 
-    def png() -> Any:
+    def png() -> tf.Tensor:
         pixels = tf.cast(tf.io.decode_png(data, channels=4), tf.int32)
         alpha = pixels[..., 3:]
         blended = pixels[..., :3] * alpha + tf.constant(list(background)) * (255 - alpha)
         return (blended + 127) // 255
 
-    def jpeg() -> Any:
+    def jpeg() -> tf.Tensor:
         return tf.cast(tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE"), tf.int32)
 
     colour = tf.cond(tf.io.is_jpeg(data), jpeg, png)
@@ -110,12 +115,12 @@ def write_onnx(bundle: ExportBundle, path: Path) -> None:
     onnx.save(graph, path)
 
 
-def _unquantized_onnx_nodes(graph: Any) -> list[str]:
+def _unquantized_onnx_nodes(graph: onnx.ModelProto) -> list[str]:
     """Returns the names of the nodes that NEVER_QUANTIZED covers."""
     return [node.name for node in graph.graph.node if any(part in node.name for part in NEVER_QUANTIZED)]
 
 
-def _rename_output(graph: Any, name: str) -> None:
+def _rename_output(graph: onnx.ModelProto, name: str) -> None:
     [output] = graph.graph.output
     for node in graph.graph.node:
         for edges in (node.input, node.output):
@@ -123,7 +128,7 @@ def _rename_output(graph: Any, name: str) -> None:
     output.name = name
 
 
-def _quantize_onnx_int8(graph: Any, calibration_images: np.ndarray) -> Any:
+def _quantize_onnx_int8(graph: onnx.ModelProto, calibration_images: np.ndarray) -> onnx.ModelProto:
     """Quantizes weights and activations to int8, except what NEVER_QUANTIZED covers."""
     import onnx
     from onnxruntime import quantization as onnx_quantization
@@ -154,7 +159,7 @@ def write_tflite(bundle: ExportBundle, path: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         bundle.model.export(directory, format="tf_saved_model", verbose=False)
 
-        def make_converter() -> Any:
+        def make_converter() -> tf.lite.TFLiteConverter:
             converter = tf.lite.TFLiteConverter.from_saved_model(directory)
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
             if bundle.quantize != "none":
@@ -170,7 +175,9 @@ def write_tflite(bundle: ExportBundle, path: Path) -> None:
         )
 
 
-def _quantize_tflite_int8(make_converter: Callable[[], Any], calibration_images: np.ndarray) -> bytes:
+def _quantize_tflite_int8(
+    make_converter: Callable[[], tf.lite.TFLiteConverter], calibration_images: np.ndarray
+) -> bytes:
     """Quantizes weights and activations to int8, except what NEVER_QUANTIZED covers."""
     import tensorflow as tf
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,7 +36,7 @@ def load_saved_model(path: Path, _: int | None) -> PredictFunction:
     model = tf.saved_model.load(str(path))
     serve = model.signatures["serving_default"]
 
-    def predict(images: np.ndarray, *, _alive: Any = model) -> np.ndarray:
+    def predict(images: np.ndarray, *, _alive: object = model) -> np.ndarray:
         return serve(images=tf.constant(images))["probabilities"].numpy()
 
     return predict

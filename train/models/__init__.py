@@ -3,10 +3,11 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeGuard, TypeVar
 
 import keras
 
+from train.config import schema
 from train.models.blocks import BLOCK_KINDS
 from train.models.heads import HEADS
 from train.models.inception_resnet_v2 import inception_resnet_v2
@@ -61,7 +62,7 @@ def build(
     name: str,
     input_shape: tuple[int, int, int],
     num_classes: int,
-    **options: Any,
+    **options: object,
 ) -> keras.Model:
     """Returns the named network.
 
@@ -71,7 +72,7 @@ def build(
         num_classes: at least 2.
         **options: `width` (channel multiplier, above 0), `head` (a key of `HEADS`), `batch_norm_momentum` (0 to 1,
             1 excluded), `aux_weight` (0 builds no auxiliary head); `vgg16_inception` has `blocks` (five keys of
-            `BLOCK_KINDS`), `inception_v1` has `batch_norm` (bool). The builders' signatures have the defaults.
+            `BLOCK_KINDS`), `inception_v1` has `batch_norm` (bool). Those left out have the config schema's defaults.
 
     Returns:
         A model from uint8 or float `[N, H, W, C]` in 0..255 to a dict of float32 `[N, num_classes]` logits: `main`,
@@ -88,7 +89,7 @@ def build(
     shape = _check_shape(name, input_shape)
     if not _is_int(num_classes) or num_classes < 2:
         raise ValueError(f"num_classes must be a whole number of at least 2, got {num_classes!r}; use 2 or more")
-    return builder(shape, num_classes, **options)
+    return builder(shape, num_classes, **default_options(name) | options)
 
 
 def inference_model(model: keras.Model) -> keras.Model:
@@ -100,6 +101,12 @@ def inference_model(model: keras.Model) -> keras.Model:
     return keras.Model(model.input, model.output["main"], name=model.name)
 
 
+def default_options(name: str) -> dict[str, object]:
+    """Returns the values that the config schema gives to the options of the named model."""
+    defaults = schema.options(schema.GROUPS["model"][name]())
+    return {option: defaults[option] for option in option_names(name)}
+
+
 def option_names(name: str) -> tuple[str, ...]:
     """Returns the names of the options that the named model takes."""
     parameters = inspect.signature(_look_up("model", name, BUILDERS)).parameters.values()
@@ -109,13 +116,16 @@ def option_names(name: str) -> tuple[str, ...]:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _look_up(field: str, name: str, table: dict[str, Any]) -> Any:
+Entry = TypeVar("Entry")
+
+
+def _look_up(field: str, name: object, table: dict[str, Entry]) -> Entry:
     if not isinstance(name, str) or name not in table:
         raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}; use {field}={next(iter(table))}")
     return table[name]
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
+def _check_options(name: str, options: dict[str, object]) -> None:
     allowed = option_names(name)
     for option in options:
         if option not in allowed:
@@ -139,20 +149,20 @@ def _check_shape(name: str, input_shape: tuple[int, int, int]) -> tuple[int, int
     return shape
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite_number(value: Any) -> bool:
+def _is_finite_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_width(value: Any) -> None:
+def _check_width(value: object) -> None:
     if not _is_finite_number(value) or value <= 0:
         raise ValueError(f"model.width must be a number above 0, got {value!r}; use model.width=1.0")
 
 
-def _check_momentum(value: Any) -> None:
+def _check_momentum(value: object) -> None:
     if not _is_finite_number(value) or not 0 <= value < 1:
         raise ValueError(
             f"model.batch_norm_momentum must be at least 0 and below 1, got {value!r}; "
@@ -160,14 +170,14 @@ def _check_momentum(value: Any) -> None:
         )
 
 
-def _check_aux_weight(value: Any) -> None:
+def _check_aux_weight(value: object) -> None:
     if not _is_finite_number(value) or value < 0:
         raise ValueError(
             f"model.aux_weight must be at least 0, got {value!r}; use model.aux_weight=0 for no auxiliary head"
         )
 
 
-def _check_blocks(value: Any) -> None:
+def _check_blocks(value: object) -> None:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(STAGES):
         raise ValueError(
             f"model.blocks must be a list of {len(STAGES)} block kinds, one for each stage, got {value!r}; "
@@ -178,14 +188,18 @@ def _check_blocks(value: Any) -> None:
             raise ValueError(f"model.blocks must contain only {', '.join(BLOCK_KINDS)}, got {kind!r}; use one of these")
 
 
-def _check_batch_norm(value: Any) -> None:
+def _check_batch_norm(value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"model.batch_norm must be true or false, got {value!r}; use model.batch_norm=true")
 
 
-OPTION_CHECKS: dict[str, Callable[[Any], None]] = {
+def _check_head(value: object) -> None:
+    _look_up("model.head", value, HEADS)
+
+
+OPTION_CHECKS: dict[str, Callable[[object], None]] = {
     "width": _check_width,
-    "head": lambda value: _look_up("model.head", value, HEADS),
+    "head": _check_head,
     "batch_norm_momentum": _check_momentum,
     "aux_weight": _check_aux_weight,
     "blocks": _check_blocks,

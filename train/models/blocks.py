@@ -6,14 +6,13 @@ signature, so that one idea can be exchanged for another with everything around 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 from keras import layers
 
 from train.models.cost import conv_macs
 
-Tensor = Any  # a symbolic Keras tensor; Keras publishes no useful static type for it
+Tensor = keras.KerasTensor
 
 # Mean of the ImageNet training images, in the order blue, green, red (Simonyan & Zisserman 2014, section 2.1).
 IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)

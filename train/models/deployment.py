@@ -6,20 +6,18 @@ is part of the graph, so that every export format and backend supports it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 import numpy as np
 from keras import ops
 
-Tensor = Any
+from train.models.blocks import Tensor
 
 PREPROCESSING = "preprocessing"  # the part of the graph that must never be quantized
 IMAGES = "images"
 PROBABILITIES = "probabilities"
 
 
-def deployment_model(network: keras.Model, crop_fraction: float = 1.0) -> keras.Model:
+def deployment_model(network: keras.Model, crop_fraction: float) -> keras.Model:
     """Returns a float32 model from uint8 `[N, H, W, C]` of any size in 0..255 to probabilities `[N, classes]`.
 
     network: images -> logits, from `inference_model`; its weights are copied. crop_fraction: see `preprocessing_model`.
@@ -39,7 +37,7 @@ def to_float32(network: keras.Model) -> keras.Model:
     return copy
 
 
-def _with_float32_policy(config: Any) -> Any:
+def _with_float32_policy(config: object) -> object:
     """Returns a serialized model with the policy float32 in every layer."""
     if isinstance(config, list | tuple):
         return type(config)(map(_with_float32_policy, config))
@@ -50,7 +48,7 @@ def _with_float32_policy(config: Any) -> Any:
     return {name: _with_float32_policy(value) for name, value in config.items()}
 
 
-def preprocessing_model(image_size: int, channels: int, crop_fraction: float = 1.0) -> keras.Model:
+def preprocessing_model(image_size: int, channels: int, crop_fraction: float) -> keras.Model:
     """Returns a model from uint8 `[N, H, W, C]` to float32 `[N, image_size, image_size, C]`, integers in 0..255.
 
     It resizes the centred square of `crop_fraction` of the short side, bilinearly, with antialiasing when it shrinks,

@@ -5,13 +5,18 @@ Source: Selvaraju et al. 2017 (Grad-CAM: Visual Explanations from Deep Networks)
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 from keras import ops
 
 from train.models.graph import LayerGraph
+
+if TYPE_CHECKING:
+    import jax
+    import tensorflow as tf
 
 MIN_MAP_SIZE = 4  # smaller maps do not localise
 
@@ -47,7 +52,7 @@ def grad_cam(model: keras.Model, images: np.ndarray, classes: np.ndarray) -> tup
     return np.divide(heat, maximum, out=np.zeros_like(heat), where=maximum > 0), layer.name
 
 
-def _tensorflow_gradient(function: Any, x: Any) -> Any:
+def _tensorflow_gradient(function: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> tf.Tensor:
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
@@ -56,7 +61,7 @@ def _tensorflow_gradient(function: Any, x: Any) -> Any:
     return tape.gradient(value, x)
 
 
-def _jax_gradient(function: Any, x: Any) -> Any:
+def _jax_gradient(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     import jax
 
     return jax.grad(function)(x)

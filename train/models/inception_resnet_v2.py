@@ -12,10 +12,10 @@ def inception_resnet_v2(
     input_shape: tuple[int, int, int],
     num_classes: int,
     *,
-    width: float = 1.0,
-    head: str = "avg",
-    batch_norm_momentum: float = 0.9,
-    aux_weight: float = 0.3,
+    width: float,
+    head: str,
+    batch_norm_momentum: float,
+    aux_weight: float,
 ) -> keras.Model:
     """Inception-ResNet-v2 with an auxiliary classifier after its last 17 x 17 block.
 

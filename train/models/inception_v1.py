@@ -34,17 +34,18 @@ def inception_v1(
     input_shape: tuple[int, int, int],
     num_classes: int,
     *,
-    width: float = 1.0,
-    head: str = "avg",
-    batch_norm_momentum: float = 0.9,
-    aux_weight: float = 0.3,
-    batch_norm: bool = True,
+    width: float,
+    head: str,
+    batch_norm_momentum: float,
+    aux_weight: float,
+    batch_norm: bool,
 ) -> keras.Model:
     """GoogLeNet with its two auxiliary classifiers.
 
     Source: Szegedy et al. 2014 (Going Deeper with Convolutions), table 1 and section 5. `batch_norm=False` gives the
-    published layers, with biases; the default puts batch normalisation after each convolution, so that the network
-    trains from scratch. The local response normalisation, which figure 3 shows and table 1 does not list, is omitted.
+    published layers, with biases; `batch_norm=True` puts batch normalisation after each convolution, so that the
+    network trains from scratch. The local response normalisation, which figure 3 shows and table 1 does not list, is
+    omitted.
 
     Input: uint8 or float `[N, H, W, C]` in 0..255, H and W at least 32, C 1 or 3.
     Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux_1`, `aux_2`.

@@ -2,7 +2,6 @@
 
 import re
 from collections import defaultdict
-from typing import Any
 
 import keras
 from keras import layers
@@ -88,7 +87,7 @@ class _ChannelScaler:
             self._set_filters(inputs[1], self.channels[id(inputs[0])])
         return self.channels[id(inputs[0])]
 
-    def _set_filters(self, tensor: Any, filters: int) -> None:
+    def _set_filters(self, tensor: Tensor, filters: int) -> None:
         """Sets the width of the convolution whose normalised and activated output `tensor` is, if it is one."""
         chain = [tensor]
         while isinstance(producer := self.producers[id(chain[-1])], layers.BatchNormalization | layers.Activation):

@@ -16,10 +16,10 @@ def vgg16(
     input_shape: tuple[int, int, int],
     num_classes: int,
     *,
-    width: float = 1.0,
-    head: str = "avg",
-    batch_norm_momentum: float = 0.9,
-    aux_weight: float = 0.3,
+    width: float,
+    head: str,
+    batch_norm_momentum: float,
+    aux_weight: float,
 ) -> keras.Model:
     """VGG16 with an auxiliary classifier after its fourth stage.
 
@@ -56,15 +56,16 @@ def build_stages(
     aux_weight: float,
 ) -> dict[str, Tensor]:
     """Returns the logits of a VGG16 whose stages consist of the given block kinds, on normalised images."""
-    stage_4 = None
+    stage_outputs: list[Tensor] = []
     for number, ((kind, block), (channels, repeats)) in enumerate(zip(kinds, STAGES, strict=True), start=1):
         prefix = f"block{number}_conv" if kind in PLAIN_KINDS else f"Block_{number}_"
         for position in range(1, repeats + 1):
             x = block(x, blocks.proportional_widths(channels).scaled(width), f"{prefix}{position}", momentum)
         x = layers.MaxPooling2D((2, 2), name=f"block{number}_pool")(x)
-        stage_4 = x if number == 4 else stage_4  # 14 x 14 x 512 at 224, as at GoogLeNet's first auxiliary head
+        stage_outputs.append(x)
     # The auxiliary head is built last, so that all other initial values are the same with and without it.
     outputs = {"main": heads.main_head(x, head, num_classes, width)}
     if aux_weight:
+        stage_4 = stage_outputs[3]  # 14 x 14 x 512 at 224, as at GoogLeNet's first auxiliary head
         outputs["aux"] = heads.aux_inception_v3(stage_4, num_classes, width, momentum, "aux")
     return outputs

@@ -7,23 +7,21 @@ import keras
 from train.models.blocks import BLOCK_KINDS, image_input, normalize_symmetric
 from train.models.vgg16 import build_stages
 
-# The notebook's network: stage 3 has InceptionV1 blocks, stage 5 factorised ones; all have batch normalisation.
-NOTEBOOK_BLOCKS = ("conv_bn", "conv_bn", "inception_v1", "conv_bn", "inception_v3")
-
 
 def vgg16_inception(
     input_shape: tuple[int, int, int],
     num_classes: int,
     *,
-    width: float = 1.0,
-    head: str = "avg",
-    batch_norm_momentum: float = 0.9,
-    aux_weight: float = 0.3,
-    blocks: Sequence[str] = NOTEBOOK_BLOCKS,
+    width: float,
+    head: str,
+    batch_norm_momentum: float,
+    aux_weight: float,
+    blocks: Sequence[str],
 ) -> keras.Model:
     """VGG16 whose five stages each consist of one kind of block, with an auxiliary classifier after the fourth.
 
-    Source: the VGG16-Inception notebook (default `blocks`); the kinds and their papers are in `train.models.blocks`.
+    Source: the VGG16-Inception notebook, whose stage 3 has `inception_v1` blocks and stage 5 `inception_v3` ones, the
+    others `conv_bn`; the kinds and their papers are in `train.models.blocks`.
 
     Input: uint8 or float `[N, H, W, C]` in 0..255, H and W at least 32, C 1 or 3.
     Output: dict of float32 `[N, num_classes]` logits, `main` and (where `aux_weight` is not 0) `aux`.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import h5py  # type: ignore[import-untyped]
 import keras
@@ -63,7 +63,7 @@ class LoadReport:
         if self.adapted:
             parts.append(f"{', '.join(self.adapted)} summed over the three colour channels")
         if self.newly_initialized:
-            parts.append(f"new: {', '.join(self.newly_initialized)}")
+            parts.append(f"newly initialised: {', '.join(self.newly_initialized)}")
         if self.unused:
             parts.append(f"unused in file: {', '.join(self.unused)}")
         return f"weights: {'; '.join(parts)}"
@@ -142,7 +142,7 @@ def read_weights_file(path: Path) -> LayerWeights:
         ) from error
 
 
-def _read_hdf5(file: Any, size: int) -> LayerWeights:
+def _read_hdf5(file: Path | IO[bytes], size: int) -> LayerWeights:
     with h5py.File(file, "r") as root:
         group = root.get("model_weights", root)  # a whole model in the old format stores them one level down
         read_array = SafeArrayReader(size)
@@ -182,7 +182,7 @@ def _read_keras3_hdf5(root: h5py.File, read_array: SafeArrayReader) -> LayerWeig
     """Reads the format of Keras 3: a group for each layer, its name in an attribute, variables numbered in `vars`."""
     values: LayerWeights = {}
 
-    def visit(path: str, item: Any) -> None:
+    def visit(path: str, item: h5py.Group | h5py.Dataset) -> None:
         if LAYER_PATH_PATTERN.fullmatch(path) and len(item):
             variables = [read_array(item, key) for key in sorted(item, key=int)]
             values[_to_str(item.attrs["name"])] = variables
@@ -191,7 +191,7 @@ def _read_keras3_hdf5(root: h5py.File, read_array: SafeArrayReader) -> LayerWeig
     return values
 
 
-def _to_str(name: Any) -> str:
+def _to_str(name: bytes | str) -> str:
     return name.decode() if isinstance(name, bytes) else str(name)
 
 

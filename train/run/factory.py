@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from train import data
 from train.cli.progress import print_and_log
 from train.config import schema
 from train.config.schema import ROOT, Config, ConfigError, options
 from train.config.serialization import Redactor, to_dict
-from train.evaluation.metrics import evaluate
+from train.config.validation import check_batch
+from train.evaluation.metrics import Predict, evaluate
 from train.runtime import setup
+from train.runtime.setup import RuntimeSettings
+from train.storage.checksummed import file_sha256
+from train.storage.json_types import JsonObject
 from train.tracking import run_metadata
 from train.tracking.run_dir import RunDir
 from train.training.signals import SignalHandler
+
+if TYPE_CHECKING:  # Keras and TensorFlow are imported by prepare_runtime, once their settings are known
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    from train.data.augmentation.policy import Augmentation
+    from train.data.dataset import Dataset, Split
+    from train.training.step.base import Step
+
+Batches = Callable[[int, int], "tf.data.Dataset"]  # epoch, first batch -> the rest of the epoch's batches
 
 STREAM_KEYS = ("balanced", "class_weights")  # keys of `data` for the stream of batches, not for loading the data set
 
@@ -46,21 +60,41 @@ def check_sources(config: Config) -> None:
     run_dir = RunDir(Path(teacher), "")
     model_info = run_dir.model_info() if run_dir.status() == "finished" else {}
     if not model_info:
-        raise ConfigError(f"distill.teacher must be the folder of a finished run, got {teacher}; use another one")
+        raise ConfigError(f"distill.teacher={teacher} is not a finished run; use the folder of one")
     side = schema.resolve_image_size(config)
     expected = [side, side, config.data.channels]
     if (shape := model_info["input"]["shape"]) != expected:
-        raise ConfigError(f"distill.teacher must take images of shape {expected}, got {shape}; use another run")
+        raise ConfigError(
+            f"distill.teacher takes images of shape {shape}, this run has {expected}; use a teacher with the same shape"
+        )
 
 
-def make_augmentation(config: Config) -> Any:
+def runtime_settings(config: Config) -> RuntimeSettings:
+    """The part of the config that is about how a process computes."""
+    return RuntimeSettings(**{item.name: getattr(config, item.name) for item in fields(RuntimeSettings)})
+
+
+def prepare_runtime(config: Config, library_log: Path) -> tuple[Config, list[str]]:
+    """Imports and sets up the backend; returns the config with every `auto` resolved, and messages for the user.
+
+    Raises: ConfigError for what this machine cannot do.
+    """
+    settings, messages = setup.prepare(
+        runtime_settings(config), model_name=config.model.name, group=config.distributed, library_log=library_log
+    )
+    config = replace(config, **vars(settings))
+    check_batch(config)
+    return config, messages
+
+
+def make_augmentation(config: Config) -> Augmentation:
     """The augmentation of training images."""
     from train.data.augmentation import policy
 
     return policy.build(config.augment.name, **options(config.augment))
 
 
-def load_data(config: Config, *, crops: bool) -> tuple[Any, str]:
+def load_data(config: Config, *, crops: bool) -> tuple[Dataset, str]:
     """The data set of the config, split into train, validation and test, and a message about its pixel cache.
 
     `crops`: whether training crops its images out of the encoded files.
@@ -75,7 +109,7 @@ def load_data(config: Config, *, crops: bool) -> tuple[Any, str]:
     return pixel_cache.choose_cache(data.load(config.data.name, **load_options), **cache_options, crops=crops)
 
 
-def check_fingerprint(config: Config, dataset: Any) -> None:
+def check_fingerprint(config: Config, dataset: Dataset) -> None:
     """Checks a new run's data.fingerprint; a resumed run compares its provenance instead. Raises: ConfigError."""
     if config.data.fingerprint not in (None, dataset.fingerprint):
         raise ConfigError(
@@ -84,17 +118,11 @@ def check_fingerprint(config: Config, dataset: Any) -> None:
         )
 
 
-def data_source(config: Config, redactor: Redactor) -> str:
-    """The path or name that the data was loaded from, without secrets."""
-    stored = to_dict(config, redactor)["data"]
-    return stored.get("file") or stored.get("root") or stored.get("manual_dir") or stored["name"]
-
-
-def split_sizes(dataset: Any) -> str:
+def split_sizes(dataset: Dataset) -> str:
     return " + ".join(f"{count:,} {name}" for name, count in dataset.split_sizes.items())
 
 
-def steps_per_epoch(config: Config, dataset: Any) -> int:
+def steps_per_epoch(config: Config, dataset: Dataset) -> int:
     """The number of full batches of the training split, or fewer where the config limits them."""
     from train.data import pipeline
 
@@ -102,14 +130,14 @@ def steps_per_epoch(config: Config, dataset: Any) -> int:
     return min(steps, config.steps_per_epoch or steps)
 
 
-def epoch_message(config: Config, dataset: Any, epoch_steps: int) -> str:
+def epoch_message(config: Config, dataset: Dataset, epoch_steps: int) -> str:
     """Says how many training examples an epoch leaves out."""
     dropped = len(dataset.train) - epoch_steps * config.batch_size
     examples = f"{dropped} example{'' if dropped == 1 else 's'}"
     return f"{epoch_steps} steps per epoch, batch size {config.batch_size} ({examples} dropped per epoch)"
 
 
-def make_models(config: Config, dataset: Any) -> tuple[Any, Any]:
+def make_models(config: Config, dataset: Dataset) -> tuple[keras.Model, keras.Model]:
     """The training model with its auxiliary heads, and the inference model without, which shares its variables."""
     from train import models
 
@@ -124,7 +152,7 @@ def make_models(config: Config, dataset: Any) -> tuple[Any, Any]:
     return model, models.inference_model(model)
 
 
-def load_teacher(config: Config, dataset: Any) -> Any:
+def load_teacher(config: Config, dataset: Dataset) -> keras.Model | None:
     """The model to distill from, or None. Raises: ConfigError for one with other classes."""
     if config.distill.teacher is None:
         return None
@@ -132,30 +160,37 @@ def load_teacher(config: Config, dataset: Any) -> Any:
     classes = run_dir.model_info()["classes"]
     expected = [*dataset.classes]
     if classes != expected:
-        raise ConfigError(f"distill.teacher must have the classes {expected}, got {classes}; use another run")
+        raise ConfigError(
+            f"distill.teacher has the classes {classes}, the data {expected}; use a teacher with the same classes"
+        )
     return load_best(run_dir, config)[0]
 
 
-def input_digests(config: Config, teacher: Any) -> dict[str, str]:
+def input_digests(config: Config, teacher: keras.Model | None) -> dict[str, str]:
     """SHA-256 of the initial weights and of the teacher, where there are any."""
     from train.training.step.base import weights_sha256
 
     weights = config.model.weights
     digests = {}
     if weights not in (None, "imagenet"):
-        digests["model.weights_sha256"] = run_metadata.file_sha256(Path(weights))
+        digests["model.weights_sha256"] = file_sha256(Path(weights))
     if teacher:
         digests["distill.teacher_sha256"] = weights_sha256(teacher)
     return digests
 
 
-def collect_provenance(config: Config, redactor: Redactor, dataset: Any, teacher: Any) -> dict[str, Any]:
+def collect_provenance(config: Config, redactor: Redactor, dataset: Dataset, teacher: keras.Model | None) -> JsonObject:
     """`run_metadata.run_provenance` of this config, data set and machine."""
     processor = setup.processor_name(config.backend, config.device)
-    return run_metadata.run_provenance(config, redactor, dataset.fingerprint, processor, input_digests(config, teacher))
+    digests = input_digests(config, teacher)
+    return run_metadata.run_provenance(
+        to_dict(config, redactor), config.backend, dataset.fingerprint, processor, digests
+    )
 
 
-def make_training_step(config: Config, model: Any, inference: Any, epoch_steps: int, teacher: Any) -> Any:
+def make_training_step(
+    config: Config, model: keras.Model, inference: keras.Model, epoch_steps: int, teacher: keras.Model | None
+) -> Step:
     """The compiled training step: model, losses, optimizer and learning rate schedule. Raises: ConfigError."""
     from train import models
     from train.training import losses, optimizers, schedules, step
@@ -218,8 +253,8 @@ def resolved_stages(config: Config) -> list[schema.FineTuneStage]:
 
 
 def train_batches(
-    config: Config, dataset: Any, augmentation: Any, epoch_steps: int, epoch: int, first_batch: int
-) -> Any:
+    config: Config, dataset: Dataset, augmentation: Augmentation, epoch_steps: int, epoch: int, first_batch: int
+) -> tf.data.Dataset:
     """The batches of an epoch, from number `first_batch` on."""
     from train.data import pipeline
 
@@ -242,30 +277,14 @@ def shard(config: Config) -> tuple[int, int]:
     return config.distributed.index, config.distributed.processes
 
 
-def prefetch_to_device(config: Config, stream: Any) -> Any:
+def prefetch_to_device(config: Config, stream: tf.data.Dataset) -> tf.data.Dataset:
     """Copies batches to the device ahead of time, where the backend does not do so itself."""
-    from train.data import pipeline
-
     # JAX copies a batch to its device while the device still computes the previous one.
     needs_prefetch = config.device == "gpu" and config.backend == "tensorflow"
-    return pipeline.prefetch_to_device(stream, "GPU:0") if needs_prefetch else stream
+    return stream.prefetch_to_device("GPU:0") if needs_prefetch else stream
 
 
-@contextmanager
-def surface_example_errors() -> Iterator[None]:
-    """Re-raises TensorFlow's wrapper around an unreadable example as a ValueError with the example's own message."""
-    from train.data import pipeline
-
-    try:
-        yield
-    except Exception as error:
-        message = pipeline.extract_example_error(error)
-        if message is None:
-            raise
-        raise ValueError(message) from error
-
-
-def load_best(run_dir: RunDir, config: Config) -> tuple[Any, Callable]:
+def load_best(run_dir: RunDir, config: Config) -> tuple[keras.Model, Predict]:
     """Loads the saved best model, so that what is evaluated is what was saved; the model, and its logits function."""
     import keras
 
@@ -278,18 +297,20 @@ def load_best(run_dir: RunDir, config: Config) -> tuple[Any, Callable]:
 
 
 def predict_split(
-    config: Config, split: Any, num_classes: int, predict: Callable, signals: SignalHandler
-) -> tuple[Any, Any]:
+    config: Config, split: Split, num_classes: int, predict: Predict, signals: SignalHandler
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels of a split, every example once, in its order."""
     from train.data import pipeline
     from train.evaluation import metrics
 
-    batches = pipeline.eval_batches(split, batch_size=config.batch_size, num_classes=num_classes)
+    batches = pipeline.eval_batches(
+        split, batch_size=config.batch_size, num_classes=num_classes, shard=pipeline.SINGLE_SHARD
+    )
     return metrics.predict_all(predict, signals.guard(prefetch_to_device(config, batches)), len(split))
 
 
 def evaluate_split(
-    config: Config, dataset: Any, split: Any, predict: Callable, signals: SignalHandler
+    config: Config, dataset: Dataset, split: Split, predict: Predict, signals: SignalHandler
 ) -> dict[str, float]:
     """Mean metrics over a split, every example once."""
     from train.data import pipeline
@@ -298,15 +319,3 @@ def evaluate_split(
         split, batch_size=config.batch_size, num_classes=len(dataset.classes), shard=shard(config)
     )
     return evaluate(predict, signals.guard(prefetch_to_device(config, batches)), len(split))
-
-
-def compute_cost(model: Any, inference: Any) -> dict[str, Any]:
-    """Inference cost per image by block and by layer, and the multiply-accumulates of the training model."""
-    from train.models.cost import block_costs, layer_macs, total_cost
-
-    layers = {layer.name: macs for layer in inference.layers if (macs := layer_macs(layer))}
-    return {
-        "blocks": [vars(row) for row in block_costs(inference)],
-        "layers": layers,
-        "training_macs": total_cost(model).macs,
-    }

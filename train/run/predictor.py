@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -23,6 +22,11 @@ from train.data.decode import ImageSpec, decode, decode_and_resize, read_header
 from train.formats.runtimes import FILE_NAMES, load_predictor
 from train.runtime import setup
 from train.storage.atomic import UnsafePathError, read_inside, resolve_inside
+from train.storage.json_types import JsonObject
+from train.tracking.run_dir import best_sha256
+
+if TYPE_CHECKING:  # Keras is imported when a Keras model is loaded
+    import keras
 
 RUNTIMES = ("keras", "onnx")
 BATCH_SIZE = 32
@@ -44,7 +48,7 @@ class Network:
     max_bytes: int
     max_pixels: int
     batch_size: int = BATCH_SIZE
-    model: Any = None
+    model: keras.Model | None = None
 
 
 def load_network(run: Path, runtime_name: str, *, compiled: bool) -> Network:
@@ -73,7 +77,7 @@ def load_network(run: Path, runtime_name: str, *, compiled: bool) -> Network:
     )
 
 
-def load_keras_model(path: Path) -> Any:
+def load_keras_model(path: Path) -> keras.Model:
     """Loads a .keras file. Raises: ValueError for one that is damaged, or contains code."""
     setup.import_backend("tensorflow", Path(os.devnull))  # without optional modules and log output
     import keras
@@ -89,7 +93,7 @@ def load_keras_model(path: Path) -> Any:
     return model
 
 
-def read_model_info(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_model_info(run: Path) -> tuple[JsonObject, JsonObject]:
     """The contents of model.json, and the `data` section of the config. Raises: ValueError without a saved model."""
     try:
         check_format_version(run, json.loads(read_inside(run, "run.json")))
@@ -98,7 +102,7 @@ def read_model_info(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (FormatVersionError, UnsafePathError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        raise ValueError(f"{run} is not the folder of a run with saved weights; use e.g. run=runs/latest") from None
+        raise ValueError(f"{run} is not a run folder with saved weights; use e.g. run=runs/latest") from None
 
 
 def load_onnx_export(run: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -113,7 +117,7 @@ def load_onnx_export(run: Path) -> Callable[[np.ndarray], np.ndarray]:
         raise
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"cannot read export/onnx/summary.json of {run}; run {export_command}") from None
-    if exported != hashlib.sha256(read_inside(run, "best/model.json")).hexdigest():
+    if exported != best_sha256(run):
         raise ValueError(f"{path} was exported from an older model than the run's best; run {export_command}")
     try:
         return load_predictor("onnx", path)
@@ -142,7 +146,7 @@ def decode_files(network: Network, paths: Iterable[Path]) -> Iterator[tuple[Path
     """Decodes files on all cores, in order, at most DECODE_AHEAD images in advance."""
     ahead = DECODE_AHEAD if network.batch_size > 1 else 1  # an image that is not resized may be large
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending: deque[tuple[Path, Future]] = deque()
+        pending: deque[tuple[Path, Future[np.ndarray | Exception]]] = deque()
         for path in paths:
             pending.append((path, pool.submit(read_image, network, path)))
             if len(pending) > ahead:

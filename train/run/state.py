@@ -1,19 +1,26 @@
-"""The callbacks of the training loop: journal, best weights, checkpoints, resuming and rolling back."""
+"""The state of a run between two batches: the training loop's callbacks, restoring it, and rolling it back."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from train.config.compatibility import check_compatible, differing_keys
 from train.config.schema import Config, options
 from train.distributed.process_group import ProcessGroup
 from train.storage import fault_injection
+from train.storage.json_types import JsonObject
 from train.tracking.journal import Journal
 from train.tracking.run_dir import Heartbeat, RunDir
 from train.training.checkpoint import PREEMPTION_SUFFIX, CheckpointManager, CheckpointPolicy
-from train.training.loop import DivergedError, Progress
+from train.training.loop import Callbacks, DivergedError, Progress
+
+if TYPE_CHECKING:  # Keras and TensorFlow are imported by prepare_runtime, once their settings are known
+    import keras
+
+    from train.data.dataset import Dataset
+    from train.training.step.base import Step
 
 
 def checkpoint_policy(config: Config) -> CheckpointPolicy:
@@ -21,15 +28,41 @@ def checkpoint_policy(config: Config) -> CheckpointPolicy:
     return CheckpointPolicy(**{name: value for name, value in options(config.checkpoint).items() if name != "keep"})
 
 
+class TrainingState(Callbacks, Protocol):
+    """What a process keeps of the training of a run; process 0 stores it, the others take it over from process 0."""
+
+    progress: Progress
+
+    def restore(self, provenance: JsonObject) -> None:
+        """Loads the latest checkpoint, if there is one; writes nothing."""
+
+    def synchronize(self) -> None:
+        """Gives all processes the position and the state of process 0."""
+
+    def roll_back(self, error: DivergedError) -> None:
+        """Returns to an earlier state after a divergence. Raises: DivergedError where the config does not allow it."""
+
+    def close(self) -> None:
+        """Waits for the checkpoint being written."""
+
+
 class RunState:
-    """Stores the state of a run in its folder; the loop's callbacks on process 0."""
+    """Stores the state of a run in its folder: the training state of process 0."""
 
     def __init__(
-        self, run_dir: RunDir, config: Config, step: Any, inference: Any, dataset: Any, process_group: ProcessGroup
+        self,
+        run_dir: RunDir,
+        config: Config,
+        accepted_changes: frozenset[str],
+        step: Step,
+        inference: keras.Model,
+        dataset: Dataset,
+        process_group: ProcessGroup,
     ):
         """Cuts a torn line off the journal, and loads the newest complete checkpoint."""
         self.run_dir = run_dir
         self.config = config
+        self.accepted_changes = accepted_changes
         self.step = step
         self.inference = inference
         self.dataset = dataset
@@ -38,16 +71,31 @@ class RunState:
         self.checkpoints = CheckpointManager(run_dir.path / "checkpoints", config.checkpoint.keep)
         self.checkpoint = self.checkpoints.load_latest()
         self.progress = Progress()
+        self.changes: list[JsonObject] = []
         self._policy = checkpoint_policy(config)
 
-    def config_changes(self, provenance: dict[str, Any], accepted_changes: frozenset[str]) -> list[dict[str, Any]]:
+    def restore(self, provenance: JsonObject) -> None:
+        """Loads the checkpoint, if there is one; writes nothing.
+
+        Raises: ConfigError naming changes since the previous attempt that were not accepted; ValueError naming a tensor
+        that does not match, or a journal that has lost lines.
+        """
+        self.changes = self._config_changes(provenance)
+        self._change_count = len(self.run_dir.identity()["changes"]) + len(self.changes)
+        self._provenance = provenance
+        if self.checkpoint:
+            self.step.load(self.checkpoint.arrays)
+            self.checkpoint.arrays.clear()  # frees the memory: the model has copies
+        self._set_position(self._start_position())
+
+    def _config_changes(self, provenance: JsonObject) -> list[JsonObject]:
         """The changes since the previous attempt, to be recorded; each starts a new branch of the journal.
 
         Raises: ConfigError naming changes that were not accepted.
         """
         checkpointed = self.checkpoint.metadata["provenance"] if self.checkpoint else provenance
         previous = self.run_dir.read_json("provenance.json", checkpointed)
-        check_compatible(previous, provenance, accepted_changes, self.run_dir.path)
+        check_compatible(previous, provenance, self.accepted_changes, self.run_dir.path)
         line = self._start_position()["journal_lines"]
         recorded = self.run_dir.identity()["changes"]
         changes = [
@@ -59,31 +107,19 @@ class RunState:
             changes = [{"name": "journal_lines", "was": recorded[-1]["line"], "is": line, "line": line}]
         return changes
 
-    def restore(self, change_count: int) -> None:
-        """Loads the checkpoint, if there is one; writes nothing. `change_count`: all config changes of the run so far.
-
-        Raises: ValueError naming a tensor that does not match, or a journal that has lost lines.
-        """
-        self._change_count = change_count
-        if self.checkpoint:
-            self.step.load(self.checkpoint.arrays)
-            self.checkpoint.arrays.clear()  # frees the memory: the model has copies
-        self._set_position(self._start_position())
-
-    def begin_attempt(self, provenance: dict[str, Any], heartbeat: Heartbeat) -> None:
+    def begin_attempt(self, heartbeat: Heartbeat) -> None:
         """Records that an attempt starts to train from here."""
-        self._provenance = provenance
         self._heartbeat = heartbeat
         heartbeat.ensure(self._start_position()["steps_executed"])
-        self.run_dir.write_json("provenance.json", provenance)
+        self.run_dir.write_json("provenance.json", self._provenance)
         fault_injection.fail_point("life/ground")
 
-    def _start_position(self) -> dict[str, Any]:
+    def _start_position(self) -> JsonObject:
         """The position of the checkpoint, or of a new run."""
         start = {"progress": dataclasses.asdict(Progress()), "journal_lines": 0, "steps_executed": 0}
         return self.checkpoint.metadata if self.checkpoint else start
 
-    def _set_position(self, position: dict[str, Any], rollbacks: int | None = None) -> None:
+    def _set_position(self, position: JsonObject, rollbacks: int | None = None) -> None:
         self.progress = Progress.from_dict(position["progress"])
         if rollbacks is not None:
             self.progress.rollbacks = rollbacks
@@ -95,8 +131,8 @@ class RunState:
         branch = (self._change_count, self.progress.rollbacks)
         self.journal.seek(position["journal_lines"], branch, compare=self.config.deterministic)
 
-    def broadcast_state(self) -> None:
-        """Sends the position and state of process 0 to all other processes."""
+    def synchronize(self) -> None:
+        """Sends position and state to all other processes."""
         self.process_group.broadcast_state({"progress": dataclasses.asdict(self.progress)}, self.step.state())
 
     def close(self) -> None:
@@ -165,20 +201,26 @@ class RunState:
         fault_injection.fail_point("rollback")
         values = {"number": number, "learning_rate_factor": factor, "to_step": self.progress.steps}
         self.log_metrics(error.epoch, error.step, {f"rollback/{name}": float(value) for name, value in values.items()})
-        self.broadcast_state()
+        self.synchronize()
 
 
 class WorkerState:
-    """The loop's callbacks on the other processes, which follow process 0 and write nothing."""
+    """The training state of a process other than process 0, from which it takes everything over; it stores nothing."""
 
-    def __init__(self, config: Config, step: Any, process_group: ProcessGroup):
+    def __init__(self, config: Config, step: Step, process_group: ProcessGroup):
         self.step = step
         self.process_group = process_group
         self.progress = Progress()
         self._policy = checkpoint_policy(config)
 
-    def receive_state(self) -> bool:
-        """Takes over position and state of process 0; False if process 0 stops."""
+    def restore(self, provenance: JsonObject) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._receive_state()
+
+    def _receive_state(self) -> bool:
+        """Takes over position and state; False if process 0 stops."""
         metadata, state = self.process_group.broadcast_state({}, self.step.state())
         if not metadata:
             return False
@@ -207,5 +249,8 @@ class WorkerState:
 
     def roll_back(self, error: DivergedError) -> None:
         """Follows the rollback of process 0. Raises: DivergedError where process 0 stops."""
-        if not self.receive_state():
+        if not self._receive_state():
             raise error
+
+    def close(self) -> None:
+        pass

@@ -6,7 +6,6 @@ import os
 import platform
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +13,8 @@ import tensorflow as tf
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from train.config.schema import Config, ConfigError
-from train.distributed import rendezvous
+from train.config.schema import ConfigError, Distributed
+from train.distributed import liveness, rendezvous
 
 NAME = "JAX"
 JIT = "on"  # JAX compiles everything
@@ -25,19 +24,18 @@ HEARTBEAT_TIMEOUT_SECONDS = 30  # a process that is silent for longer counts as 
 _mesh: Mesh | None = None
 
 
-def initialize(config: Config) -> None:
-    """Connects the processes of a run; call it before any query for devices.
+def initialize(*, device: str, devices: str, group: Distributed) -> None:
+    """Connects the processes of a run; call it before any query for devices. devices: per process, or all.
 
     Raises: ConfigError if some process does not connect, or their numbers of devices differ.
     """
-    if config.devices.isdigit():
-        jax.config.update("jax_num_cpu_devices", int(config.devices))  # one CPU can act as several devices
-    if config.device == "cpu":
+    if devices.isdigit():
+        jax.config.update("jax_num_cpu_devices", int(devices))  # one CPU can act as several devices
+    if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    group = config.distributed
     if group.processes == 1:
         return
-    rendezvous.rendezvous(group)
+    liveness.watch(rendezvous.rendezvous(group))
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the loop
     jax.distributed.initialize(
         group.coordinator,
@@ -52,26 +50,26 @@ def initialize(config: Config) -> None:
     if len(set(counts.values())) > 1:
         listing = ", ".join(f"{count} in process {index}" for index, count in sorted(counts.items()))
         raise ConfigError(
-            f"all processes must have the same number of devices, got {listing}; use the same device and devices"
+            f"the processes have different numbers of devices ({listing}); start all with the same device and devices"
         )
     # The first computation across processes has a time limit of half a minute, later ones of half an hour.
     multihost_utils.sync_global_devices("joined")
 
 
-def gpus() -> list[Any]:
+def gpus() -> list[jax.Device]:
     try:
         return jax.local_devices(backend="gpu")
     except RuntimeError:  # JAX has no GPU platform here
         return []
 
 
-def compute_capability(gpu: Any) -> tuple[int, int]:
+def compute_capability(gpu: jax.Device) -> tuple[int, int]:
     """NVIDIA's compute capability; (0, 0) if unknown."""
     major, _, minor = str(getattr(gpu, "compute_capability", "0.0")).partition(".")
     return int(major), int(minor or 0)
 
 
-def describe(gpu: Any) -> str:
+def describe(gpu: jax.Device) -> str:
     """The model name of a GPU."""
     return gpu.device_kind
 
@@ -86,18 +84,19 @@ def mesh() -> Mesh | None:
     return _mesh
 
 
-def set_up(config: Config) -> None:
-    """Chooses the devices and the compilation cache; the environment holds the other settings."""
+def set_up(*, device: str, devices: int, threads: int | None, gpu_memory: int | None, deterministic: bool) -> None:
+    """Chooses the devices and the compilation cache."""
+    del threads, gpu_memory, deterministic  # the environment holds them
     global _mesh  # one for a process, like JAX's own devices
     tf.config.set_visible_devices([], "GPU")
-    all_devices = jax.devices(config.device)
+    all_devices = jax.devices(device)
     by_process = [
-        [device for device in all_devices if device.process_index == process][: int(config.devices)]
+        [candidate for candidate in all_devices if candidate.process_index == process][:devices]
         for process in range(jax.process_count())
     ]
-    devices = np.array(by_process).reshape(-1)
-    _mesh = Mesh(devices, ("batch",)) if len(devices) > 1 else None
-    jax.config.update("jax_default_device", jax.local_devices(backend=config.device)[0])
+    chosen = np.array(by_process).reshape(-1)
+    _mesh = Mesh(chosen, ("batch",)) if len(chosen) > 1 else None
+    jax.config.update("jax_default_device", jax.local_devices(backend=device)[0])
     # Compilation takes longer than short runs do. Code compiled for one machine may not run on another.
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inception-laboratory/xla"
     jax.config.update("jax_compilation_cache_dir", str(cache_dir / platform.node()))

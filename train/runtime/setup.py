@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -14,12 +13,12 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from train.config.schema import Config, ConfigError
-from train.config.validation import check_batch
+from train.config.schema import ConfigError, Distributed
 from train.runtime import backends
+from train.runtime.backends import Backend
 
 # What `auto` means by kind of device and model, and why; written by `scripts/benchmarks/training.py --settings`.
 AUTO_SETTINGS = Path(__file__).with_name("auto_settings.json")
@@ -39,58 +38,80 @@ XLA_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 XLA_NO_SHARDED_AUTOTUNING = "--xla_gpu_shard_autotuning=false"
 
 
-def prepare(config: Config, library_log: Path) -> tuple[Config, list[str]]:
-    """Imports and sets up the backend; returns the config with every `auto` resolved, and messages for the user.
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """How a process computes: the config's keys of the same names, whose `auto` and defaults `prepare` resolves."""
+
+    backend: str
+    device: str
+    devices: str
+    threads: int | None
+    precision: str
+    jit: str
+    deterministic: bool
+    gpu_memory: int | None
+
+
+def prepare(
+    settings: RuntimeSettings, *, model_name: str, group: Distributed, library_log: Path
+) -> tuple[RuntimeSettings, list[str]]:
+    """Imports and sets up the backend; returns the settings with every `auto` resolved, and messages for the user.
 
     library_log: the file that receives what the libraries print while they are loaded.
 
     Raises: ConfigError if a requested GPU is missing, or an earlier run of this process had other settings.
     """
-    _check_process_settings(config, "backend")
-    os.environ.update(backend_environment(config))
-    import_backend(config.backend, library_log)
+    _check_process_settings(settings, "backend")
+    os.environ.update(backend_environment(settings.backend, settings.threads, settings.deterministic, group.processes))
+    import_backend(settings.backend, library_log)
     import keras
 
-    backend = backends.get_backend(config.backend)
+    backend = backends.get_backend(settings.backend)
     with redirect_fds(library_log, 1, 2):
-        backend.initialize(config)
-    device, messages = _choose_device(backend, config.device)
-    devices = _count_devices(backend, config.devices, device)
-    config, reason = resolve_auto(dataclasses.replace(config, device=device, devices=devices))
-    check_batch(config)
-    _check_process_settings(config, "device", "devices", "threads", "deterministic")
-    backend.set_up(config)
+        backend.initialize(device=settings.device, devices=settings.devices, group=group)
+    device, messages = _choose_device(backend, settings.device)
+    devices = _count_devices(backend, settings.devices, device)
+    settings, reason = resolve_auto(replace(settings, device=device, devices=devices), model_name)
+    _check_process_settings(settings, "device", "devices", "threads", "deterministic")
+    backend.set_up(
+        device=device,
+        devices=int(devices),
+        threads=settings.threads,
+        gpu_memory=settings.gpu_memory,
+        deterministic=settings.deterministic,
+    )
     if device == "gpu":
-        messages += tf32_note(device_capability(config.backend, device), config.precision)
-    elif config.gpu_memory is not None:
+        messages += tf32_note(device_capability(settings.backend, device), settings.precision)
+    elif settings.gpu_memory is not None:
         messages.append("warning: gpu_memory has no effect on the CPU")
     keras.utils.clear_session()  # first, since it also resets the precision policy
-    keras.config.set_dtype_policy(config.precision)
+    keras.config.set_dtype_policy(settings.precision)
     _reset_peak_memory(backend)
-    return config, [*messages, _device_message(config, backend.NAME, reason)]
+    return settings, [*messages, _device_message(settings, backend.NAME, group.processes) + reason]
 
 
-def _device_message(config: Config, backend_name: str, reason: str) -> str:
-    device = config.device.upper() if config.devices == "1" else f"{config.devices} x {config.device.upper()}"
-    if config.distributed.processes > 1:
-        device += f" in {config.distributed.processes} processes"
-    threads = f"{config.threads} thread{'' if config.threads == 1 else 's'}"
-    return f"device: {device}, {backend_name}, {threads}, {config.precision}, XLA {config.jit}{reason}"
+def _device_message(settings: RuntimeSettings, backend_name: str, processes: int) -> str:
+    device = settings.device.upper()
+    if settings.devices != "1":
+        device = f"{settings.devices} x {device}"
+    if processes > 1:
+        device += f" in {processes} processes"
+    threads = f"{settings.threads} thread{'' if settings.threads == 1 else 's'}"
+    return f"device: {device}, {backend_name}, {threads}, {settings.precision}, XLA {settings.jit}"
 
 
-def backend_environment(config: Config) -> dict[str, str]:
-    """The environment variables that a backend's libraries read when they are loaded."""
-    if config.backend != "jax":
+def backend_environment(backend: str, threads: int | None, deterministic: bool, processes: int) -> dict[str, str]:
+    """The environment variables that a backend's libraries read when they are loaded. threads: None for all cores."""
+    if backend != "jax":
         return {}
-    threads = str(config.threads or cores())
     flags = os.environ.get("XLA_FLAGS", "").split()
-    if config.deterministic and XLA_DETERMINISTIC not in flags:
+    if deterministic and XLA_DETERMINISTIC not in flags:
         flags.append(XLA_DETERMINISTIC)
-    if config.distributed.processes > 1:
+    if processes > 1:
         flags.append(XLA_NO_SHARDED_AUTOTUNING)
     return {
-        "NPROC": threads,
-        "PJRT_NPROC": threads,
+        "NPROC": str(threads or cores()),
+        "PJRT_NPROC": str(threads or cores()),
         "XLA_FLAGS": " ".join(flags),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # otherwise it takes three quarters of a GPU's memory
     }
@@ -103,19 +124,19 @@ def tf32_note(capability: str, precision: str) -> list[str]:
     return ["note: on this GPU float32 matrix products use TF32 (10-bit mantissa), TensorFlow's default"]
 
 
-def resolve_auto(config: Config) -> tuple[Config, str]:
-    """The config with every `auto` resolved for its device, and the reason in brackets; "" if no key was `auto`."""
-    capability = device_capability(config.backend, config.device)
+def resolve_auto(settings: RuntimeSettings, model_name: str) -> tuple[RuntimeSettings, str]:
+    """The settings with every `auto` resolved for their device, and the reason in brackets; "" if none was `auto`."""
+    capability = device_capability(settings.backend, settings.device)
     # The measurements were made with TensorFlow.
-    table = json.loads(AUTO_SETTINGS.read_text()) if config.backend == "tensorflow" else {}
-    settings = table.get(capability, {}).get(config.model.name) or {
-        "precision": DEFAULT_PRECISION[capability], "jit": backends.get_backend(config.backend).JIT, "cores": 1.0,
+    table = json.loads(AUTO_SETTINGS.read_text()) if settings.backend == "tensorflow" else {}
+    best = table.get(capability, {}).get(model_name) or {
+        "precision": DEFAULT_PRECISION[capability], "jit": backends.get_backend(settings.backend).JIT, "cores": 1.0,
         "why": f"default for {capability}, not measured",
     }  # fmt: skip
-    settings["threads"] = max(1, round(settings["cores"] * cores()))
+    best["threads"] = max(1, round(best["cores"] * cores()))
     auto_values = {"precision": "auto", "jit": "auto", "threads": None}
-    resolved = {name: settings[name] for name, value in auto_values.items() if getattr(config, name) == value}
-    return dataclasses.replace(config, **resolved), f" (auto: {settings['why']})" if resolved else ""
+    resolved = {name: best[name] for name, value in auto_values.items() if getattr(settings, name) == value}
+    return replace(settings, **resolved), f" (auto: {best['why']})" if resolved else ""
 
 
 # Keras and TensorFlow import these if installed, for wrappers, plots and data frames that are not used here. Together
@@ -175,7 +196,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose_device(backend: Any, device: str) -> tuple[str, list[str]]:
+def _choose_device(backend: Backend, device: str) -> tuple[str, list[str]]:
     """`cpu` or `gpu`, and a warning if the choice may be unexpected."""
     has_gpu = bool(backend.gpus())
     if device == "gpu" and not has_gpu:
@@ -188,7 +209,7 @@ def _choose_device(backend: Any, device: str) -> tuple[str, list[str]]:
     return ("gpu" if has_gpu and device != "cpu" else "cpu"), []
 
 
-def _count_devices(backend: Any, requested: str, device: str) -> str:
+def _count_devices(backend: Backend, requested: str, device: str) -> str:
     available = backend.count_devices(device)
     if requested != "all" and int(requested) > available:
         raise ConfigError(
@@ -210,14 +231,13 @@ def set_seed(number: int) -> None:
 _process_settings: dict[str, object] = {}
 
 
-def _check_process_settings(config: Config, *names: str) -> None:
+def _check_process_settings(settings: RuntimeSettings, *names: str) -> None:
     """Rejects settings that the libraries cannot change within a process and that an earlier run set differently."""
     for name in names:
-        value = getattr(config, name)
+        value = getattr(settings, name)
         if _process_settings.setdefault(name, value) != value:
             raise ConfigError(
-                f"{name} must be the same for all runs of a process, got {value} after "
-                f"{_process_settings[name]}; use a new process"
+                f"{name} cannot change within a process, from {_process_settings[name]} to {value}; start a new process"
             )
 
 
@@ -261,7 +281,7 @@ def peak_memory_bytes(backend: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _reset_peak_memory(backend: Any) -> None:
+def _reset_peak_memory(backend: Backend) -> None:
     """Resets the peak, so that each run in a process is measured by itself."""
     backend.reset_peak_memory()
     with suppress(OSError):

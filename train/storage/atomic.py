@@ -5,10 +5,18 @@ Also safe reads from untrusted folders, in which no link may lead outside.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from train.storage.fault_injection import fail_point
+
+FOLDER_FAIL_POINTS = ("folder/complete", "folder/renamed")
 
 
 class UnsafePathError(ValueError):
@@ -58,22 +66,88 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises: OSError, with the old content intact.
     """
-    temporary = path.with_name(f".{path.name}.new")
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Opens a temporary file to write, which replaces `path` at the end of the block; after an error it is removed.
+
+    temporary: its path, in the same folder. By default it is the same for each process, so that it also replaces what
+    a killed one left behind, and one process at a time may write `path`.
+
+    Raises: OSError, with the old content intact.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
     try:
-        write_and_fsync(temporary, content.encode() if isinstance(content, str) else content)
+        with temporary.open("xb") as file:  # a new file: never through a link that lies there
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
 
-def write_and_fsync(path: Path, content: bytes) -> None:
-    """Writes the file; the content is on disk when this returns."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
+@contextmanager
+def atomic_folder(path: Path, temporary: Path, fail_points: tuple[str, str] = FOLDER_FAIL_POINTS) -> Iterator[None]:
+    """Creates the folder `temporary` to be filled, which is renamed to `path` at the end of the block.
+
+    Its files need no fsync of their own. After an error it is removed. temporary: in the same folder; its name tells
+    the caller what a killed process left behind. fail_points: the names of those before and after the renaming.
+
+    Raises: OSError, also if `path` exists and is not empty, with what is there intact.
+    """
+    temporary.mkdir(parents=True)
+    complete, renamed = fail_points
+    try:
+        yield
+        _fsync_files(temporary)
+        fail_point(complete)
+        temporary.rename(path)
+        fail_point(renamed)
+        fsync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def append_and_fsync(path: Path, content: bytes) -> None:
+    """Appends all of the content, or nothing of it if the disk is full; not to a file that a symbolic link leads to.
+
+    Raises: OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+            if not size:
+                fsync_folder(path.parent)
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def fsync_file(path: Path) -> None:
+    """Flushes the content of a file to disk, whoever wrote it."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _fsync_files(folder: Path) -> None:
+    """Flushes all that is in the folder, and below it."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fsync_file(Path(parent, name))
+        fsync_folder(Path(parent))
 
 
 def replace_symlink(link: Path, target: Path) -> None:

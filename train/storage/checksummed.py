@@ -4,13 +4,14 @@ A file that is expensive to create is created by one process, while the others w
 """
 
 import contextlib
-import fcntl
 import hashlib
-import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
+
+from train.storage import locks
+from train.storage.atomic import atomic_file, fsync_file
 
 
 @contextlib.contextmanager
@@ -22,39 +23,40 @@ def exclusive(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.with_name(f".{path.name}.lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.enter_context(locks.acquire(path.with_name(f".{path.name}.lock")))
         yield
 
 
-def write(path: Path, fill: Callable[[Any], None]) -> None:
-    """Lets `fill` write to a binary file, and renames it to `path` when it is on disk. Raises: OSError."""
+def write(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Lets `fill` write to a file, and renames it to `path` when it is on disk. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-            # The checksum first: after a crash here it does not match the old content, which is detected.
-            _checksum_path(path).write_text(_digest(temporary))
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # its own: storage may have no locks
+    with atomic_file(path, temporary) as file:
+        fill(file)
+        file.flush()
+        fsync_file(temporary)
+        # The checksum first: after a crash here it does not match the old content, which is detected.
+        _checksum_path(path).write_text(file_sha256(temporary))
 
 
 def is_intact(path: Path) -> bool:
     """Whether the file exists and matches its checksum."""
     try:
-        return _digest(path).encode() == _checksum_path(path).read_bytes()
+        return file_sha256(path).encode() == _checksum_path(path).read_bytes()
     except OSError:
         return False
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(*paths: Path) -> str:
+    """SHA-256, in hexadecimal digits, of the content of a file, or of several files one after the other.
+
+    Raises: OSError.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def _checksum_path(path: Path) -> Path:

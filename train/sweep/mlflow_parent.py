@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from types import TracebackType
 
+from train.cli.arguments import Override
 from train.cli.progress import print_and_log
 from train.config.schema import ROOT, Config
 from train.config.serialization import RUN_FORMAT_VERSION
@@ -64,8 +65,9 @@ class ParentRun:
                 "changes": [],
             },
         )
-        overrides = (override.partition("=") for override in manifest["identity"])
-        self.run_dir.write_json("params.json", {name: value for name, _, value in overrides})
+        # A word without a value, such as ~augment, has an empty one.
+        params = {Override.key_of(word): word.partition("=")[2] for word in manifest["identity"]}
+        self.run_dir.write_json("params.json", params)
 
     def log_progress(self, trials: list[Trial], failed: int) -> None:
         """Logs the number of finished and failed trials and the best accuracy, after a trial has ended."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from train.sweep.search_space import Axis
 from train.sweep.trials import SweepDir, Trial
+
+if TYPE_CHECKING:
+    import numpy as np
+    import optuna
+    from matplotlib.axes import Axes
 
 PLOT_FILES = ("parallel_coordinates.png", "importances.png", "accuracy_and_cost.png")
 MIN_TO_COMPARE = 2  # trials, and axes, that a comparison needs
@@ -44,7 +49,7 @@ def write_plots(folder: SweepDir, output_dir: Path) -> None:
     save_figure(plot_accuracy_vs_cost(done), output_dir / PLOT_FILES[2])
 
 
-def make_study(axes: list[Axis], completed: list[tuple[Trial, float]]) -> Any:
+def make_study(axes: list[Axis], completed: list[tuple[Trial, float]]) -> optuna.Study:
     """Builds an Optuna study from all trials with an accuracy, pruned ones included, whichever search made them."""
     import optuna
 
@@ -58,12 +63,12 @@ def make_study(axes: list[Axis], completed: list[tuple[Trial, float]]) -> Any:
     return study
 
 
-def to_distribution_value(axis: Axis, value: Any) -> Any:
+def to_distribution_value(axis: Axis, value: object) -> object:
     """Returns a value of the axis as its Optuna distribution represents it."""
     return value if axis.is_range else axis.words[[*axis.values].index(value)]
 
 
-def plot_accuracy_vs_cost(completed: list[tuple[Trial, float]]) -> Any:
+def plot_accuracy_vs_cost(completed: list[tuple[Trial, float]]) -> Axes:
     """Plots every trial's best validation accuracy over its multiply-accumulates per image."""
     from matplotlib import pyplot
 
@@ -80,12 +85,14 @@ def plot_accuracy_vs_cost(completed: list[tuple[Trial, float]]) -> Any:
     return axes
 
 
-def save_figure(axes: Any, path: Path) -> None:
+def save_figure(axes: Axes | np.ndarray, path: Path) -> None:
     """Saves the figure of `axes`, which is one Axes or an array of them, depending on the Optuna plot."""
     from matplotlib import pyplot
+    from matplotlib.axes import Axes
 
-    axes = axes.flat[0] if hasattr(axes, "flat") else axes
-    figure = axes.get_figure()
+    first: Axes = axes if isinstance(axes, Axes) else axes.flat[0]
+    figure = first.get_figure(root=True)
+    assert figure is not None  # the axes are drawn in one
     figure.set_size_inches(WIDTH, HEIGHT)
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
     pyplot.close(figure)

@@ -7,25 +7,28 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from statistics import fmean
-from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 
+from train.cli.arguments import typed_keys
 from train.cli.progress import print_and_log
-from train.config import composition, hydra_errors, serialization
+from train.config import composition, serialization
 from train.config import schema as schema
+from train.config.overrides import HYDRA_ERRORS, check_overrides, explain
 from train.config.schema import ROOT, Config, ConfigError
 from train.config.serialization import config_hash, strip_credentials, to_dict
 from train.config.validation import check
 from train.evaluation.report import REPORT_FILE
 from train.run.factory import check_files, check_sources
 from train.runtime.setup import cores
+from train.storage.json_types import JsonObject
 from train.sweep import ray_workers, search, search_space, trials
 from train.sweep.live_table import LiveTable
 from train.sweep.mlflow_parent import ParentRun
@@ -36,13 +39,13 @@ from train.sweep.workers import (
     REFERENCES_VARIABLE,
     STOPPED_REASON,
     TRACKING_URI_VARIABLE,
-    SweepSignalHandler,
     TrialResult,
     WorkerPool,
     visible_gpus,
 )
 from train.tracking import uploader
 from train.tracking.run_metadata import quote_path, relative_path
+from train.training.signals import StopSignals
 
 JOBS_DIR = "jobs"  # folder for the files of an external launcher
 FROZEN_SETTINGS = ("search", "trials", "seeds", "first_epochs", "reduction")  # the settings that determine the trials
@@ -56,7 +59,7 @@ class ExternalLauncher:
     """Another Hydra launcher. launch: takes the overrides of every job, the number of the first one, and a folder."""
 
     name: str
-    launch: Callable[[list[list[str]], int, str], Any]
+    launch: Callable[[list[list[str]], int, str], object]
 
 
 @dataclass
@@ -69,23 +72,23 @@ class SweepSession:
     folder: SweepDir
     config: Config
     launcher: ExternalLauncher | None
-    signals: SweepSignalHandler
+    signals: StopSignals
     trusted_references: composition.References = frozenset()
     algorithm: SearchAlgorithm = field(init=False)
     failures: dict[int, tuple[Trial, str]] = field(default_factory=dict)
     retry_queue: list[Trial] = field(default_factory=list)
-    retry_counts: Counter = field(default_factory=Counter)
+    retry_counts: Counter[int] = field(default_factory=Counter)
 
     @property
     def stopped(self) -> bool:
         """Whether the sweep ends early, by a signal or a failure."""
-        return bool(self.signals.signal) or (self.config.sweep.fail_fast and bool(self.failures))
+        return bool(self.signals.received_signal()) or (self.config.sweep.fail_fast and bool(self.failures))
 
 
 def run_sweep(
     overrides: list[str],
     config: Config,
-    loader: Any,
+    loader: ConfigLoader,
     compose_config: ComposeFunction,
     launcher: ExternalLauncher | None,
 ) -> int:
@@ -122,7 +125,7 @@ def run_sweep(
             )
     os.environ[REFERENCES_VARIABLE] = json.dumps(sorted(trusted))
     config = replace(config, sweep=replace(config.sweep, **folder.manifest["settings"]))
-    signals = SweepSignalHandler()
+    signals = StopSignals()
     with folder.locked(), nullcontext() if launcher else signals.installed():
         return run_trials(SweepSession(folder, config, launcher, signals, trusted))
 
@@ -212,7 +215,7 @@ def mark_pruned(session: SweepSession) -> None:
     for trial in session.algorithm.abandoned():
         run_dir = trial.run()
         if run_dir and "pruned" not in (summary := trial.summary()):
-            reason = f"pruned after epoch {trial.epochs_done()} of {trial.total_epochs()}: others did better"
+            reason = f"pruned after epoch {trial.epochs_done()} of {trial.total_epochs()}: outperformed by other trials"
             run_dir.write_json("summary.json", summary | {"pruned": True, "failure": reason})
             uploader.start(run_dir, session.config.tracking.uri or uploader.default_uri(ROOT))
 
@@ -235,7 +238,8 @@ def finalize_best(
 
     The test split is used once: not while a failed trial may still become the best, nor for a second trial.
     """
-    keys = [name for name in DISABLED_DURING_SEARCH if not is_overridden(name, session.folder.manifest["identity"])]
+    typed = typed_keys(session.folder.manifest["identity"])
+    keys = [name for name in DISABLED_DURING_SEARCH if name not in typed]
     if not keys or not best_trials or session.stopped:
         return
     if retryable := [trial for trial, _ in session.failures.values() if not trial.summary().get("config_error")]:
@@ -301,7 +305,7 @@ def external_result(trial: Trial) -> TrialResult:
         return TrialResult(0)
     if state == "failed":
         return TrialResult(1, trial.summary()["failure"])
-    return TrialResult(1, f"its job left no result in {trial.folder}", is_retryable=state == "interrupted")
+    return TrialResult(1, f"the job wrote no result to {trial.folder}", is_retryable=state == "interrupted")
 
 
 def finish_sweep(session: SweepSession, parent_run: ParentRun, best_trials: list[Trial]) -> int:
@@ -309,7 +313,8 @@ def finish_sweep(session: SweepSession, parent_run: ParentRun, best_trials: list
     states = Counter("pruned" if trial.summary().get("pruned") else trial.state() for trial in session.folder.trials)
     best_trials = [trial for trial in best_trials if trial.objective() is not None]  # its test may have failed
     parent_run.write_summary(
-        "interrupted" if session.signals.signal else "failed" if session.failures else "finished", best_trials
+        "interrupted" if session.signals.received_signal() else "failed" if session.failures else "finished",
+        best_trials,
     )
     for failed, reason in session.failures.values():
         print_and_log(f"failed: {failed.label}: {reason} ({relative_path(failed.log_path())})")
@@ -332,8 +337,8 @@ def finish_sweep(session: SweepSession, parent_run: ParentRun, best_trials: list
 
 
 def plan_sweep(
-    overrides: list[str], config: Config, loader: Any, compose_config: ComposeFunction, *, local: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]], composition.References]:
+    overrides: list[str], config: Config, loader: ConfigLoader, compose_config: ComposeFunction, *, local: bool
+) -> tuple[JsonObject, list[JsonObject], composition.References]:
     """Returns the manifest of a new sweep, its frozen trials (none for a search), and the trusted references.
 
     Raises: ConfigError for an invalid trial, including the boundary points of a search.
@@ -353,7 +358,7 @@ def plan_sweep(
         for point in search_space.boundary_points(axes):
             freeze_trials(manifest, settings, point, trusted)
         return manifest, [], trusted
-    frozen: dict[str, dict[str, Any]] = {}
+    frozen: dict[str, JsonObject] = {}
     for number, point in enumerate(search_space.grid_points(axes)):
         for trial in freeze_trials(manifest, settings, point, trusted):
             if trial["key"] in frozen:
@@ -363,15 +368,16 @@ def plan_sweep(
 
 
 def compose_bases(
-    overrides: list[str], config: Config, loader: Any, compose_config: ComposeFunction, *, local: bool
-) -> tuple[list[dict[str, Any]], list[Axis]]:
+    overrides: list[str], config: Config, loader: ConfigLoader, compose_config: ComposeFunction, *, local: bool
+) -> tuple[list[JsonObject], list[Axis]]:
     """Returns the base configs, one per combination of config groups, and the axes along which trials differ."""
-    space = (f"{name}={value}" for name, value in config.sweep.space.items() if not is_overridden(name, overrides))
+    typed = typed_keys(overrides)
+    space = [f"{name}={value}" for name, value in config.sweep.space.items() if name not in typed]
+    if space:  # the rest has been checked before composing
+        check_overrides([*overrides, *space], loader, in_sweep=True)
     common, axes = search_space.parse_axes([*overrides, *space], loader)
-    common += [
-        f"{name}={value}" for name, value in DISABLED_DURING_SEARCH.items() if not is_overridden(name, overrides)
-    ]
-    if local and config.threads is None and not is_overridden("threads", overrides):
+    common += [f"{name}={value}" for name, value in DISABLED_DURING_SEARCH.items() if name not in typed]
+    if local and config.threads is None and "threads" not in typed:
         common.append(f"threads={max(1, cores() // num_parallel_trials(config))}")
     return [
         {"words": choices, "config": compose_base(compose_config, [*common, *choices])}
@@ -379,23 +385,18 @@ def compose_bases(
     ], axes
 
 
-def find_trusted_references(bases: list[dict[str, Any]], axes: list[Axis]) -> composition.References:
+def find_trusted_references(bases: list[JsonObject], axes: list[Axis]) -> composition.References:
     """Returns the environment references from the command line and from conf/."""
     values = ({axis.key: list(axis.values)} for axis in axes)
     return frozenset().union(*map(composition.find_references, (*(base["config"] for base in bases), *values)))
 
 
-def is_overridden(name: str, overrides: Iterable[str]) -> bool:
-    """Whether one of the overrides sets the key `name`."""
-    return name in {override.partition("=")[0].lstrip("+") for override in overrides}
-
-
-def compose_base(compose_config: ComposeFunction, overrides: list[str]) -> dict[str, Any]:
+def compose_base(compose_config: ComposeFunction, overrides: list[str]) -> JsonObject:
     """Composes a config with its references unresolved, into which the values of a point are put later."""
     try:
         node = compose_config(overrides)
-    except hydra_errors.HYDRA_ERRORS as error:
-        raise ConfigError(hydra_errors.explain(error, overrides)) from None
+    except HYDRA_ERRORS as error:
+        raise ConfigError(explain(error)) from None
     config = OmegaConf.to_container(node)
     assert isinstance(config, dict)
     uri = config["tracking"]["uri"]
@@ -410,11 +411,11 @@ def check_sweep(axes: list[Axis], config: Config) -> None:
     if not axes and settings.seeds == 1:
         raise ConfigError("nothing to sweep: every key has one value; use e.g. seed=0,1,2")
     if settings.seeds > 1 and "seed" in {axis.key for axis in axes}:
-        raise ConfigError(f"sweep.seeds must be 1 if seed has several values, got {settings.seeds}; use one of the two")
+        raise ConfigError("seed has several values and sweep.seeds is above 1; use one of the two")
     if config.distributed.processes > 1:
         raise ConfigError(
-            f"distributed.processes must be 1 in a sweep, which runs each trial in one process, got "
-            f"{config.distributed.processes}; omit it"
+            f"distributed.processes={config.distributed.processes} is not supported in a sweep, which runs each trial "
+            "in one process; omit it"
         )
     points = math.prod(max(1, len(axis.values)) for axis in axes) if settings.search == "grid" else settings.trials
     if settings.search == "asha" and "epochs" in {axis.key for axis in axes}:
@@ -425,8 +426,8 @@ def check_sweep(axes: list[Axis], config: Config) -> None:
 
 
 def freeze_trials(
-    manifest: dict[str, Any], settings: schema.Sweep, point: dict[str, Any], trusted_references: composition.References
-) -> list[dict[str, Any]]:
+    manifest: JsonObject, settings: schema.Sweep, point: JsonObject, trusted_references: composition.References
+) -> list[JsonObject]:
     """Freezes the trials of a point, one per seed. Raises: ConfigError for an invalid config."""
     choices = [f"{key}={value}" for key, value in point.items() if key in search_space.CONFIG_GROUP_KEYS]
     [base] = [base["config"] for base in manifest["bases"] if sorted(base["words"]) == sorted(choices)]
@@ -438,35 +439,36 @@ def freeze_trials(
 
 
 def freeze_trial(
-    base_config: dict[str, Any],
-    point: dict[str, Any],
-    values: dict[str, Any],
+    base_config: JsonObject,
+    point: JsonObject,
+    values: JsonObject,
     trusted_references: composition.References,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Freezes one trial: `base_config` with `values` set. Raises: ConfigError for an invalid config."""
     if unknown := composition.find_references(values) - trusted_references:  # of a resumed sweep, from its folder
         raise ConfigError(
-            f"{min(unknown)[0]} refers to an environment variable that neither conf/ nor the command line names; "
-            "use another run_dir"
+            f"{min(unknown)[0]} of the stored sweep refers to an environment variable that neither conf/ nor the "
+            "command line refers to; use another run_dir"
         )
     node = composition.from_stored(base_config, [], trusted_references)
     try:
         for name, value in values.items():
             OmegaConf.update(node, name, value)
-    except hydra_errors.HYDRA_ERRORS as error:
-        raise ConfigError(hydra_errors.explain(error, [f"{name}={value}" for name, value in values.items()])) from None
+    except HYDRA_ERRORS as error:
+        raise ConfigError(explain(error)) from None
     redactor = composition.make_redactor(node)
     with composition.redacting_errors(redactor):
         config = composition.to_config(node)
         check_files(config)
         check_sources(config)
     stored = to_dict(config, redactor)
+    key = config_hash(stored)
     stored["run_dir"] = None
     label = " ".join(f"{name}={format_value(value)}" for name, value in point.items()) or "unchanged"
-    return {"label": label, "key": config_hash(config, redactor), "values": point, "config": stored}
+    return {"label": label, "key": key, "values": point, "config": stored}
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else serialization.format_value(value)
 
 

@@ -10,15 +10,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from train.cli.progress import print_and_log
 from train.config.schema import Sweep
-from train.sweep.search_space import Axis
+from train.storage.json_types import JsonObject
+from train.sweep.search_space import Axis, Point
 from train.sweep.trials import SweepDir, Trial
 
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+
 MAX_ASK_ATTEMPTS = 20  # to find a point that has not been tried
-MakeTrials = Callable[[dict[str, Any]], list[dict[str, Any]]]  # a point -> its frozen trials, one per seed
+MakeTrials = Callable[[Point], list[JsonObject]]  # a point -> its frozen trials, one per seed
 
 
 class SearchAlgorithm(Protocol):
@@ -109,7 +114,7 @@ class OptunaSearch:
             if trials := self._try_one_point():
                 return trials
         self._exhausted = True
-        print_and_log(f"found only {len(self._points)} distinct points, of sweep.trials={self._settings.trials}")
+        print_and_log(f"found only {len(self._points)} distinct points instead of sweep.trials={self._settings.trials}")
         self.expected = len(self._points) * self._settings.seeds
         return []
 
@@ -130,7 +135,7 @@ class OptunaSearch:
         return trials
 
     def on_trial_end(self, trial: Trial) -> None:
-        if trial.state() not in ("finished", "interrupted"):
+        if trial.state() not in ("finished", "interrupted", "paused"):
             self._failed_points.add(trial.point)
         self._tell(trial.point)
 
@@ -139,9 +144,10 @@ class OptunaSearch:
 
     def _tell(self, point: int) -> None:
         """Reports the point to Optuna as soon as all its trials have ended."""
-        values = [trial.objective() for trial in self._points[point]]
-        if None not in values:
-            self._study.tell(point, fmean(values), skip_if_finished=True)  # type: ignore[arg-type]
+        trials = self._points[point]
+        accuracies = [accuracy for trial in trials if (accuracy := trial.objective()) is not None]
+        if len(accuracies) == len(trials):
+            self._study.tell(point, fmean(accuracies), skip_if_finished=True)
         elif point in self._failed_points:
             self._study.tell(point, state=self._optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
@@ -239,7 +245,7 @@ def rungs(settings: Sweep, max_epochs: int) -> list[int]:
     return [*below_max, max_epochs]
 
 
-def make_sampler(search: str, seed: int) -> Any:
+def make_sampler(search: str, seed: int) -> BaseSampler:
     """Returns the Optuna sampler that draws one point."""
     import optuna
 
@@ -248,14 +254,15 @@ def make_sampler(search: str, seed: int) -> Any:
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
-def to_distribution(axis: Axis) -> Any:
+def to_distribution(axis: Axis) -> BaseDistribution:
     """Returns the Optuna distribution of an axis."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if axis.low is None or axis.high is None:
         return CategoricalDistribution(axis.words)
-    kind = IntDistribution if isinstance(axis.low, int) and isinstance(axis.high, int) else FloatDistribution
-    return kind(axis.low, axis.high, log=axis.log)
+    if isinstance(axis.low, int) and isinstance(axis.high, int):
+        return IntDistribution(axis.low, axis.high, log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
 def create_algorithm(folder: SweepDir, settings: Sweep, make_trials: MakeTrials, storage: str) -> SearchAlgorithm:

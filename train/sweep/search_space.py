@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import IntervalSweep, Override
 
+from train.config.overrides import parse_overrides, sweep_values
 from train.config.schema import GROUPS, ConfigError
 
 CONFIG_GROUP_KEYS = (*GROUPS, "experiment")
+Point = dict[str, object]  # a value for each axis, by key
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,15 @@ class Axis:
     """A key with its list of values or its range. words: the values as typed on the command line."""
 
     key: str
-    values: tuple = ()
+    values: tuple[object, ...] = ()
     words: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None
     log: bool = False
 
-    def decode(self, sampled: Any) -> Any:
+    def decode(self, sampled: object) -> object:
         """Returns the value of a sampled word; a number from a range is its own value."""
-        return sampled if self.is_range else self.values[list(self.words).index(sampled)]
+        return sampled if self.is_range else self.values[list(self.words).index(str(sampled))]
 
     @property
     def is_range(self) -> bool:
@@ -44,12 +45,12 @@ class Axis:
         return self.key in CONFIG_GROUP_KEYS
 
 
-def parse_axes(overrides: Iterable[str], loader: Any) -> tuple[list[str], list[Axis]]:
+def parse_axes(overrides: Iterable[str], loader: ConfigLoader | None) -> tuple[list[str], list[Axis]]:
     """Splits overrides into those common to all trials and the axes. loader: Hydra's config loader, for `glob`.
 
     Raises: ConfigError for an invalid range.
     """
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    parsed = parse_overrides(overrides, loader)
     common = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     return common, [_parse_axis(override) for override in parsed if override.is_sweep_override()]
 
@@ -58,7 +59,7 @@ def _parse_axis(override: Override) -> Axis:
     key = override.get_key_element()
     value = override.value()
     if not isinstance(value, IntervalSweep):
-        values = [Override._convert_value(element) for element in override.sweep_iterator()]
+        values = sweep_values(override)
         if not values:
             raise ConfigError(f"{key} has no values to sweep, got {override.input_line}; use e.g. {key}=a,b")
         return Axis(key, tuple(values), tuple(override.sweep_string_iterator()))
@@ -73,13 +74,13 @@ def _parse_axis(override: Override) -> Axis:
     return Axis(key, low=low, high=high, log=log)
 
 
-def grid_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
+def grid_points(axes: Iterable[Axis]) -> Iterator[Point]:
     """Yields every combination of values, the last axis varying fastest. Raises: ConfigError for a range."""
     axes = list(axes)
     for axis in axes:
         if axis.is_range:
             raise ConfigError(
-                f"{axis.key} must be a list of values for sweep.search=grid, got a range; use {axis.key}=a,b,c, "
+                f"{axis.key} is a range, which sweep.search=grid cannot enumerate; use {axis.key}=a,b,c, "
                 "or sweep.search=random, tpe or asha"
             )
     for values in itertools.product(*(axis.values for axis in axes)):
@@ -92,10 +93,10 @@ def config_group_choices(axes: Iterable[Axis]) -> list[list[str]]:
     return [list(overrides) for overrides in itertools.product(*choices)]
 
 
-def boundary_points(axes: Iterable[Axis]) -> Iterator[dict[str, Any]]:
+def boundary_points(axes: Iterable[Axis]) -> Iterator[Point]:
     """Yields points that cover every value and both ends of every range, for each combination of config groups."""
     axes = list(axes)
-    candidates = {axis.key: axis.values or (axis.low, axis.high) for axis in axes}
+    candidates: dict[str, tuple[object, ...]] = {axis.key: axis.values or (axis.low, axis.high) for axis in axes}
     groups = [axis for axis in axes if axis.is_config_group]
     others = {key: values for key, values in candidates.items() if key not in {axis.key for axis in groups}}
     for choice in grid_points(groups):

@@ -10,22 +10,21 @@ Later changes to conf/ have no effect. The progress of a trial is read from its 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from train.cli.arguments import Override
 from train.config.schema import ConfigError
 from train.config.serialization import RUN_FORMAT_VERSION, quote_value, run_format_version
+from train.storage import locks
 from train.storage.atomic import write_atomically
+from train.storage.json_types import JsonObject
 from train.tracking.run_dir import RunDir, open_run_dir
 
 METRIC = "validation/accuracy"
@@ -50,8 +49,8 @@ class Trial:
     file: Path
     label: str
     key: str
-    values: dict[str, Any]
-    config: dict[str, Any]
+    values: JsonObject
+    config: JsonObject
     point: int
     batch_halvings: int = 0
     overrides: tuple[str, ...] = ()
@@ -66,7 +65,7 @@ class Trial:
         return open_run_dir(self.folder) if (self.folder / "run.json").exists() else None
 
     def state(self) -> str:
-        """Returns waiting, running, finished, failed or interrupted; an interrupted trial can be resumed."""
+        """Returns waiting, running, finished, failed, interrupted or paused; the last two can be resumed."""
         run_dir = self.run()
         if run_dir is None:
             return "waiting"
@@ -81,9 +80,9 @@ class Trial:
 
     def is_paused(self) -> bool:
         """Whether the trial has reached sweep.until and paused."""
-        return self.summary().get("failure", "").startswith("paused")
+        return self.summary().get("status") == "paused"
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """Returns the summary of the trial's run, empty if there is none."""
         run_dir = self.run()
         return run_dir.summary() if run_dir else {}
@@ -114,7 +113,7 @@ class SweepDir:
     """The sweep in the folder `path`."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: JsonObject
 
     @property
     def trials(self) -> list[Trial]:
@@ -122,7 +121,7 @@ class SweepDir:
         files = sorted((self.path / "trials").glob("*.json"), key=lambda file: int(file.stem))
         return [self._read_trial(file) for file in files]
 
-    def add(self, number: int, **content: Any) -> Trial:
+    def add(self, number: int, **content: object) -> Trial:
         """Freezes a trial, unless its file exists."""
         file = self.path / "trials" / f"{number:03d}.json"
         file.parent.mkdir(exist_ok=True)
@@ -130,7 +129,7 @@ class SweepDir:
             write_atomically(file, json.dumps({"number": number, **content}, indent=1) + "\n")
         return self._read_trial(file)
 
-    def update(self, trial: Trial, **content: Any) -> Trial:
+    def update(self, trial: Trial, **content: object) -> Trial:
         """Rewrites a trial's file with changed fields."""
         previous = json.loads(trial.file.read_text())
         write_atomically(trial.file, json.dumps({**previous, **content}, indent=1) + "\n")
@@ -142,24 +141,19 @@ class SweepDir:
         name = f"{content['number']:03d}" + (f"-batch{content['config']['batch_size']}" if halvings else "")
         return Trial(folder=self.path / name, file=file, **content)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the sweep's lock. Raises: ConfigError if another process holds it."""
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def locked(self) -> locks.FileLock:
+        """Acquires the sweep's lock. Raises: ConfigError if another process holds it."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
+            return locks.acquire(self.path / ".lock", wait_seconds=0)
+        except locks.LockTakenError:
             raise ConfigError(
                 f"sweep {self.path} is already running in another process; wait for it or stop it first"
             ) from None
-        finally:
-            os.close(descriptor)
 
 
 def identifying_overrides(overrides: Iterable[str]) -> list[str]:
     """Returns the overrides that identify a sweep, sorted, without EXECUTION_KEYS; of each key the last one."""
-    last = {override.partition("=")[0]: override for override in overrides}
+    last = {Override.key_of(override): override for override in overrides}
     return sorted(override for key, override in last.items() if key not in EXECUTION_KEYS)
 
 
@@ -189,7 +183,7 @@ def find_sweep(runs: Path, overrides: Iterable[str], run_dir: str | None, *, fre
 
 
 def create_sweep(
-    runs: Path, overrides: list[str], run_dir: str | None, manifest: dict[str, Any], frozen_trials: list[dict[str, Any]]
+    runs: Path, overrides: list[str], run_dir: str | None, manifest: JsonObject, frozen_trials: list[JsonObject]
 ) -> SweepDir:
     """Creates the folder of a new sweep with its frozen trials. Raises: ConfigError if it cannot be written."""
     identity = identifying_overrides(overrides)
@@ -218,7 +212,7 @@ def _short_hash(overrides: list[str]) -> str:
     return hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
 
 
-def read_frozen_trial(file: str) -> tuple[dict[str, Any], str]:
+def read_frozen_trial(file: str) -> tuple[JsonObject, str]:
     """Returns a trial's stored config and its run folder. Raises: ConfigError if the file holds no trial."""
     try:
         trial = SweepDir(Path(file).resolve().parent.parent, {})._read_trial(Path(file).resolve())

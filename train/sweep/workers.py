@@ -8,20 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from train.sweep.trials import Trial
-from train.training.signals import SignalHandler
+from train.training.signals import StopSignals
 
 PARENT_PID_VARIABLE = "INCEPTION_SWEEP_PROCESS"
 TRACKING_URI_VARIABLE = "INCEPTION_SWEEP_ADDRESS"  # may hold a password, and is therefore not in a trial's file
 REFERENCES_VARIABLE = "INCEPTION_SWEEP_REFERENCES"  # trusted environment references: those in a trial's file are not
 PR_SET_PDEATHSIG = 1
 GPU_DRIVER_DIR = Path("/proc/driver/nvidia/gpus")  # has one folder per GPU
-TIMEOUT_REASON = "it took longer than sweep.minutes allows"
+TIMEOUT_REASON = "exceeded the time limit sweep.minutes"
 STOPPED_REASON = "the sweep was stopped"
 GRACE_SECONDS = 30.0  # between SIGTERM, which a trial obeys at its next batch, and SIGKILL
 POLL_SECONDS = 0.1
@@ -38,9 +37,6 @@ class TrialResult:
     is_out_of_memory: bool = False
 
 
-ORPHAN_RESULTS = {"running": None, "finished": TrialResult(0)}
-
-
 @dataclass
 class Worker:
     """Runs one trial at a time. cores: the processor cores that the trial may use."""
@@ -48,8 +44,8 @@ class Worker:
     cores: tuple[int, ...]
     gpu: str | None = None
     trial: Trial | None = None
-    process: subprocess.Popen | None = None
-    orphan_pid: int | None = None  # process of a trial whose launcher died, if it is on this machine
+    process: subprocess.Popen[bytes] | None = None
+    orphan_pid: int | None = None  # process of a trial whose launcher was killed, if it is on this machine
     started_at: float = 0.0
     deadline: float = float("inf")
     stop_requested_at: float | None = None
@@ -58,7 +54,8 @@ class Worker:
     def start(self, trial: Trial, time_limit_minutes: float | None) -> None:
         """Starts the trial's process; its output goes to output.txt in the trial's folder.
 
-        If the trial is still running because its launcher died, no process is started: the running one is polled.
+        If the trial is running already, no process is started: the running one is polled. It hangs, so that it did not
+        end with its launcher, or it was started by hand.
         """
         self.trial = trial
         self.process = None
@@ -66,8 +63,9 @@ class Worker:
         self.stop_reason = ""
         self.started_at = time.time()
         self.deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes else float("inf")
-        self.orphan_pid = find_process(trial)
-        if self.orphan_pid or trial.state() == "running":
+        self.orphan_pid = None
+        if trial.state() == "running":
+            self.orphan_pid = find_process(trial)
             return
         trial.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, PARENT_PID_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
@@ -111,19 +109,29 @@ class Worker:
         elif self.stop_requested_at is not None:
             self.stop(self.stop_reason)
         if self.process is None:
-            if self._orphan_is_alive():
-                return None
-            if self.stop_reason:
-                disappeared = TrialResult(1, self.stop_reason)
-            else:
-                disappeared = TrialResult(1, "its process disappeared", is_retryable=True)
-            return ORPHAN_RESULTS.get(self.trial.state(), disappeared)
+            return self._poll_foreign_process(self.trial)
         exit_code = self.process.poll()
         return None if exit_code is None else classify_exit(exit_code, self.stop_reason, self.trial, self.started_at)
 
+    def _poll_foreign_process(self, trial: Trial) -> TrialResult | None:
+        """As `poll`, for a process that this launcher did not start. Gives up one that it cannot stop."""
+        if self._orphan_is_alive():
+            return None
+        state = trial.state()
+        if state in ("finished", "paused"):
+            return TrialResult(0)
+        if self.stop_reason:
+            return TrialResult(1, self.stop_reason)
+        return None if state == "running" else TrialResult(1, "the process disappeared", is_retryable=True)
+
 
 def find_process(trial: Trial) -> int | None:
-    """Returns the process on this machine that runs a trial, even if it does not hold the run's lock yet."""
+    """Returns the process on this machine that a launcher started to run a trial.
+
+    Needed for a trial that hangs and whose launcher was killed: it does not obey the signal of `die_with_parent`, and
+    the next launcher has to end it when the sweep is stopped or the trial has taken too long. No other trial outlives
+    its launcher.
+    """
     pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
     return next((pid for pid in pids if is_trial_process(pid, trial)), None)
 
@@ -189,8 +197,8 @@ class WorkerPool:
         self,
         next_trial: Callable[[], Trial | None],
         on_trial_end: Callable[[Trial, TrialResult], bool],
-        on_poll: Callable[[], None],
-        signals: SweepSignalHandler,
+        on_poll: Callable[[], object],
+        signals: StopSignals,
     ) -> None:
         """Runs trials until `next_trial` returns None and no trial is running.
 
@@ -204,7 +212,7 @@ class WorkerPool:
                     if result := worker.poll():
                         trial, worker.trial = worker.trial, None
                         should_continue = on_trial_end(trial, result) and should_continue  # type: ignore[arg-type]
-                should_continue = should_continue and not signals.signal
+                should_continue = should_continue and not signals.received_signal()
                 for worker in self.workers:
                     if should_continue and not worker.trial and (trial := next_trial()):
                         worker.start(trial, self.time_limit_minutes)
@@ -220,34 +228,6 @@ class WorkerPool:
                     worker.process.kill()
 
 
-class SweepSignalHandler:
-    """Handles signals to a sweep: the first one stops its trials after a checkpoint, a second one at once.
-
-    See `SignalHandler`.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self.immediate = False
-        self._received_at = 0.0
-
-    def _handle(self, signum: int, _: object) -> None:
-        if self.signal and SignalHandler.is_repeat(signum, self.signal, self._received_at):
-            return
-        self.immediate = bool(self.signal)
-        self.signal = signum
-        self._received_at = time.monotonic()
-
-    @contextmanager
-    def installed(self) -> Iterator[SweepSignalHandler]:
-        """Installs the handler, and restores the previous ones afterwards."""
-        with SignalHandler.handler_installed(self._handle):
-            yield self
-
-    def exit_code(self) -> int:
-        return 128 + self.signal if self.signal else 0
-
-
 def visible_gpus() -> tuple[str, ...]:
     """Returns NVIDIA GPUs as CUDA_VISIBLE_DEVICES names them, without loading a library that would allocate them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -257,7 +237,12 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Has the kernel send SIGTERM to this process when its parent, the launcher, dies for whatever reason."""
+    """Has the kernel send SIGTERM to this process when its parent, the launcher, dies for whatever reason.
+
+    Needed where a launcher is killed and not started again: the trial saves a checkpoint and ends, instead of using
+    the machine until it has finished. Also where it has not acquired the lock of its run: the next launcher would not
+    know of it. More precisely, the signal is sent when the parent's thread ends that has started this process.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent_pid:  # the parent died before the call
         os.kill(os.getpid(), signal.SIGTERM)

@@ -10,6 +10,7 @@ import os
 import shlex
 from pathlib import Path
 
+from train.cli.arguments import Override
 from train.cli.progress import print_and_log
 from train.config import composition
 from train.config.schema import ROOT
@@ -30,13 +31,13 @@ def machine_uri() -> str:
     return composition.compose([]).tracking.uri or default_uri(ROOT)
 
 
-def run_uri(run_dir: RunDir, overrides: list[str]) -> str | None:
-    """The address that a run is uploaded to: from the `key=value` overrides if given there, else the stored one.
+def run_uri(run_dir: RunDir, overrides: list[Override]) -> str | None:
+    """The address that a run is uploaded to: from the overrides if given there, else the stored one.
 
     None, with a message, if the folder only holds a reference to the environment: the command does not need the
     address, and `make sync` can be given it later.
     """
-    if uri_overrides := [override for override in overrides if override.partition("=")[0] == URI_KEY]:
+    if uri_overrides := [str(override) for override in overrides if override.key == URI_KEY]:
         return composition.compose(uri_overrides).tracking.uri or default_uri(ROOT)
     try:
         return stored_uri(run_dir)
@@ -70,7 +71,7 @@ def stored_uri(run_dir: RunDir) -> str:
         return machine_uri()
     if uri is not None and ("${" in str(uri) or "://" not in str(uri)):
         raise ValueError(
-            f"the run's tracking address is stored only as {uri}; "
+            f"the run's tracking.uri is stored as {uri}, which is no address; "
             f"use make sync run={shlex.quote(str(run_dir.path))} uri=ADDRESS"
         )
     return use_stored_uri(run_dir, uri)

@@ -11,6 +11,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from train.storage.checksummed import file_sha256
+
 NUMERICAL_PACKAGES = ("tensorflow", "keras", "numpy", "pillow", "opencv-python-headless", "simplejpeg")
 NOTE_WIDTH = 100  # characters per line
 LINE_CONTINUATION = " \\\n  "
@@ -46,7 +48,7 @@ def source_hash(package: Path) -> str:
     """The first 16 hex digits of the SHA-256 over names and contents of the package's source files."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{path.relative_to(package)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from train.storage.json_types import JsonObject
 
 # In format 1, `train/loss` included the auxiliary terms.
 METRICS = {
@@ -20,7 +20,7 @@ def current_metrics(values: dict[str, float]) -> dict[str, float]:
     return {METRICS.get(name, name): value for name, value in values.items()}
 
 
-def current_summary(summary: dict[str, Any]) -> dict[str, Any]:
+def current_summary(summary: JsonObject) -> JsonObject:
     """summary.json in today's form. Format 1 did not store the validation loss of the best weights."""
     converted = {{"lives": "attempts"}.get(name, name): value for name, value in summary.items() if name != "best"}
     if best := summary.get("best"):
@@ -28,7 +28,7 @@ def current_summary(summary: dict[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def current_model_info(model_info: dict[str, Any]) -> dict[str, Any]:
+def current_model_info(model_info: JsonObject) -> JsonObject:
     """best/model.json in today's form."""
     if "validation_main_accuracy" not in model_info:
         return model_info
@@ -37,7 +37,7 @@ def current_model_info(model_info: dict[str, Any]) -> dict[str, Any]:
     return converted | {"epoch": model_info["epoch"] + 1, "validation": validation}
 
 
-def current_config(config: dict[str, Any]) -> dict[str, Any]:
+def current_config(config: JsonObject) -> JsonObject:
     """config.yaml with the early-stopping metric renamed, but for `train/loss`: its new name is no choice there."""
     rule = config.get("early_stopping")
     if not isinstance(rule, dict) or rule.get("metric") not in METRICS.keys() - {"train/loss"}:

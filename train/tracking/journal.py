@@ -8,19 +8,17 @@ supersede those of an earlier branch with the same steps, which are kept.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from train.storage import fault_injection
-from train.storage.atomic import fsync_folder, open_inside, read_inside
+from train.storage.atomic import append_and_fsync, open_inside, read_inside
+from train.storage.json_types import JsonObject
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ class Journal:
         self.path = path
         self.position = 0  # number of lines of the file that precede the next one
         self.branch = INITIAL_BRANCH
-        self._replay_queue: deque[tuple[int, dict[str, Any]]] = deque()  # (line number, line) of earlier attempts
+        self._replay_queue: deque[tuple[int, JsonObject]] = deque()  # (line number, line) of earlier attempts
         self._compare = True
         self._line_count = 0
         if path.exists():
@@ -76,7 +74,7 @@ class Journal:
 
         Raises: ReplayError naming the step, if the earlier attempt has other values there; OSError.
         """
-        line: dict[str, Any] = {"epoch": epoch, "step": step, "time": time.time(), "values": values}
+        line: JsonObject = {"epoch": epoch, "step": step, "time": time.time(), "values": values}
         if self.branch != INITIAL_BRANCH:
             line["branch"] = list(self.branch)
         if self._replay_queue and not self._compare and _line_key(self._replay_queue[0][1]) != _line_key(line):
@@ -87,27 +85,10 @@ class Journal:
                 _check_identical(earlier, line)
             self.position = number + 1
         else:
-            _append_line(self.path, (json.dumps(line) + "\n").encode())
+            append_and_fsync(self.path, (json.dumps(line) + "\n").encode())
             self._line_count += 1
             self.position = self._line_count
         fault_injection.fail_point("journal")
-
-
-def _append_line(path: Path, line: bytes) -> None:
-    """Appends the whole line, or nothing of it if the disk is full."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(file.fileno())
-            if not size:
-                fsync_folder(path.parent)
-        except OSError:
-            with suppress(OSError):
-                file.truncate(size)
-            raise
 
 
 def _truncate_partial_line(path: Path) -> None:
@@ -118,11 +99,11 @@ def _truncate_partial_line(path: Path) -> None:
         os.truncate(path, end)
 
 
-def _line_key(line: dict[str, Any]) -> tuple[int, int, set[str]]:
+def _line_key(line: JsonObject) -> tuple[int, int, set[str]]:
     return line["epoch"], line["step"], set(line["values"])
 
 
-def _check_identical(recorded: dict[str, Any], replayed: dict[str, Any]) -> None:
+def _check_identical(recorded: JsonObject, replayed: JsonObject) -> None:
     """Raises: ReplayError unless every value that config, data and code determine is the same, to the last bit."""
     *recorded_step, recorded_values = comparable(recorded)
     *replayed_step, replayed_values = comparable(replayed)
@@ -140,17 +121,17 @@ def _check_identical(recorded: dict[str, Any], replayed: dict[str, Any]) -> None
     raise ReplayError(f"not reproducible: replaying {difference}; did the machine, driver or a library change?")
 
 
-def _describe_step(line: dict[str, Any]) -> str:
+def _describe_step(line: JsonObject) -> str:
     return f"step {line['step']} (epoch {line['epoch'] + 1})"
 
 
-def comparable(line: dict[str, Any]) -> tuple[int, int, dict[str, str]]:
+def comparable(line: JsonObject) -> tuple[int, int, dict[str, str]]:
     """Epoch, step and the values that two equal runs share, as JSON texts, so that NaN equals itself."""
     values = {name: json.dumps(value) for name, value in line["values"].items() if name not in NONDETERMINISTIC}
     return line["epoch"], line["step"], values
 
 
-def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+def read_journal(path: Path, offset: int = 0) -> Iterator[tuple[JsonObject, int]]:
     """Yields the complete lines from byte `offset` on, each with the offset of its end; skips one still being written.
 
     Raises: ValueError naming the byte at which a line is not JSON.

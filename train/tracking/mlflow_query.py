@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from train.tracking import format_1
 from train.tracking.mlflow_store import RUN_ID_TAG, connect, database_path, paginate, redact_passwords
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def list_runs(uri: str, experiment: str) -> list[RunRecord]:
     except Exception as error:  # MLflow raises many types
         raise ValueError(f"the MLflow store failed: {redact_passwords(str(error), uri)}; use uri=ADDRESS") from None
     if runs is None:
-        raise ValueError(f"experiment must be one of {experiments or '(none yet)'}, got {experiment}")
+        raise ValueError(f"unknown experiment {experiment}; experiments in the store: {experiments or '(none yet)'}")
     return sorted(runs, key=lambda run: run.start_time)
 
 
@@ -48,7 +51,7 @@ def _search_runs(uri: str, experiment: str) -> tuple[list[RunRecord] | None, str
     return [_to_run_record(run) for run in runs if RUN_ID_TAG in run.data.tags], experiments
 
 
-def _to_run_record(run: Any) -> RunRecord:
+def _to_run_record(run: Run) -> RunRecord:
     data, info = run.data, run.info
     is_old = format_1.METRICS.keys() & data.metrics.keys() - {"train/loss"}
     metrics = format_1.current_metrics(data.metrics) if is_old else data.metrics

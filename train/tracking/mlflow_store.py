@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import json
 import os
 import shutil
@@ -14,10 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from train.config.serialization import Redactor, extract_credentials
+from train.storage import locks
+from train.storage.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.entities import PagedList
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
@@ -69,13 +76,13 @@ SUMMARY_TAGS = (
     "config_hash", "data_fingerprint", "weights_sha256", "status", "attempts", "rollbacks", "changes", "pruned",
     "best_trial",
 )  # fmt: skip
-MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "paused": "KILLED"}
 
 
 class Store:
     """One run in an MLflow store."""
 
-    def __init__(self, uri: str, identity: dict[str, Any]):
+    def __init__(self, uri: str, identity: JsonObject):
         """Finds the run by its `run_id` tag, or creates it, with all its tags in the same request."""
         import mlflow
 
@@ -101,7 +108,7 @@ class Store:
             self.client.restore_experiment(experiment.experiment_id)
         return experiment.experiment_id
 
-    def _get_or_create_run(self, experiment_id: str, identity: dict[str, Any]) -> str:
+    def _get_or_create_run(self, experiment_id: str, identity: JsonObject) -> str:
         runs = self.client.search_runs([experiment_id], f"tags.{RUN_ID_TAG} = '{identity['run_id']}'", max_results=1)
         if runs:
             return runs[0].info.run_id
@@ -126,14 +133,14 @@ class Store:
             if run.data.tags.get(PARENT_TAG) != self.mlflow_id:
                 self.client.set_tag(run.info.run_id, PARENT_TAG, self.mlflow_id)
 
-    def log_params(self, params: dict[str, Any]) -> None:
+    def log_params(self, params: dict[str, object]) -> None:
         from mlflow.entities import Param
 
         entries = [Param(name, str(value)[:6000]) for name, value in sorted(params.items())]
         for start in range(0, len(entries), MAX_PARAMS_PER_REQUEST):
             self.client.log_batch(self.mlflow_id, params=entries[start : start + MAX_PARAMS_PER_REQUEST])
 
-    def log_journal_lines(self, lines: list[dict[str, Any]]) -> None:
+    def log_journal_lines(self, lines: list[JsonObject]) -> None:
         """Logs journal lines with their own steps and times; MLflow stores a repeated line once."""
         from mlflow.entities import Metric
 
@@ -151,7 +158,7 @@ class Store:
         changed = {name: value for name, value in values.items() if current.get(name) != value}
         self.log_journal_lines([{"values": changed, "time": time, "step": step}])
 
-    def log_dataset(self, dataset: dict[str, Any]) -> None:
+    def log_dataset(self, dataset: JsonObject) -> None:
         """Logs the data set with our own digest; MLflow would read all of it to compute one."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -186,7 +193,7 @@ class Store:
             self.client.log_outputs(self.mlflow_id, [LoggedModelOutput(model.model_id, step=0)])
         return model.model_id
 
-    def _get_or_create_logged_model(self, weights_sha256: str) -> Any:
+    def _get_or_create_logged_model(self, weights_sha256: str) -> LoggedModel:
         """The store's entry for these weights of the run, created if missing."""
         run = self.client.get_run(self.mlflow_id)
         experiments = [run.info.experiment_id]
@@ -199,7 +206,7 @@ class Store:
             params=run.data.params,
         )  # fmt: skip
 
-    def _save_model(self, path: Path, target: Path, logged_model: Any, requirements: list[str]) -> None:
+    def _save_model(self, path: Path, target: Path, logged_model: LoggedModel, requirements: list[str]) -> None:
         import keras
         import numpy as np
         from mlflow.models import Model, ModelSignature
@@ -215,7 +222,7 @@ class Store:
             mlflow_model=Model(logged_model.artifact_location, self.mlflow_id, model_id=logged_model.model_id),
         )  # fmt: skip
 
-    def register_model(self, model_id: str, model_info: dict[str, Any]) -> None:
+    def register_model(self, model_id: str, model_info: JsonObject) -> None:
         """Registers a version of the experiment's model, once; CHAMPION is the most accurate one on this run's data.
 
         model_info: the content of best/model.json.
@@ -243,14 +250,14 @@ class Store:
             if error.error_code != ALREADY_EXISTS:
                 raise
 
-    def _versions(self, name: str) -> list[Any]:
+    def _versions(self, name: str) -> list[ModelVersion]:
         return list(paginate(self.client.search_model_versions, f'name = "{name}"'))
 
     def _best_version(self, name: str, data_fingerprint: str) -> str:
         """The version with the highest validation accuracy on that data; the oldest of equal ones."""
         versions = [version for version in self._versions(name) if version.tags.get("data") == data_fingerprint]
 
-        def rank(version: Any) -> tuple[float, int]:
+        def rank(version: ModelVersion) -> tuple[float, int]:
             accuracy = version.tags.get(ACCURACY_TAG) or version.tags[OLD_ACCURACY_TAG]
             return -float(accuracy), int(version.version)
 
@@ -270,7 +277,7 @@ class Store:
         for name in set(names) & set(self.client.get_run(self.mlflow_id).data.tags):
             self.client.delete_tag(self.mlflow_id, name)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: JsonObject) -> None:
         """Sets tags from the summary, and the run's final status and end time."""
         if not summary.get("failure"):
             self._delete_tags("failure")
@@ -321,14 +328,14 @@ def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def mark_stale(client: Any, mlflow_id: str) -> None:
+def mark_stale(client: MlflowClient, mlflow_id: str) -> None:
     """Marks a run as failed whose process is gone and left no summary."""
     client.set_tag(mlflow_id, "status", "failed")
     client.set_tag(mlflow_id, "failure", "the training process is gone")
     client.set_terminated(mlflow_id, "FAILED")
 
 
-def list_running(uri: str) -> Iterator[tuple[Any, Any]]:
+def list_running(uri: str) -> Iterator[tuple[MlflowClient, Run]]:
     """Yields a client with every run of this project that the store shows as running."""
     client = connect(uri)
     experiments = [experiment.experiment_id for experiment in paginate(client.search_experiments)]
@@ -338,7 +345,10 @@ def list_running(uri: str) -> Iterator[tuple[Any, Any]]:
             yield client, run
 
 
-def paginate(search: Callable, *arguments: Any) -> Iterator[Any]:
+Entity = TypeVar("Entity")
+
+
+def paginate(search: Callable[..., PagedList[Entity]], *arguments: object) -> Iterator[Entity]:
     """Yields all results of a search that returns one page at a time."""
     token = None
     while True:
@@ -349,7 +359,7 @@ def paginate(search: Callable, *arguments: Any) -> Iterator[Any]:
             return
 
 
-def connect(uri: str) -> Any:
+def connect(uri: str) -> MlflowClient:
     """An MLflow client; credentials in the address are moved to the environment."""
     from mlflow import MlflowClient
 
@@ -432,6 +442,5 @@ def _exclusive(uri: str) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locks.acquire(path.with_name(path.name + ".lock")):
         yield

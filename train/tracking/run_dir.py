@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,17 +14,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from train.config.serialization import RUN_FORMAT_VERSION, FormatVersionError, check_format_version, run_format_version
-from train.storage import fault_injection
-from train.storage.atomic import UnsafePathError, read_inside, replace_symlink, resolve_inside, write_atomically
+from train.storage import fault_injection, locks
+from train.storage.atomic import (
+    UnsafePathError,
+    fsync_file,
+    read_inside,
+    replace_symlink,
+    resolve_inside,
+    write_atomically,
+)
+from train.storage.json_types import JsonObject
 from train.tracking import format_1
 from train.tracking.journal import read_journal
 
+if TYPE_CHECKING:
+    import keras
+
 log = logging.getLogger(__name__)
+
+BEST_MODEL_INFO = "best/model.json"
+PROBE_SECONDS = 0.5  # to wait for a lock that another process only tests: `is_running` holds it for a moment
 
 
 @dataclass
@@ -54,10 +67,10 @@ class RunDir:
     def best(self) -> Path:
         return self.path / "best"
 
-    def write_json(self, name: str, payload: dict[str, Any]) -> None:
+    def write_json(self, name: str, payload: JsonObject) -> None:
         write_atomically(self.path / name, json.dumps(payload, indent=2) + "\n")
 
-    def read_json(self, name: str, default: dict[str, Any]) -> dict[str, Any]:
+    def read_json(self, name: str, default: JsonObject) -> JsonObject:
         """The object that `write_json` wrote, or `default` if the file does not exist.
 
         Raises: ValueError naming a file that is not JSON.
@@ -69,16 +82,16 @@ class RunDir:
         except UnsafePathError:
             raise
         except ValueError:
-            raise ValueError(f"{self.path / name} does not hold valid JSON; restore the file") from None
+            raise ValueError(f"{self.path / name} is not valid JSON; restore the original file") from None
 
-    def write_yaml(self, name: str, payload: dict[str, Any]) -> None:
+    def write_yaml(self, name: str, payload: JsonObject) -> None:
         write_atomically(self.path / name, yaml.safe_dump(payload, sort_keys=False, allow_unicode=True))
 
     def write_text(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text)
 
     def save_best(
-        self, inference: Any, epoch: int, values: dict[str, float], classes: tuple[str, ...], fingerprint: str
+        self, inference: keras.Model, epoch: int, values: dict[str, float], classes: tuple[str, ...], fingerprint: str
     ) -> None:
         """Writes `best/model.keras`, the inference model, and `best/model.json`, which describes it, atomically.
 
@@ -90,8 +103,7 @@ class RunDir:
         target.mkdir()
         try:
             inference.save(target / "model.keras")
-            with (target / "model.keras").open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(target / "model.keras")
             fault_injection.fail_point("best/model")
             model_info = {
                 "classes": list(classes),
@@ -110,11 +122,11 @@ class RunDir:
         if previous.name in (".best-a", ".best-b"):
             shutil.rmtree(previous, ignore_errors=True)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """run.json."""
         return json.loads(self.read_bytes("run.json"))
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """config.yaml without interpolation: a `${...}` in it is plain text.
 
         Raises: ValueError if the file does not hold a config.
@@ -124,7 +136,7 @@ class RunDir:
         except yaml.YAMLError:
             config = None
         if not isinstance(config, dict):
-            raise ValueError(f"{self.path / 'config.yaml'} does not hold a config; restore the run's own file")
+            raise ValueError(f"{self.path / 'config.yaml'} is not the config of a run; restore the original file")
         return format_1.current_config(config) if self.format_version() == 1 else config
 
     def sweep_id(self) -> str | None:
@@ -145,16 +157,16 @@ class RunDir:
         """The number of the run's latest attempt."""
         return read_heartbeat(self.path / "heartbeat")[1]
 
-    def model_info(self) -> dict[str, Any]:
+    def model_info(self) -> JsonObject:
         """best/model.json in today's form; empty if the file does not exist."""
-        return format_1.current_model_info(self.read_json("best/model.json", {}))
+        return format_1.current_model_info(self.read_json(BEST_MODEL_INFO, {}))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """summary.json in today's form; empty if the file does not exist."""
         summary = self.read_json("summary.json", {})
         return format_1.current_summary(summary) if summary and self.format_version() == 1 else summary
 
-    def read_journal(self, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    def read_journal(self, offset: int = 0) -> Iterator[tuple[JsonObject, int]]:
         """The lines and offsets of `journal.read_journal`, under today's metric names."""
         is_old = self.journal.exists() and self.format_version() == 1
         for line, end in read_journal(self.journal, offset):
@@ -165,11 +177,10 @@ class RunDir:
         return run_format_version(self.identity()) if (self.path / "run.json").exists() else RUN_FORMAT_VERSION
 
     def best_sha256(self) -> str:
-        """SHA-256 of best/model.json, which identifies the best model by its epoch, accuracy and data."""
-        return hashlib.sha256(self.read_bytes("best/model.json")).hexdigest()
+        return best_sha256(self.path)
 
     def status(self) -> str | None:
-        """How the last attempt ended: finished, failed or interrupted; None if it is running or was killed."""
+        """How the last attempt ended: finished, failed, interrupted or paused; None if it is running or was killed."""
         return self.summary().get("status")
 
     @contextmanager
@@ -178,73 +189,44 @@ class RunDir:
 
         Raises: ValueError if another process holds it, or if the folder meanwhile holds another run.
         """
-        with _file_lock(self.path / ".lock", f"run_dir {self.path} is in use by a running process"):
+        with _acquire_lock(self.path / ".lock", f"run_dir {self.path} is in use by a running process"):
             if (self.path / "run.json").exists() and self.identity()["run_id"] != self.run_id:
                 raise ValueError(f"run_dir {self.path} already holds another run; use another run_dir")
             yield
 
-    @contextmanager
-    def upload_lock(self, *, wait: bool) -> Iterator[None]:
-        """Holds the lock of the one process that may upload the run.
+    def upload_lock(self, *, wait: bool) -> locks.FileLock:
+        """Acquires the lock of the one process that may upload the run.
 
         `wait`: whether to wait for another process to release it, or to raise ValueError.
         """
-        busy_message = f"another process is uploading run {self.path}; try again in a moment"
-        with _file_lock(self.path / ".uploader.lock", None if wait else busy_message):
-            yield
+        taken_message = f"another process is uploading run {self.path}; try again in a moment"
+        return _acquire_lock(self.path / ".uploader.lock", taken_message, math.inf if wait else PROBE_SECONDS)
 
     def is_running(self) -> bool:
         """Whether a process holds the run's lock."""
-        try:
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return False
-        try:
-            # Shared, so that two processes that test the lock do not mistake each other for the run.
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
+        return locks.is_locked(self.path / ".lock")
 
 
-@contextmanager
-def _file_lock(path: Path, busy_message: str | None) -> Iterator[None]:
-    """Holds a file lock; waits for it if there is no `busy_message`.
+def best_sha256(run: Path) -> str:
+    """SHA-256 of a run's best/model.json, which identifies the best model by its epoch, accuracy and data.
 
-    Raises: ValueError with `busy_message` if another process holds it, or if the file cannot be written or locked.
+    Raises: UnsafePathError; OSError.
     """
+    return hashlib.sha256(read_inside(run, BEST_MODEL_INFO)).hexdigest()
+
+
+def _acquire_lock(path: Path, taken_message: str, wait_seconds: float = PROBE_SECONDS) -> locks.FileLock:
+    """Raises: ValueError, with `taken_message` if another process holds it; or if it cannot be written or locked."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return locks.acquire(path, wait_seconds=wait_seconds)
+    except locks.LockTakenError:
+        raise ValueError(taken_message) from None
+    except locks.LocksUnsupportedError as error:
+        raise ValueError(
+            f"cannot lock files in {path.parent} ({error.strerror}); use a run_dir on storage with file locks"
+        ) from None
     except OSError as error:
         raise ValueError(f"cannot write to {path.parent} ({error.strerror}); use another run_dir") from None
-    try:
-        try:
-            acquired = _try_lock(descriptor, seconds=math.inf if busy_message is None else 0.5)
-        except OSError as error:
-            raise ValueError(
-                f"cannot lock files in {path.parent} ({error.strerror}); use a run_dir on storage with file locks"
-            ) from None
-        if not acquired:
-            raise ValueError(busy_message)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int, seconds: float) -> bool:
-    """Whether the lock was acquired; it retries, since `is_running` also holds the lock for a moment."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        else:
-            return True
 
 
 class Heartbeat:
@@ -313,7 +295,7 @@ def open_run_dir(path: Path) -> RunDir:
     except (FormatVersionError, UnsafePathError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"run must be a run folder, got {path}; use e.g. run=runs/latest") from None
+        raise ValueError(f"{path} is not a run folder; use e.g. run=runs/latest") from None
 
 
 def latest_unfinished(runs: Path) -> RunDir:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import logging
 import shlex
@@ -12,19 +11,20 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
 from train.cli import arguments
 from train.config import composition
-from train.config.schema import ROOT, Config
-from train.config.serialization import RUN_FORMAT_VERSION, Redactor, config_hash, flatten, to_dict, variant_id
+from train.config.schema import ROOT
+from train.config.serialization import RUN_FORMAT_VERSION, Redactor, flatten, variant_id
 from train.storage.atomic import write_atomically
+from train.storage.json_types import JsonObject
 from train.tracking import environment
-from train.tracking.run_dir import Heartbeat, RunDir
+from train.tracking.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -64,51 +64,64 @@ def log_to_file(run_dir: RunDir) -> Iterator[None]:
         handler.close()
 
 
-def initial_summary(run_dir: RunDir, config: Config) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RunLabels:
+    """What a run is listed by; the values themselves, where the stored config may hold references to them."""
+
+    model: str
+    data: str
+    seed: int
+    experiment: str
+    log_model: bool
+
+
+def initial_summary(run_id: str, labels: RunLabels) -> JsonObject:
     """The summary of a run that has not started training."""
     return {
         "status": "failed",
-        "run_id": run_dir.run_id,
-        "model": config.model.name,
-        "data": config.data.name,
-        "seed": config.seed,
+        "run_id": run_id,
+        "model": labels.model,
+        "data": labels.data,
+        "seed": labels.seed,
         "epochs": 0,
         "steps": 0,
         "steps_executed": 0,
     }
 
 
-def write_run_json(run_dir: RunDir, config: Config, redactor: Redactor, config_changes: list[dict[str, Any]]) -> None:
-    """Writes run.json and the config as typed; when resuming, the resolved config and the accepted changes."""
+def write_run_json(run_dir: RunDir, stored: JsonObject, labels: RunLabels, config_changes: list[JsonObject]) -> None:
+    """Writes run.json and the config as typed; when resuming, the resolved config and the accepted changes.
+
+    stored: the config without secrets.
+    """
     (run_dir.path / "summary.json").unlink(missing_ok=True)  # it describes an earlier attempt
     if (run_dir.path / "run.json").exists():
-        write_resolved_config(run_dir, config, redactor)
+        write_resolved_config(run_dir, stored)
         identity = run_dir.identity()
-        updates = {"changes": identity["changes"] + config_changes, "log_model": config.tracking.log_model}
+        updates = {"changes": identity["changes"] + config_changes, "log_model": labels.log_model}
         run_dir.write_json("run.json", identity | updates)
         return
     (run_dir.path / "params.json").unlink(missing_ok=True)
-    stored = to_dict(config, redactor)
     run_dir.write_yaml("config.yaml", stored)
     typed = flatten(stored)
     command = composition.minimal_command(typed)
     identity = {
         "format_version": RUN_FORMAT_VERSION,
         "run_id": run_dir.run_id,
-        "experiment": config.tracking.experiment,
-        "name": run_name(run_dir, config),
+        "experiment": labels.experiment,
+        "name": run_name(run_dir.trial_label(), labels.model, labels.seed),
         "time": time.time(),
         "tags": {
             **environment.tags(ROOT),
-            "model": config.model.name,
-            "data": config.data.name,
-            "seed": str(config.seed),
+            "model": labels.model,
+            "data": labels.data,
+            "seed": str(labels.seed),
             "group": variant_id(typed),
             **environment.command_note(command),
             "run_dir": stored["run_dir"] or str(run_dir.path),
             **({"sweep": run_dir.sweep_id()} if run_dir.sweep_id() else {}),
         },
-        "log_model": config.tracking.log_model,
+        "log_model": labels.log_model,
         "requirements": environment.requirements(MODEL_PACKAGES),
         "typed": typed,
         "command": command,
@@ -117,99 +130,42 @@ def write_run_json(run_dir: RunDir, config: Config, redactor: Redactor, config_c
     run_dir.write_json("run.json", identity)
 
 
-def run_name(run_dir: RunDir, config: Config) -> str:
+def run_name(trial_label: str | None, model: str, seed: int) -> str:
     """The name in MLflow's lists: what distinguishes the run from those it is likely to be listed with."""
-    label = run_dir.trial_label()
-    if label is None:
-        return f"{config.model.name} seed {config.seed}"
-    return label.replace("model=", "") if "model=" in label else f"{config.model.name} {label}"
+    if trial_label is None:
+        return f"{model} seed {seed}"
+    return trial_label.replace("model=", "") if "model=" in trial_label else f"{model} {trial_label}"
 
 
-def write_resolved_config(run_dir: RunDir, config: Config, redactor: Redactor) -> None:
+def write_resolved_config(run_dir: RunDir, stored: JsonObject) -> None:
     """Writes the config with every `auto` resolved; params.json keeps the first attempt's, as MLflow requires."""
-    stored = to_dict(config, redactor)
     run_dir.write_yaml("config.yaml", stored)
     if not (run_dir.path / "params.json").exists():
         run_dir.write_json("params.json", flatten(stored))
 
 
 def run_provenance(
-    config: Config, redactor: Redactor, fingerprint: str, processor: str, input_digests: dict[str, str]
-) -> dict[str, Any]:
+    stored: JsonObject, backend: str, fingerprint: str, processor: str, input_digests: dict[str, str]
+) -> JsonObject:
     """Everything that a run's bits depend on, by key; `train.config.compatibility.IGNORED_KEYS` do not change any."""
     return {
-        **flatten(to_dict(config, redactor)),
+        **flatten(stored),
         **input_digests,
         "data_fingerprint": fingerprint,
         "processor": processor,
         "code": environment.source_hash(ROOT / "train"),
-        **environment.versions(config.backend),
+        **environment.versions(backend),
     }
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_data_and_model_files(
-    run_dir: RunDir,
-    summary: dict[str, Any],
-    config: Config,
-    redactor: Redactor,
-    dataset: Any,
-    source: str,
-    model: Any,
-    inference: Any,
-    cost: dict[str, Any],
-) -> None:
-    """Writes what data and model are: dataset.json, cost.json, model_summary.txt, input_example.npy, and the data's
-    fingerprint into config.yaml; adds sizes and fingerprints to the summary.
-
-    cost: `blocks`, rows of train.models.cost, and `training_macs`.
-    """
-    summary |= {
-        "config_hash": config_hash(config, redactor),
-        "data_fingerprint": dataset.fingerprint,
-        "parameters": inference.count_params(),
-        "macs": sum(row["macs"] for row in cost["blocks"]),
-        "training_parameters": model.count_params(),
-        "training_macs": cost["training_macs"],
-    }
-    run_dir.write_json("cost.json", cost)
-    stored = to_dict(config, redactor)
-    stored["data"]["fingerprint"] = dataset.fingerprint
-    run_dir.write_yaml("config.yaml", stored)
-    run_dir.write_json(
-        "dataset.json",
-        {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "source": source,
-            "splits": {name: split.digest for name, split in dataset.splits.items()},
-            "counts": dataset.split_sizes,
-            "classes": list(dataset.classes),
-            "class_counts": dataset.class_counts,
-            "skipped": [{"name": name, "problem": problem} for name, problem in dataset.skipped],
-            "leaks": dataset.leak_counts,
-        },
-    )
-    lines: list[str] = []
-    model.summary(line_length=120, print_fn=lambda line, **_: lines.append(line))
-    run_dir.write_text("model_summary.txt", "\n".join(lines) + "\n")
-    example = io.BytesIO()
-    np.save(example, dataset.validation.load_example(0)[None])
-    write_atomically(run_dir.path / "input_example.npy", example.getvalue())
-
-
-def write_batch_image(run_dir: RunDir, images: np.ndarray, mixed: bool) -> None:
+def write_batch_image(run_dir: RunDir, images: np.ndarray) -> None:
     """Writes `augmented.png`: up to 8 x 8 examples of the first training batch, as the network sees them.
 
-    images: uint8 [N, S, S, C] in 0..255, or float32 if `mixed`.
+    images: uint8 or float32 [N, S, S, C] in 0..255.
     """
     from PIL import Image
 
-    shown = np.rint(images[:64]).astype(np.uint8) if mixed else images[:64]
+    shown = np.rint(images[:64]).astype(np.uint8)
     count, side, _, channels = shown.shape
     columns = min(8, count)
     rows = -(-count // columns)
@@ -222,31 +178,6 @@ def write_batch_image(run_dir: RunDir, images: np.ndarray, mixed: bool) -> None:
     data = io.BytesIO()
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(data, "PNG")
     write_atomically(run_dir.path / "augmented.png", data.getvalue())
-
-
-def update_summary(
-    summary: dict[str, Any], step: Any, run_state: Any, heartbeat: Heartbeat, peak_memory_bytes: int
-) -> None:
-    """Adds the loop's progress, speed and memory to the summary."""
-    progress = run_state.progress
-    timer = progress.timer
-    summary |= {
-        "epochs": progress.epoch,
-        "steps": progress.steps,
-        "steps_executed": heartbeat.steps,
-        "attempts": heartbeat.attempts,
-        "rollbacks": progress.rollbacks,
-        "changes": [f"{c['name']} was {c['was']}, is {c['is']}" for c in run_state.run_dir.identity()["changes"]],
-        "stopped_early": progress.stopped_early,
-        "train_images_per_second": timer.images_per_second(),
-        "data_wait_fraction": timer.data_wait_fraction(),
-        "checkpoint_stall_seconds": run_state.checkpoints.stall_seconds,
-        "peak_memory_bytes": peak_memory_bytes,
-    }
-    if progress.best_epoch >= 0:
-        summary["best_epoch"] = progress.best_epoch + 1
-        summary["validation"] = {"accuracy": progress.best_accuracy, "loss": progress.best_loss}
-    summary["weights_sha256"] = step.weights_sha256()  # raises if another process is lost, so it comes last
 
 
 def report_failure(error: Exception, run_dir: RunDir | None, redactor: Redactor) -> int:
@@ -282,7 +213,7 @@ def _remedy(error: OSError) -> str:
     return "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
 
 
-def write_summary(run_dir: RunDir, summary: dict[str, Any]) -> int:
+def write_summary(run_dir: RunDir, summary: JsonObject) -> int:
     """Writes summary.json, the last file of a run, which marks its end; returns exit code 0, or 1 if that fails."""
     summary["time"] = time.time()
     try:
@@ -299,7 +230,7 @@ def write_summary(run_dir: RunDir, summary: dict[str, Any]) -> int:
     return 0
 
 
-def format_summary(summary: dict[str, Any], run_dir: RunDir) -> str:
+def format_summary(summary: JsonObject, run_dir: RunDir) -> str:
     """The summary as one line of `key=value`, the run folder last."""
     figures = {name: summary[name] for name in ("status", "model", "data", "seed", "epochs", "steps")}
     if summary.get("test"):

@@ -19,10 +19,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from train.config.serialization import Redactor, extract_credentials
 from train.storage.atomic import open_inside, write_atomically
+from train.storage.json_types import JsonObject
 from train.tracking import mlflow_store
 from train.tracking.mlflow_store import default_uri
 from train.tracking.run_dir import RunDir, open_run_dir
@@ -80,7 +80,7 @@ def sqlite_uri_beside(uri: str | None, root: Path, name: str) -> str:
     return mlflow_store.sqlite_uri((path.parent if path else root) / name)
 
 
-def start(run_dir: RunDir, uri: str) -> subprocess.Popen | None:
+def start(run_dir: RunDir, uri: str) -> subprocess.Popen[bytes] | None:
     """Starts the uploader in its own session, out of reach of the terminal's Ctrl-C; None if that fails."""
     try:
         return subprocess.Popen(
@@ -96,7 +96,7 @@ def start(run_dir: RunDir, uri: str) -> subprocess.Popen | None:
         return None
 
 
-def wait(process: subprocess.Popen | None, run_dir: RunDir, uri: str, seconds: float) -> None:
+def wait(process: subprocess.Popen[bytes] | None, run_dir: RunDir, uri: str, seconds: float) -> None:
     """Waits up to `seconds` for the uploader to finish, and prints what is missing; training is over by then."""
     if process and process.poll() not in (None, 0, REFUSED_EXIT_CODE):
         process = start(run_dir, uri)  # it died; a new one sends everything again, which adds nothing twice
@@ -142,7 +142,7 @@ class Uploader:
         self.uri = uri
         self.store: mlflow_store.Store | None = None
         self.journal_offset = 0
-        self.sent: set[tuple] = set()  # parts in the store, each with mtime and size of its source file
+        self.sent: set[tuple[str | int, ...]] = set()  # parts in the store, each with mtime and size of its source file
         self.refused: dict[str, str] = {}  # rejected parts, each with the message for it
         self.best_accuracy = -1.0
         self._next_heartbeat = 0.0
@@ -198,7 +198,7 @@ class Uploader:
         if version not in self.sent and self._send(part, send):
             self.sent.add(version)
 
-    def _send(self, part: str, send: Callable[[], Any]) -> bool:
+    def _send(self, part: str, send: Callable[[], None]) -> bool:
         """Sends a part and returns whether that worked; a permanent rejection is reported, and never tried again.
 
         Raises: whatever MLflow raises during an outage.
@@ -214,7 +214,7 @@ class Uploader:
             return False
         return True
 
-    def _send_end(self, send: Callable[[], Any]) -> None:
+    def _send_end(self, send: Callable[[], None]) -> None:
         """Sends the run's end, a second time if the connection was cut: a server that could not store a file may have
         cut it, and the next request, whatever it is, fails."""
         try:
@@ -233,7 +233,7 @@ class Uploader:
         with suppress(OSError, ValueError), self.run_dir.inside("train.log").open("a") as log_file:
             log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} WARNING {__name__}: {self.refused[part]}\n")
 
-    def _with_best(self, line: dict[str, Any]) -> dict[str, Any]:
+    def _with_best(self, line: JsonObject) -> JsonObject:
         """The line, with the BEST_METRICS added if its validation accuracy is a new best."""
         accuracy = line["values"].get(SELECTION_METRIC, -1.0)
         if accuracy <= self.best_accuracy:
@@ -295,7 +295,7 @@ class Uploader:
         """Uploads the metrics and files of one evaluation."""
         part = f"evaluation/{name}"
 
-        def values() -> dict[str, Any]:
+        def values() -> JsonObject:
             scores = self._read_json(f"{part}/scores.json")
             interval = dict(zip(("accuracy_low", "accuracy_high"), scores["accuracy_interval"], strict=True))
             return {metric: scores[metric] for metric in EVALUATION_METRICS} | interval
@@ -319,13 +319,13 @@ class Uploader:
         for file in ("summary.json", "README.md"):
             self._upload_file(run_store, f"{part}/{file}", part)
 
-    def _log_metrics(self, run_store: mlflow_store.Store, name: str, values: dict[str, Any], source: str) -> None:
+    def _log_metrics(self, run_store: mlflow_store.Store, name: str, values: JsonObject, source: str) -> None:
         """Logs the metrics that are not None, with the modification time of their source file."""
         metrics = {f"{name}/{key}": value for key, value in values.items() if value is not None}
         step = self.run_dir.summary()["steps"] if self.run_dir.status() else 0
         run_store.log_changed_metrics(metrics, time=(self.run_dir.path / source).stat().st_mtime, step=step)
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def _read_json(self, name: str) -> JsonObject:
         return json.loads(self.run_dir.read_bytes(name))
 
 
@@ -355,7 +355,7 @@ def upload_until_finished(uploader: Uploader) -> int:
             return REFUSED_EXIT_CODE
         except Exception as error:  # whatever MLflow raises: training must not notice, the upload is completed later
             if (message := f"{type(error).__name__}: {error}") != last_error:
-                print(f"{time.strftime('%H:%M:%S')} not recorded yet: {message}", flush=True)
+                print(f"{time.strftime('%H:%M:%S')} could not upload yet, retrying: {message}", flush=True)
             pause = 5.0
             last_error = message
             if ended:

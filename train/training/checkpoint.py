@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,12 +18,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from train.storage import fault_injection
-from train.storage.atomic import fsync_folder, write_and_fsync
+from train.storage.atomic import atomic_folder, fsync_folder
+from train.storage.checksummed import file_sha256
+from train.storage.json_types import JsonObject
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Checkpoint:
 
     name: str
     arrays: dict[str, np.ndarray]
-    metadata: dict[str, Any]
+    metadata: JsonObject
 
 
 class CheckpointManager:
@@ -50,7 +50,7 @@ class CheckpointManager:
         self.folder = folder
         self._keep = keep
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future | None = None
+        self._pending: Future[str] | None = None
         self.stall_seconds = 0.0  # how long training has waited for checkpoints to be written
         self.latest_started: str | None = None  # including one that is being written
         self.latest_complete: str | None = None  # the newest that is known to be complete
@@ -64,7 +64,7 @@ class CheckpointManager:
         finally:
             self.stall_seconds += time.perf_counter() - start
 
-    def save(self, name: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    def save(self, name: str, arrays: dict[str, np.ndarray], metadata: JsonObject) -> None:
         """Starts writing; `arrays` must not change any more. Waits only until the previous checkpoint is written."""
         self.wait()
         self.latest_started = name
@@ -112,31 +112,20 @@ class CheckpointManager:
         """Checkpoint folders, the oldest first."""
         return sorted(path for path in self.folder.glob("epoch-*") if path.is_dir())
 
-    def _write(self, name: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> str:
+    def _write(self, name: str, arrays: dict[str, np.ndarray], metadata: JsonObject) -> str:
         target = self.folder / name
         unfinished = self.folder / f"{UNFINISHED_PREFIX}{name}"
         if target.exists():  # an earlier attempt saved this very position
             return name
-        try:
-            self._clear_unfinished()
-            unfinished.mkdir(parents=True)
+        self._clear_unfinished()
+        with atomic_folder(target, unfinished, fail_points=("save/manifest", "save/renamed")):
             fault_injection.fail_point("save/begun")
             with (unfinished / ARRAYS).open("wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
                 fault_injection.fail_point("save/written")
-                file.flush()
-                os.fsync(file.fileno())
             fault_injection.fail_point("save/arrays")
-            write_and_fsync(unfinished / MANIFEST, _manifest(metadata, unfinished / ARRAYS))
-            fsync_folder(unfinished)
-            fault_injection.fail_point("save/manifest")
-            unfinished.rename(target)
-            fault_injection.fail_point("save/renamed")
-            fsync_folder(self.folder)
-            fsync_folder(self.folder.parent)
-        except OSError:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+            (unfinished / MANIFEST).write_bytes(_manifest(metadata, unfinished / ARRAYS))
+        fsync_folder(self.folder.parent)
         self._prune()
         fault_injection.fail_point("save/done")
         return name
@@ -173,9 +162,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         expected = manifest["arrays_sha256"]
         if manifest["sha256"] != _digest(metadata, expected):
             raise CorruptCheckpointError(f"{MANIFEST} does not match its own SHA-256")
-        with (path / ARRAYS).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise CorruptCheckpointError(f"{ARRAYS} does not match the SHA-256 in {MANIFEST}")
+        if file_sha256(path / ARRAYS) != expected:
+            raise CorruptCheckpointError(f"{ARRAYS} does not match the SHA-256 in {MANIFEST}")
         with np.load(path / ARRAYS, allow_pickle=False) as arrays:
             return Checkpoint(path.name, dict(arrays), metadata)
     except (*MISSING_ERRORS, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -186,15 +174,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CorruptCheckpointError(str(error)) from None
 
 
-def _manifest(metadata: dict[str, Any], arrays: Path) -> bytes:
-    with arrays.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _manifest(metadata: JsonObject, arrays: Path) -> bytes:
+    digest = file_sha256(arrays)
     metadata = json.loads(json.dumps(metadata))  # as it will be read: with strings as keys
     manifest = {"content": metadata, "arrays_sha256": digest, "sha256": _digest(metadata, digest)}
     return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
-def _digest(metadata: dict[str, Any], arrays_sha256: str) -> str:
+def _digest(metadata: JsonObject, arrays_sha256: str) -> str:
     return hashlib.sha256(json.dumps([metadata, arrays_sha256], sort_keys=True).encode()).hexdigest()
 
 

@@ -28,11 +28,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+from train.storage.json_types import JsonObject
 from train.training.early_stopping import EarlyStopping
 from train.training.signals import Interrupted, SignalExchange, SignalHandler
 from train.training.step_timer import StepTimer
+from train.training.tensors import Tensor
 
 
 class DivergedError(ArithmeticError):
@@ -48,7 +50,7 @@ class Step(SignalExchange, Protocol):
     """What the loop needs of a training step; train/training/step/ has the implementations."""
 
     def begin_epoch(self, epoch: int) -> bool: ...
-    def __call__(self, images: Any, labels: Any) -> None: ...
+    def __call__(self, images: Tensor, labels: Tensor, *weights: Tensor) -> None: ...
     def metrics(self) -> dict[str, float]: ...
     def reset_metrics(self) -> None: ...
     def learning_rate(self) -> float: ...
@@ -79,7 +81,7 @@ class Progress:
     timer: StepTimer = field(default_factory=StepTimer)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Progress:
+    def from_dict(cls, values: JsonObject) -> Progress:
         """The inverse of `dataclasses.asdict`."""
         return cls(**values | {"timer": StepTimer(**values["timer"])})
 
@@ -117,7 +119,7 @@ class Loop:
     steps_per_epoch: int
     batch_size: int
     log_every: int
-    batches: Callable[[int, int], Iterable[tuple]]
+    batches: Callable[[int, int], Iterable[tuple[Tensor, ...]]]
     validate: Callable[[], dict[str, float]]
     callbacks: Callbacks
     early_stopping: EarlyStopping

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from train.training.tensors import Tensor
+
 
 def build_losses(
     outputs: Sequence[str], aux_weight: float, label_smoothing: float, distillation: tuple[float, float] | None = None
-) -> tuple[dict, dict]:
+) -> tuple[dict[str, keras.losses.Loss], dict[str, float]]:
     """Builds the losses and their weights, by output name.
 
     Source: Szegedy et al. 2015, section 5 (auxiliary losses weighted 0.3); label smoothing: Szegedy et al. 2016,
@@ -25,7 +27,7 @@ def build_losses(
     """
     if "main" not in outputs:
         raise ValueError(f"outputs must contain main, got {', '.join(outputs)}; use the names that models.build gives")
-    losses = {
+    losses: dict[str, keras.losses.Loss] = {
         name: keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=label_smoothing, name=name)
         for name in outputs
     }
@@ -46,7 +48,7 @@ class DistillationLoss(keras.losses.Loss):
         super().__init__(name="taught")
         self.label_loss, self.weight, self.temperature = label_loss, weight, temperature
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """y_true: float32 [N, 2 x classes]. y_pred: logits [N, classes]. Returns [N]."""
         labels, teacher = ops.split(y_true, 2, axis=-1)
         target = ops.log_softmax(teacher / self.temperature)
@@ -57,7 +59,8 @@ class DistillationLoss(keras.losses.Loss):
 class DistillationAccuracy(keras.metrics.CategoricalAccuracy):
     """Top-1 accuracy for labels that are followed by the teacher's logits."""
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    # Keras overrides the method in the same way, without annotations.
+    def update_state(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
         labels, _ = ops.split(y_true, 2, axis=-1)
         return super().update_state(labels, y_pred, sample_weight)
 

@@ -1,4 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP during training: deferred to the next batch boundary, and obeyed by all processes."""
+"""SIGINT, SIGTERM and SIGHUP, for runs and sweeps: what they ask for, and when a run obeys.
+
+During training they are deferred to the next batch boundary, and obeyed by all processes of the run.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from types import FrameType
+from typing import Protocol, Self, TypeVar
 
 Item = TypeVar("Item")
 
@@ -35,7 +39,67 @@ class SignalExchange(Protocol):
     def agreed_signal(self) -> int: ...
 
 
-class SignalHandler:
+class StopSignals:
+    """Records the signals that ask to stop: the first asks for it at the next boundary, a second one at once.
+
+    immediate: whether there was a second one.
+    """
+
+    REPEAT_SECONDS = 1.0  # the same signal within this time is one request: make and its children all get it
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.immediate = False
+        self._signal_number = 0
+        self._received_at = 0.0
+
+    def receive(self, number: int) -> bool:
+        """Records a signal. Returns whether it is a request of its own, and does not just repeat the previous one."""
+        if self._is_repeat(number):
+            return False
+        self.immediate = self._signal_number != 0
+        self._signal_number = number
+        self._received_at = time.monotonic()
+        return True
+
+    def _is_repeat(self, number: int) -> bool:
+        """Whether a signal repeats the previous request.
+
+        When a terminal closes, the kernel and the shell each send SIGHUP, and the session manager may send SIGTERM.
+        SIGHUP is never a person in a hurry, so that it never counts as the second signal.
+        """
+        if not self._signal_number:
+            return False
+        if number == signal.SIGHUP:
+            return True
+        same = self._signal_number in (number, signal.SIGHUP)
+        return same and time.monotonic() - self._received_at < self.REPEAT_SECONDS
+
+    def received_signal(self) -> int:
+        """The number of the received signal; 0 for none."""
+        return self._signal_number
+
+    def exit_code(self) -> int:
+        """The exit code for the received signal; 0 for none."""
+        return 128 + self._signal_number if self._signal_number else 0
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.receive(number)
+
+    @contextmanager
+    def installed(self) -> Iterator[Self]:
+        """Handles the signals until the block ends. An ignored SIGHUP stays ignored: nohup works by that."""
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in self.SIGNALS if not (nohup and number == signal.SIGHUP)]
+        previous_handlers = {number: signal.signal(number, self._handle) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, previous in previous_handlers.items():
+                signal.signal(number, previous)
+
+
+class SignalHandler(StopSignals):
     """Raises Interrupted at once, or between two batches within `deferred`, where an abort would lose work.
 
     A second signal always raises at once. If Python cannot run its handler because a long step does not return, the
@@ -43,59 +107,20 @@ class SignalHandler:
     """
 
     GRACE_SECONDS = 3.0
-    REPEAT_SECONDS = 1.0  # the same signal within this time is one request: make and its children all get it
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self._signal_number: int | None = None
-        self._received_at = 0.0
+        super().__init__()
         self._deferring = False
         self._poll_signal = self.received_signal
 
-    def _handle(self, number: int, _: Any) -> None:
-        is_first = self._signal_number is None
-        if not is_first and self.is_repeat(number, self._signal_number, self._received_at):
-            return
-        self._signal_number, self._received_at = number, time.monotonic()
-        if not (is_first and self._deferring):
-            raise Interrupted(number, immediate=not is_first)
-
-    @classmethod
-    def is_repeat(cls, number: int, previous: int | None, received_at: float) -> bool:
-        """Whether a signal repeats the request of the previous one, which was received at `received_at`.
-
-        When a terminal closes, the kernel and the shell each send SIGHUP, and the session manager may send SIGTERM.
-        SIGHUP is never a person in a hurry, so that it never counts as the second signal.
-        """
-        if number == signal.SIGHUP:
-            return True
-        return previous in (number, signal.SIGHUP) and time.monotonic() - received_at < cls.REPEAT_SECONDS
-
-    @classmethod
-    @contextmanager
-    def handler_installed(cls, handler: Callable[[int, Any], None]) -> Iterator[None]:
-        """Installs `handler`, and restores the previous ones. An ignored SIGHUP stays ignored: nohup works by that."""
-        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        numbers = [number for number in cls.SIGNALS if not (nohup and number == signal.SIGHUP)]
-        previous_handlers = {number: signal.signal(number, handler) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, previous in previous_handlers.items():
-                signal.signal(number, previous)
-
-    def received_signal(self) -> int:
-        """The number of the received signal; 0 for none."""
-        return self._signal_number or 0
-
-    def exit_code(self) -> int:
-        """The exit code for the received signal; 0 for none."""
-        return 128 + self._signal_number if self._signal_number is not None else 0
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.receive(number) and (self.immediate or not self._deferring):
+            raise Interrupted(number, immediate=self.immediate)
 
     @contextmanager
-    def installed(self) -> Iterator[SignalHandler]:
-        """Handles the signals with this object until the block ends."""
-        with self.handler_installed(self._handle):
+    def installed(self) -> Iterator[Self]:
+        """Handles the signals until the block ends, and watches for a second one that Python cannot handle."""
+        with super().installed():
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
             previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -108,15 +133,12 @@ class SignalHandler:
 
     def _exit_on_second_signal(self, reader: int) -> None:
         """Runs in a thread: a pipe delivers the number of every signal, even while the main thread is busy."""
-        first: tuple[int, float] | None = None
+        signals = StopSignals()  # of its own: the handler, which runs in the main thread, may not have run yet
         while byte := os.read(reader, 1):
-            number = byte[0]
-            if number not in self.SIGNALS:
-                continue
-            if first is None:
-                first = number, time.monotonic()
-            elif not self.is_repeat(number, *first) and not _wait_for_close(reader, self.GRACE_SECONDS):
-                os._exit(128 + number)
+            if byte[0] in self.SIGNALS:
+                signals.receive(byte[0])
+            if signals.immediate and not _wait_for_close(reader, self.GRACE_SECONDS):
+                os._exit(signals.exit_code())
         os.close(reader)
 
     @contextmanager

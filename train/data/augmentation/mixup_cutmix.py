@@ -1,7 +1,6 @@
 """mixup and CutMix: blends pairs of examples; all outputs of a network get the same dense labels."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -32,7 +31,7 @@ class MixupCutmix:
         columns += [generator.random(num_examples) for _ in range(3)]
         return np.stack(columns, axis=1).astype(np.float32)
 
-    def apply(self, images: Any, labels: Any, draws: Any) -> tuple[Any, Any]:
+    def apply(self, images: tf.Tensor, labels: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Mixes images (uint8 or float [B, S, S, C]) and labels (float32 [B, classes]); returns both as float32."""
         images = tf.cast(images, tf.float32)
         pasted = draws[:, 2] < (0.5 if self.mixup and self.cutmix else float(self.cutmix > 0))
@@ -43,7 +42,7 @@ class MixupCutmix:
         mixed = images + blend * (tf.roll(images, -1, 0) - images)
         return mixed, labels + partner_weight[:, None] * (tf.roll(labels, -1, 0) - labels)
 
-    def _rectangle_mask(self, side: int, draws: Any) -> Any:
+    def _rectangle_mask(self, side: int, draws: tf.Tensor) -> tf.Tensor:
         """Mask of a rectangle of 1 - coefficient of the area around a random centre, clipped: bool [B, side, side]."""
         half = tf.sqrt(1 - draws[:, 1]) * side / 2
         centers = tf.range(side, dtype=tf.float32) + 0.5

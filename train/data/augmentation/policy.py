@@ -12,7 +12,6 @@ after a resume. There are four stages, in this order:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import tensorflow as tf
 
@@ -27,7 +26,7 @@ class BatchOp:
 
     purpose: str
     num_draws: int
-    apply: Callable[[Any, Any], Any]
+    apply: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Augmentation:
     mixup_cutmix: MixupCutmix | None = None
 
 
-def build(name: str, *, erase: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0, **options: Any) -> Augmentation:
+def build(name: str, *, erase: float, mixup: float, cutmix: float, **options: object) -> Augmentation:
     """Builds the augmentation with this name.
 
     erase: in [0, 1], probability of erasing a rectangle. mixup, cutmix: alpha of their Beta distributions; 0 disables.
@@ -61,24 +60,22 @@ def none() -> Augmentation:
     return Augmentation()
 
 
-def crop(pad: float = 1 / 8) -> Augmentation:
+def crop(*, pad: float) -> Augmentation:
     """Padded crop."""
     return Augmentation(batch_ops=(BatchOp("augment", SHIFT_DRAWS, partial(random_shift, pad=pad, mirror=False)),))
 
 
-def flip_crop(pad: float = 1 / 8) -> Augmentation:
+def flip_crop(*, pad: float) -> Augmentation:
     """Padded crop, and horizontal flip of every second image."""
     return Augmentation(batch_ops=(BatchOp("augment", SHIFT_DRAWS, partial(random_shift, pad=pad, mirror=True)),))
 
 
-def inception(
-    least_area: float = 0.08, most_stretch: float = 4 / 3, color: float = 1.0, mirror: bool = True
-) -> Augmentation:
+def inception(*, least_area: float, most_stretch: float, color: float, mirror: bool) -> Augmentation:
     """Random resized crop with colour distortion and horizontal flip: see random_resized_crop.py."""
     return Augmentation(random_resized_crop=RandomResizedCrop(least_area, most_stretch, color, mirror))
 
 
-def randaugment(ops: int = 2, magnitude: float = 9.0, pad: float = 1 / 8, mirror: bool = True) -> Augmentation:
+def randaugment(*, ops: int, magnitude: float, pad: float, mirror: bool) -> Augmentation:
     """RandAugment (see randaugment.py), then a padded crop; in this order, so that the crop hides no translation."""
     return Augmentation(
         randaugment=RandAugment(ops, magnitude),
@@ -99,14 +96,14 @@ AUGMENTS: dict[str, Callable[..., Augmentation]] = {
 SHIFT_DRAWS = 3  # vertical, horizontal, mirror
 
 
-def random_shift(images: Any, draws: Any, *, pad: float, mirror: bool) -> Any:
+def random_shift(images: tf.Tensor, draws: tf.Tensor, *, pad: float, mirror: bool) -> tf.Tensor:
     """Shifts every image by up to `pad` of its side in each direction; the edges are filled by reflection.
 
     Source: padded crop of He et al., "Deep Residual Learning for Image Recognition" (2015), section 4.2, which pads 4
     pixels at 32. Reflected instead of zero-padded, so that no artificial edges appear. Pixels are moved, not
     interpolated: no rounding.
-    pad: in [0, 0.5]. mirror: flips every second image horizontally; for data whose mirror images belong to the same
-    class.
+    images: uint8 [B, S, S, C]. draws: float32 [B, SHIFT_DRAWS] in [0, 1). pad: in [0, 0.5]. mirror: flips every second
+    image horizontally; for data whose mirror images belong to the same class.
     """
     rows = _shifted_indices(images.shape[1], draws[:, 0], pad)
     columns = _shifted_indices(images.shape[2], draws[:, 1], pad)
@@ -115,10 +112,10 @@ def random_shift(images: Any, draws: Any, *, pad: float, mirror: bool) -> Any:
     return tf.gather(tf.gather(images, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def _shifted_indices(side: int, draws: Any, pad: float) -> Any:
+def _shifted_indices(side: int, draws: tf.Tensor, pad: float) -> tf.Tensor:
     """Source index of each output row, shifted by -border..border and reflected at the edges: int32 [B, side]."""
     if not 0 <= pad <= 0.5:
-        raise ValueError(f"pad must be a fraction of the side in 0..0.5, got {pad}; use augment.pad=0.125")
+        raise ValueError(f"augment.pad must be in 0..0.5 (fraction of the side), got {pad}; use augment.pad=0.125")
     border = min(round(pad * side), side - 1)
     choices = 2 * border + 1
     offset = tf.minimum(tf.cast(draws * choices, tf.int32), choices - 1) - border
@@ -131,11 +128,12 @@ ERASED_AREA = (0.02, 0.4)
 ERASED_ASPECT_RATIO = (0.3, 1 / 0.3)
 
 
-def random_erasing(images: Any, draws: Any, *, probability: float) -> Any:
+def random_erasing(images: tf.Tensor, draws: tf.Tensor, *, probability: float) -> tf.Tensor:
     """Covers a rectangle of each image with a random colour, with the given probability.
 
     Source: Zhong et al., "Random Erasing Data Augmentation" (2017), section 3.2, with its areas and aspect ratios; one
     random colour per rectangle instead of one per pixel.
+    images: uint8 [B, S, S, C]. draws: float32 [B, ERASE_DRAWS] in [0, 1).
     """
     side, channels = images.shape[1], images.shape[3]
     area = ERASED_AREA[0] + draws[:, 1] * (ERASED_AREA[1] - ERASED_AREA[0])
@@ -151,7 +149,7 @@ def random_erasing(images: Any, draws: Any, *, probability: float) -> Any:
     return tf.where(inside, color, images)
 
 
-def _interval_mask(side: int, start: Any, length: Any) -> Any:
+def _interval_mask(side: int, start: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
     """Mask of the pixels whose centre is in start..start+length: bool [B, side]."""
     center = tf.range(side, dtype=tf.float32)[None, :] + 0.5
     return tf.logical_and(center >= start[:, None], center < (start + length)[:, None])

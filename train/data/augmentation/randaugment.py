@@ -10,6 +10,8 @@ PURPOSE = "paint"
 MAX_MAGNITUDE = 30.0  # upper end of the magnitude scale
 FILL_GREY = 128  # fills areas outside the image
 
+Enhancer = ImageEnhance.Color | ImageEnhance.Contrast | ImageEnhance.Brightness | ImageEnhance.Sharpness
+
 
 @dataclass(frozen=True)
 class RandAugment:
@@ -53,7 +55,7 @@ def _rotate(image: Image.Image, strength: float) -> Image.Image:
     return image.rotate(30 * strength, Image.Resampling.BILINEAR, fillcolor=grey)
 
 
-def _enhance(enhancer: Callable) -> Callable[[Image.Image, float], Image.Image]:
+def _enhance(enhancer: Callable[[Image.Image], Enhancer]) -> Callable[[Image.Image, float], Image.Image]:
     """Returns an operation that scales a property of the image by 0.1 to 1.9."""
     return lambda image, strength: enhancer(image).enhance(1 + 0.9 * strength)
 

@@ -3,13 +3,14 @@
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 SIDE = 8
 LEVELS = 16  # the scans count ink in 4x4 cells: 0..16
+
+Entry = tuple[int, dict[str, bytes | int]]  # key, features
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -22,7 +23,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 (TFDS reads a plain class attribute)
 
-    def _info(self) -> Any:
+    def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description="Handwritten digits bundled with scikit-learn.",
@@ -37,11 +38,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # example i is scikit-learn's example i
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Entry]]:
         del dl_manager  # nothing is downloaded
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self) -> Iterator[Entry]:
         from sklearn.datasets import load_digits
 
         bundled = load_digits()

@@ -21,11 +21,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from train.storage import checksummed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Arrow's own allocator reserves 1 GiB of address space, which fails in a process with a memory limit.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -39,7 +42,8 @@ class ExampleIndex:
     """Table of examples. identity: of the validated data and limits; an index with another identity is outdated."""
 
     identity: str
-    table: Any  # read through its buffers: Arrow's own conversions import pandas, which takes longer than all the rest
+    # Read through its buffers: Arrow's own conversions import pandas, which takes longer than all the rest.
+    table: "pa.Table"
     _column_cache: dict[str, np.ndarray] = field(default_factory=dict)  # views of columns, which are slow to create
 
     def __len__(self) -> int:
@@ -125,7 +129,7 @@ class TextColumn(Sequence[str]):
     def __len__(self) -> int:
         return len(self._column)
 
-    def __getitem__(self, row: Any) -> Any:
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # entries are read one by one, without slices
         return self._column[int(row)].as_py()
 
 
@@ -147,13 +151,15 @@ class ExampleIndexBuilder:
         self.bytes_columns = {name: np.zeros((rows, 64), np.uint8) for name in BYTES_COLUMNS}
         self.text_columns = {name: [""] * rows for name in TEXT_COLUMNS}
 
-    def set_row(self, row: int, **entries: Any) -> None:
-        """Sets some columns of a row."""
+    def set_row(self, row: int, **entries: object) -> None:
+        """Sets some columns of a row: texts, bytes or numbers."""
         for name, entry in entries.items():
-            if name in BYTES_COLUMNS:
+            if isinstance(entry, bytes):
                 self.bytes_columns[name][row] = np.frombuffer(entry, np.uint8)
+            elif isinstance(entry, str):
+                self.text_columns[name][row] = entry
             else:
-                (self.numeric_columns if name in NUMERIC_COLUMNS else self.text_columns)[name][row] = entry
+                self.numeric_columns[name][row] = entry
 
     def copy_rows(self, rows: np.ndarray, previous: ExampleIndex, previous_rows: np.ndarray) -> None:
         """Copies rows from a previous index."""
@@ -198,7 +204,7 @@ def write(path: Path, index: ExampleIndex) -> ExampleIndex:
     """Writes an index and returns it memory-mapped, or unchanged if it can't be written."""
     import pyarrow as pa
 
-    def fill(file: Any) -> None:
+    def fill(file: BinaryIO) -> None:
         with pa.ipc.new_file(file, index.table.schema) as writer:
             writer.write_table(index.table, max_chunksize=max(1, len(index)))
 

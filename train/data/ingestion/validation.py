@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from train.data import parallel_map
-from train.data.decode import MAX_PIXELS, Header, decode, decode_jpeg, is_upright, read_header
+from train.data.decode import Header, decode, decode_jpeg, is_upright, read_header
 from train.data.ingestion import example_index
 from train.data.ingestion.example_index import ExampleIndex, ExampleIndexBuilder
 from train.data.sources.listing import Listing
@@ -18,6 +18,7 @@ from train.storage import checksummed
 CHUNK = 64  # examples that a thread inspects per task
 MAX_NAMED = 10  # how many broken examples an error names; it counts them all
 MIN_HASHED_SIDE = 64  # the hashes of smaller images say too little
+WHITE = (255, 255, 255)  # behind transparent pixels of an image that is only inspected
 MIN_HASH_BITS = 8  # a difference hash with fewer bits set, or unset, belongs to a nearly uniform image
 
 
@@ -25,10 +26,10 @@ MIN_HASH_BITS = 8  # a difference hash with fewer bits set, or unset, belongs to
 class Limits:
     """max_bytes: encoded; max_pixels: width times height. on_error: `raise`, or `skip` for up to `max_skipped`."""
 
-    max_bytes: int = 2**26
-    max_pixels: int = MAX_PIXELS
-    on_error: str = "raise"
-    max_skipped: int = 100
+    max_bytes: int
+    max_pixels: int
+    on_error: str
+    max_skipped: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def inspect(data: bytes, label: int, limits: Limits) -> ExampleInfo:
     except ValueError as error:
         return ExampleInfo(len(data), label, sha256, problem=str(error))
     try:
-        pixels = decode(data, 3, max_pixels=limits.max_pixels)
+        pixels = decode(data, 3, WHITE, limits.max_pixels)
     except ValueError as error:
         return ExampleInfo(*properties, problem=str(error))
     return ExampleInfo(*properties, _is_fast_jpeg(header, data, pixels), *perceptual_hash(pixels))

@@ -10,10 +10,11 @@ TABLE_SUFFIXES = (".csv", ".jsonl", ".ndjson")
 
 def check(
     name: str,
+    *,
+    data_dir: str,
     root: str | None = None,
     manual_dir: str | None = None,
     file: str | None = None,
-    data_dir: str = "data",
 ) -> None:
     """Rejects unusable settings: an unknown name; a missing, empty or misplaced root, table or manual folder.
 
@@ -30,7 +31,9 @@ def check(
         _check_table(file, root)
         return
     if root is not None:
-        raise ValueError(f"data.root must be left out for data={name}, got {root}; use data=folder data.root={root}")
+        raise ValueError(
+            f"data={name} has no data.root, got {root}; to use your own images: data=folder data.root={root}"
+        )
     if not source.manual_files:
         _check_no_manual_dir(name, manual_dir)
     else:
@@ -39,14 +42,14 @@ def check(
 
 def _check_table(file: str | None, root: str | None) -> None:
     if file is None or not Path(file).is_file():
-        got = "none" if file is None else f"{file}, which is not a file"
-        raise ValueError(f"data.file must be a CSV or JSON lines file of path and label, got {got}; use data.file=PATH")
+        problem = "data.file is missing" if file is None else f"data.file={file} is not a file"
+        raise ValueError(f"{problem}; use data.file=PATH, a CSV or JSON lines file of path and label")
     if Path(file).suffix.lower() not in TABLE_SUFFIXES:
         raise ValueError(
-            f"data.file must end in {', '.join(TABLE_SUFFIXES)}, got {file}; use a table of one of these kinds"
+            f"data.file must end in {', '.join(TABLE_SUFFIXES)}, got {file}; convert it to one of these formats"
         )
     if root is not None and not Path(root).is_dir():
-        raise ValueError(f"data.root must be the folder that paths are relative to, got {root}; use data.root=PATH")
+        raise ValueError(f"data.root={root} is not a folder; use the folder that the table's paths are relative to")
 
 
 def is_prepared(tfds_source: Source, data_dir: str) -> bool:
@@ -56,19 +59,20 @@ def is_prepared(tfds_source: Source, data_dir: str) -> bool:
 
 def _check_no_manual_dir(name: str, manual_dir: str | None) -> None:
     if manual_dir is not None:
-        raise ValueError(
-            f"data.manual_dir must be left out for data={name}, got {manual_dir}; use data.manual_dir=null"
-        )
+        raise ValueError(f"data={name} needs no manually downloaded files, got data.manual_dir={manual_dir}; omit it")
 
 
 def _check_manual_dir(name: str, tfds_source: Source, manual_dir: str | None, prepared: bool) -> None:
-    needed = f"data.manual_dir must be a folder with {', '.join(tfds_source.manual_files)} for data={name}"
+    files = ", ".join(tfds_source.manual_files)
     if manual_dir is None:
         if tfds_source.requires_manual_download and not prepared:
-            raise ValueError(f"{needed}, got none; use data.manual_dir=PATH, the download requires an account")
+            raise ValueError(
+                f"data.manual_dir is missing: downloading data={name} requires an account; "
+                f"download {files} yourself, then use data.manual_dir=PATH"
+            )
         return
     if not Path(manual_dir).is_dir():
-        raise ValueError(f"{needed}, got {manual_dir}, which is not a folder; use data.manual_dir=PATH")
+        raise ValueError(f"data.manual_dir={manual_dir} is not a folder; use the folder with {files}")
     missing = [file for file in tfds_source.manual_files if not (Path(manual_dir) / file).is_file()]
     if missing and not prepared:
-        raise ValueError(f"{needed}, got {manual_dir} without {', '.join(missing)}; use a folder that holds them all")
+        raise ValueError(f"data.manual_dir={manual_dir} lacks {', '.join(missing)}; add what is missing")

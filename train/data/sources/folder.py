@@ -24,10 +24,7 @@ def list_folder(root: str, data_dir: str) -> Listing:
     for split, folder in folders.items():
         unknown = sorted(set(class_names(folder)) - set(classes))
         if unknown:
-            raise ValueError(
-                f"data.root must have the same classes in every split, got {folder / unknown[0]}, "
-                "which train does not have; rename or remove it"
-            )
+            raise ValueError(f"class folder {folder / unknown[0]} has no counterpart in train; rename or remove it")
         for label, name in enumerate(classes):
             if (folder / name).exists():
                 prefix = (folder / name).relative_to(root).as_posix()

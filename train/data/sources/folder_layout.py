@@ -11,8 +11,7 @@ SPLIT_ALIASES = {"train": "train", "validation": "validation", "val": "validatio
 IGNORED = ("thumbs.db", "desktop.ini")  # files of file managers; hidden files are ignored, too
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
 
-ROOT_ADVICE = "use data.root=PATH"
-EXPECTED = "data.root must be a folder with one sub-folder of images per class"
+ROOT_ADVICE = "use data.root=PATH, a folder with one sub-folder of images per class"
 
 
 def check_root(root: str | None) -> None:
@@ -20,15 +19,15 @@ def check_root(root: str | None) -> None:
     for folder in split_folders(root).values():
         for name in class_names(folder):
             if not any(_looks_like_image(folder / name / entry) for entry in list_entries(folder / name)):
-                raise ValueError(f"{EXPECTED}, got {folder / name} with no images; {ROOT_ADVICE}")
+                raise ValueError(f"class folder {folder / name} holds no images; add some, or remove the folder")
 
 
 def split_folders(root: str | None) -> dict[str, Path]:
     """Returns the parent folders of the class folders by split: only `train` for a flat layout."""
     if root is None:
-        raise ValueError(f"{EXPECTED}, got none; {ROOT_ADVICE}")
+        raise ValueError(f"data.root is missing; {ROOT_ADVICE}")
     if not Path(root).is_dir():
-        raise ValueError(f"{EXPECTED}, got {root}, which is not a folder; {ROOT_ADVICE}")
+        raise ValueError(f"data.root={root} is not a folder; {ROOT_ADVICE}")
     names = _sub_folders(Path(root))
     if (
         "train" not in names
@@ -37,9 +36,7 @@ def split_folders(root: str | None) -> dict[str, Path]:
     ):
         return {"train": Path(root)}
     if {"val", "validation"} <= set(names):
-        raise ValueError(
-            f"data.root must have one validation folder, got both val and validation in {root}; use one of them"
-        )
+        raise ValueError(f"both val and validation exist in {root}; merge them, or remove one of them")
     return {SPLIT_ALIASES[name]: Path(root) / name for name in names}
 
 
@@ -47,9 +44,9 @@ def class_names(folder: Path) -> list[str]:
     """Returns the sorted names of the class folders. Raises: ValueError for fewer than two, or files beside them."""
     names = _sub_folders(folder)
     if not names:
-        raise ValueError(f"{EXPECTED}, got {folder}, which has no sub-folders; {ROOT_ADVICE}")
+        raise ValueError(f"{folder} has no class folders; {ROOT_ADVICE}")
     if len(names) == 1:
-        raise ValueError(f"{EXPECTED}, at least two, got only {names[0]} in {folder}; {ROOT_ADVICE}")
+        raise ValueError(f"{folder} has only one class folder, {names[0]}; a classifier needs at least two")
     return names
 
 
@@ -62,9 +59,7 @@ def _sub_folders(folder: Path, strict: bool = True) -> list[str]:
     entries = [(entry, os.path.isdir(entry.path)) for entry in _scan_entries(folder)]  # noqa: PTH112 - never raises
     stray = [entry.path for entry, is_folder in entries if not is_folder]
     if stray and strict:
-        raise ValueError(
-            f"data.root must contain only folders above the images, got {stray[0]}; move it into a class folder"
-        )
+        raise ValueError(f"{stray[0]} is not in a class folder; move it into one, or remove it")
     return [entry.name for entry, is_folder in entries if is_folder]
 
 
@@ -73,7 +68,9 @@ def _scan_entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if not _is_ignored(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
-        raise ValueError(f"data.root must be readable, got {folder} ({error.strerror}); {ROOT_ADVICE}") from error
+        raise ValueError(
+            f"cannot read {folder} ({error.strerror}); make it readable, or use another data.root"
+        ) from error
 
 
 def _is_ignored(name: str) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Listing:
     error_prefix: str
     index_path: Path
     identity: str = ""
-    labels: Any = None
+    labels: Sequence[int] | None = None
     file_stats: np.ndarray | None = None
     problems: dict[int, str] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class LazySequence(Sequence[str]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, row: Any) -> Any:
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # a slice would have to compute its entries
         if row >= len(self):
             raise IndexError(row)
         part = bisect.bisect_right(self._ends, row)
@@ -71,7 +71,7 @@ class LazySequence(Sequence[str]):
 class FileStore:
     """Reads image files by their path relative to a root."""
 
-    def __init__(self, root: Path, names: Sequence[str], labels: Any):
+    def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int] | np.ndarray):
         self.root, self.names, self.labels = root, names, labels
 
     def read(self, rows: Sequence[int]) -> list[bytes]:

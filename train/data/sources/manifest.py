@@ -9,7 +9,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from train.data.ingestion.example_index import index_path_for
@@ -29,18 +29,21 @@ def list_manifest(file: str, root: str | None, data_dir: str) -> Listing:
     try:
         lines = list(_parse_lines(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.file must be readable, got {file} ({_reason(error)}); use data.file=PATH") from error
+        raise ValueError(f"cannot read data.file={file} ({_reason(error)}); fix it, or use another file") from error
     seen: dict[str, int] = {}
     for number, name, _, _ in lines:
         if name in seen:
-            raise _manifest_error(path, number, f"{name} again, first in line {seen[name]}", "each path once")
+            raise _manifest_error(path, number, f"{name} is already in line {seen[name]}", "list each path once")
         seen[name] = number
     classes = tuple(sorted({label for _, _, label, _ in lines}))
     if len(classes) < 2:
-        raise ValueError(f"data.file must have at least two labels, got {len(classes)} in {file}; use a full table")
+        raise ValueError(
+            f"data.file={file} has only {len(classes)} different labels; a classifier needs at least two, "
+            "so add images of other classes"
+        )
     splits = [split for _, _, _, split in lines]
     if any(splits) and "train" not in splits:
-        raise ValueError(f"data.file must have lines of split train, got none in {file}; use split=train")
+        raise ValueError(f"no line of data.file={file} is in split train; write train into the column split")
     label_of = {name: label for label, name in enumerate(classes)}
     return list_files(
         Path(root) if root else path.parent,
@@ -59,28 +62,30 @@ def _parse_lines(path: Path) -> Iterator[tuple[int, str, str, str]]:
             _check_columns(path, number, entry)
             for name in ("path", "label"):
                 if entry.get(name) in (None, ""):
-                    raise _manifest_error(path, number, f"no {name}", f"a {name} in every line")
+                    raise _manifest_error(path, number, f"no {name}", f"give every line a {name}")
             split = str(entry.get("split") or "")
             if split and split not in SPLIT_ALIASES:
-                raise _manifest_error(path, number, f"split {split}", f"one of {', '.join(SPLIT_ALIASES)}")
+                raise _manifest_error(
+                    path, number, f'unknown split "{split}"', f"use one of {', '.join(SPLIT_ALIASES)}"
+                )
             yield number, str(entry["path"]), str(entry["label"]), SPLIT_ALIASES.get(split, "")
 
 
-def _parse_csv(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
+def _parse_csv(path: Path, file: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
     lines = csv.reader(file, strict=True)
     try:
         header = next(lines, [])
         _check_columns(path, 1, header)
         for entry in filter(None, lines):
             if len(entry) > len(header):
-                surplus = f"{entry[len(header)]} after the last column"
-                raise _manifest_error(path, lines.line_num, surplus, "as many fields as in the header line")
+                surplus = f'"{entry[len(header)]}" is after the last column'
+                raise _manifest_error(path, lines.line_num, surplus, "use as many fields as the header line has")
             yield lines.line_num, dict(zip(header, entry, strict=False))
     except csv.Error as error:
-        raise _manifest_error(path, lines.line_num, str(error), "CSV with a header line path,label") from error
+        raise _manifest_error(path, lines.line_num, str(error), "use CSV with a header line path,label") from error
 
 
-def _parse_json(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
+def _parse_json(path: Path, file: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -89,20 +94,25 @@ def _parse_json(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict):
-            raise _manifest_error(path, number, line.strip()[:40], 'lines like {"path": "a.jpg", "label": "cat"}')
+            raise _manifest_error(
+                path,
+                number,
+                f"not a JSON object: {line.strip()[:40]}",
+                'use lines like {"path": "a.jpg", "label": "cat"}',
+            )
         yield number, entry
 
 
 def _check_columns(path: Path, line_number: int, names: Iterable[str]) -> None:
     unknown = sorted(set(names) - set(COLUMNS))
     if unknown:
-        raise _manifest_error(path, line_number, unknown[0], f"the columns {', '.join(COLUMNS)}")
+        raise _manifest_error(
+            path, line_number, f'unknown column "{unknown[0]}"', f"use the columns {', '.join(COLUMNS)}"
+        )
 
 
-def _manifest_error(path: Path, line_number: int, got: str, use: str) -> ValueError:
-    return ValueError(
-        f"data.file must be a table of path, label and split, got {got} in {path}:{line_number}; use {use}"
-    )
+def _manifest_error(path: Path, line_number: int, problem: str, advice: str) -> ValueError:
+    return ValueError(f"{path}:{line_number}: {problem}; {advice}")
 
 
 def _reason(error: Exception) -> str:

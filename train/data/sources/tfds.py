@@ -1,8 +1,9 @@
 """Lists TFDS data sets: prepared once as ArrayRecord, then read by index."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -10,15 +11,19 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from train.data.catalog import MIB, Source, get_source
 from train.data.ingestion.example_index import index_path_for
 from train.data.sources.listing import LazySequence, Listing, Store
 from train.data.sources.record_readers import ArrayRecords, TfRecords, load_or_build_index, short_message
+from train.storage import locks
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
 
 TIMEOUT_SECONDS = 5
 
@@ -54,7 +59,7 @@ def list_tfds(name: str, data_dir: str, manual_dir: str | None) -> Listing:
     )
 
 
-def _open_store(builder: Any, split_names: list[str], data_dir: str) -> Store:
+def _open_store(builder: DatasetBuilder, split_names: list[str], data_dir: str) -> Store:
     import tensorflow_datasets as tfds
 
     shards = [Path(path) for split in split_names for path in builder.info.splits[split].filepaths]
@@ -64,14 +69,15 @@ def _open_store(builder: Any, split_names: list[str], data_dir: str) -> Store:
         index_path = Path(data_dir) / ".index" / f"records-{version}.npy"
         return TfRecords(shards, load_or_build_index(shards, count, index_path))
     skip = {"image": tfds.decode.SkipDecoding()}
-    return ArrayRecords([builder.as_data_source(split=split, decoders=skip) for split in split_names])
+    # A decorator of TFDS's hides the parameters of its methods.
+    return ArrayRecords([builder.as_data_source(split=split, decoders=skip) for split in split_names])  # type: ignore[arg-type]
 
 
-def _make_builder(name: str, tfds_source: Source, data_dir: str) -> Any:
+def _make_builder(name: str, tfds_source: Source, data_dir: str) -> DatasetBuilder:
     """Returns a builder of the prepared data in its file format, or one that will prepare ArrayRecord."""
     import tensorflow_datasets as tfds
 
-    def make(**options: Any) -> Any:
+    def make(**options: str) -> DatasetBuilder:
         if name == "digits":
             from train.data.digits.digits_dataset_builder import Builder
 
@@ -91,15 +97,20 @@ def _lock(name: str, data_dir: str) -> Iterator[None]:
     path = Path(data_dir) / f".{name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        lock = locks.acquire(path)
+    except locks.LocksUnsupportedError as error:
+        raise ValueError(
+            f"cannot lock files in {data_dir} ({error.strerror}); use a data.directory on storage with file locks"
+        ) from error
     except OSError as error:
-        raise ValueError(f"the data folder must be writable, got {data_dir} ({error.strerror}); use another") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        raise ValueError(
+            f"cannot write to {data_dir} ({error.strerror}); make it writable, or use another data.directory"
+        ) from error
+    with lock:
         yield
 
 
-def _prepare(name: str, tfds_source: Source, builder: Any, data_dir: str, manual_dir: str | None) -> None:
+def _prepare(name: str, tfds_source: Source, builder: DatasetBuilder, data_dir: str, manual_dir: str | None) -> None:
     if _is_prepared(builder):
         return  # another process did it while this one waited
     # One folder per data set, because TFDS identifies unpacked files by name, not by content.
@@ -117,7 +128,7 @@ def _prepare(name: str, tfds_source: Source, builder: Any, data_dir: str, manual
         _remove_leftovers(tfds_source, data_dir, downloads)
 
 
-def _is_prepared(builder: Any) -> bool:
+def _is_prepared(builder: DatasetBuilder) -> bool:
     # TFDS renames the folder to this name once it is complete.
     return (Path(builder.data_dir) / "dataset_info.json").is_file()
 
@@ -135,24 +146,32 @@ def _preparation_error(
     if _is_no_space(error):
         return _no_space_error(name, needed, data_dir)
     if not tfds_source.manual_files:
-        return ValueError(f"cannot prepare data={name} in {data_dir}: {short_message(error)}; use another data folder")
-    advice = "use the original files" if manual_dir else "use data.manual_dir=PATH with the original files"
+        return ValueError(
+            f"cannot prepare data={name} in {data_dir}: {short_message(error)}; use another data.directory"
+        )
+    files = ", ".join(tfds_source.manual_files)
+    if manual_dir:
+        return ValueError(
+            f"cannot prepare data={name} from data.manual_dir={manual_dir}: {short_message(error)}; "
+            f"use the original files {files}"
+        )
     return ValueError(
-        f"{_manual_dir_message(name, tfds_source)}, got {manual_dir or 'none'} ({short_message(error)}); {advice}"
+        f"cannot prepare data={name}: {short_message(error)}; retry, or download {files} yourself and use "
+        "data.manual_dir=PATH"
     )
 
 
-def _download_and_prepare(builder: Any, downloads: Path, manual_dir: str | None) -> None:
+def _download_and_prepare(builder: DatasetBuilder, downloads: Path, manual_dir: str | None) -> None:
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes even when they are unknown
-        builder.download_and_prepare(download_dir=str(downloads), download_config=config)
+        builder.download_and_prepare(download_dir=str(downloads), download_config=config)  # type: ignore[arg-type]
 
 
-def _missing_downloads(tfds_source: Source, builder: Any, downloads: Path) -> dict[str, int]:
+def _missing_downloads(tfds_source: Source, builder: DatasetBuilder, downloads: Path) -> dict[str, int]:
     """Returns the URLs that have not been downloaded, with sizes in bytes."""
     fetched = {url for info in downloads.glob("**/*.INFO") for url in _downloaded_urls(info)}
     url_infos = builder.url_infos or {}
@@ -177,19 +196,11 @@ def _check_network(name: str, tfds_source: Source, urls: Sequence[str]) -> None:
         return  # the server is reachable; the download reports its own errors
     except OSError as error:
         reason = f"{urlsplit(urls[0]).hostname} is unreachable: {getattr(error, 'reason', error)}"
+        origins = dict.fromkeys(url.rpartition("/")[0] for url in urls)
         raise ValueError(
-            f"{_manual_dir_message(name, tfds_source)}, got none ({reason}); {_download_advice(urls)}"
+            f"cannot download data={name} ({reason}); download {', '.join(tfds_source.manual_files)} from "
+            f"{' and '.join(origins)} on another machine, then use data.manual_dir=PATH"
         ) from error
-
-
-def _manual_dir_message(name: str, tfds_source: Source) -> str:
-    files = ", ".join(tfds_source.manual_files)
-    return f"data.manual_dir must be a folder with {files} if data={name} can't be downloaded"
-
-
-def _download_advice(urls: Iterable[str]) -> str:
-    origins = dict.fromkeys(url.rpartition("/")[0] for url in urls)
-    return f"use data.manual_dir=PATH with the files fetched from {' and '.join(origins)}"
 
 
 # ---------------------------------------------------------------------------------------------------------- space
@@ -204,7 +215,7 @@ def _no_space_error(name: str, needed: int, data_dir: str) -> ValueError:
     free = shutil.disk_usage(data_dir).free
     return ValueError(
         f"data={name} needs about {-(-needed // MIB)} MiB of free space in {Path(data_dir).resolve()}, "
-        f"got {free // MIB} MiB; free some space or use a larger disk"
+        f"only {free // MIB} MiB are free; free some space or use a larger disk"
     )
 
 

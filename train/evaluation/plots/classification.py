@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.evaluation.plots.style import BLUE, COLORMAP, GREY, ORANGE, RED, make_figure, shorten
+from train.storage.json_types import JsonObject
 
 MAX_NUMBERED_CLASSES = 20  # with more classes the cells of the matrix show no counts
 MAX_NAMED_CLASSES = 40  # with more classes its rows show no names
@@ -34,7 +34,7 @@ def plot_confusion_matrix(matrix: list[list[int]], classes: list[str]) -> Figure
     return figure
 
 
-def _draw_matrix(figure: Figure, axes: Any, shares: np.ndarray) -> None:
+def _draw_matrix(figure: Figure, axes: Axes, shares: np.ndarray) -> None:
     image = axes.imshow(shares, cmap=COLORMAP, vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02).set_label("share of the true class", fontsize=8)
     axes.grid(visible=False)
@@ -57,7 +57,7 @@ def _plot_large_confusion_matrix(counts: np.ndarray, shares: np.ndarray, classes
     return figure
 
 
-def _draw_bars(axes: Any, labels: list[str], values: list[float], colour: str) -> None:
+def _draw_bars(axes: Axes, labels: list[str], values: list[float], colour: str) -> None:
     positions = np.arange(len(labels))
     axes.barh(positions, values, color=colour)
     axes.set_yticks(positions, labels, fontsize=7)
@@ -65,7 +65,7 @@ def _draw_bars(axes: Any, labels: list[str], values: list[float], colour: str) -
     axes.grid(visible=False, axis="y")
 
 
-def plot_reliability_diagram(bins: list[dict[str, Any]], ece: float) -> Figure:
+def plot_reliability_diagram(bins: list[JsonObject], ece: float) -> Figure:
     """Draws accuracy against confidence, which are equal on the dotted line; below, the number of examples per bin."""
     figure, ((above,), (below,)) = make_figure(4.8, 5.2, 2, 1, height_ratios=(3, 1), sharex=True)
     centres = [(row["low"] + row["high"]) / 2 for row in bins]
@@ -89,7 +89,7 @@ def plot_reliability_diagram(bins: list[dict[str, Any]], ece: float) -> Figure:
     return figure
 
 
-def plot_per_class_f1(rows: list[dict[str, Any]]) -> Figure:
+def plot_per_class_f1(rows: list[JsonObject]) -> Figure:
     """Draws F1 by class, the lowest first; of many classes the lowest and the highest."""
     defined = sorted((row for row in rows if row["f1"] is not None), key=lambda row: row["f1"])
     half = MAX_CLASS_BARS // 2

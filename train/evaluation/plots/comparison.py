@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from train.evaluation.plots.style import BLUE, GREY, ORANGE, RED, make_figure, shorten
+from train.evaluation.statistics import Mean
 
 MAX_ROWS = 60  # in the plot of seeds
 MAX_NAMED_POINTS = 25  # in the plot of costs
 
 
-def plot_seeds(rows: list[Any], metric: str) -> Figure:
-    """Draws each seed as a dot, the mean as a tick, the 95 % interval as a bar. rows: list of train.compare.Row."""
+class ComparisonRow(Protocol):
+    """What is drawn of a row: values by seed, costs by name (nan where unknown)."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def values(self) -> dict[int, float]: ...
+    @property
+    def costs(self) -> dict[str, float]: ...
+    @property
+    def accuracy(self) -> Mean: ...
+    @property
+    def on_pareto_front(self) -> bool: ...
+
+
+def plot_seeds(rows: Sequence[ComparisonRow], metric: str) -> Figure:
+    """Draws each seed as a dot, the mean as a tick, the 95 % interval as a bar."""
     shown = rows[:MAX_ROWS]
     figure, ((axes,),) = make_figure(8, 1.1 + 0.3 * max(len(shown), 2))
     positions = np.arange(len(shown))
@@ -32,7 +49,7 @@ def plot_seeds(rows: list[Any], metric: str) -> Figure:
     return figure
 
 
-def plot_pareto_front(rows: list[Any], metric: str) -> Figure:
+def plot_pareto_front(rows: Sequence[ComparisonRow], metric: str) -> Figure:
     """Draws accuracy against multiply-accumulates per image; a line joins the Pareto front."""
     figure, ((axes,),) = make_figure(8, 4.6)
     measured = [row for row in rows if not math.isnan(row.costs["macs"])]

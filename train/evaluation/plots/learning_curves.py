@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.evaluation.plots.style import BLUE, GREY, ORANGE, PALETTE, make_figure
+from train.storage.json_types import JsonObject
 
 LOSS_CURVES = {
     "train/loss": ("train", BLUE),
@@ -24,7 +24,7 @@ ACCURACY_CURVES = {
 }
 
 
-def plot_learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) -> dict[str, Figure]:
+def plot_learning_curves(lines: list[JsonObject], best_epoch: int | None) -> dict[str, Figure]:
     """Draws `loss`, `accuracy` and `learning_rate` over the epochs, counted from 1, and marks the best epoch.
 
     lines: of the journal, in order; their epochs count from 0. best_epoch: counts from 1.
@@ -56,19 +56,19 @@ def plot_learning_curves(lines: list[dict[str, Any]], best_epoch: int | None) ->
     return figures
 
 
-def _plot_metrics(axes: Any, epochs: list[dict[str, Any]], curves: dict[str, tuple[str, str]]) -> None:
+def _plot_metrics(axes: Axes, epochs: list[JsonObject], curves: dict[str, tuple[str, str]]) -> None:
     for name, (label, colour) in curves.items():
         _plot_metric(axes, epochs, name, label, colour, "-")
 
 
-def _plot_metric(axes: Any, epochs: list[dict[str, Any]], name: str, label: str, colour: str, style: str) -> None:
+def _plot_metric(axes: Axes, epochs: list[JsonObject], name: str, label: str, colour: str, style: str) -> None:
     points = [(line["epoch"] + 1, line["values"][name]) for line in epochs if name in line["values"]]
     if points:
         marker = "o" if len(points) == 1 else None
         axes.plot(*zip(*points, strict=True), style, label=label, color=colour, linewidth=1.5, marker=marker)
 
 
-def _plot_learning_rate(axes: Any, lines: list[dict[str, Any]]) -> None:
+def _plot_learning_rate(axes: Axes, lines: list[JsonObject]) -> None:
     """Draws the learning rate at every logged step, also within epochs."""
     ends = [line for line in lines if "validation/loss" in line["values"]]
     if not ends:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.plugins import launcher, sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -27,7 +27,7 @@ class ProcessLauncher(launcher.Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Does nothing."""
 
-    def launch(self, *_: Any, **__: Any) -> Sequence[Any]:
+    def launch(self, *_: object, **__: object) -> Sequence[JobReturn]:
         """Raises: ConfigError."""
         raise ConfigError("hydra/launcher=processes needs hydra/sweeper=trials; use both, or neither")
 
@@ -41,7 +41,7 @@ class TrialSweeper(sweeper.Sweeper):
         self._hydra_context = hydra_context
         self._task_function = task_function
 
-    def sweep(self, arguments: list[str]) -> Any:
+    def sweep(self, arguments: list[str]) -> object:
         """Runs the sweep and ends the process with its exit code."""
         from train.sweep import run
 
@@ -55,7 +55,7 @@ class TrialSweeper(sweeper.Sweeper):
     def _compose(self, overrides: list[str]) -> DictConfig:
         return self._without_hydra(self._config_loader.load_sweep_config(self._config, overrides))
 
-    def _launch(self, jobs: list[list[str]], first_number: int, folder: str) -> Any:
+    def _launch(self, jobs: list[list[str]], first_number: int, folder: str) -> object:
         """Runs the jobs with the launcher that the user has chosen, which keeps its files in `folder`."""
         with read_write(self._config):
             self._config.hydra.sweep.dir, self._config.hydra.sweep.subdir = folder, "."

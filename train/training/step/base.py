@@ -6,15 +6,15 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from train.training.schedules import ScaledSchedule
 from train.training.step.layerwise_lr import FreezeSchedule
-
-Tensor = Any
+from train.training.step.staged_optimizer import EMA_SLOT, StagedOptimizer
+from train.training.tensors import Tensor
 
 CHECKED_TENSORS = ("loss", "gradients", "batch normalisation statistics")
 GRADIENT_NORMS = ("all", "first_layer")
@@ -30,22 +30,26 @@ class Step(ABC):
     COUNTER_DTYPE: str  # of step counters
 
     def __init__(
-        self, model: keras.Model, inference: keras.Model, schedule: Any, batch_size: int, jit: bool,
-        *, float_images: bool = False, example_weights: bool = False, measure_gradients: bool = False,
-        freeze_schedule: FreezeSchedule | None = None, teacher: keras.Model | None = None,
+        self, model: keras.Model, inference: keras.Model, schedule: ScaledSchedule, batch_size: int, jit: bool,
+        *, float_images: bool, example_weights: bool, measure_gradients: bool,
+        freeze_schedule: FreezeSchedule | None, teacher: keras.Model | None,
     ):  # fmt: skip
-        """`inference`: shares the variables of `model`. `schedule`: a train.training.schedules.ScaledSchedule.
+        """`model`: compiled with `train.training.optimizers.build_optimizer`. `inference`: shares its variables.
 
         `float_images`: images are float32, not uint8. `example_weights`: batches have a weight for each example.
         `measure_gradients`: adds gradient norms to the metrics. `freeze_schedule`: None to train all layers all the
         time. `teacher`: images -> logits, which are appended to the labels of `main` (losses.DistillationLoss).
         """
-        self.model, self.schedule, self._freeze_schedule = model, schedule, freeze_schedule
-        self._teacher: Any = teacher
+        self.model = model
+        self.schedule = schedule
+        self._freeze_schedule = freeze_schedule
+        self._teacher = teacher
         self._output_names = tuple(model.output)
         self._uses_loss_scaling = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         # Under mixed_float16 Keras wraps the optimizer, and the averages belong to the one inside.
-        self._optimizer = model.optimizer.inner_optimizer if self._uses_loss_scaling else model.optimizer
+        self._optimizer: StagedOptimizer = (
+            model.optimizer.inner_optimizer if self._uses_loss_scaling else model.optimizer
+        )
         self._trainable_variables = model.trainable_variables  # all that are trained in some stage
         model.optimizer.build(self._trainable_variables)
         self._step_count = self._make_variable((), "count")  # of the whole run, including skipped steps
@@ -61,19 +65,25 @@ class Step(ABC):
         ]
         self._input_specs += [((batch_size,), "float32")] if example_weights else []
         self._make_metrics(labels)
+        self._loss_metric: keras.metrics.Metric = next(metric for metric in model.metrics if metric.name == "loss")
         self._jit = jit
         self.local_signal: Callable[[], int] = lambda: 0  # sent to all processes; 0: none
         self._traced_stage: int | None = None
         updated = [*self._trainable_variables, *self._optimizer.variables]
         self._updated_variables = [v for v in updated if keras.backend.is_float_dtype(v.dtype)]
         self.predict = self.make_predictor(inference, jit)  # logits of the main output, float32 [N, classes]
+        self._set_up(inference)
+
+    @abstractmethod
+    def _set_up(self, inference: keras.Model) -> None:
+        """Prepares what is of the backend alone."""
 
     def _make_variable(self, shape: tuple[int, ...], name: str, dtype: str = "") -> keras.Variable:
         return keras.Variable(np.zeros(shape), dtype=dtype or self.COUNTER_DTYPE, trainable=False, name=name)
 
     @staticmethod
     @abstractmethod
-    def make_predictor(model: keras.Model, jit: bool) -> Callable[[Any], np.ndarray]:
+    def make_predictor(model: keras.Model, jit: bool) -> Callable[[Tensor], np.ndarray]:
         """A function from images uint8 [N, H, W, C] to the single output of `model` as an array."""
 
     @abstractmethod
@@ -84,8 +94,8 @@ class Step(ABC):
         """
 
     @abstractmethod
-    def _trace(self, stage: int) -> Callable:
-        """Traces the training step of a stage, for batches of `_input_specs`."""
+    def _trace(self) -> Callable[..., Tensor]:
+        """Traces the training step of the optimizer's stage, for batches of `_input_specs`."""
 
     @abstractmethod
     def _weights_finite(self) -> bool:
@@ -102,7 +112,10 @@ class Step(ABC):
             return False
         if self._freeze_schedule:
             self._freeze_schedule.freeze(stage)
-        self._train, self._traced_stage = self._trace(stage), stage
+            rates = self._freeze_schedule.rates(stage)
+            self._optimizer.begin_stage([(v, rates[v.path]) for v in self.model.trainable_variables])
+        self._train = self._trace()
+        self._traced_stage = stage
         return True
 
     @contextmanager
@@ -200,8 +213,7 @@ class Step(ABC):
         results = {**main, "total_loss": total_loss, **results}
         if self._uses_loss_scaling:
             results["loss_scale"] = float(self.model.optimizer.dynamic_scale)
-            # The public counter is divided by the number of accumulated steps.
-            results["skipped_steps"] = float(int(self._step_count) - int(self._optimizer._iterations))
+            results["skipped_steps"] = float(int(self._step_count) - int(self._optimizer.step_count))
         if self._gradient_norms is not None:
             norms = np.asarray(self._gradient_norms)
             results |= {f"gradient_norm/{name}": float(norm) for name, norm in zip(GRADIENT_NORMS, norms, strict=True)}
@@ -234,8 +246,8 @@ class Step(ABC):
             return
         weights = self._trainable_variables
         copies = [np.array(weight.value) for weight in weights]
-        for weight, average in zip(weights, self._optimizer._model_variables_moving_average, strict=True):
-            self._assign(weight, np.array(average.value))
+        for weight in weights:
+            self._assign(weight, np.array(self._optimizer.slot(EMA_SLOT, weight).value))
         try:
             yield
         finally:
@@ -268,5 +280,5 @@ def gradient_norms(gradients: list[Tensor], variables: list[keras.Variable]) -> 
     return ops.sqrt(ops.stack([sum(squares), squares[first_kernel]]))
 
 
-def _dtype_and_shape(value: Any) -> str:
+def _dtype_and_shape(value: keras.Variable | np.ndarray) -> str:
     return f"{value.dtype.name if hasattr(value.dtype, 'name') else value.dtype} {tuple(value.shape)}"

@@ -1,4 +1,4 @@
-"""The training step on JAX: Keras's own `train_step` inside a `jax.jit`.
+"""The training step on JAX, a function without side effects inside a `jax.jit`.
 
 On several devices, of one process or more, batches are sharded and all state is replicated: XLA computes what one
 device would, including the batch normalisation statistics, and sums gradients across devices.
@@ -7,9 +7,7 @@ device would, including the batch normalisation statistics, and sums gradients a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.runtime.jax import mesh
 from train.training.step import base
-from train.training.step.layerwise_lr import layerwise_lr
+from train.training.tensors import Tensor
 
 Arrays = list[jax.Array]
+ArraysByName = dict[str, jax.Array]  # by output, or metrics by name
+State = list[Arrays]  # the four kinds of `Step._state_variables`
 
 SIGNAL_DELAY_STEPS = 2  # steps that may still run on the devices when the host reads the signal of an earlier one
 
@@ -31,8 +31,7 @@ class Step(base.Step):
 
     COUNTER_DTYPE = "int32"  # JAX has 64-bit types only if they are enabled for all arrays
 
-    def __init__(self, model: keras.Model, inference: keras.Model, *args: Any, **kwargs: Any):
-        super().__init__(model, inference, *args, **kwargs)
+    def _set_up(self, inference: keras.Model) -> None:
         self._all_finite = jax.jit(base.all_finite)
         self._monitor_variables = [
             self._step_count,
@@ -60,7 +59,7 @@ class Step(base.Step):
             variable.assign(value)
         else:  # Keras would put it on one device
             value = np.asarray(value, variable.dtype)
-            variable._value = jax.make_array_from_process_local_data(self._replicated, value, value.shape)
+            variable.assign(jax.make_array_from_process_local_data(self._replicated, value, value.shape))
 
     def reset_metrics(self) -> None:
         super().reset_metrics()
@@ -80,7 +79,7 @@ class Step(base.Step):
         """This process's signal, once for each of its devices."""
         return self._global_batch(np.full(self._local_device_count, self.local_signal(), "int32"))
 
-    def _make_distributed_predictor(self, model: keras.Model, device_mesh: Mesh) -> Callable[[Any], np.ndarray]:
+    def _make_distributed_predictor(self, model: keras.Model, device_mesh: Mesh) -> Callable[[Tensor], np.ndarray]:
         """A function from this process's images uint8 [n, H, W, C] of a batch to the output for all processes' images.
 
         Fewer images than its share are padded, and so is the output.
@@ -95,7 +94,7 @@ class Step(base.Step):
 
         run = jax.jit(forward, out_shardings=self._replicated)
 
-        def predict(images: Any) -> np.ndarray:
+        def predict(images: Tensor) -> np.ndarray:
             padded = np.zeros((local_batch_size, *image_shape), "uint8")
             padded[: len(images)] = images
             weights = variable_values(model.trainable_variables), variable_values(model.non_trainable_variables)
@@ -106,11 +105,11 @@ class Step(base.Step):
         return predict
 
     @staticmethod
-    def make_predictor(model: keras.Model, jit: bool) -> Callable[[Any], np.ndarray]:  # noqa: ARG004 - always compiled
+    def make_predictor(model: keras.Model, jit: bool) -> Callable[[Tensor], np.ndarray]:  # noqa: ARG004 - always compiled
         run = jax.jit(lambda *arguments: model.stateless_call(*arguments, training=False)[0])
         largest = 0
 
-        def predict(images: Any) -> np.ndarray:
+        def predict(images: Tensor) -> np.ndarray:
             nonlocal largest
             images = np.asarray(images)
             missing = max(0, largest - len(images))
@@ -122,7 +121,7 @@ class Step(base.Step):
 
         return predict
 
-    def __call__(self, images: Any, labels: Any, *weights: Any) -> None:
+    def __call__(self, images: Tensor, labels: Tensor, *weights: Tensor) -> None:
         if self._traced_stage is None:
             self.begin_epoch(0)
         state = [variable_values(variables) for variables in self._state_variables()]
@@ -151,33 +150,25 @@ class Step(base.Step):
             model.metrics_variables,
         )
 
-    def _trace(self, stage: int) -> Callable:
+    def _trace(self) -> Callable[..., Tensor]:
         if self._mesh is None:
-            step = jax.jit(self._checked_step, donate_argnums=(0, 1))
-        else:
-            step = jax.jit(self._step_with_signal, donate_argnums=(0, 1), out_shardings=self._replicated)
+            return jax.jit(self._checked_step, donate_argnums=(0, 1))
+        return jax.jit(self._step_with_signal, donate_argnums=(0, 1), out_shardings=self._replicated)
 
-        def train(*arguments: Any, **signals: Any) -> Any:
-            # It takes effect when the step is compiled, at the first call.
-            with layerwise_lr(self._optimizer, self._freeze_schedule, stage):
-                return step(*arguments, **signals)
-
-        return train
-
-    def _step_with_signal(self, *args: Any, signals: jax.Array) -> tuple[tuple[Arrays, ...], Arrays, jax.Array]:
+    def _step_with_signal(self, *args: Tensor, signals: jax.Array) -> tuple[State, Arrays, jax.Array]:
         """The step, and the largest signal of all processes."""
         return *self._checked_step(*args), jnp.max(signals)
 
     def _checked_step(
         self,
-        state: list[Arrays],
+        state: State,
         monitors: Arrays,
         extra_inputs: Arrays,
         images: jax.Array,
         labels: jax.Array,
         *weights: jax.Array,
-    ) -> tuple[tuple[Arrays, ...], Arrays]:
-        """Keras's own step; the monitors also record the first step with a non-finite tensor of each kind."""
+    ) -> tuple[State, Arrays]:
+        """The step; the monitors also record the first step with a non-finite tensor of each kind."""
         count = monitors[0] + 1
         first_non_finite = monitors[1]
         lr_scale, *self._teacher_values = extra_inputs  # the values are for `_teacher_logits`
@@ -187,8 +178,7 @@ class Step(base.Step):
             loss_scale = _value_of(optimizer.dynamic_scale, optimizer.variables, state[2])
         targets, *example_weights = (dict.fromkeys(self._output_names, array) for array in (labels, *weights))
         targets = self._with_teacher_logits(targets, images)
-        with self._capture_gradients(lr_scale, state[1]) as gradients:
-            results, new_state = self.model.train_step(state, (images, targets, *example_weights))
+        results, gradients, new_state = self._update(state, lr_scale, images, targets, *example_weights)
         model_variables = [*self.model.trainable_variables, *self.model.non_trainable_variables]
         model_values = [*new_state[0], *new_state[1]]
         statistics = [_value_of(variable, model_variables, model_values) for variable in self._moving_statistics]
@@ -204,43 +194,34 @@ class Step(base.Step):
             monitors.append(base.gradient_norms(gradients, self.model.trainable_variables) / loss_scale)
         return new_state, monitors
 
-    @contextmanager
-    def _capture_gradients(self, lr_scale: jax.Array, non_trainable_values: Arrays) -> Iterator[Arrays]:
-        """Collects the gradients of a traced step, and lets the optimizer update only the unfrozen variables.
-
-        Keras's own `stateless_apply` updates everything that the optimizer was built with, and would compile the
-        learning rate scale as a constant.
-        """
-        captured: Arrays = []
-        inner = self._optimizer
-        outer = self.model.optimizer
-        trainable = self.model.trainable_variables
-        non_trainable = self.model.non_trainable_variables
-
-        def apply(optimizer_values: Arrays, gradients: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
-            kinds = [(trainable, weights), (non_trainable, non_trainable_values), (inner.variables, optimizer_values)]
-            mapping = [pair for variables, values in kinds for pair in zip(variables, values, strict=True)]
-            with keras.StatelessScope(state_mapping=[*mapping, (self.schedule.scale, lr_scale)]) as scope:
-                inner.apply(gradients, trainable)
-            new_weights = [scope.get_current_value(variable) for variable in trainable]
-            return new_weights, [scope.get_current_value(variable) for variable in inner.variables]
-
-        original = outer.stateless_apply if self._uses_loss_scaling else apply
-
-        def capture(optimizer_values: Arrays, gradients: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
-            captured.extend(gradients)
-            return original(optimizer_values, gradients, weights)
-
-        inner.stateless_apply = apply
-        outer.stateless_apply = capture
-        try:
-            yield captured
-        finally:
-            for optimizer in {id(optimizer): optimizer for optimizer in (inner, outer)}.values():
-                del optimizer.stateless_apply
+    def _update(
+        self,
+        state: State,
+        lr_scale: jax.Array,
+        images: jax.Array,
+        targets: ArraysByName,
+        example_weights: ArraysByName | None = None,
+    ) -> tuple[ArraysByName, Arrays, State]:
+        """The operations of Keras's `train_step` in its order; returns metrics, gradients, and the new state."""
+        trainable, non_trainable, optimizer_values, metrics = state
+        loss_and_gradients = jax.value_and_grad(self.model.compute_loss_and_updates, has_aux=True)
+        (_, (loss, outputs, new_non_trainable, metrics)), gradients = loss_and_gradients(
+            trainable, non_trainable, metrics, images, targets, example_weights,
+            training=True, optimizer_variables=optimizer_values,
+        )  # fmt: skip
+        frozen = zip(self.model.non_trainable_variables, non_trainable, strict=True)  # averages are of all weights
+        with self._optimizer.reading([(self.schedule.scale, lr_scale), *frozen]):
+            trainable, optimizer_values = self.model.optimizer.stateless_apply(optimizer_values, gradients, trainable)
+        metric_variables = self.model.metrics_variables
+        with keras.StatelessScope(state_mapping=zip(metric_variables, metrics, strict=True)) as scope:
+            self._loss_metric.update_state(loss, sample_weight=images.shape[0])
+            results = self.model.compute_metrics(images, targets, outputs, example_weights)
+        metrics = [scope.get_current_value(variable) for variable in metric_variables]
+        return results, gradients, [trainable, new_non_trainable, optimizer_values, metrics]
 
     def _teacher_logits(self, images: jax.Array) -> jax.Array:
         teacher = self._teacher
+        assert teacher is not None
         values = self._teacher_values
         trainable_count = len(teacher.trainable_variables)
         return teacher.stateless_call(values[:trainable_count], values[trainable_count:], images, training=False)[0]

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import NamedTuple
 
 import keras
-from keras import ops
+
+from train.training.tensors import Tensor
 
 ALL, UPPER = "all", "upper"
+
+
+class LayerRate(NamedTuple):
+    """The learning rate of a variable relative to the schedule's, and the number of updates before its first."""
+
+    multiplier: float = 1.0
+    first_update: int = 0
+
+    def scale(self, learning_rate: Tensor) -> Tensor:
+        """The learning rate of the variable. learning_rate: the schedule's."""
+        return learning_rate if self.multiplier == 1.0 else learning_rate * self.multiplier
 
 
 @dataclass(frozen=True)
@@ -58,58 +68,11 @@ class FreezeSchedule:
         first_stage = next(stage for stage, names in enumerate(self._trainable_groups) if group in names)
         return int(sum(epochs for epochs, _ in self.stages[:first_stage]) * self.updates_per_epoch)
 
-
-@contextmanager
-def layerwise_lr(
-    optimizer: keras.optimizers.Optimizer, freeze_schedule: FreezeSchedule | None, stage: int
-) -> Iterator[None]:
-    """Traces updates and weight decay with the learning rate of each group inside the block.
-
-    Adam moments that start later than the run are bias-corrected for their own age (Kingma & Ba 2015, section 3).
-    Source of the multipliers: Howard & Ruder 2018 (Universal Language Model Fine-tuning), section 3.2.
-    """
-    if freeze_schedule is None:
-        yield
-        return
-    original_update = optimizer.update_step
-    key = optimizer._var_key  # the same for a Keras variable and its TensorFlow variable
-    groups = {
-        key(variable): group
-        for group in freeze_schedule.trainable_groups(stage)
-        for layer in freeze_schedule.layer_groups[group]
-        for variable in layer.variables
-    }
-
-    def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
-        group = groups[key(variable)]
-        rate = learning_rate * freeze_schedule.lr_multiplier(group)
-        rate = rate * bias_correction(optimizer, freeze_schedule.first_update(group))
-        original_update(gradient, variable, rate)
-
-    def apply_weight_decay(variables: list[Any]) -> None:
-        for variable in variables if optimizer.weight_decay else ():
-            if optimizer._use_weight_decay(variable):
-                multiplier = freeze_schedule.lr_multiplier(groups[key(variable)])
-                rate = ops.cast(optimizer.learning_rate * multiplier, variable.dtype)
-                variable.assign(variable - variable * ops.cast(optimizer.weight_decay, variable.dtype) * rate)
-
-    replacement = vars(optimizer).get("update_step")  # `fused_kernels` may have set one
-    optimizer.update_step, optimizer._apply_weight_decay = update_step, apply_weight_decay
-    try:
-        yield
-    finally:
-        del optimizer.update_step, optimizer._apply_weight_decay
-        if replacement is not None:
-            optimizer.update_step = replacement
-
-
-def bias_correction(optimizer: keras.optimizers.Optimizer, first_update: int) -> Any:
-    """The ratio of Adam's bias correction for moments that start at `first_update` to the one it applies itself."""
-    if not first_update or not isinstance(optimizer, keras.optimizers.AdamW):
-        return 1.0
-
-    def correction(updates: Any) -> Any:
-        return ops.sqrt(1 - optimizer.beta_2**updates) / (1 - optimizer.beta_1**updates)
-
-    updates = ops.cast(optimizer.iterations + 1, "float32")
-    return correction(updates - first_update) / correction(updates)
+    def rates(self, stage: int) -> dict[str, LayerRate]:
+        """The rates of all variables of the groups that are trained in a stage, by path."""
+        return {
+            variable.path: LayerRate(self.lr_multiplier(group), self.first_update(group))
+            for group in self.trainable_groups(stage)
+            for layer in self.layer_groups[group]
+            for variable in layer.variables
+        }

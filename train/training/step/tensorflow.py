@@ -1,10 +1,8 @@
-"""The training step on TensorFlow: Keras's own `train_step` inside a `tf.function`."""
+"""The training step on TensorFlow, a `tf.function`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -12,7 +10,8 @@ import tensorflow as tf
 
 from train.training.step import base
 from train.training.step.fused_kernels import fused_kernels
-from train.training.step.layerwise_lr import layerwise_lr
+
+Tensors = dict[str, tf.Tensor]  # by output, or metrics by name
 
 
 class Step(base.Step):
@@ -20,8 +19,7 @@ class Step(base.Step):
 
     COUNTER_DTYPE = "int64"
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def _set_up(self, inference: keras.Model) -> None:  # noqa: ARG002 - the predictor of the base class will do
         self._all_finite = tf.function(
             lambda: base.all_finite([v.value for v in self._updated_variables]), autograph=False
         )
@@ -40,20 +38,19 @@ class Step(base.Step):
             self.begin_epoch(0)
         self._train(images, labels, *weights)
 
-    def _trace(self, stage: int) -> Callable:
+    def _trace(self) -> Callable[..., None]:
         # Autograph would find no Python control flow here, and looking for it takes as long as tracing.
         step = tf.function(self._checked_step, jit_compile=self._jit, autograph=False)
-        with fused_kernels(self.model, self._optimizer), layerwise_lr(self._optimizer, self._freeze_schedule, stage):
+        with fused_kernels(self.model):
             return step.get_concrete_function(*(tf.TensorSpec(*spec) for spec in self._input_specs))
 
     def _checked_step(self, images: tf.Tensor, labels: tf.Tensor, *weights: tf.Tensor) -> None:
-        """Keras's own step; also records, on the device, the first step with a non-finite tensor of each kind."""
+        """Trains; also records, on the device, the first step with a non-finite tensor of each kind."""
         self._step_count.assign_add(1)
         loss_scale = self.model.optimizer.dynamic_scale.value if self._uses_loss_scaling else 1.0
-        with _capture_gradients(self.model.optimizer) as gradients:
-            targets, *example_weights = (dict.fromkeys(self._output_names, tensor) for tensor in (labels, *weights))
-            targets = self._with_teacher_logits(targets, images)
-            results = self.model.train_step((images, targets, *example_weights))
+        targets, *example_weights = (dict.fromkeys(self._output_names, tensor) for tensor in (labels, *weights))
+        targets = self._with_teacher_logits(targets, images)
+        results, gradients = self._update(images, targets, *example_weights)
         if self._gradient_norms is not None:
             self._gradient_norms.assign(base.gradient_norms(gradients, self.model.trainable_variables) / loss_scale)
         finite = [
@@ -65,25 +62,23 @@ class Step(base.Step):
         is_first = tf.logical_and(tf.logical_not(tf.stack(finite)), self._first_non_finite.value == 0)
         self._first_non_finite.assign(tf.where(is_first, self._step_count.value, self._first_non_finite.value))
 
+    def _update(
+        self, images: tf.Tensor, targets: Tensors, example_weights: Tensors | None = None
+    ) -> tuple[Tensors, list[tf.Tensor]]:
+        """The operations of Keras's `train_step` in its order; returns the metrics, and the gradients of the loss."""
+        model = self.model
+        with tf.GradientTape() as tape:
+            outputs = model(images, training=True)
+            loss = model.compute_loss(images, targets, outputs, example_weights, training=True)
+            self._loss_metric.update_state(loss, sample_weight=tf.shape(images)[0])
+            scaled_loss = model.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled_loss, model.trainable_variables)
+        model.optimizer.apply(gradients, model.trainable_variables)
+        return model.compute_metrics(images, targets, outputs, example_weights), gradients
+
     def _teacher_logits(self, images: tf.Tensor) -> tf.Tensor:
+        assert self._teacher is not None
         return self._teacher(images, training=False)
 
     def _weights_finite(self) -> bool:
         return bool(self._all_finite())
-
-
-@contextmanager
-def _capture_gradients(optimizer: keras.optimizers.Optimizer) -> Iterator[list[tf.Tensor]]:
-    """Collects the gradients that the optimizer receives while a step is traced."""
-    captured: list[tf.Tensor] = []
-    original = optimizer.apply
-
-    def capture(grads: Any, trainable_variables: Any = None) -> None:
-        captured.extend(grads)
-        original(grads, trainable_variables)
-
-    optimizer.apply = capture
-    try:
-        yield captured
-    finally:
-        del optimizer.apply
