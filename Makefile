@@ -197,11 +197,11 @@ format: $(STAMP) ## format the code with ruff
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(STAMP) ## regenerate the README's tables
-	@$(BIN)/python scripts/docs/readme.py
+docs: $(STAMP) ## regenerate the tables of README.md and docs/
+	@$(BIN)/python scripts/docs/manual.py
 
-docs-check: $(STAMP) ## run every command of the README (ARGS=--quick: all but the slow ones)
-	@$(BIN)/python scripts/docs/readme.py --check $(ARGS)
+docs-check: $(STAMP) ## check the links and tables of README.md and docs/, and run every command in them (ARGS=--quick: all but the slow ones)
+	@$(BIN)/python scripts/docs/manual.py --check $(ARGS)
 
 lock: $(STAMP) ## update the lock files from the dependencies
 	@$(ISOLATED) $(BIN)/python scripts/lock.py

@@ -1,25 +1,12 @@
-"""Writes the README's tables, and runs its commands.
-
-`make docs` writes the tables from the code. `make docs-check` compares them and runs the commands in a fresh clone;
-with --quick without those that take minutes or are stages of .ci/run. A table is between `<!-- table: NAME -->` and
-`<!-- end -->`. The commands are the lines of the blocks fenced as `sh`; they run in order, in one clone in a temporary
-folder, where `my_images/` has a few hundred digits. A server (`make ui`) must respond within five minutes, and the
-first run must reach the accuracy that the README shows, but for what differs between seeds.
-"""
+"""The tables of the manual, by name: from the code, and from the stored results under scripts/results/."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 from train.cli.fields import describe_limits
@@ -27,28 +14,13 @@ from train.config import schema as schema
 from train.config.composition import compose
 from train.config.serialization import flatten, format_value
 from train.evaluation.html import format_compact
-from train.runtime import setup
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts/claims"))  # whose modules import each other by their plain names
-README = ROOT / "README.md"
 FIGURES = ROOT / "scripts/results"  # stored measurements
-TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-COMMANDS = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
-LONG = (
-    "make sweep model=vgg16,vgg16_inception seed=0,1,2 model.width=0.25 epochs=6 evaluate.test=true",
-    "make compare experiment=inception baseline=model=vgg16 epochs=6",  # of that sweep's runs
-    "make claims QUICK=1",
-    "make lint",
-    "make test",
-)
-SERVERS = {"make ui": "http://127.0.0.1:5000/"}
-SERVER_SECONDS = 300
-# The lowest test accuracy of runs/latest after the command: 1.5 points below the mean of three seeds.
-ACCURACY = {"make train model=vgg16_inception": 0.975}
-
-
-# ---------------------------------------------------------------------------------------------------------- tables
+COMMANDS = (  # in the order of the manual
+    "train", "resume", "evaluate", "compare", "report", "export", "predict", "serve", "cost", "ui", "sync", "reap",
+)  # fmt: skip
 
 
 def config_table() -> str:
@@ -108,6 +80,19 @@ def _row(name: str, item: dataclasses.Field, default: str, only: str = "") -> st
         allowed = "`true`, `false`"
     text = f"{'(internal) ' if item.metadata['internal'] else ''}{item.metadata['text']}{only}"
     return f"| `{name}` | {default} | {allowed}{f' {unit}' if unit else ''} | {text} |"
+
+
+def commands_table() -> str:
+    """Returns the `--help` of every command, with a heading each."""
+    lines = []
+    for name in COMMANDS:
+        module = "train" if name == "train" else f"train.{name}"
+        shown = subprocess.run(
+            [sys.executable, "-m", module, "--help"], cwd=ROOT, env={**os.environ, "COLUMNS": "100"},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        lines += ["", f"## make {name}", "", "```text", shown.stdout.rstrip(), "```"]
+    return "\n".join(lines[1:])
 
 
 def models_table() -> str:
@@ -380,117 +365,78 @@ def _difference(results: dict) -> str:
     return "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**results)
 
 
-TABLES = {
-    "config": config_table, "models": models_table, "stress": stress_table, "safeguards": safeguards_table,
-    "data": data_table, "memory": memory_table, "odd": odd_table, "sweep": sweep_table, "search": search_table,
-    "overhead": overhead_table, "speed": speed_table, "claims": claims_table,
-    "variants": variants_table, "export": export_table, "predict": predict_table, "serve": serve_table,
-    "transfer": transfer_table, "distill": distill_table, "growth": growth_table, "scaling": scaling_table,
-}  # fmt: skip
+def headline_accuracy_table() -> str:
+    """The first claim of the papers in brief: what Inception blocks cost and yield in VGG16, from claims.csv."""
+    import claims
+    from verdicts import means
+
+    rows = claims.read(claims.TABLE)
+    lines = [
+        "| network | data | test accuracy, 6 seeds | parameters | multiply-accumulates |",
+        "|---|---|---|---:|---:|",
+    ]
+    [(name, claim)] = claims.claims(["against_vgg16"]).items()
+    for setting, variant, results in means(claim, claims.trials_of(name, claim), rows):
+        accuracy = f"{results['test_accuracy'].mean:.4f} ± {results['test_accuracy'].deviation:.4f}"
+        costs = [format_compact(results[measure].mean) for measure in ("parameters", "macs")]
+        lines.append(f"| `{variant}` | {setting} | {accuracy} | {' | '.join(costs)} |")
+    return "\n".join(lines)
 
 
-def updated_readme() -> str:
-    """Returns the README with its tables written anew."""
-    with setup.redirect_fds(Path(os.devnull), 2):  # TensorFlow's libraries log while they are loaded
-        return TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", README.read_text())
+def headline_speed_table() -> str:
+    """The ratios of speed.json that matter most, for the processor that it names."""
+    results = json.loads((FIGURES / "speed.json").read_text())
+    networks = results["networks"]
+    names = {
+        "Keras fit, same precision": "Keras `fit`, same precision",
+        "PyTorch, its best": "PyTorch, its fastest setting",
+    }
+    head = f"{results['machine']['processor']}, {results['machine']['cores']} cores, {results['machine']['capability']}"
+    lines = [f"| {head}: `make train` is faster than | {' | '.join(network['model'] for network in networks)} |"]
+    lines.append("|---|" + "---:|" * len(networks))
+    for key, label in names.items():
+        ratios = (f"{network['ratios'][key]['median']:.2f}x" for network in networks)
+        lines.append(f"| {label} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------------- commands
-
-
-def commands() -> list[str]:
-    """Returns the lines of the README's `sh` blocks, without comments."""
-    lines = [line for block in COMMANDS.findall(README.read_text()) for line in block.splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-def run_commands(lines: list[str]) -> int:
-    """Runs the commands in a fresh clone with an almost empty environment. Returns the number that failed."""
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="readme-") as root:
-        clone = Path(root) / "clone"
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        write_images(clone / "my_images")
-        for line in lines:
-            start = time.perf_counter()
-            code = serve(line, clone) if line in SERVERS else shell(line, clone)
-            code = code or missed_accuracy(line, clone)
-            print(f"{'ok    ' if code == 0 else 'FAILED'} {time.perf_counter() - start:6.1f} s  {line}", flush=True)
-            failed += code != 0
-    return failed
-
-
-def shell(line: str, folder: Path) -> int:
-    with (folder.parent / "log").open("w+") as log:
-        code = subprocess.run(["bash", "-c", line], cwd=folder, env=environment(), stdout=log, stderr=log).returncode
-        if code:
-            log.seek(0)
-            print(log.read())
-    return code
-
-
-def serve(line: str, folder: Path) -> int:
-    """Starts a server. Returns 0 if it responds in time, else 1."""
-    server = subprocess.Popen(
-        ["bash", "-c", line], cwd=folder, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL
+def headline_kills_table() -> str:
+    """How many killed runs and sweeps came to the bits of undisturbed ones, from stress.json and stress_sweep.json."""
+    runs = json.loads((FIGURES / "stress.json").read_text())
+    sweep = json.loads((FIGURES / "stress_sweep.json").read_text())
+    return "\n".join(
+        [
+            "| killed by SIGKILL at random times | kills | identical to an undisturbed one |",
+            "|---|---:|---:|",
+            f"| {runs['runs']} training runs | {runs['kills']} | {runs['identical']} of {runs['kills']} resumes |",
+            f"| the launcher of a sweep | {sweep['kills']} | {sweep['identical']} of {sweep['trials']} trials |",
+        ]
     )
-    try:
-        deadline = time.monotonic() + SERVER_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(0.5)
-            try:
-                return 0 if urllib.request.urlopen(SERVERS[line], timeout=5).status == 200 else 1
-            except OSError:
-                continue
-        return 1
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(20)
 
 
-def missed_accuracy(line: str, clone: Path) -> int:
-    """Returns 1 if the run of this command has a lower test accuracy than it must reach, else 0."""
-    if line not in ACCURACY:
-        return 0
-    accuracy = json.loads((clone / "runs/latest/summary.json").read_text())["test"]["accuracy"]
-    print(f"       test accuracy {accuracy:.4f}, must be at least {ACCURACY[line]}")
-    return int(accuracy < ACCURACY[line])
-
-
-def environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in ("HOME", "PATH")}
-
-
-def write_images(root: Path) -> None:
-    """Writes 400 of scikit-learn's digits as PNG files in class folders, and a CSV table of them."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for number, (pixels, label) in enumerate(zip(digits.images[:400], digits.target[:400], strict=True)):
-        folder = root / f"digit {label}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15).astype("uint8")).resize((64, 64)).save(folder / f"{number}.png")
-    lines = [f"{path.relative_to(root.parent)},{path.parent.name}" for path in sorted(root.glob("*/*.png"))]
-    root.with_suffix(".csv").write_text("\n".join(["path,label", *lines]) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare the tables and run the commands")
-    parser.add_argument("--quick", action="store_true", help="skip the commands that take minutes")
-    arguments = parser.parse_args()
-    if not arguments.check:
-        README.write_text(updated_readme())
-        return
-    if updated_readme() != README.read_text():
-        sys.exit("the tables in README.md are out of date; run make docs")
-    lines = commands()
-    if unknown := set(LONG) - set(lines):
-        sys.exit(f"LONG in scripts/docs/readme.py has a command that is not in README.md: {min(unknown)}")
-    failed = run_commands([line for line in lines if not (arguments.quick and line in LONG)])
-    sys.exit(f"{failed} commands of the README failed" if failed else None)
-
-
-if __name__ == "__main__":
-    main()
+TABLES = {
+    "headline_accuracy": headline_accuracy_table,
+    "headline_speed": headline_speed_table,
+    "headline_kills": headline_kills_table,
+    "config": config_table,
+    "commands": commands_table,
+    "models": models_table,
+    "stress": stress_table,
+    "safeguards": safeguards_table,
+    "data": data_table,
+    "memory": memory_table,
+    "odd": odd_table,
+    "sweep": sweep_table,
+    "search": search_table,
+    "overhead": overhead_table,
+    "speed": speed_table,
+    "claims": claims_table,
+    "variants": variants_table,
+    "export": export_table,
+    "predict": predict_table,
+    "serve": serve_table,
+    "transfer": transfer_table,
+    "distill": distill_table,
+    "growth": growth_table,
+    "scaling": scaling_table,
+}
