@@ -164,7 +164,7 @@ sync: $(STAMP) ## complete the MLflow record of a run from its journal: make syn
 reap: $(STAMP) ## mark stale runs in MLflow, whose process is gone: make reap [uri=...] [minutes=10]
 	@$(BIN)/python -m train.reap $(FORWARDED)
 
-test: $(EXPORT) $(VENV)/.extra-jax ## run the default tests (under 8 minutes on 2 idle cores)
+test: $(EXPORT) $(VENV)/.extra-jax ## run the default tests (8 to 9 minutes on 2 idle cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
 
 test-all: $(EXPORT) $(VENV)/.extra-jax $(VENV)/.extra-ray ## run all tests, including the slow ones (ARGS="-m slow -n 2": only those)

@@ -427,6 +427,8 @@ def test_uploader_log_contains_no_secret(tmp_path: Path):
 
 def test_sync_uses_the_store_of_the_run(finished: Finished, tmp_path: Path):
     folder = RunDir(tmp_path, "x")
+    expected = f"no tracking.uri is stored in {tmp_path}; use make sync run={tmp_path} uri=ADDRESS"
+    assert message(address.stored_uri, folder) == expected  # as in a sweep's record
     folder.write_yaml("config.yaml", {"tracking": {"uri": "sqlite:////place/mlflow.db"}})
     assert address.stored_uri(folder) == "sqlite:////place/mlflow.db"
     folder.write_yaml("config.yaml", {"tracking": {"uri": None}})

@@ -64,8 +64,12 @@ def use_stored_uri(run_dir: RunDir, uri: str | None) -> str:
 def stored_uri(run_dir: RunDir) -> str:
     """The address that the run was started with, without its password, which is never stored.
 
-    Raises: ValueError if it is a reference to the environment that conf/ does not contain today.
+    Raises: ValueError if there is none, as in a sweep's record, or if it is a reference to the environment that conf/
+    does not contain today.
     """
+    if not run_dir.inside("config.yaml").exists():
+        command = f"make sync run={shlex.quote(str(run_dir.path))} uri=ADDRESS"
+        raise ValueError(f"no tracking.uri is stored in {run_dir.path}; use {command}")
     uri = run_dir.config().get("tracking", {}).get("uri")
     if "${" in str(uri) and (URI_KEY, uri) in composition.conf_references({}):
         return machine_uri()
